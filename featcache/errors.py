@@ -1,0 +1,173 @@
+"""Every error that featcache raises for a mistake, a bad input or a broken file.
+
+::
+
+    FeatcacheError
+    ├── ImageSetError            images cannot be listed: empty folder, missing column, ids
+    ├── DecodeError              one image cannot be read or decoded (recorded, not fatal)
+    ├── BackboneError            a network cannot be had
+    │   ├── UnknownBackbone      no network of that name (near names are given)
+    │   ├── WeightsError         a checkpoint that is missing, damaged or does not fit
+    │   └── TapError             no such layer, or a layer that cannot be tapped
+    ├── StoreError               a feature file cannot be used
+    │   ├── MissingStore         no file there
+    │   ├── IncompleteStore      only a `.partial` file, or rows still pending
+    │   ├── CorruptStore         not HDF5, truncated, or bytes that fail their checksum
+    │   ├── FormatVersionError   written by another format version
+    │   ├── StoreLocked          another process holds it
+    │   ├── FingerprintMismatch  features of another network, tap or preprocessing
+    │   └── MissingFeatures      images or taps that the store does not hold
+    ├── ExtractionError          a run cannot start or did not end well
+    │   ├── TooManyFailures      too many images failed; the good rows are kept
+    │   ├── DiskFull             no room for the features; nothing was computed
+    │   └── Interrupted          SIGINT or SIGTERM; everything committed, run again to resume
+    ├── TrainingError            labels, classes or folds that cannot be trained on
+    ├── PredictorError           a predictor file that cannot be used
+    ├── DeviceError              a device or precision that this machine does not have
+    └── MissingExtra             an optional package is not installed (the message has the command)
+
+Each message says what was expected, what came, where, and what to type next. The command line
+prints it on standard error and exits with `exit_status`.
+"""
+
+from __future__ import annotations
+
+
+class FeatcacheError(Exception):
+    """Base class: catch this to catch everything that featcache raises on purpose.
+
+    Attributes
+    ----------
+    exit_status : int
+        Exit status of the command line for this error: 1, or 75 for `Interrupted`.
+    """
+
+    exit_status = 1
+
+
+class ImageSetError(FeatcacheError):
+    """The images cannot be listed: an empty folder, a missing column, an id without a file."""
+
+
+class DecodeError(FeatcacheError):
+    """One image cannot be read or decoded; extraction records it as a failure.
+
+    Parameters
+    ----------
+    stage : {"read", "decode"}
+        Where it failed.
+    reason : str
+        Why, in one line.
+    """
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(stage, reason)
+        self.stage = stage
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason}"
+
+
+class BackboneError(FeatcacheError):
+    """A network cannot be had, or cannot be used as a backbone."""
+
+
+class UnknownBackbone(BackboneError):
+    """There is no network of that name."""
+
+
+class WeightsError(BackboneError):
+    """A checkpoint that is missing, damaged, or does not fit the network."""
+
+
+class TapError(BackboneError):
+    """A tap that is not well-formed, names no layer, or names one that cannot be tapped."""
+
+
+class StoreError(FeatcacheError):
+    """A feature file cannot be used."""
+
+
+class MissingStore(StoreError):
+    """There is no feature file at that path."""
+
+
+class IncompleteStore(StoreError):
+    """An extraction into this file has not finished."""
+
+
+class CorruptStore(StoreError):
+    """The file is not HDF5, is truncated, or holds bytes that fail their checksum."""
+
+
+class FormatVersionError(StoreError):
+    """The file was written by another version of the file format."""
+
+
+class StoreLocked(StoreError):
+    """Another process is writing to this file."""
+
+
+class FingerprintMismatch(StoreError):
+    """The features come from another network, tap or preprocessing than is asked for."""
+
+
+class MissingFeatures(StoreError):
+    """Images or taps that the store does not hold."""
+
+
+class ExtractionError(FeatcacheError):
+    """An extraction cannot start, or did not end well."""
+
+
+class TooManyFailures(ExtractionError):
+    """More images failed than `max_failures` allows. The good rows are kept."""
+
+
+class DiskFull(ExtractionError):
+    """There is no room for the features; found before any forward pass."""
+
+
+class Interrupted(ExtractionError):
+    """SIGINT or SIGTERM came; everything computed is committed. Run again to resume."""
+
+    exit_status = 75
+
+
+class TrainingError(FeatcacheError):
+    """Labels, classes or folds that no head can be trained on."""
+
+
+class PredictorError(FeatcacheError):
+    """A predictor file that is damaged, hostile, or of another format version."""
+
+
+class DeviceError(FeatcacheError):
+    """A device or precision that this machine does not have."""
+
+
+class MissingExtra(FeatcacheError):
+    """An optional package is not installed.
+
+    Parameters
+    ----------
+    package : str
+        The package that could not be imported.
+    extra : str
+        featcache's extra that installs it.
+    purpose : str
+        What it is needed for, as the subject of a sentence: "Exporting to ONNX".
+    """
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(package, extra, purpose)
+        self.package = package
+        self.extra = extra
+        self.purpose = purpose
+
+    def __str__(self) -> str:
+        return (
+            f"{self.purpose} needs the package {self.package!r}, which is not installed. "
+            f"Type: pip install 'featcache[{self.extra}]'"
+        )

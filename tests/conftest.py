@@ -1,0 +1,39 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Two pytest workers on two cores: one thread each, set before torch or numpy start their pools.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def elpv_root() -> Path:
+    """Return the folder of the demo's photographs (``images/cellNNNN.png``)."""
+    package = pytest.importorskip("elpv_dataset", reason="pip install 'featcache[demo]'")
+    return Path(package.__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def flower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a class folder of 3 classes x 12 small JPEGs that a network can tell apart.
+
+    Made of coloured noise: cheap, seeded, and decoded by the real decoder.
+    """
+    root = tmp_path_factory.mktemp("flowers")
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(["daisy", "rose", "tulip"]):
+        (root / name).mkdir()
+        for i in range(12):
+            base = np.zeros((48, 64, 3), np.float64)
+            base[..., k] = 180
+            noise = rng.normal(0, 30, base.shape)
+            pixels = np.clip(base + noise + 40, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:04d}.jpg", quality=90)
+    return root
