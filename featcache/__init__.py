@@ -1,0 +1,83 @@
+"""Compute image features once with a frozen network, keep them in HDF5, train on them in seconds.
+
+>>> import featcache as fc
+>>> images = fc.ImageSet.from_folder("flowers")  # doctest: +SKIP
+>>> backbone = fc.Backbone.from_torchvision("resnet50", layers=["avgpool"])  # doctest: +SKIP
+>>> store = fc.extract(images, backbone, "flowers.h5")  # doctest: +SKIP
+
+Names are imported when they are first used, so that ``import featcache`` and
+``featcache --help`` load neither torch nor scikit-learn.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from featcache.backbone import Backbone, backbones
+    from featcache.decoding import Augmentation, Preprocessing
+    from featcache.errors import FeatcacheError
+    from featcache.evaluation import Evaluation, evaluate
+    from featcache.extraction import extract
+    from featcache.fingerprint import Fingerprint
+    from featcache.images import ImageSet
+    from featcache.predictor import Prediction, Predictor
+    from featcache.store import FeatureStore
+    from featcache.taps import Tap
+    from featcache.training import Leaderboard, compare, train
+
+_MODULE_OF = {
+    "Augmentation": "decoding",
+    "Backbone": "backbone",
+    "Evaluation": "evaluation",
+    "FeatcacheError": "errors",
+    "FeatureStore": "store",
+    "Fingerprint": "fingerprint",
+    "ImageSet": "images",
+    "Leaderboard": "training",
+    "Prediction": "predictor",
+    "Predictor": "predictor",
+    "Preprocessing": "decoding",
+    "Tap": "taps",
+    "backbones": "backbone",
+    "compare": "training",
+    "evaluate": "evaluation",
+    "extract": "extraction",
+    "train": "training",
+}
+
+__all__ = [
+    "Augmentation",
+    "Backbone",
+    "Evaluation",
+    "FeatcacheError",
+    "FeatureStore",
+    "Fingerprint",
+    "ImageSet",
+    "Leaderboard",
+    "Prediction",
+    "Predictor",
+    "Preprocessing",
+    "Tap",
+    "backbones",
+    "compare",
+    "evaluate",
+    "extract",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'featcache' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"featcache.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
