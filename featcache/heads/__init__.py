@@ -1,0 +1,179 @@
+"""Classifiers on cached features ("heads"), each with its own search over hyper-parameters.
+
+::
+
+    folds = splitting.folds(y, cv=5, random_state=0)      # [(train, valid), ...]
+    found = HEADS["linear"].search(X, y, folds)
+    found.score, found.params, found.logits               # out of fold
+    logits(found.estimator, X_new)                        # (n, classes)
+    # softmax(logits / found.temperature) are calibrated probabilities
+
+`HEADS` is all there is to iterate over; `CLASSICS` are the four that are compared when none is
+named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
+
+from featcache.heads.search import (
+    Candidate,
+    Folds,
+    Rows,
+    Scoring,
+    SearchResult,
+    fit_temperature,
+    grid_search,
+    logits,
+    score_folds,
+)
+
+__all__ = [
+    "CLASSICS",
+    "HEADS",
+    "Candidate",
+    "HeadSpec",
+    "SearchResult",
+    "fit_temperature",
+    "logits",
+    "score_folds",
+]
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """One kind of head.
+
+    Attributes
+    ----------
+    name : str
+        What it is called on the command line.
+    summary : str
+        One line for tables and help.
+    out_of_core : bool
+        Whether it can be trained on features larger than memory.
+    """
+
+    name: str
+    summary: str
+    out_of_core: bool
+    _search: Callable[..., SearchResult]
+
+    def search(
+        self,
+        X: np.ndarray,
+        y: np.ndarray,
+        folds: Folds,
+        *,
+        sample_weight: np.ndarray | None = None,
+        class_weight: str | dict[Any, float] | None = None,
+        scoring: Scoring = "accuracy",
+        random_state: int = 0,
+        n_jobs: int = 1,
+        memory: int | None = None,
+    ) -> SearchResult:
+        """Choose the hyper-parameters by cross-validation on `folds` and fit on all rows.
+
+        Parameters
+        ----------
+        X : ndarray of shape (n, d) or (n, views, d)
+            Features. All views of an image are trained on, predictions are averaged over them.
+        y : ndarray of shape (n,)
+            Labels.
+        folds : list of (train, valid)
+            Row numbers (of images, not of views).
+        sample_weight : ndarray of shape (n,), optional
+            Weights of the images.
+        class_weight : "balanced" or dict, optional
+            As in scikit-learn.
+        scoring : str or callable
+            One of scikit-learn's scorers.
+        random_state : int
+            Seed: the same call gives the same result.
+        n_jobs : int
+            Fits at a time (-1: one a core).
+        memory : int, optional
+            Bytes of working memory to stay under.
+
+        Returns
+        -------
+        SearchResult
+
+        Raises
+        ------
+        TrainingError
+            Labels, classes or folds that cannot be trained on.
+        """
+        rows = Rows.check(X, y, folds, sample_weight)
+        return self._search(
+            rows,
+            class_weight=class_weight,
+            scoring=scoring,
+            random_state=random_state,
+            n_jobs=n_jobs,
+            memory=memory,
+        )
+
+
+_CS = tuple(10.0 ** np.arange(-5, 3))
+
+
+def _search_linear(
+    rows: Rows, *, class_weight: Any, scoring: Scoring, n_jobs: int, **_: Any
+) -> SearchResult:
+    estimator = make_pipeline(
+        StandardScaler(), LogisticRegression(class_weight=class_weight, max_iter=1000)
+    )
+    grid = [{"logisticregression__C": C} for C in _CS]
+    return grid_search("linear", estimator, grid, rows, scoring=scoring, n_jobs=n_jobs)
+
+
+def _search_svm(
+    rows: Rows, *, class_weight: Any, scoring: Scoring, random_state: int, n_jobs: int, **_: Any
+) -> SearchResult:
+    estimator = make_pipeline(
+        StandardScaler(), LinearSVC(class_weight=class_weight, random_state=random_state)
+    )
+    grid = [{"linearsvc__C": C} for C in _CS[:5]]
+    return grid_search("svm", estimator, grid, rows, scoring=scoring, n_jobs=n_jobs)
+
+
+def _search_rbf_svm(
+    rows: Rows, *, class_weight: Any, scoring: Scoring, n_jobs: int, **_: Any
+) -> SearchResult:
+    estimator = make_pipeline(
+        StandardScaler(), SVC(class_weight=class_weight, cache_size=500, break_ties=True)
+    )
+    grid = [{"svc__C": C} for C in (1.0, 3.0, 10.0, 30.0)]
+    return grid_search("rbf-svm", estimator, grid, rows, scoring=scoring, n_jobs=n_jobs)
+
+
+def _search_forest(
+    rows: Rows, *, class_weight: Any, scoring: Scoring, random_state: int, n_jobs: int, **_: Any
+) -> SearchResult:
+    estimator = make_pipeline(
+        RandomForestClassifier(300, class_weight=class_weight, random_state=random_state)
+    )
+    grid = [{"randomforestclassifier__min_samples_leaf": leaf} for leaf in (1, 3)]
+    return grid_search("forest", estimator, grid, rows, scoring=scoring, n_jobs=n_jobs)
+
+
+HEADS: dict[str, HeadSpec] = {
+    spec.name: spec
+    for spec in (
+        HeadSpec("linear", "multinomial logistic regression", True, _search_linear),
+        HeadSpec("svm", "linear SVM (squared hinge, one against the rest)", True, _search_svm),
+        HeadSpec("rbf-svm", "SVM with a Gaussian kernel", False, _search_rbf_svm),
+        HeadSpec("forest", "random forest", False, _search_forest),
+    )
+}
+CLASSICS: tuple[str, ...] = ("linear", "svm", "rbf-svm", "forest")
