@@ -1,0 +1,404 @@
+"""Cut the rows of a store into parts that share nothing that would flatter a test.
+
+Every split of featcache is made here: the hold-out, the folds of a search, and the folds of an
+audit. Three rules hold in all of them.
+
+1. *Rows that belong together stay together.* Two rows are tied when they have the same group or
+   the same content hash (the same bytes under two names, whatever their labels); ties chain. The
+   rows of one chain are a **unit**, and a unit is never cut.
+2. *Every part looks like the whole.* Units are dealt so that each part has its share of each
+   class, within one row where all units are single rows.
+3. *A row without a label takes part in nothing.* It is in no part; `n_unlabelled` counts them.
+
+The dealing is one greedy pass: units of several rows first, the largest first, each to the part
+that lacks its classes most; then the single rows of each class fill what is missing. That is
+the rule of scikit-learn's ``StratifiedGroupKFold``, but linear in the rows (its inner loop takes
+a standard deviation per unit and part: minutes for a million images) and with parts of any size,
+so that the hold-out follows the same rule as the folds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import TrainingError
+
+IntArray = npt.NDArray[np.int64]
+Labels = Sequence[str] | npt.NDArray[Any]
+Fold = tuple[IntArray, IntArray]
+
+_FIT_NAMES = frozenset({"train", "training", "fit"})
+_VALID_NAMES = frozenset({"val", "valid", "validation", "dev"})
+_TEST_NAMES = frozenset({"test", "testing", "holdout", "eval"})
+
+
+def n_unlabelled(y: Labels) -> int:
+    """Count the rows without a label (the empty string)."""
+    return int((np.asarray(y) == "").sum())
+
+
+def units(
+    n: int, *, groups: Labels | None = None, sha256: npt.NDArray[np.uint8] | None = None
+) -> IntArray:
+    """Give each row the number of its unit: rows tied by group or by content hash share it.
+
+    Parameters
+    ----------
+    n : int
+        Number of rows.
+    groups : sequence of str, optional
+        Group of each row; the empty string means "a group of its own".
+    sha256 : ndarray of shape (n, 32), dtype uint8, optional
+        Content hash of each row.
+
+    Returns
+    -------
+    ndarray of shape (n,), dtype int64
+        Unit of each row, numbered from 0 in the order of first appearance.
+    """
+    unit = np.arange(n, dtype=np.int64)
+    keys: list[IntArray] = []
+    if groups is not None:
+        names = np.asarray(groups)
+        _, key = np.unique(names, return_inverse=True)
+        keys.append(np.where(names == "", key.max(initial=0) + 1 + unit, key.astype(np.int64)))
+    if sha256 is not None and n:
+        _, key = np.unique(_as_bytes(sha256), return_inverse=True)
+        keys.append(key.astype(np.int64))
+    if not keys:
+        return unit
+    joined = keys[0] if len(keys) == 1 else _connect(keys[0], keys[1])
+    _, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
+    order = np.empty(len(first), dtype=np.int64)
+    order[np.argsort(first)] = np.arange(len(first))
+    return order[inverse]
+
+
+def _as_bytes(sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    """View the (n, 32) hash array as n opaque values, which numpy sorts as one key."""
+    rows = np.ascontiguousarray(sha256, dtype=np.uint8)
+    return rows.view(np.dtype((np.void, rows.shape[1]))).ravel()
+
+
+def _connect(a: IntArray, b: IntArray) -> IntArray:
+    """Join two partitions: rows tied by `a` or by `b`, directly or through others."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n_a, n_b = int(a.max()) + 1, int(b.max()) + 1
+    edges = coo_array((np.ones(len(a), np.int8), (a, b + n_a)), shape=(n_a + n_b,) * 2)
+    _, label = connected_components(edges, directed=False)
+    return np.asarray(label, dtype=np.int64)[a]
+
+
+def holdout(
+    y: Labels,
+    *,
+    groups: Labels | None = None,
+    sha256: npt.NDArray[np.uint8] | None = None,
+    test_size: float = 0.25,
+    stratify: bool = True,
+    random_state: int = 0,
+) -> tuple[IntArray, IntArray]:
+    """Split the labelled rows into a part to fit on and a part to test on.
+
+    Parameters
+    ----------
+    y : sequence of str
+        Label of each row; rows with an empty label are in neither part.
+    groups : sequence of str, optional
+        Rows of one group are on one side.
+    sha256 : ndarray of shape (n, 32), dtype uint8, optional
+        Rows of one content hash are on one side.
+    test_size : float
+        Share of the rows to test on, between 0 and 1.
+    stratify : bool
+        Give both sides the same mix of classes, and at least one unit of each.
+    random_state : int
+        Seed: the same seed and rows give the same split.
+
+    Returns
+    -------
+    fit, test : ndarray, dtype int64
+        Row numbers, sorted.
+
+    Raises
+    ------
+    TrainingError
+        `test_size` outside (0, 1), fewer than two classes, a class whose rows cannot be on both
+        sides, or nothing left for one side.
+    """
+    if not 0 < test_size < 1:
+        raise TrainingError(
+            f"test_size must lie between 0 and 1 (0.25 = one quarter), got {test_size}."
+        )
+    rows, codes, names, unit = _prepare(y, groups, sha256, stratify=stratify)
+    if stratify:
+        _require_units(codes, names, unit, 2, grouped=groups is not None, what="a hold-out")
+    shares = np.array([1 - test_size, test_size])
+    part = _deal(codes, unit, shares, random_state)
+    fit, test = rows[part == 0], rows[part == 1]
+    if not len(fit) or not len(test):
+        raise TrainingError(
+            f"A hold-out of {test_size:g} leaves no row to {'fit' if not len(fit) else 'test'} on: "
+            f"{len(rows)} labelled rows in {int(unit.max()) + 1} inseparable units. Add images, "
+            "or choose another test size."
+        )
+    _require_classes(codes, names, part == 0)
+    return fit, test
+
+
+def folds(
+    y: Labels,
+    *,
+    groups: Labels | None = None,
+    sha256: npt.NDArray[np.uint8] | None = None,
+    cv: int = 5,
+    random_state: int = 0,
+) -> list[Fold]:
+    """Make the stratified folds of a cross-validation.
+
+    Parameters
+    ----------
+    y, groups, sha256, random_state
+        As in `holdout`.
+    cv : int
+        Number of folds, at least 2.
+
+    Returns
+    -------
+    list of (train, valid)
+        Row numbers, sorted, dtype int64. Each labelled row is in `valid` exactly once.
+
+    Raises
+    ------
+    TrainingError
+        Fewer than two classes, or a class with fewer members (with groups: fewer groups) than
+        folds; the message names the class and the count.
+    """
+    if cv < 2:
+        raise TrainingError(f"Cross-validation needs at least 2 folds, got cv={cv}.")
+    rows, codes, names, unit = _prepare(y, groups, sha256, stratify=True)
+    _require_units(codes, names, unit, cv, grouped=groups is not None, what=f"{cv} folds")
+    part = _deal(codes, unit, np.full(cv, 1 / cv), random_state)
+    for k in range(cv):
+        _require_classes(codes, names, part != k)
+    return [(rows[part != k], rows[part == k]) for k in range(cv)]
+
+
+def predefined(
+    splits: Labels, y: Labels, *, sha256: npt.NDArray[np.uint8] | None = None
+) -> tuple[IntArray, IntArray]:
+    """Read the split column: rows to fit on and rows to test on.
+
+    ``train`` (also ``training``, ``fit``) and ``val`` (``valid``, ``validation``, ``dev``) are
+    fitted on, ``test`` (``testing``, ``holdout``, ``eval``) is tested on; case does not matter.
+    The column is published and therefore obeyed, but a row to fit on whose bytes are also in the
+    test part is left out with a warning: the test part stays as published, and stays unseen.
+
+    Raises
+    ------
+    TrainingError
+        Another word in the column, or no row for one of the two sides.
+    """
+    role, labelled = _roles(splits), np.asarray(y) != ""
+    test = np.flatnonzero((role == "test") & labelled)
+    fit = np.flatnonzero(((role == "fit") | (role == "valid")) & labelled)
+    for side, found in (("train", fit), ("test", test)):
+        if not len(found):
+            raise TrainingError(
+                f"The split column names no labelled row {side!r}. Name rows of both sides, or "
+                "give --test-size to split at random."
+            )
+    return _without_leaks(fit, test, sha256, "test"), test
+
+
+def _without_leaks(
+    fit: IntArray, test: IntArray, sha256: npt.NDArray[np.uint8] | None, other: str
+) -> IntArray:
+    """Drop the rows of `fit` whose bytes are also in the `other` part, and say so."""
+    if sha256 is None:
+        return fit
+    keys = _as_bytes(sha256)
+    leak = np.isin(keys[fit], keys[test])
+    if leak.any():
+        warnings.warn(
+            f"{int(leak.sum())} training images are byte for byte in the {other} split too; they "
+            "are left out of the training part.",
+            stacklevel=3,
+        )
+    return fit[~leak]
+
+
+def validation_fold(
+    splits: Labels | None, y: Labels, *, sha256: npt.NDArray[np.uint8] | None = None
+) -> list[Fold] | None:
+    """Return the one fold (train, val) that a split column defines, or None if it has no val.
+
+    A data set that comes with its own validation part is searched on that part, not on folds.
+    As in `predefined`, a training row whose bytes are also in the validation part is left out.
+    """
+    if splits is None:
+        return None
+    try:
+        role = _roles(splits)
+    except TrainingError:
+        return None
+    labelled = np.asarray(y) != ""
+    train, valid = (np.flatnonzero((role == name) & labelled) for name in ("fit", "valid"))
+    if not len(train) or not len(valid):
+        return None
+    return [(_without_leaks(train, valid, sha256, "validation"), valid)]
+
+
+def _roles(splits: Labels) -> npt.NDArray[Any]:
+    """Translate the words of a split column to ``fit``, ``valid``, ``test`` or ``''``."""
+    words, inverse = np.unique(np.asarray(splits), return_inverse=True)
+    roles = []
+    for word in words:
+        name = str(word).strip().lower()
+        if name in _FIT_NAMES:
+            roles.append("fit")
+        elif name in _VALID_NAMES:
+            roles.append("valid")
+        elif name in _TEST_NAMES:
+            roles.append("test")
+        elif not name:
+            roles.append("")
+        else:
+            raise TrainingError(
+                f"The split column holds {str(word)!r}; the words it may hold are train, val "
+                "and test (and the empty cell: in no part)."
+            )
+    return np.asarray(roles)[inverse]
+
+
+def _prepare(
+    y: Labels, groups: Labels | None, sha256: npt.NDArray[np.uint8] | None, *, stratify: bool
+) -> tuple[IntArray, IntArray, list[str], IntArray]:
+    """Return the labelled rows, their class codes, the class names and their units."""
+    labels = np.asarray(y)
+    rows = np.flatnonzero(labels != "")
+    if not len(rows):
+        raise TrainingError(
+            f"None of the {len(labels)} rows has a label. Put the images into one folder per "
+            "class, or give --labels FILE.csv, and extract again (relabelling costs no forward "
+            "pass)."
+        )
+    names, codes = np.unique(labels[rows], return_inverse=True)
+    if len(names) < 2:
+        raise TrainingError(
+            f"All {len(rows)} labelled rows have the one class {str(names[0])!r}; a classifier "
+            "needs at least two."
+        )
+    if not stratify:
+        codes = np.zeros_like(codes)
+    unit = units(
+        len(rows),
+        groups=None if groups is None else np.asarray(groups)[rows],
+        sha256=None if sha256 is None else sha256[rows],
+    )
+    return rows, codes.astype(np.int64), [str(name) for name in names], unit
+
+
+def _require_units(
+    codes: IntArray, names: list[str], unit: IntArray, least: int, *, grouped: bool, what: str
+) -> None:
+    """Raise unless each class is spread over at least `least` units."""
+    pairs = np.unique(np.stack([codes, unit], axis=1), axis=0)
+    per_class = np.bincount(pairs[:, 0], minlength=len(names))
+    if per_class.min() >= least:
+        return
+    worst = int(per_class.argmin())
+    members = int((codes == worst).sum())
+    few = int(per_class[worst])
+    if few == members:
+        count = f"{members} image{'s' if members != 1 else ''}"
+    elif grouped:
+        count = f"{members} images in {few} group{'s' if few != 1 else ''}"
+    else:
+        count = f"{members} images of {few} distinct content{'s' if few != 1 else ''}"
+    cure = f"use --cv {few}, " if few >= 2 else ""
+    raise TrainingError(
+        f"Class {names[worst]!r} has {count}, fewer than {what} can be made of (at least {least} "
+        f"are needed). Add images, {cure}merge the class with another, or leave it out."
+    )
+
+
+def _require_classes(codes: IntArray, names: list[str], training: npt.NDArray[np.bool_]) -> None:
+    """Raise unless the training side holds every class."""
+    missing = np.setdiff1d(codes, codes[training])
+    if len(missing):
+        raise TrainingError(
+            f"All rows of class {names[missing[0]]!r} fall on one side of a split, because they "
+            "are tied to large groups. Use fewer folds (--cv), or coarser labels."
+        )
+
+
+def _deal(codes: IntArray, unit: IntArray, shares: npt.NDArray[Any], seed: int) -> IntArray:
+    """Deal the units to parts of the given shares; return the part of each row."""
+    rng = np.random.default_rng(seed)
+    n_classes, n_parts = int(codes.max()) + 1, len(shares)
+    want = _quotas(np.bincount(codes, minlength=n_classes), shares)  # (classes, parts)
+    part = np.full(len(codes), -1, dtype=np.int64)
+    size = np.bincount(unit)
+    for members in _large_units(unit, size, rng):
+        mix = np.bincount(codes[members], minlength=n_classes)[:, None]
+        # The cost that the unit adds in each part: squared excess over what the part wants.
+        cost = ((mix - want) ** 2 - want**2).sum(axis=0)
+        chosen = int(cost.argmin())
+        part[members] = chosen
+        want[:, chosen] -= mix[:, 0]
+    singles = rng.permutation(np.flatnonzero(size[unit] == 1))
+    singles = singles[np.argsort(codes[singles], kind="stable")]
+    ends = np.searchsorted(codes[singles], np.arange(n_classes + 1))
+    for k in range(n_classes):
+        mine = singles[ends[k] : ends[k + 1]]
+        part[mine] = np.repeat(np.arange(n_parts), _fill(want[k], len(mine)))
+    return part
+
+
+def _quotas(counts: IntArray, shares: npt.NDArray[Any]) -> IntArray:
+    """Round counts x shares to whole rows that add up in every class and are even over parts."""
+    want = np.floor(np.outer(counts, shares) + 1e-9).astype(np.int64)
+    total = want.sum(axis=0).astype(float)
+    for k, count in enumerate(counts):
+        exact = count * shares
+        for _ in range(int(count - want[k].sum())):
+            # Rest rows go where the class lacks most; ties, where the whole part lacks most.
+            lack = exact - want[k]
+            ties = np.flatnonzero(lack >= lack.max() - 1e-9)
+            chosen = ties[np.argmin((total / shares)[ties])]
+            want[k, chosen] += 1
+            total[chosen] += 1
+        if count >= len(shares):  # a class with enough members is in every part
+            while want[k].min() == 0:
+                want[k, want[k].argmax()] -= 1
+                want[k, want[k].argmin()] += 1
+    return want
+
+
+def _large_units(unit: IntArray, size: IntArray, rng: np.random.Generator) -> list[IntArray]:
+    """List the row numbers of each unit of several rows, the largest first, ties at random."""
+    rows = np.flatnonzero(size[unit] > 1)
+    if not len(rows):
+        return []
+    rows = rows[np.argsort(unit[rows], kind="stable")]
+    pieces = np.split(rows, np.flatnonzero(np.diff(unit[rows])) + 1)
+    order = rng.permutation(len(pieces))
+    return sorted((pieces[i] for i in order), key=len, reverse=True)
+
+
+def _fill(want: IntArray, n: int) -> IntArray:
+    """Cut `n` single rows into parts as close to `want` as can be; the cuts add up to `n`."""
+    cut = np.maximum(want, 0)
+    while cut.sum() > n:  # units gave other parts too much: take where most is wanted
+        cut[cut.argmax()] -= 1
+    while cut.sum() < n:
+        cut[(want - cut).argmax()] += 1
+    return cut

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featcache.errors import TrainingError
+from featcache.splitting import folds, holdout, n_unlabelled, predefined, units, validation_fold
+
+
+def hashes(keys: list[int]) -> np.ndarray:
+    """Return 32-byte hashes, equal where the keys are equal."""
+    table = np.random.default_rng(7).integers(0, 256, (max(keys) + 1, 32), dtype=np.uint8)
+    return table[keys]
+
+
+def test_units_chain_groups_and_hashes() -> None:
+    # 0 and 1 share a group, 1 and 3 share bytes, 4 has no group: {0, 1, 3}, {2}, {4}.
+    unit = units(5, groups=["a", "a", "b", "c", ""], sha256=hashes([0, 1, 2, 1, 3]))
+    assert unit.tolist() == [0, 0, 1, 0, 2]
+
+
+def test_rows_without_a_group_are_their_own_group() -> None:
+    assert units(3, groups=["", "", "x"]).tolist() == [0, 1, 2]
+
+
+def test_folds_are_stratified_and_cover_every_row_once() -> None:
+    y = np.repeat(["cat", "dog", "eel"], [50, 23, 11])
+    made = folds(y, cv=5, random_state=3)
+    assert sorted(np.concatenate([valid for _, valid in made])) == list(range(84))
+    for train, valid in made:
+        assert not set(train) & set(valid)
+        assert len(train) + len(valid) == 84
+        counts = [int((y[valid] == c).sum()) for c in ("cat", "dog", "eel")]
+        assert counts[0] == 10
+        assert counts[1] in (4, 5)
+        assert counts[2] in (2, 3)
+        assert sum(counts) in (16, 17)
+
+
+def test_seed_decides_the_split() -> None:
+    y = np.repeat(["a", "b"], 30)
+    one, same, other = (holdout(y, random_state=s)[1].tolist() for s in (0, 0, 1))
+    assert one == same
+    assert one != other
+
+
+def test_holdout_gives_each_class_its_share() -> None:
+    y = np.repeat(["a", "b", "rare"], [400, 100, 3])
+    fit, test = holdout(y, test_size=0.1)
+    assert [int((y[test] == c).sum()) for c in ("a", "b", "rare")] == [40, 10, 1]
+    assert len(fit) + len(test) == len(y)
+
+
+def test_unstratified_holdout_ignores_classes() -> None:
+    y = np.repeat(["a", "b"], [99, 1])
+    fit, test = holdout(y, test_size=0.2, stratify=False)
+    assert (len(fit), len(test)) == (80, 20)
+
+
+def test_same_bytes_under_two_labels_stay_on_one_side() -> None:
+    y = np.repeat(["a", "b"], 20)
+    key = [*range(20), *range(20)]  # every image appears once as "a" and once as "b"
+    fit, test = holdout(y, sha256=hashes(key), test_size=0.25)
+    assert not {key[i] for i in fit} & {key[i] for i in test}
+    for train, valid in folds(y, sha256=hashes(key), cv=4):
+        assert not {key[i] for i in train} & {key[i] for i in valid}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_units_are_never_cut(data: st.DataObject) -> None:
+    n = data.draw(st.integers(12, 60))
+    y = np.array(data.draw(st.lists(st.sampled_from("ab"), min_size=n, max_size=n)))
+    groups = data.draw(st.lists(st.sampled_from([*"uvwxyz", ""]), min_size=n, max_size=n))
+    sha = hashes(data.draw(st.lists(st.integers(0, n), min_size=n, max_size=n)))
+    unit = units(n, groups=groups, sha256=sha)
+    try:
+        parts = [*folds(y, groups=groups, sha256=sha, cv=3), holdout(y, groups=groups, sha256=sha)]
+    except TrainingError:
+        return
+    for fit, valid in parts:
+        assert not set(unit[fit]) & set(unit[valid])
+        assert set(y[fit]) == {"a", "b"}
+        assert sorted([*fit, *valid]) == list(range(n))
+
+
+def test_grouped_folds_share_the_classes_evenly() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat([f"g{i}" for i in range(60)], rng.integers(2, 9, 60))
+    of_group = {g: rng.choice(["a", "b"], p=[0.8, 0.2]) for g in set(groups)}
+    y = np.array([of_group[g] for g in groups])
+    share = (y == "b").mean()
+    for _, valid in folds(y, groups=groups, cv=5):
+        assert abs(len(valid) - len(y) / 5) < 12
+        assert abs((y[valid] == "b").mean() - share) < 0.1
+
+
+def test_unlabelled_rows_are_in_no_part() -> None:
+    y = np.array(["a", "", "b"] * 10)
+    assert n_unlabelled(y) == 10
+    fit, test = holdout(y)
+    assert "" not in set(y[fit]) | set(y[test])
+    assert len(fit) + len(test) == 20
+    assert sum(len(valid) for _, valid in folds(y, cv=2)) == 20
+
+
+def test_too_few_members_names_the_class_and_the_count() -> None:
+    y = np.repeat(["common", "rare"], [20, 3])
+    with pytest.raises(TrainingError, match=r"'rare' has 3 images, fewer than 5 folds.*--cv 3"):
+        folds(y, cv=5)
+
+
+def test_too_few_groups_names_both_counts() -> None:
+    y = np.repeat(["a", "b"], [20, 20])
+    groups = [f"g{i % 10}" for i in range(20)] + ["one", "two"] * 10
+    with pytest.raises(TrainingError, match="'b' has 20 images in 2 groups"):
+        folds(y, groups=groups, cv=5)
+
+
+def test_copies_of_one_image_do_not_count_as_members() -> None:
+    y = np.repeat(["a", "b"], [10, 6])
+    key = [*range(10), *[20] * 6]
+    with pytest.raises(TrainingError, match="'b' has 6 images of 1 distinct content"):
+        folds(y, sha256=hashes(key), cv=5)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (["a"] * 9, "one class 'a'"),
+        ([""] * 9, "None of the 9 rows has a label"),
+        (["a"] * 8 + ["b"], "'b' has 1 image,"),
+    ],
+)
+def test_labels_that_cannot_be_split(y: list[str], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        holdout(y)
+
+
+@pytest.mark.parametrize("test_size", [0.0, 1.0, -0.2, 3])
+def test_test_size_must_be_a_share(test_size: float) -> None:
+    with pytest.raises(TrainingError, match="between 0 and 1"):
+        holdout(["a", "b"] * 5, test_size=test_size)
+
+
+def test_one_fold_is_refused() -> None:
+    with pytest.raises(TrainingError, match="at least 2 folds"):
+        folds(["a", "b"] * 5, cv=1)
+
+
+def test_predefined_split_obeys_the_column() -> None:
+    y = ["a", "b", "a", "b", "a", ""]
+    fit, test = predefined(["Train", "val", "TEST", "test", "", "train"], y)
+    assert fit.tolist() == [0, 1]
+    assert test.tolist() == [2, 3]
+
+
+def test_predefined_split_leaves_leaked_rows_out_of_training() -> None:
+    splits, y = ["train", "train", "test", "test"], ["a", "b", "a", "b"]
+    with pytest.warns(UserWarning, match="1 training images are byte for byte in the test"):
+        fit, test = predefined(splits, y, sha256=hashes([0, 1, 0, 2]))
+    assert fit.tolist() == [1]
+    assert test.tolist() == [2, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predefined(splits, y, sha256=hashes([0, 1, 2, 3]))
+
+
+def test_predefined_split_refuses_other_words_and_empty_sides() -> None:
+    with pytest.raises(TrainingError, match="'fold3'; the words it may hold are train, val"):
+        predefined(["train", "fold3"], ["a", "b"])
+    with pytest.raises(TrainingError, match="no labelled row 'test'"):
+        predefined(["train", "train"], ["a", "b"])
+
+
+def test_validation_part_is_the_only_fold() -> None:
+    made = validation_fold(["train", "val", "train", "test"], ["a", "b", "b", "a"])
+    assert made is not None
+    assert [part.tolist() for part in made[0]] == [[0, 2], [1]]
+    assert validation_fold(["train", "test"], ["a", "b"]) is None
+    assert validation_fold(None, ["a", "b"]) is None
