@@ -52,9 +52,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,6 +85,7 @@ _METADATA_BYTES = 65_536
 # JSON that is written after the layout is made needs its place beforehand.
 _META_SLOTS = {"settings": 4_096, "run": 32_768}
 _COPY_BYTES = 8 << 20
+_CHECK_BYTES = 2 << 20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
@@ -114,12 +117,12 @@ class Dataset:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row (of the whole, where there is no axis of rows)."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass
@@ -189,6 +192,14 @@ class Contents:
         add("digest", np.zeros(32, np.uint8))
         return plan
 
+    @property
+    def nbytes(self) -> int:
+        """An upper bound of the size of the file."""
+        return sum(
+            _METADATA_BYTES + math.prod(shape) * dtype.itemsize
+            for shape, dtype, _ in self.plan().values()
+        )
+
     def _all_meta(self) -> dict[str, Any]:
         """Return the metadata with the keys that every file has."""
         classes = [] if self.labels is None else sorted(set(decode_table(np.unique(self.labels))))
@@ -215,17 +226,18 @@ def encode_table(texts: Sequence[str], what: str) -> np.ndarray:
     StoreError
         A text holds a NUL or is not valid Unicode.
     """
-    try:
-        encoded_width = max((len(text.encode()) for text in texts), default=0)
-        table = np.fromiter(
-            (text.encode() for text in texts), dtype=f"S{max(encoded_width, 1)}", count=len(texts)
-        )
+
+    def encoded() -> Iterator[bytes]:
+        for text in texts:
+            if "\0" in text:
+                raise StoreError(f"One of the {what} holds a NUL character: {text!r}")
+            yield text.encode()
+
+    try:  # twice through the texts, so that they are never all in memory as Python objects
+        width = max(map(len, encoded()), default=1) or 1
+        return np.fromiter(encoded(), dtype=f"S{width}", count=len(texts))
     except UnicodeEncodeError as error:
         raise StoreError(f"One of the {what} is not valid Unicode: {error.object!r}") from error
-    for text in texts:
-        if "\0" in text:
-            raise StoreError(f"One of the {what} holds a NUL character: {text!r}")
-    return table
 
 
 def decode_table(table: np.ndarray) -> np.ndarray:
@@ -273,35 +285,27 @@ def create_file(path: str, contents: Contents) -> None:
 
     Raises
     ------
-    DiskFull
-        The space cannot be reserved; nothing is left behind.
-    StoreError
-        The folder cannot be written to.
+    OSError
+        The space cannot be reserved or the folder not be written to; nothing is left behind.
+        `raise_for` says it in words.
     """
     plan = contents.plan()
     temporary = f"{path}.new"
-    total = sum(
-        _METADATA_BYTES + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        for shape, dtype, _ in plan.values()
-    )
     try:
         # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
         with _opened(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as descriptor:
-            reserve(descriptor, 0, total, zeros=False)
+            reserve(descriptor, 0, contents.nbytes, zeros=False)
         _write_layout(temporary, plan)
+        datasets = read_datasets(temporary)
         with _opened(temporary, os.O_RDWR) as descriptor:
             reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
-            datasets = read_datasets(temporary)
             for name, (_, _, data) in plan.items():
                 if data is not None and data.nbytes:
                     pwrite_all(descriptor, as_bytes(data), datasets[name].offset)
             fsync(descriptor)
         rename(temporary, path)
-    except OSError as error:
-        _unlink_quietly(temporary)
-        raise_for(error, path, total)
     except BaseException:
-        _unlink_quietly(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
@@ -373,25 +377,35 @@ def _write_zeros(descriptor: int, start: int, stop: int) -> None:
         position += length
 
 
-def raise_for(error: OSError, path: str, total: int = 0) -> NoReturn:
-    """Raise what an operating system's refusal to write `path` means to the user."""
+def raise_for(
+    error: OSError, path: str, *, needed: int = 0, so_far: str = "Nothing was computed."
+) -> NoReturn:
+    """Raise what an operating system's refusal to write `path` means to the user.
+
+    Parameters
+    ----------
+    error : OSError
+        The refusal.
+    path : str
+        The store.
+    needed : int
+        Bytes that the file needs.
+    so_far : str
+        What has become of the work, in a sentence.
+    """
     folder = str(Path(path).parent)
     if error.errno in _NO_SPACE:
         raise DiskFull(
-            f"There is no room in {folder} for {path}: it needs {_megabytes(total)}, "
-            f"{_megabytes(_free_bytes(folder))} are free ({error.strerror}). Nothing was "
-            "computed. Free some space, choose another -o, or store half the bytes with "
-            "--store-dtype float16."
+            f"There is no room for {path}: it needs {needed / 1e6:,.1f} MB and "
+            f"{_free_bytes(folder) / 1e6:,.1f} MB are free in {folder} ({error.strerror}). "
+            f"{so_far} Free some space or choose another disk with -o, and run the command "
+            "again; --store-dtype float16 needs half the space."
         ) from error
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         raise StoreError(
             f"Cannot write in {folder}: {error.strerror}. Choose a folder of your own with -o."
         ) from error
     raise StoreError(f"Cannot write {path}: {error}.") from error
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
 
 
 def _free_bytes(folder: str) -> int:
@@ -413,10 +427,6 @@ class _opened:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
-
-
-def _unlink_quietly(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
 
 
 # --- bytes at offsets ---------------------------------------------------------------------------
@@ -484,7 +494,10 @@ def fsync(descriptor: int) -> None:
 def rename(source: str, target: str) -> None:
     """Replace `target` by `source` so that a power cut leaves the one or the other."""
     Path(source).replace(target)
-    with _opened(str(Path(target).parent), os.O_RDONLY | os.O_DIRECTORY) as folder:
+    with (
+        _opened(str(Path(target).parent), os.O_RDONLY | os.O_DIRECTORY) as folder,
+        contextlib.suppress(OSError),  # some network file systems cannot fsync a folder
+    ):
         os.fsync(folder)
 
 
@@ -582,6 +595,10 @@ class StoreFile:
     def __del__(self) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For processes of joblib: they open the file themselves, if it is still this one.
+        return _reopen, (self.path, self.read("digest").tobytes())
+
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""
         if self.descriptor >= 0:
@@ -653,6 +670,8 @@ class StoreFile:
         try:
             return json.loads(text)
         except ValueError as error:
+            if key in _META_SLOTS and not self.finished:
+                return None  # a kill tore the writing of it
             raise CorruptStore(f"{self.path} is damaged: /meta/{key} is not JSON.") from error
 
     @property
@@ -672,6 +691,7 @@ class StoreFile:
                 f"{len(text)} came."
             )
         pwrite_all(self.descriptor, text.ljust(dataset.dtype.itemsize, b"\0"), dataset.offset)
+        fsync(self.descriptor)  # settings are on the disk before the rows that they decided
 
     def digest(self) -> bytes:
         """Return the SHA-256 over everything outside /features, as /digest should hold it."""
@@ -697,6 +717,14 @@ class StoreFile:
         """Write the digest and have everything on the disk."""
         pwrite_all(self.descriptor, self.digest(), self.datasets["digest"].offset)
         fsync(self.descriptor)
+
+
+def _reopen(path: str, digest: bytes) -> StoreFile:
+    """Open in another process the file that this one had open."""
+    file = StoreFile(path)
+    if file.read("digest").tobytes() != digest:
+        raise StoreError(f"{path} was replaced meanwhile. Run the command again.")
+    return file
 
 
 # --- checksums ----------------------------------------------------------------------------------
@@ -728,34 +756,55 @@ def entry_checks(entries: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.fromiter(checks, np.uint32, count=len(entries))
 
 
-def bad_rows(file: StoreFile, rows: tuple[int, int], entries: np.ndarray) -> dict[str, np.ndarray]:
-    """Return which of the rows ``rows[0]:rows[1]`` fail their checksum, by tap.
+def chunks(file: StoreFile, rows: int = 65_536) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (first row, entries, ids) of chunks of rows: tables larger than memory are fine."""
+    for start in range(0, file.n, rows):
+        stop = min(start + rows, file.n)
+        entries = file.read_rows(file.datasets["rows"], start, stop)
+        yield start, entries, file.read_rows(file.datasets["ids"], start, stop)
+
+
+def bad_features(
+    file: StoreFile, first: int, entries: np.ndarray, seen: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Return which rows fail the checksums of their features, by tap.
 
     Parameters
     ----------
     file : StoreFile
         The open file.
-    rows : (int, int)
-        First and last + 1.
-    entries : ndarray
-        Their rows of /rows.
+    first : int
+        The first row.
+    entries : ndarray, shape (k,)
+        Rows of /rows from `first` on.
+    seen : ndarray of bool, shape (k,), optional
+        Rows to look at; the others are not read.
 
     Returns
     -------
-    dict of str to ndarray of bool
-        For each tap, True where the features are not those that were written.
+    dict of str to ndarray of bool, shape (k,)
+        True where the features are not those that were written.
     """
-    seeds = row_seeds(entries["sha256"])
-    result = {}
+    rows = np.arange(len(entries)) if seen is None else np.flatnonzero(seen)
+    seeds = np.array(row_seeds(entries["sha256"]), np.uint32)
+    result = {tap: np.zeros(len(entries), bool) for tap in file.features}
+
+    def check(job: tuple[int, str, int, int]) -> None:
+        k, tap, start, stop = job
+        block = file.read_rows(file.features[tap], first + start, first + stop)
+        sums = np.array(row_checksums(block, seeds[start:stop].tolist()), np.uint32)
+        result[tap][start:stop] = sums != entries["crc32"][start:stop, k]
+
+    jobs = []
     for k, (tap, dataset) in enumerate(file.features.items()):
-        wrong = np.zeros(len(entries), bool)
-        step = max(1, _COPY_BYTES // max(dataset.row_bytes, 1))
-        for start in range(0, len(entries), step):
-            stop = min(start + step, len(entries))
-            block = file.read_rows(dataset, rows[0] + start, rows[0] + stop)
-            actual = np.array(row_checksums(block, seeds[start:stop]), np.uint32)
-            wrong[start:stop] = actual != entries["crc32"][start:stop, k]
-        result[tap] = wrong
+        step = max(1, _CHECK_BYTES // max(dataset.row_bytes, 1))
+        for _, start, count in runs(rows):
+            for begin in range(start, start + count, step):
+                jobs.append((k, tap, begin, min(begin + step, start + count)))
+    # Reading gives the interpreter to the other thread, and so does the CRC of long rows.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(check, jobs):
+            pass
     return result
 
 
@@ -767,7 +816,6 @@ def rewrite(
     path: str,
     contents: Contents,
     keep: np.ndarray,
-    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Make a finished file at `path` from rows of another, in the order kept.
 
@@ -781,8 +829,6 @@ def rewrite(
         Tables of the new file, already restricted to `keep`.
     keep : ndarray of int
         Rows of `source`, ascending.
-    progress : callable, optional
-        Told the number of bytes copied, now and then.
     """
     create_file(path, contents)
     target = StoreFile(path, writable=True)
@@ -797,15 +843,13 @@ def rewrite(
                     to + position * size,
                     count * size,
                 )
-                if progress is not None:
-                    progress(count * size)
         target.write_rows(target.datasets["rows"], 0, source.read("rows")[keep])
         for name in target.datasets:
             if name.startswith("canaries/features/"):
                 target.write_rows(target.datasets[name], 0, source.read(name))
         target.seal()
     except BaseException:
-        _unlink_quietly(path)
+        Path(path).unlink(missing_ok=True)
         raise
     finally:
         target.close()

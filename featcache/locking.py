@@ -52,7 +52,7 @@ class WriteLock:
         self._path = path
         self._store = store
         self._descriptor = -1
-        self._shared = shared
+        self.shared = shared
         while self._descriptor < 0:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -84,7 +84,7 @@ class WriteLock:
     def share(self) -> None:
         """Let other processes take it with ``shared=True``."""
         self._take(self._descriptor, fcntl.LOCK_SH)
-        self._shared = True
+        self.shared = True
 
     def own(self) -> None:
         """Have it alone again.
@@ -95,13 +95,13 @@ class WriteLock:
             Another process still shares it.
         """
         self._take(self._descriptor, fcntl.LOCK_EX)
-        self._shared = False
+        self.shared = False
 
     def release(self) -> None:
         """Give it up, and remove the lock file unless others share it."""
         if self._descriptor < 0:
             return
-        if not self._shared:
+        if not self.shared:
             with contextlib.suppress(OSError):
                 Path(self._path).unlink()
         os.close(self._descriptor)

@@ -19,9 +19,10 @@ the space, but a kill in the middle could then lose some.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -113,18 +114,10 @@ class FeatureWriter:
         Parameters and errors are those of `create`.
         """
         real, lock = _locked(path)
-        try:
-            file = _partial_of(real, images, fingerprint)
-            if file is None:
-                contents = _contents(images, shapes, fingerprint, meta, canaries)
-                file = _begin(real, contents)
+        with _releasing(lock):
+            contents = _contents(images, shapes, fingerprint, meta, canaries)
+            file = _partial_of(real, contents) or _begin(real, contents)
             return cls(real, file, lock, retry_failed=retry_failed)
-        except OSError as error:
-            lock.release()
-            layout.raise_for(error, real)
-        except BaseException:
-            lock.release()
-            raise
 
     @classmethod
     def create(
@@ -169,15 +162,9 @@ class FeatureWriter:
             No images, or the folder cannot be written to.
         """
         real, lock = _locked(path)
-        try:
-            contents = _contents(images, shapes, fingerprint, meta, canaries)
-            return cls(real, _begin(real, contents), lock)
-        except OSError as error:
-            lock.release()
-            layout.raise_for(error, real)
-        except BaseException:
-            lock.release()
-            raise
+        with _releasing(lock):
+            file = _begin(real, _contents(images, shapes, fingerprint, meta, canaries))
+            return cls(real, file, lock)
 
     @classmethod
     def resume(
@@ -200,14 +187,11 @@ class FeatureWriter:
             Another process writes it.
         """
         real, lock = _locked(path)
-        try:
-            file = _partial_of(real, images, fingerprint)
+        with _releasing(lock):
+            file = _partial_of(real, _contents(images, {}, fingerprint, {}, ()))
             if file is None:
                 raise MissingStore(f"There is no partial file of these images at {real}.partial.")
             return cls(real, file, lock, retry_failed=retry_failed)
-        except BaseException:
-            lock.release()
-            raise
 
     @classmethod
     def open_shared(cls, path: str | Path, rows: np.ndarray | Sequence[int]) -> Self:
@@ -217,12 +201,10 @@ class FeatureWriter:
         """
         real = os.path.realpath(path)
         lock = WriteLock(_lock_path(real), real, shared=True)
-        try:
+        with _releasing(lock):
             file = StoreFile(f"{real}.partial", writable=True)
-            return cls(real, file, lock, shared_rows=np.asarray(rows, np.int64))
-        except BaseException:
-            lock.release()
-            raise
+            # A failed row among them is there because the leader wants it tried again.
+            return cls(real, file, lock, shared_rows=np.asarray(rows, np.int64), retry_failed=True)
 
     def share(self) -> None:
         """Let other processes fill rows of this file by `open_shared`, until `finish`."""
@@ -241,23 +223,30 @@ class FeatureWriter:
 
     # --- state ----------------------------------------------------------------------------------
 
-    def _refresh(self) -> None:
-        """Read from the file which rows are done, and believe only checksums."""
-        entries, ids = self._file.read("rows"), self._file.read("ids")
-        status = entries["status"].copy()
-        touched = np.flatnonzero(status != PENDING)
-        intact = layout.entry_checks(entries[touched], ids[touched]) == entries["check"][touched]
-        status[touched[~intact]] = PENDING
-        status[status > FAILED] = PENDING
-        for _, first, count in layout.runs(np.flatnonzero(status == DONE)):
-            bad = np.zeros(count, bool)
-            span = entries[first : first + count]
-            for wrong in layout.bad_rows(self._file, (first, first + count), span).values():
-                bad |= wrong
-            status[first : first + count][bad] = PENDING
-        if self._retry_failed:
-            status[status == FAILED] = PENDING
-        self.status[:] = status
+    def _refresh(self, *, features: bool = True) -> None:
+        """Read from the file which rows are done, and believe only checksums.
+
+        Parameters
+        ----------
+        features : bool
+            Read the features too: what a power cut lost is found only there.
+        """
+        mine = np.ones(self._file.n, bool)
+        if self._shared_rows is not None:
+            mine[:] = False
+            mine[self._shared_rows] = True
+        for first, entries, ids in layout.chunks(self._file):
+            part = slice(first, first + len(entries))
+            status = entries["status"].copy()
+            status[layout.entry_checks(entries, ids) != entries["check"]] = PENDING
+            status[status > FAILED] = PENDING
+            done = (status == DONE) & mine[part]
+            if features and done.any():
+                for wrong in layout.bad_features(self._file, first, entries, done).values():
+                    status[wrong] = PENDING
+            if self._retry_failed:
+                status[status == FAILED] = PENDING
+            self.status[part] = status
 
     @property
     def pending(self) -> np.ndarray:
@@ -277,6 +266,15 @@ class FeatureWriter:
             Failure(ids[row].decode(), **(lines.get(row) or unknown))
             for row in np.flatnonzero(self.status == FAILED).tolist()
         ]
+
+    def stats(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (size, mtime_ns) as recorded of each image: int64, shape (n,); 0 while pending."""
+        entries = self._file.read("rows")
+        return entries["size"].copy(), entries["mtime_ns"].copy()
+
+    def retry(self, rows: np.ndarray | Sequence[int]) -> None:
+        """Count rows as pending: images that failed or changed since, to be computed again."""
+        self.status[np.asarray(rows, np.int64)] = PENDING
 
     def _failure_lines(self) -> dict[int, dict[str, Any]]:
         """Return the last readable line of each row; a kill may have torn one."""
@@ -531,8 +529,10 @@ class FeatureWriter:
         StoreLocked
             A process that fills this file has not closed it.
         """
-        self._lock.own()
-        self._refresh_if_shared()
+        if self._lock.shared:
+            self._lock.own()
+            self._retry_failed = False
+            self._refresh(features=False)
         if len(self.pending):
             raise IncompleteStore(
                 f"{len(self.pending):,} of {self._file.n:,} images of {self.path} are pending. "
@@ -549,18 +549,17 @@ class FeatureWriter:
                 self._file.seal()
                 layout.rename(partial, self.path)
         except OSError as error:
-            layout.raise_for(error, self.path, sum(d.nbytes for d in self._file.datasets.values()))
-        for leftover in (partial, f"{partial}.old", self._failures_path):
-            Path(leftover).unlink(missing_ok=True)
+            layout.raise_for(
+                error,
+                self.path,
+                needed=os.fstat(self._file.descriptor).st_size,
+                so_far=f"All features are kept in {partial}; only leaving out the "
+                f"{len(failures)} failed images needs the room.",
+            )
+        for leftover in ("", ".old", ".failures", ".compact", ".fresh", ".relabelled"):
+            Path(partial + leftover).unlink(missing_ok=True)
         self.close()
         return FeatureStore.open(self.path)
-
-    def _refresh_if_shared(self) -> None:
-        """See what other processes wrote."""
-        entries = self._file.read("rows")["status"]
-        if (entries != self.status).any():
-            self._retry_failed = False
-            self._refresh()
 
     def _check_failures(self, failures: Sequence[Failure], max_failures: float) -> None:
         n = self._file.n
@@ -602,6 +601,16 @@ def _locked(path: str | Path) -> tuple[str, WriteLock]:
         layout.raise_for(error, real)
 
 
+@contextlib.contextmanager
+def _releasing(lock: WriteLock) -> Iterator[None]:
+    """Release the lock if what follows fails."""
+    try:
+        yield
+    except BaseException:
+        lock.release()
+        raise
+
+
 def _contents(
     images: ImageSet,
     shapes: Mapping[str, tuple[int, ...]],
@@ -612,23 +621,21 @@ def _contents(
     """Return what a new file of these images is made from."""
     if len(images) == 0:
         raise StoreError(f"There are no images in {images.source}.")
+
+    def table(texts: Sequence[str] | None, what: str) -> np.ndarray | None:
+        return None if texts is None else layout.encode_table(texts, what)
+
     return layout.Contents(
         fingerprint=fingerprint,
         shapes=shapes,
+        ids=layout.encode_table(images.ids, "ids"),
+        labels=table(images.labels, "labels"),
+        groups=table(images.groups, "groups"),
+        splits=table(images.splits, "splits"),
         meta=dict(meta or {}),
         canary_names=[name for name, _ in canaries],
         canary_images=[image for _, image in canaries],
-        **_tables(images),
     )
-
-
-def _tables(images: ImageSet) -> dict[str, Any]:
-    """Return the tables of an image set as they are stored."""
-    tables: dict[str, Any] = {"ids": layout.encode_table(images.ids, "ids")}
-    for name in ("labels", "groups", "splits"):
-        texts = getattr(images, name)
-        tables[name] = None if texts is None else layout.encode_table(texts, name)
-    return tables
 
 
 def _begin(path: str, contents: layout.Contents) -> StoreFile:
@@ -636,10 +643,14 @@ def _begin(path: str, contents: layout.Contents) -> StoreFile:
     partial = f"{path}.partial"
     for existing in (path, partial):
         _refuse_other(existing, contents.fingerprint)
+    try:
+        layout.create_file(f"{partial}.fresh", contents)
+    except OSError as error:
+        layout.raise_for(error, path, needed=contents.nbytes)
     if Path(partial).exists():
         _set_aside(partial)
     Path(f"{partial}.failures").unlink(missing_ok=True)
-    layout.create_file(partial, contents)
+    layout.rename(f"{partial}.fresh", partial)
     return StoreFile(partial, writable=True)
 
 
@@ -669,18 +680,17 @@ def _refuse_other(path: str, fingerprint: Fingerprint) -> None:
         )
 
 
-def _partial_of(path: str, images: ImageSet, fingerprint: Fingerprint) -> StoreFile | None:
+def _partial_of(path: str, contents: layout.Contents) -> StoreFile | None:
     """Open the partial file if it is of these images, exactly."""
     partial = f"{path}.partial"
     if not Path(partial).exists() or Path(partial).stat().st_size == 0:
         return None
-    _refuse_other(partial, fingerprint)
+    _refuse_other(partial, contents.fingerprint)
     file = StoreFile(partial, writable=True)
-    for name, table in _tables(images).items():
+    for name in ("ids", "labels", "groups", "splits"):
+        asked = getattr(contents, name)
         there = file.read(name) if name in file.datasets else None
-        absent = table is None or there is None
-        same = table is there if absent else np.array_equal(np.asarray(table), np.asarray(there))
-        if not same:
+        if not (asked is there if asked is None or there is None else np.array_equal(asked, there)):
             return None
     return file
 
