@@ -26,8 +26,8 @@ A tap is written ``LAYER[#K][:input|:output][:mean|:max|:flatten|:map|:cls|:patc
 The *canonical* form states everything: ``avgpool`` of a ResNet is ``avgpool:output:flatten``. It
 names the dataset in a store and enters the fingerprint, so two spellings of one tap are one tap.
 
-Which axis of a map holds the channels is not visible in its shape: torchvision's Swin computes in
-(n, h, w, c). `trace` therefore runs the network once and follows the axis through every operation.
+Which axis of a map holds the channels is found by `featcache.tracing.trace`; ``map`` and
+``flatten`` keep a layer's own layout.
 
 Examples
 --------
@@ -39,21 +39,20 @@ Examples
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from featcache.errors import BackboneError, TapError
+from featcache.errors import TapError
+from featcache.tracing import Call, Trace, Value, first_argument, trace
+
+__all__ = ["ResolvedTap", "Tap", "Tapped", "default_tap", "resolve", "resolve_traced"]
 
 Side = Literal["input", "output"]
 SIDES: tuple[str, ...] = ("input", "output")
@@ -132,51 +131,6 @@ def _split_suffix(text: str, suffixes: Sequence[str]) -> tuple[str, str | None]:
 
 
 @dataclass(frozen=True)
-class Value:
-    """What a layer was given, or what it gave.
-
-    Attributes
-    ----------
-    shape : tuple of int or None
-        With the batch axis; None when it is no tensor.
-    channel_axis : int or None
-        Which axis of a map (n, c, h, w) or (n, h, w, c) holds the channels; None when unknown.
-    what : str
-        In words: "a tensor", "a tuple of 2", "a dict with the keys out, aux".
-    """
-
-    shape: tuple[int, ...] | None
-    channel_axis: int | None
-    what: str
-
-
-@dataclass
-class Call:
-    """One run of one layer during a traced forward pass.
-
-    Attributes
-    ----------
-    layer : str
-        Name of the module.
-    module : torch.nn.Module
-        The module.
-    number : int
-        Which run of this module, from 1.
-    input, output : Value
-        What went in and came out.
-    flops : int
-        Floating-point operations of matrix products and convolutions, those of its parts included.
-    """
-
-    layer: str
-    module: nn.Module
-    number: int
-    input: Value
-    output: Value
-    flops: int = 0
-
-
-@dataclass(frozen=True)
 class ResolvedTap:
     """A tap in canonical form, with all that is needed to read it.
 
@@ -235,55 +189,16 @@ def _mean(value: Tensor, axes: tuple[int, ...]) -> Tensor:
     return value.mean(axes, dtype=dtype)
 
 
-class Trace:
-    """What one forward pass of a network did, layer by layer, in the order of starting.
+class _Resolver:
+    """Brings taps to their canonical form, by what a trace knows of the layers."""
 
-    Made by `trace`.
-
-    Attributes
-    ----------
-    module : torch.nn.Module
-        The network.
-    calls : list of Call
-        Every run of every layer.
-    names : dict of str to str
-        Every name of every module, and the name that it goes by in `calls`.
-    output : Value
-        What the network gave.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.names = _names(module)
-        self.calls: list[Call] = []
-
-    def runs(self, layer: str) -> list[Call]:
-        """Return the runs of the layer of that name.
-
-        Raises
-        ------
-        TapError
-            If there is no layer of that name (near names are given).
-        """
-        if layer not in self.names:
-            raise TapError(self._unknown(layer))
-        return [call for call in self.calls if call.layer == self.names[layer]]
+    def __init__(self, traced: Trace) -> None:
+        self.module = traced.module
+        self.calls = traced.calls
+        self.trace = traced
 
     def default(self) -> Tap:
-        """Return the tap that is used when none is named.
-
-        The head is the last executed `Linear` if it runs after the last convolution, else the last
-        convolution. If an `AvgPool2d`, `AdaptiveAvgPool2d` or `AdaptiveMaxPool2d` runs after the
-        last convolution and before the head, the tap is the last such layer's output, otherwise the
-        head's input. A network that can name its own classifier (timm's ``get_classifier``) gives
-        that classifier's input. When a normalisation layer runs after the layer that would be the
-        head, the network has no head, and the tap is its output.
-
-        Raises
-        ------
-        TapError
-            If the network has several classifiers, or neither a convolution nor a `Linear`.
-        """
+        """Return the tap used when none is named; the rule is in `default_tap`."""
         if callable(getattr(self.module, "get_classifier", None)):
             return self._default_of_classifier()
         order = [(i, call) for i, call in enumerate(self.calls)]
@@ -292,7 +207,7 @@ class Trace:
         if not convolutions and not linears:
             raise TapError(
                 "The network runs no convolution and no Linear, so there is no default tap. "
-                f"Name a layer: {self._some_names()}"
+                f"Name a layer: {self.trace.some_names()}"
             )
         head = max(convolutions + linears)
         last_convolution = max(convolutions, default=-1)
@@ -308,24 +223,7 @@ class Trace:
         return self._tap(self.calls[head], "input")
 
     def resolve(self, texts: Iterable[str] | None) -> list[ResolvedTap]:
-        """Bring taps to their canonical form.
-
-        Parameters
-        ----------
-        texts : iterable of str or None
-            Taps as written; None or nothing: the default tap.
-
-        Returns
-        -------
-        list of ResolvedTap
-            In the order given; two spellings of one tap give one.
-
-        Raises
-        ------
-        TapError
-            For an unknown layer, one that never runs, one that runs several times without ``#K``,
-            one that gives no tensor, or a reduction that does not fit its shape.
-        """
+        """Return the canonical taps, each once."""
         taps = [Tap.parse(text) for text in texts or ()] or [self.default()]
         resolved = [self._resolve(tap) for tap in taps]
         return list({str(tap): tap for tap in resolved}.values())
@@ -336,7 +234,7 @@ class Trace:
             raise TapError(
                 f"The network has several heads ({type(classifier).__name__} of "
                 f"{len(classifier) if hasattr(classifier, '__len__') else 'unknown length'}), so "
-                f"there is no default tap. Name a layer: {self._some_names()}"
+                f"there is no default tap. Name a layer: {self.trace.some_names()}"
             )
         calls = [call for call in self.calls if call.module is classifier]
         if not calls:
@@ -344,13 +242,13 @@ class Trace:
         return self._tap(calls[-1], "input")
 
     def _tap(self, call: Call, side: Side) -> Tap:
-        several = len(self.runs(call.layer)) > 1
+        several = len(self.trace.runs(call.layer)) > 1
         return Tap(call.layer, call.number if several else None, side)
 
     def _resolve(self, tap: Tap) -> ResolvedTap:
         call = self._run_of(tap)
         side: Side = tap.side or "output"
-        several = len(self.runs(tap.layer)) > 1
+        several = len(self.trace.runs(tap.layer)) > 1
         tap = Tap(call.layer, call.number if several else None, side, tap.reduce)
         value = call.input if side == "input" else call.output
         shape = self._checked_shape(tap, call, value)
@@ -363,11 +261,11 @@ class Trace:
         return self._of_other(tap, shape)
 
     def _run_of(self, tap: Tap) -> Call:
-        calls = self.runs(tap.layer)
+        calls = self.trace.runs(tap.layer)
         if not calls:
             raise TapError(
                 f"The layer {tap.layer!r} never runs when the network computes features, so it "
-                f"cannot be tapped. Layers that run: {self._some_names()}"
+                f"cannot be tapped. Layers that run: {self.trace.some_names()}"
             )
         if tap.call is not None:
             if tap.call > len(calls):
@@ -483,75 +381,16 @@ class Trace:
         without = tokens in grids and tokens - prefix not in grids
         return 0 if without or tokens <= prefix else prefix
 
-    def _unknown(self, layer: str) -> str:
-        near = difflib.get_close_matches(layer, [name for name in self.names if name], n=4)
-        ends = [name for name in self.names if name.endswith(f".{layer}")][:4]
-        hint = list(dict.fromkeys(near + ends))
-        if hint:
-            return f"The network has no layer {layer!r}. Near names: {', '.join(hint)}"
-        return f"The network has no layer {layer!r}. Some that it has: {self._some_names()}"
-
-    def _some_names(self) -> str:
-        ran = list(dict.fromkeys(call.layer for call in self.calls if call.layer))
-        top = [name for name in ran if "." not in name] or ran
-        return ", ".join(top[-6:]) or "none"
-
-
-def trace(module: nn.Module, example: Tensor, *, flops: bool = False) -> Trace:
-    """Run a network once and record what each layer was given and gave.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        In evaluation mode. On the meta device nothing is computed and no weights are needed.
-    example : torch.Tensor
-        Normalised images of shape (b, c, h, w).
-    flops : bool
-        Count the floating-point operations of each layer as well.
-
-    Returns
-    -------
-    Trace
-
-    Raises
-    ------
-    BackboneError
-        If the network cannot run on that example.
-    """
-    result = Trace(module)
-    counter = FlopCounterMode(display=False) if flops else None
-    recorder = _Recorder(result, counter)
-    handles = [
-        handle
-        for part in dict.fromkeys(module.modules())
-        for handle in (
-            part.register_forward_pre_hook(recorder.before, with_kwargs=True),
-            part.register_forward_hook(recorder.after),
-        )
-    ]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        # The fused attention of inference mode is one opaque operation without a count.
-        torch.backends.mha.set_fastpath_enabled(False)
-        example = example.to(_device(module))
-        with torch.no_grad(), counter or nullcontext(), recorder.axes:
-            recorder.axes.mark(example, 1)
-            module(example)
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        size = " x ".join(str(n) for n in example.shape[1:])
-        raise BackboneError(
-            f"The network {type(module).__name__} cannot run on an image of {size} "
-            f"(channels x height x width): {error}. Another size is chosen with --image-size N"
-        ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for handle in handles:
-            handle.remove()
-    return result
-
 
 def default_tap(module: nn.Module, example: Tensor) -> Tap:
-    """Return the tap used when none is named; the rule is in `Trace.default`.
+    """Return the tap that is used when none is named.
+
+    The head is the last executed `Linear` if it runs after the last convolution, else the last
+    convolution. If an `AvgPool2d`, `AdaptiveAvgPool2d` or `AdaptiveMaxPool2d` runs after the last
+    convolution and before the head, the tap is the last such layer's output, otherwise the head's
+    input. A network that can name its own classifier (timm's ``get_classifier``) gives that
+    classifier's input. When a normalisation layer runs after the layer that would be the head, the
+    network has no head, and the tap is its output.
 
     Parameters
     ----------
@@ -559,33 +398,58 @@ def default_tap(module: nn.Module, example: Tensor) -> Tap:
         In evaluation mode.
     example : torch.Tensor
         Normalised images of shape (b, c, h, w).
+
+    Returns
+    -------
+    Tap
+        In canonical form.
+
+    Raises
+    ------
+    TapError
+        If the network has several classifiers, or neither a convolution nor a `Linear`.
     """
-    return trace(module, example).resolve(None)[0].tap
+    return resolve(module, None, example)[0].tap
 
 
 def resolve(module: nn.Module, texts: Iterable[str] | None, example: Tensor) -> list[ResolvedTap]:
-    """Bring taps to their canonical form and find the shapes of their features.
+    """Run the network once and bring taps to their canonical form; see `resolve_traced`.
 
     Parameters
     ----------
     module : torch.nn.Module
         In evaluation mode.
     texts : iterable of str or None
-        Taps as written; None: the default tap.
+        Taps as written; None or nothing: the default tap.
     example : torch.Tensor
         Normalised images of shape (b, c, h, w).
+    """
+    return resolve_traced(trace(module, example), texts)
+
+
+def resolve_traced(traced: Trace, texts: Iterable[str] | None) -> list[ResolvedTap]:
+    """Bring taps to their canonical form.
+
+    Parameters
+    ----------
+    traced : Trace
+        Of the network.
+    texts : iterable of str or None
+        Taps as written; None or nothing: the default tap.
 
     Returns
     -------
     list of ResolvedTap
-        What `Tapped` takes; ``str(tap)`` is the canonical form, ``tap.shape`` that of one image.
+        What `Tapped` takes, in the order given; ``str(tap)`` is the canonical form. Two spellings
+        of one tap give one.
 
     Raises
     ------
     TapError
-        For a tap that names no layer, or one that cannot be tapped.
+        For an unknown layer, one that never runs, one that runs several times without ``#K``, one
+        that gives no tensor, or a reduction that does not fit its shape.
     """
-    return trace(module, example).resolve(texts)
+    return _Resolver(traced).resolve(texts)
 
 
 class _Stop(Exception):
@@ -693,7 +557,7 @@ class Tapped:
     ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         # A forward hook would be too late: ReLU(inplace=True) has clipped its input by then.
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._read(layer, "input", taps, _first(args, kwargs))
+            self._read(layer, "input", taps, first_argument(args, kwargs))
 
         return hook
 
@@ -717,126 +581,6 @@ class Tapped:
             name = str(tap)
             if name in self._captured and tap.tap.reduce in ("flatten", "map", "cls"):
                 self._captured[name] = self._captured[name].clone()
-
-
-class _Axes(TorchFunctionMode):
-    """Follow which axis of each map holds its channels, through every torch operation.
-
-    The mark is an attribute of the tensor object. Where an operation is not understood (a reshape
-    to windows), the mark ends.
-    """
-
-    _FIRST = frozenset({"conv2d", "conv_transpose2d", "batch_norm", "group_norm", "instance_norm"})
-    _LAST = frozenset({"linear", "layer_norm", "rms_norm"})
-    _MOVES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
-    _ENDS = frozenset(
-        {"reshape", "view", "matmul", "bmm", "einsum", "__matmul__", "unflatten", "flatten", "fold"}
-    )
-
-    def mark(self, tensor: Tensor, axis: int) -> None:
-        """Say that `axis` of `tensor` holds the channels."""
-        tensor._featcache_axis = axis  # type: ignore[attr-defined]
-
-    def of(self, tensor: Tensor) -> int | None:
-        """Return the channel axis of a 4-d tensor, or None."""
-        return getattr(tensor, "_featcache_axis", None) if tensor.ndim == 4 else None
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        for out in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(out, Tensor) and out.ndim == 4:
-                axis = self._axis(getattr(func, "__name__", ""), out, args, kwargs)
-                if axis is not None:
-                    self.mark(out, axis)
-        return result
-
-    def _axis(
-        self, name: str, out: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> int | None:
-        if name in self._FIRST:
-            return 1
-        if name in self._LAST:
-            return 3
-        source = self._source(args, kwargs)
-        if source is None:
-            return None
-        axis = self.of(source)
-        if name in self._MOVES and axis is not None:
-            return self._moved(name, source, axis, args, kwargs)
-        if name in self._ENDS and out.shape != source.shape:
-            return None
-        return axis
-
-    def _source(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        values = [*args, *kwargs.values()]
-        nested = (v if isinstance(v, (list, tuple)) else [v] for v in values)
-        flat = [v for group in nested for v in group]
-        maps = [v for v in flat if isinstance(v, Tensor) and v.ndim == 4]
-        return next((v for v in maps if self.of(v) is not None), maps[0] if maps else None)
-
-    def _moved(
-        self, name: str, source: Tensor, axis: int, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> int:
-        # A probe with sizes 1, 2, 3, 4, moved the same way, shows where each axis goes.
-        rest = {key: value for key, value in kwargs.items() if value is not source}
-        moved = getattr(torch.empty((1, 2, 3, 4), device="meta"), name)(*args[1:], **rest)
-        return list(moved.shape).index(axis + 1)
-
-
-class _Recorder:
-    """The hooks of `trace`."""
-
-    def __init__(self, result: Trace, counter: FlopCounterMode | None) -> None:
-        self.result = result
-        self.counter = counter
-        self.axes = _Axes()
-        self._name = {}
-        for name, part in result.module.named_modules():
-            self._name[id(part)] = name
-        self._number: Counter[int] = Counter()
-        self._open: list[tuple[Call, int]] = []
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._number[id(module)] += 1
-        given = self._value(_first(args, kwargs))
-        call = Call(self._name[id(module)], module, self._number[id(module)], given, given)
-        self.result.calls.append(call)
-        self._open.append((call, self._flops()))
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        call, before = self._open.pop()
-        call.output = self._value(output)
-        call.flops = self._flops() - before
-
-    def _flops(self) -> int:
-        return int(self.counter.get_total_flops()) if self.counter else 0
-
-    def _value(self, value: Any) -> Value:
-        if isinstance(value, Tensor):
-            return Value(tuple(value.shape), self.axes.of(value), "a tensor")
-        if isinstance(value, Mapping):
-            return Value(None, None, f"a dict with the keys {', '.join(map(str, value))}")
-        if isinstance(value, (tuple, list)):
-            return Value(None, None, f"a {type(value).__name__} of {len(value)}")
-        return Value(None, None, "nothing" if value is None else f"a {type(value).__name__}")
-
-
-def _names(module: nn.Module) -> dict[str, str]:
-    """Return every name of every part, and the name that `Module.named_modules` gives it."""
-    first = {id(part): name for name, part in module.named_modules()}
-    every = module.named_modules(remove_duplicate=False)
-    return {name: first[id(part)] for name, part in every}
-
-
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _text(value: Value) -> str:
@@ -871,9 +615,3 @@ def _declared_prefix_tokens(module: nn.Module) -> int:
         return 0
     others = (p for name, p in named.items() if name in _OTHER_TOKENS)
     return 1 + sum(p.shape[1] if p.ndim == 3 else 1 for p in others)
-
-
-def _device(module: nn.Module) -> torch.device:
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")

@@ -1,0 +1,298 @@
+"""Run a network once and see what each layer is given and gives.
+
+A `Trace` holds every run of every layer: shapes, which axis of a map holds the channels, and the
+floating-point operations. On PyTorch's meta device it needs no weights and computes nothing.
+
+Which axis holds the channels is not visible in a shape: torchvision's Swin computes in
+(n, h, w, c). So it is followed from the images through every torch operation.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from featcache.errors import BackboneError, TapError
+
+__all__ = ["Call", "Trace", "Value", "first_argument", "trace"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a layer was given, or what it gave.
+
+    Attributes
+    ----------
+    shape : tuple of int or None
+        With the batch axis; None when it is no tensor.
+    channel_axis : int or None
+        Which axis of a map (n, c, h, w) or (n, h, w, c) holds the channels; None when unknown.
+    what : str
+        In words: "a tensor", "a tuple of 2", "a dict with the keys out, aux".
+    """
+
+    shape: tuple[int, ...] | None
+    channel_axis: int | None
+    what: str
+
+
+@dataclass
+class Call:
+    """One run of one layer during a traced forward pass.
+
+    Attributes
+    ----------
+    layer : str
+        Name of the module.
+    module : torch.nn.Module
+        The module.
+    number : int
+        Which run of this module, from 1.
+    input, output : Value
+        What went in and came out.
+    flops : int
+        Floating-point operations of matrix products and convolutions, those of its parts included.
+    """
+
+    layer: str
+    module: nn.Module
+    number: int
+    input: Value
+    output: Value
+    flops: int = 0
+
+
+class Trace:
+    """What one forward pass of a network did, layer by layer, in the order of starting.
+
+    Made by `trace`.
+
+    Attributes
+    ----------
+    module : torch.nn.Module
+        The network.
+    calls : list of Call
+        Every run of every layer.
+    names : dict of str to str
+        Every name of every module, and the name that it goes by in `calls`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.names = _names(module)
+        self.calls: list[Call] = []
+
+    def runs(self, layer: str) -> list[Call]:
+        """Return the runs of the layer of that name.
+
+        Raises
+        ------
+        TapError
+            If there is no layer of that name (near names are given).
+        """
+        if layer not in self.names:
+            raise TapError(self._unknown(layer))
+        return [call for call in self.calls if call.layer == self.names[layer]]
+
+    def _unknown(self, layer: str) -> str:
+        near = difflib.get_close_matches(layer, [name for name in self.names if name], n=4)
+        ends = [name for name in self.names if name.endswith(f".{layer}")][:4]
+        hint = list(dict.fromkeys(near + ends))
+        if hint:
+            return f"The network has no layer {layer!r}. Near names: {', '.join(hint)}"
+        return f"The network has no layer {layer!r}. Some that it has: {self.some_names()}"
+
+    def some_names(self) -> str:
+        """Return a few names of layers that run, for messages."""
+        ran = list(dict.fromkeys(call.layer for call in self.calls if call.layer))
+        top = [name for name in ran if "." not in name] or ran
+        return ", ".join(top[-6:]) or "none"
+
+
+def trace(module: nn.Module, example: Tensor, *, flops: bool = False) -> Trace:
+    """Run a network once and record what each layer was given and gave.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        In evaluation mode. On the meta device nothing is computed and no weights are needed.
+    example : torch.Tensor
+        Normalised images of shape (b, c, h, w).
+    flops : bool
+        Count the floating-point operations of each layer as well.
+
+    Returns
+    -------
+    Trace
+
+    Raises
+    ------
+    BackboneError
+        If the network cannot run on that example.
+    """
+    result = Trace(module)
+    counter = FlopCounterMode(display=False) if flops else None
+    recorder = _Recorder(result, counter)
+    handles = [
+        handle
+        for part in dict.fromkeys(module.modules())
+        for handle in (
+            part.register_forward_pre_hook(recorder.before, with_kwargs=True),
+            part.register_forward_hook(recorder.after),
+        )
+    ]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # The fused attention of inference mode is one opaque operation without a count.
+        torch.backends.mha.set_fastpath_enabled(False)
+        example = example.to(_device(module))
+        with torch.no_grad(), counter or nullcontext(), recorder.axes:
+            recorder.axes.mark(example, 1)
+            module(example)
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        size = " x ".join(str(n) for n in example.shape[1:])
+        raise BackboneError(
+            f"The network {type(module).__name__} cannot run on an image of {size} "
+            f"(channels x height x width): {error}. Another size is chosen with --image-size N"
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+class _Axes(TorchFunctionMode):
+    """Follow which axis of each map holds its channels, through every torch operation.
+
+    The mark is an attribute of the tensor object. Where an operation is not understood (a reshape
+    to windows), the mark ends.
+    """
+
+    _FIRST = frozenset({"conv2d", "conv_transpose2d", "batch_norm", "group_norm", "instance_norm"})
+    _LAST = frozenset({"linear", "layer_norm", "rms_norm"})
+    _MOVES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
+    _ENDS = frozenset(
+        {"reshape", "view", "matmul", "bmm", "einsum", "__matmul__", "unflatten", "flatten", "fold"}
+    )
+
+    def mark(self, tensor: Tensor, axis: int) -> None:
+        """Say that `axis` of `tensor` holds the channels."""
+        tensor._featcache_axis = axis  # type: ignore[attr-defined]
+
+    def of(self, tensor: Tensor) -> int | None:
+        """Return the channel axis of a 4-d tensor, or None."""
+        return getattr(tensor, "_featcache_axis", None) if tensor.ndim == 4 else None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for out in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(out, Tensor) and out.ndim == 4:
+                axis = self._axis(getattr(func, "__name__", ""), out, args, kwargs)
+                if axis is not None:
+                    self.mark(out, axis)
+        return result
+
+    def _axis(
+        self, name: str, out: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> int | None:
+        if name in self._FIRST:
+            return 1
+        if name in self._LAST:
+            return 3
+        source = self._source(args, kwargs)
+        if source is None:
+            return None
+        axis = self.of(source)
+        if name in self._MOVES and axis is not None:
+            return self._moved(name, source, axis, args, kwargs)
+        if name in self._ENDS and out.shape != source.shape:
+            return None
+        return axis
+
+    def _source(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        values = [*args, *kwargs.values()]
+        nested = (v if isinstance(v, (list, tuple)) else [v] for v in values)
+        flat = [v for group in nested for v in group]
+        maps = [v for v in flat if isinstance(v, Tensor) and v.ndim == 4]
+        return next((v for v in maps if self.of(v) is not None), maps[0] if maps else None)
+
+    def _moved(
+        self, name: str, source: Tensor, axis: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> int:
+        # A probe with sizes 1, 2, 3, 4, moved the same way, shows where each axis goes.
+        rest = {key: value for key, value in kwargs.items() if value is not source}
+        moved = getattr(torch.empty((1, 2, 3, 4), device="meta"), name)(*args[1:], **rest)
+        return list(moved.shape).index(axis + 1)
+
+
+class _Recorder:
+    """The hooks of `trace`."""
+
+    def __init__(self, result: Trace, counter: FlopCounterMode | None) -> None:
+        self.result = result
+        self.counter = counter
+        self.axes = _Axes()
+        self._name = {}
+        for name, part in result.module.named_modules():
+            self._name[id(part)] = name
+        self._number: Counter[int] = Counter()
+        self._open: list[tuple[Call, int]] = []
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._number[id(module)] += 1
+        given = self._value(first_argument(args, kwargs))
+        call = Call(self._name[id(module)], module, self._number[id(module)], given, given)
+        self.result.calls.append(call)
+        self._open.append((call, self._flops()))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call, before = self._open.pop()
+        call.output = self._value(output)
+        call.flops = self._flops() - before
+
+    def _flops(self) -> int:
+        return int(self.counter.get_total_flops()) if self.counter else 0
+
+    def _value(self, value: Any) -> Value:
+        if isinstance(value, Tensor):
+            return Value(tuple(value.shape), self.axes.of(value), "a tensor")
+        if isinstance(value, Mapping):
+            return Value(None, None, f"a dict with the keys {', '.join(map(str, value))}")
+        if isinstance(value, (tuple, list)):
+            return Value(None, None, f"a {type(value).__name__} of {len(value)}")
+        return Value(None, None, "nothing" if value is None else f"a {type(value).__name__}")
+
+
+def _names(module: nn.Module) -> dict[str, str]:
+    """Return every name of every part, and the name that `Module.named_modules` gives it."""
+    first = {id(part): name for name, part in module.named_modules()}
+    every = module.named_modules(remove_duplicate=False)
+    return {name: first[id(part)] for name, part in every}
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a module was given: its first argument, positional or not."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _device(module: nn.Module) -> torch.device:
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
