@@ -109,24 +109,21 @@ class _Record:
         >>> print(a.diff(b, names=("stored", "asked for")))
         backbone: 'resnet18' (stored), 'resnet50' (asked for)
         """
-        mine = dict(_flat("", json.loads(self.to_json())))
-        theirs = dict(_flat("", json.loads(other.to_json())))
-        lines = [
-            f"{key}: {mine.get(key, 'absent')} ({names[0]}), {theirs.get(key, 'absent')} "
-            f"({names[1]})"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
-        ]
-        return "\n".join(lines)
+        pairs = _differences("", json.loads(self.to_json()), json.loads(other.to_json()))
+        return "\n".join(
+            f"{name}: {mine!r} ({names[0]}), {theirs!r} ({names[1]})"
+            for name, mine, theirs in pairs
+        )
 
 
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield ``("preprocessing.resize", "256")`` pairs: leaves by dotted name."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else key, item)
-    else:
-        yield prefix, repr(value)
+def _differences(name: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs, inside dictionaries by dotted name."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted(mine.keys() | theirs.keys()):
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(inner, mine.get(key), theirs.get(key))
+    elif mine != theirs:
+        yield name, mine, theirs
 
 
 @dataclass(frozen=True, eq=True)

@@ -79,7 +79,6 @@ __all__ = ["DONE", "FAILED", "PENDING", "Contents", "Dataset", "StoreFile", "cre
 PENDING, DONE, FAILED = 0, 1, 2
 
 _ALIGNMENT = 4096
-_LIBVER = ("v110", "v110")
 # Metadata of the layout itself: a few kilobytes a dataset, measured; generous for reserving.
 _METADATA_BYTES = 65_536
 # JSON that is written after the layout is made needs its place beforehand.
@@ -312,17 +311,40 @@ def create_file(path: str, contents: Contents) -> None:
 def _write_layout(
     path: str, plan: Mapping[str, tuple[tuple[int, ...], np.dtype[Any], np.ndarray | None]]
 ) -> None:
-    """Make an HDF5 file whose datasets are contiguous, allocated, and never filled."""
-    with h5py.File(path, "w", libver=_LIBVER, alignment_interval=_ALIGNMENT, locking=False) as file:
-        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        creation.set_layout(h5py.h5d.CONTIGUOUS)
-        creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        for name, (shape, dtype, _) in plan.items():
-            space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
-            kind = h5py.h5t.py_create(_hdf5_dtype(dtype), logical=True)
-            dataset = h5py.h5d.create(file.id, None, kind, space, dcpl=creation)
-            file[name] = h5py.Dataset(dataset)  # makes the groups in between
+    """Make an HDF5 file whose datasets are contiguous, allocated, and never filled.
+
+    By the low-level interface, because only there the times of making can be left out: the same
+    features give the same file, byte for byte.
+    """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_alignment(1, _ALIGNMENT)
+    access.set_file_locking(False, True)  # the lock is ours, see `featcache.locking`
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    for_file = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    for_groups = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+    for properties in (creation, for_file, for_groups):
+        properties.set_obj_track_times(False)
+    utf8 = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    utf8.set_char_encoding(h5py.h5t.CSET_UTF8)
+
+    file = h5py.h5f.create(path.encode(), h5py.h5f.ACC_TRUNC, for_file, access)
+    groups = {""}
+    for name, (shape, dtype, _) in plan.items():
+        for depth in range(1, name.count("/") + 1):
+            group = "/".join(name.split("/")[:depth])
+            if group not in groups:
+                h5py.h5g.create(file, group.encode(), gcpl=for_groups)
+                groups.add(group)
+        space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+        kind = h5py.h5t.py_create(_hdf5_dtype(dtype), logical=True)
+        dataset = h5py.h5d.create(file, None, kind, space, dcpl=creation)
+        h5py.h5o.link(dataset, file, name.encode(), lcpl=utf8)
+        del dataset
+    file.close()
 
 
 def _hdf5_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

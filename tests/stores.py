@@ -1,0 +1,103 @@
+"""Small stores of known features for tests: everything follows from a seed, nothing from time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.fingerprint import Fingerprint
+from featcache.store import FeatureStore
+from featcache.writer import FeatureWriter
+
+POOL = "avgpool:output:flatten"
+MAPS = "layer4:output:map"
+CANARIES = [("grey", b"\x89PNG 1"), ("exif", b"\xff\xd8 22")]
+
+
+class Images:
+    """The part of an `ImageSet` that a store reads."""
+
+    source = "a test"
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        labels: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
+        splits: Sequence[str] | None = None,
+    ) -> None:
+        self.ids, self.labels, self.groups, self.splits = ids, labels, groups, splits
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def images(n: int = 12, start: int = 0) -> Images:
+    """Return n images of three classes, with an id that is not ASCII."""
+    ids = [f"{'abc'[i % 3]}/{i:04d}-é.jpg" for i in range(start, start + n)]
+    return Images(ids, labels=[name[0] for name in ids])
+
+
+def fingerprint(**changes: Any) -> Fingerprint:
+    values: dict[str, Any] = {
+        "source": "torchvision",
+        "backbone": "resnet18",
+        "weights": "none",
+        "state_sha256": "ab" * 32,
+        "taps": (POOL,),
+        "preprocessing": {"resize": 256},
+    }
+    return Fingerprint(**(values | changes))
+
+
+def shapes(f: Fingerprint, d: int = 8) -> dict[str, tuple[int, ...]]:
+    """Return the shape of one image's features: d of the pooling layer, 2 x 3 x 3 maps."""
+    each = {POOL: (d,), MAPS: (2, 3, 3)}
+    views = (f.views,) if f.views > 1 else ()
+    return {tap: (*views, *each[tap]) for tap in f.taps}
+
+
+def sha256(ids: Sequence[str]) -> np.ndarray:
+    """Return the content hashes: of an image whose bytes are its id."""
+    digests = [hashlib.sha256(name.encode()).digest() for name in ids]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+
+
+def features(ids: Sequence[str], f: Fingerprint, d: int = 8) -> dict[str, np.ndarray]:
+    """Return features that depend on the id alone, float32."""
+    found = {}
+    for k, (tap, shape) in enumerate(shapes(f, d).items()):
+        rows = [
+            np.random.default_rng([k, *name.encode()]).standard_normal(shape, np.float32)
+            for name in ids
+        ]
+        found[tap] = np.array(rows, np.float32).reshape(len(ids), *shape)
+    return found
+
+
+def fill(writer: FeatureWriter, imgs: Images, rows: np.ndarray, d: int = 8) -> None:
+    """Write rows with their own features."""
+    ids = [imgs.ids[i] for i in rows]
+    f = writer.fingerprint
+    writer.write(rows, features(ids, f, d), sha256=sha256(ids), size=rows + 100, mtime_ns=rows)
+
+
+def writer(path: Path, imgs: Images, f: Fingerprint | None = None, **options: Any) -> FeatureWriter:
+    f = f or fingerprint()
+    return FeatureWriter.open(path, imgs, shapes(f), fingerprint=f, canaries=CANARIES, **options)
+
+
+def store(
+    path: Path, imgs: Images | None = None, f: Fingerprint | None = None, failed: Sequence[int] = ()
+) -> FeatureStore:
+    """Return a finished store."""
+    imgs = imgs or images()
+    with writer(path, imgs, f) as w:
+        for row in failed:
+            w.fail(row, "decode", "not an image")
+        fill(w, imgs, w.pending)
+        return w.finish(max_failures=1)

@@ -1,0 +1,410 @@
+"""The feature file as specified: plain HDF5, exact bytes, and no damage that goes unseen."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from featcache.errors import (
+    CorruptStore,
+    DiskFull,
+    FeatcacheError,
+    FormatVersionError,
+    MissingStore,
+    StoreError,
+)
+from featcache.store import FeatureStore
+from tests import stores
+from tests.stores import MAPS, POOL
+
+TABLES = ("ids", "labels", "rows", "failures", "digest")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.h5"
+
+
+# --- plain HDF5 ---------------------------------------------------------------------------------
+
+
+def test_plain_h5py_reads_everything(path: Path) -> None:
+    f = stores.fingerprint(taps=(POOL, MAPS), store_dtype="float16")
+    imgs = stores.images(12)
+    imgs.groups, imgs.splits = ["g"] * 12, ["train"] * 8 + ["test"] * 4
+    stores.store(path, imgs, f, failed=[3])
+    good = [name for i, name in enumerate(imgs.ids) if i != 3]
+    expected = stores.features(good, f)
+    with h5py.File(path) as file:
+        assert list(file["ids"].asstr()) == good
+        assert list(file["labels"].asstr()) == [name[0] for name in good]
+        assert list(file["groups"].asstr()) == ["g"] * 11
+        assert list(file["splits"].asstr()) == ["train"] * 7 + ["test"] * 4
+        for tap in f.taps:
+            assert file["features"][tap].dtype == np.float16
+            np.testing.assert_array_equal(
+                file["features"][tap][:], expected[tap].astype(np.float16)
+            )
+        assert file["rows"]["sha256"].tobytes() == stores.sha256(good).tobytes()
+        assert (file["rows"]["status"] == 1).all()
+        assert file["failures"][0]["id"].decode() == imgs.ids[3]
+        assert file["failures"][0]["reason"] == b"not an image"
+        assert json.loads(file["meta/fingerprint"][()]) == json.loads(f.to_json())
+        assert json.loads(file["meta/classes"][()]) == ["a", "b", "c"]
+        assert json.loads(file["meta/versions"][()])["format"] == 1
+        assert list(file["canaries/names"].asstr()) == ["grey", "exif"]
+        assert file["canaries/images/1"][:].tobytes() == b"\xff\xd8 22"
+
+
+def test_layout_is_contiguous_aligned_unfiltered_and_readable_since_hdf5_1_10(path: Path) -> None:
+    stores.store(path, f=stores.fingerprint(taps=(POOL, MAPS)))
+    names = []
+
+    def check(name: str, node: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(node, h5py.Dataset):
+            names.append(name)
+            plist = node.id.get_create_plist()
+            assert plist.get_layout() == h5py.h5d.CONTIGUOUS
+            assert plist.get_nfilters() == 0
+            if node.nbytes:
+                assert node.id.get_offset() % 4096 == 0
+            for base in node.dtype.fields or {"": (node.dtype,)}:
+                kind = node.dtype[base] if base else node.dtype
+                assert kind.kind == "S" or kind.base.byteorder in "<|="
+
+    with h5py.File(path) as file:
+        file.visititems(check)
+        assert h5py.check_string_dtype(file["ids"].dtype).encoding == "utf-8"
+    assert {name.split("/")[0] for name in names} == {*TABLES, "features", "meta", "canaries"}
+    superblock = path.read_bytes()[:9]
+    assert superblock == b"\x89HDF\r\n\x1a\n\x03"  # version 3: checksummed, HDF5 1.10
+
+
+def test_checksums_are_those_of_the_specification(path: Path) -> None:
+    f = stores.fingerprint(taps=(POOL, MAPS))
+    stores.store(path, f=f)
+    with h5py.File(path) as file:
+        rows = file["rows"][:]
+        assert rows.dtype.itemsize == 32 + 8 + 8 + 4 * 2 + 1 + 4
+        for i, row in enumerate(rows):
+            seed = zlib.crc32(row["sha256"].tobytes())
+            for k, tap in enumerate(f.taps):
+                stored = file["features"][tap][i].tobytes()
+                assert row["crc32"][k] == zlib.crc32(stored, seed)
+            name_seed = zlib.crc32(file["ids"][i])
+            assert row["check"] == zlib.crc32(row.tobytes()[:-4], name_seed)
+        digest = hashlib.sha256()
+        names: list[str] = []
+        file.visit(
+            lambda name: names.append(name) if isinstance(file[name], h5py.Dataset) else None
+        )
+        for name in sorted(names):
+            if name != "digest" and not name.startswith("features/"):
+                offset, size = file[name].id.get_offset() or 0, file[name].nbytes
+                content = path.read_bytes()[offset : offset + size]
+                digest.update(name.encode() + b"\0" + size.to_bytes(8, "little") + content)
+        assert file["digest"][:].tobytes() == digest.digest()
+
+
+def test_the_same_features_give_the_same_bytes(tmp_path: Path) -> None:
+    f = stores.fingerprint(taps=(POOL, MAPS))
+    for name in "ab":
+        stores.store(tmp_path / name, f=f, failed=[5])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_names_that_hdf5_reads_otherwise(path: Path) -> None:
+    taps = ("a/b%2F:output:flatten", "ünï.0:output:mean", "a%2Fb%2F:output:flatten")
+    f = stores.fingerprint(taps=taps)
+    imgs = stores.images(3)
+    values = {tap: np.full((3, 2), k, np.float32) for k, tap in enumerate(taps)}
+    with stores.FeatureWriter.open(path, imgs, dict.fromkeys(taps, (2,)), fingerprint=f) as writer:
+        writer.write([0, 1, 2], values, sha256=stores.sha256(imgs.ids))
+        store = writer.finish()
+    assert list(store.taps) == list(taps)
+    for tap in taps:
+        np.testing.assert_array_equal(store.load(tap)[0], values[tap])
+    with h5py.File(path) as file:
+        assert set(file["features"]) == {
+            "a%2Fb%252F:output:flatten",
+            "ünï.0:output:mean",
+            "a%252Fb%252F:output:flatten",
+        }
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Return what h5py reads from a file, by dataset."""
+    found = {}
+
+    def visit(name: str, node: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(node, h5py.Dataset):
+            found[name] = np.asarray(node[()]).tobytes()
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found
+
+
+def is_seen(path: Path) -> bool:
+    """Say whether opening or verifying a file reports damage."""
+    try:
+        return not FeatureStore.open(path).verify().ok
+    except FeatcacheError:
+        return True
+
+
+def test_every_flipped_bit_is_seen_or_changes_nothing(path: Path) -> None:
+    stores.store(path, f=stores.fingerprint(taps=(POOL, MAPS)), failed=[5])
+    whole, before = path.read_bytes(), contents(path)
+    assert not is_seen(path)
+    used = [i for i in range(0, len(whole), 16) if any(whole[i : i + 16])]
+    rng = np.random.default_rng(0)
+    seen = 0
+    for block in rng.choice(used, 400):
+        position, bit = int(block) + int(rng.integers(16)), int(rng.integers(8))
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << bit
+        path.write_bytes(damaged)
+        if is_seen(path):
+            seen += 1
+        else:  # a gap between datasets
+            assert contents(path) == before, f"bit {bit} of byte {position} went unseen"
+    assert seen > 200
+
+
+def test_every_flipped_bit_of_features_and_rows_is_seen(path: Path) -> None:
+    stores.store(path)
+    whole = path.read_bytes()
+    with h5py.File(path) as file:
+        places = [
+            range(file[name].id.get_offset(), file[name].id.get_offset() + file[name].nbytes)
+            for name in (f"features/{POOL}", "rows", "ids", "labels")
+        ]
+    rng = np.random.default_rng(1)
+    for place in places:
+        for position in rng.choice(place, 25):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            assert is_seen(path), position
+
+
+def damage(path: Path, name: str, source: slice, target: slice) -> None:
+    """Copy rows of a dataset over others, behind libhdf5's back."""
+    with h5py.File(path) as file:
+        dataset = file[name]
+        offset, row = dataset.id.get_offset(), dataset.nbytes // len(dataset)
+    data = bytearray(path.read_bytes())
+    a, b = (slice(offset + s.start * row, offset + s.stop * row) for s in (source, target))
+    data[a], data[b] = data[b], data[a]
+    path.write_bytes(data)
+
+
+def test_swapped_rows_are_seen_and_named(path: Path) -> None:
+    store = stores.store(path)
+    damage(path, f"features/{POOL}", slice(2, 3), slice(7, 8))
+    report = FeatureStore.open(path).verify()
+    assert report.bad_rows == [store.ids[2], store.ids[7]]
+    assert "mv " in str(report)
+    # with their entries too: the entries are signed with the ids
+    damage(path, "rows", slice(2, 3), slice(7, 8))
+    assert FeatureStore.open(path).verify().bad_rows == [store.ids[2], store.ids[7]]
+
+
+def test_swapped_taps_are_seen(path: Path) -> None:
+    """Two taps of one shape whose bytes changed places."""
+    f = stores.fingerprint(taps=("a:output:mean", "b:output:mean"))
+    imgs = stores.images(3)
+    values = {tap: np.full((3, 2), k, np.float32) for k, tap in enumerate(f.taps)}
+    with stores.FeatureWriter.open(path, imgs, dict.fromkeys(f.taps, (2,)), fingerprint=f) as w:
+        w.write([0, 1, 2], values, sha256=stores.sha256(imgs.ids))
+        w.finish()
+    with h5py.File(path) as file:
+        a, b = (file[f"features/{tap}"].id.get_offset() for tap in f.taps)
+    data = bytearray(path.read_bytes())
+    data[a : a + 8], data[b : b + 8] = data[b : b + 8], data[a : a + 8]
+    path.write_bytes(data)
+    assert FeatureStore.open(path).verify().bad_rows == [imgs.ids[0]]
+
+
+def test_lost_and_torn_writes_are_seen(path: Path) -> None:
+    store = stores.store(path)
+    with h5py.File(path) as file:
+        offset = file[f"features/{POOL}"].id.get_offset()
+    data = bytearray(path.read_bytes())
+    data[offset + 32 : offset + 64] = bytes(32)  # row 1 never reached the disk
+    data[offset + 5 * 32 + 16 : offset + 6 * 32] = bytes(16)  # half of row 5 did
+    path.write_bytes(data)
+    assert FeatureStore.open(path).verify().bad_rows == [store.ids[1], store.ids[5]]
+
+
+def test_only_damaged_rows_are_computed_again(path: Path) -> None:
+    imgs = stores.images()
+    stores.store(path, imgs)
+    whole = path.read_bytes()
+    damage(path, f"features/{POOL}", slice(2, 3), slice(7, 8))
+    path.rename(f"{path}.partial")  # what verify's message says
+    with stores.writer(path, imgs) as writer:
+        assert writer.pending.tolist() == [2, 7]
+        stores.fill(writer, imgs, writer.pending)
+        assert writer.finish().verify().ok
+    assert path.read_bytes() == whole
+
+
+def test_truncation_at_any_length_is_one_clear_error(path: Path) -> None:
+    stores.store(path)
+    whole = path.read_bytes()
+    for length in [*range(0, 600, 37), *range(600, len(whole), 4099), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CorruptStore) as error:
+            FeatureStore.open(path)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x89PNG\r\n\x1a\n" + bytes(100), b"hello" * 1000],
+    ids=["empty", "png", "text"],
+)
+def test_what_is_not_hdf5_is_refused_and_left_alone(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(CorruptStore, match="HDF5"):
+        FeatureStore.open(path)
+    if content:
+        with pytest.raises(CorruptStore, match="HDF5"):
+            stores.writer(path, stores.images())
+    assert path.read_bytes() == content
+
+
+def test_somebody_elses_hdf5_is_refused_and_left_alone(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["x"] = np.arange(10)
+    with pytest.raises(CorruptStore, match="not a feature file"):
+        FeatureStore.open(path)
+    with pytest.raises(CorruptStore):
+        stores.writer(path, stores.images())
+    with h5py.File(path) as file:
+        assert list(file) == ["x"]
+
+
+@pytest.mark.parametrize(("version", "advice"), [(2, "pip install"), (0, "featcache extract")])
+def test_other_format_versions_are_refused(path: Path, version: int, advice: str) -> None:
+    stores.store(path)
+    with h5py.File(path) as file:
+        meta = file["meta/versions"]
+        offset, text = meta.id.get_offset(), meta[()]
+    changed = text.replace(b'"format":1', b'"format":%d' % version)
+    data = bytearray(path.read_bytes())
+    data[offset : offset + len(text)] = changed
+    path.write_bytes(data)
+    with pytest.raises(FormatVersionError, match=advice) as error:
+        FeatureStore.open(path)
+    assert f"version {version}" in str(error.value)
+
+
+def test_missing_file_and_folder(path: Path) -> None:
+    with pytest.raises(MissingStore, match="featcache extract"):
+        FeatureStore.open(path)
+    path.mkdir()
+    with pytest.raises(StoreError, match="folder"):
+        FeatureStore.open(path)
+    with pytest.raises(StoreError, match="folder"):
+        stores.writer(path, stores.images())
+
+
+# --- full disks and other refusals --------------------------------------------------------------
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_full_disk_is_found_before_any_row(tmp_path: Path) -> None:
+    """A file size limit stands for the full disk: the same refusal, at the same places."""
+    code = f"""
+import resource
+from featcache.errors import DiskFull
+from tests import stores
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+f = stores.fingerprint()
+try:
+    stores.FeatureWriter.open(
+        {str(tmp_path / "a.h5")!r}, stores.images(100), {{stores.POOL: (100_000,)}}, fingerprint=f
+    )
+except DiskFull as error:
+    print(error)
+"""
+    result = run(code)
+    assert "needs 40.8 MB" in result.stdout, result.stderr
+    assert "Nothing was computed" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_found_by_reservation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, start: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskFull, match="--store-dtype float16"):
+        stores.writer(tmp_path / "a.h5", stores.images())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_reservation_zeros_are_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.store(path)
+    expected = path.read_bytes()
+    path.unlink()
+
+    def missing(descriptor: int, start: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", missing)
+    stores.store(path)
+    assert path.read_bytes() == expected
+    assert path.stat().st_blocks * 512 >= path.stat().st_size  # no holes
+
+
+def test_space_is_reserved_at_the_start(path: Path) -> None:
+    f = stores.fingerprint()
+    with stores.FeatureWriter.open(path, stores.images(50), {POOL: (10_000,)}, fingerprint=f):
+        status = Path(f"{path}.partial").stat()
+        assert status.st_blocks * 512 >= status.st_size > 50 * 10_000 * 4
+
+
+def test_read_only_folder_is_said_in_words() -> None:
+    code = """
+import os, sys
+from featcache.errors import StoreError
+from tests import stores
+if os.geteuid() == 0:
+    os.setuid(65534)  # root may write anywhere: be nobody
+try:
+    stores.writer(sys.argv[1], stores.images())
+except StoreError as error:
+    print(error)
+"""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
+        Path(folder).chmod(0o555)
+        result = run(code, f"{folder}/a.h5")
+        Path(folder).chmod(0o755)
+    assert f"Cannot write in {folder}" in result.stdout, result.stderr
+    assert "-o" in result.stdout
