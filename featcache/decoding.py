@@ -63,6 +63,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BITS_PER_SAMPLE = 258  # TIFF tag
 _NPY_MAGIC = b"\x93NUMPY"
 _NOT_IMAGES = {
     b"version https://git-lfs": "a Git LFS pointer, not the image itself. Type: git lfs pull",
@@ -307,14 +308,32 @@ class Preprocessing:
         if not self.antialias:
             extent = (0, 0, image.width, image.height)
             return image.transform(size, Image.Transform.EXTENT, extent, resample), left, upper
-        _, height, width = self.output_shape
-        # A strip of 1 x 60,000 pixels would become 15 million pixels long before the crop.
-        huge = size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf)
-        x = _Window.of(image.width, size[0], left, width, inexact=huge)
-        y = _Window.of(image.height, size[1], upper, height, inexact=huge)
+        x, y = self._windows(image.size, size, (left, upper))
         box = (x.source[0], y.source[0], x.source[1], y.source[1])
         image = image.resize((x.length, y.length), resample, box)
         return image, left - x.start, upper - y.start
+
+    def _windows(
+        self, old: tuple[int, int], new: tuple[int, int], start: tuple[int, int]
+    ) -> tuple[_Window, _Window]:
+        """Choose the columns and rows to compute, so that those in the crop keep all their bits.
+
+        Parameters
+        ----------
+        old, new, start : tuple of int
+            Width and height before and after resizing; left and upper edge of the crop.
+        """
+        length = self.output_shape[:0:-1]
+        # A strip of 1 x 60,000 pixels would become 15 million pixels long before the crop.
+        huge = new[0] * new[1] > (Image.MAX_IMAGE_PIXELS or math.inf)
+        edges = list(zip(old, new, start, length, strict=True))
+        some_x, some_y = (_Window.of(*edge, inexact=huge) for edge in edges)
+        all_x, all_y = (_Window.whole(a, b) for a, b in zip(old, new, strict=True))
+        order = _vertical_first(old, new)
+        for x, y in ((some_x, some_y), (all_x, some_y), (some_x, all_y)):
+            if huge or _vertical_first(old, (x.length, y.length)) == order:
+                return x, y
+        return all_x, all_y
 
     def _padded(
         self, image: Image.Image, left: int, upper: int, fill: tuple[int, ...]
@@ -525,7 +544,21 @@ class _Window:
         )
         if exact or inexact:
             return cls(start, end - start, (edges[0], min(edges[1], float(old))))
+        return cls.whole(old, new)
+
+    @classmethod
+    def whole(cls, old: int, new: int) -> _Window:
+        """Return the window that is all of the axis."""
         return cls(0, new, (0.0, float(old)))
+
+
+def _vertical_first(old: tuple[int, int], new: tuple[int, int]) -> bool:
+    """Tell whether Pillow, at these sizes, resizes the height of an image before its width.
+
+    It rounds to 8 bits in between, so the order decides bits. This is the rule in Pillow's
+    ``ImagingResampleInner``; versions that always begin with the width satisfy it too.
+    """
+    return old[1] - new[1] > max(0, 2 * (old[0] - new[0]))
 
 
 def _centre(size: int, crop: int) -> int:
@@ -633,11 +666,17 @@ def _ranged(image: Image.Image) -> Image.Image:
             "save them as 8- or 16-bit integers"
         )
         raise DecodeError("decode", reason)
-    grey = (pixels >> 8).astype(np.uint8)
+    grey = (pixels >> (_bits(image) - 8)).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[pixels == transparent] = 255
     return Image.fromarray(grey)
+
+
+def _bits(image: Image.Image) -> int:
+    """Return how many bits the samples of a grey image of more than 8 bits have."""
+    tags = getattr(image, "tag_v2", {})  # Pillow spreads the 12 bits of other formats over 16
+    return 12 if tags.get(_BITS_PER_SAMPLE) == (12,) else 16
 
 
 def _coloured(image: Image.Image) -> Image.Image:
