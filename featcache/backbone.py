@@ -129,7 +129,8 @@ class Backbone:
             One of `backbones`.
         weights : str, Path or None
             A pinned name of torchvision's (``"IMAGENET1K_V2"``), ``"auto"`` for the newest (of
-            mobilenet_v2: ``IMAGENET1K_V1``), a checkpoint file, or None for weights drawn at random (from `RANDOM_SEED`).
+            mobilenet_v2: ``IMAGENET1K_V1``), a checkpoint file, or None for weights drawn at
+            random (from `RANDOM_SEED`).
         layers : iterable of str, optional
             Taps; left out, the default tap (`featcache.taps.default_tap`).
         image_size : int, optional
