@@ -34,7 +34,7 @@ def images() -> list[tuple[str, bytes]]:
     exif = Image.Exif()
     exif[0x0112] = _ROTATED
     colour = Image.fromarray(_scene(90, 120))
-    grey16 = _scene(48, 64)[..., 0].astype(np.uint16) * 251 + np.arange(64, dtype=np.uint16)
+    grey16 = _scene(48, 64)[..., 1].astype(np.uint16) * 251 + np.arange(64, dtype=np.uint16)
     palette = colour.quantize(32, dither=Image.Dither.NONE)
     return [
         ("exif-rotated", _file(colour, "JPEG", quality=85, exif=exif)),

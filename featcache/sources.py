@@ -603,10 +603,10 @@ def arrays(
 def array_file(path: str) -> Listing:
     """List a ``.npy`` of images, or a ``.npz`` with ``images`` and perhaps ``labels``, ``ids``."""
     try:
-        loaded = np.load(path, mmap_mode="r" if path.lower().endswith(".npy") else None)
-        if isinstance(loaded, np.ndarray):
-            return arrays(loaded, None, None, path)
-        with loaded as parts:
+        if path.lower().endswith(".npy"):
+            return arrays(np.load(path, mmap_mode="r"), None, None, path)
+        # numpy leaves a damaged .npz open when it is given a name
+        with open(path, "rb") as file, np.load(file) as parts:
             if "images" not in parts:
                 raise ImageSetError(f"{path}: expected an array 'images', got {parts.files}")
             texts = {k: parts[k].astype(str).tolist() for k in ("labels", "ids") if k in parts}
@@ -737,8 +737,10 @@ def _listed(names: Sequence[object]) -> str:
 
 
 def _perhaps(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=_NAMED, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    """Return a question after names like this one, whatever their case; "" if there are none."""
+    spelling = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), spelling, n=_NAMED, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(spelling[k]) for k in near)}?" if near else ""
 
 
 def _near_names(path: str) -> str:
