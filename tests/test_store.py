@@ -1,0 +1,1000 @@
+"""Filling a store through kills and failures, and reading it in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featcache.errors import (
+    CorruptStore,
+    DiskFull,
+    FeatcacheError,
+    FingerprintMismatch,
+    IncompleteStore,
+    MissingFeatures,
+    MissingStore,
+    StoreError,
+    StoreLocked,
+    TooManyFailures,
+    TrainingError,
+)
+from featcache.fingerprint import RequestKey
+from featcache.store import FeatureStore
+from featcache.writer import FeatureWriter
+from tests import stores
+from tests.stores import MAPS, POOL, Images
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.h5"
+
+
+def beside(path: Path) -> list[str]:
+    """Return what lies in the store's folder."""
+    return sorted(p.name for p in path.parent.iterdir())
+
+
+# --- filling ------------------------------------------------------------------------------------
+
+
+def test_features_come_back_bit_for_bit(path: Path) -> None:
+    f = stores.fingerprint(taps=(POOL, MAPS))
+    imgs = stores.images(12)
+    store = stores.store(path, imgs, f)
+    expected = stores.features(imgs.ids, f)
+    for tap in f.taps:
+        X, y = store.load(tap)
+        np.testing.assert_array_equal(X, expected[tap])
+        assert y.tolist() == imgs.labels
+    assert store.ids.tolist() == imgs.ids
+    assert store.classes == ["a", "b", "c"]
+    assert store.fingerprint == f
+    assert store.sizes.tolist() == list(range(100, 112))
+    assert store.mtimes_ns.tolist() == list(range(12))
+    np.testing.assert_array_equal(store.sha256, stores.sha256(imgs.ids))
+    assert beside(path) == ["a.h5"]
+
+
+def test_rows_may_come_in_any_order(path: Path) -> None:
+    imgs = stores.images(12)
+    with stores.writer(path, imgs) as writer:
+        for rows in ([11, 3, 4, 5], [0], [10, 9, 8, 1, 2], [7, 6]):
+            stores.fill(writer, imgs, np.array(rows))
+        store = writer.finish()
+    np.testing.assert_array_equal(
+        store.load()[0], stores.features(imgs.ids, store.fingerprint)[POOL]
+    )
+
+
+def test_a_run_goes_on_where_it_stopped(path: Path) -> None:
+    imgs = stores.images(12)
+    with stores.writer(path, imgs) as writer:
+        writer.set_meta("settings", {"batch_size": 16})
+        stores.fill(writer, imgs, np.arange(5))
+        writer.commit()
+    with stores.writer(path, imgs) as writer:
+        assert writer.pending.tolist() == list(range(5, 12))
+        assert writer.meta["settings"] == {"batch_size": 16}
+        size, mtime = writer.stats()
+        assert size[:6].tolist() == [100, 101, 102, 103, 104, 0]
+        assert mtime[:5].tolist() == [0, 1, 2, 3, 4]
+        stores.fill(writer, imgs, writer.pending)
+        writer.finish()
+
+
+def test_rows_can_be_asked_for_again(path: Path) -> None:
+    imgs = stores.images(5)
+    with stores.writer(path, imgs) as writer:
+        stores.fill(writer, imgs, np.arange(5))
+        writer.retry([1, 3])
+        assert writer.pending.tolist() == [1, 3]
+        with pytest.raises(IncompleteStore, match="2 of 5"):
+            writer.finish()
+        stores.fill(writer, imgs, writer.pending)
+        assert writer.finish().verify().ok
+
+
+def test_an_unfinished_store_says_how_to_resume(path: Path) -> None:
+    command = "featcache extract flowers -o a.h5 --backbone resnet18"
+    imgs = stores.images(12)
+    with stores.writer(path, imgs, meta={"command": command}) as writer:
+        stores.fill(writer, imgs, np.arange(5))
+    with pytest.raises(IncompleteStore, match="5 of 12 images") as error:
+        FeatureStore.open(path)
+    assert f"{path}.partial" in str(error.value)
+    assert command in str(error.value)
+    Path(f"{path}.partial").rename(path)
+    with pytest.raises(IncompleteStore, match="never finished"):
+        FeatureStore.open(path)
+
+
+def test_what_is_written_must_fit(path: Path) -> None:
+    imgs = stores.images(5)
+    sha = stores.sha256(imgs.ids)
+    good = stores.features(imgs.ids, stores.fingerprint())
+    with stores.writer(path, imgs) as writer:
+        with pytest.raises(StoreError, match="shape"):
+            writer.write([0, 1], good, sha256=sha[:2])
+        for row in (-1, 5):
+            with pytest.raises(StoreError, match="0 to 4"):
+                writer.write([row], {POOL: good[POOL][:1]}, sha256=sha[:1])
+        with pytest.raises(StoreError, match="no place"):
+            writer.set_meta("opinion", 1)
+        with pytest.raises(StoreError, match="4096 bytes"):
+            writer.set_meta("settings", "x" * 5000)
+        writer.write([], {POOL: good[POOL][:0]}, sha256=sha[:0])
+        assert len(writer.pending) == 5
+
+
+@pytest.mark.parametrize("ids", [["a\0b"], ["\udcff"]], ids=["NUL", "surrogate"])
+def test_ids_that_cannot_be_stored(path: Path, ids: list[str]) -> None:
+    with pytest.raises(StoreError, match="ids"):
+        stores.writer(path, Images(ids))
+    assert beside(path) == []
+
+
+def test_no_images_is_refused(path: Path) -> None:
+    with pytest.raises(StoreError, match="no images in a test"):
+        stores.writer(path, Images([]))
+
+
+@pytest.mark.parametrize("source", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("writeable", [True, False])
+def test_float16_rounds_to_nearest(path: Path, source: type, writeable: bool) -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((4, 3000)) * 10.0 ** rng.integers(-7, 4, (4, 3000))).astype(
+        source
+    )
+    values.flags.writeable = writeable
+    f = stores.fingerprint(store_dtype="float16")
+    imgs = stores.images(4)
+    with FeatureWriter.open(path, imgs, {POOL: (3000,)}, fingerprint=f) as writer:
+        writer.write(np.arange(4), {POOL: values}, sha256=stores.sha256(imgs.ids))
+        store = writer.finish()
+    stored, _ = store.load(dtype=None)
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored, values.astype(np.float16))
+    loaded, _ = store.load()
+    assert loaded.dtype == np.float32
+    np.testing.assert_array_equal(loaded, values.astype(np.float16).astype(np.float32))
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+def test_failed_rows_are_left_out_and_kept_on_record(path: Path) -> None:
+    imgs = stores.images(12)
+    with stores.writer(path, imgs) as writer:
+        writer.fail(0, "read", "gone")
+        writer.fail(5, "decode", "not an image: é", size=7, mtime_ns=8)
+        writer.fail(11, "decode", "x" * 5000)
+        stores.fill(writer, imgs, writer.pending)
+        store = writer.finish(max_failures=0.25)
+    good = [name for i, name in enumerate(imgs.ids) if i not in (0, 5, 11)]
+    assert store.ids.tolist() == good
+    X, _ = store.load()
+    assert isinstance(X, np.memmap)  # one contiguous block
+    np.testing.assert_array_equal(X, stores.features(good, store.fingerprint)[POOL])
+    assert [(x.id, x.stage) for x in store.failures] == [
+        (imgs.ids[0], "read"),
+        (imgs.ids[5], "decode"),
+        (imgs.ids[11], "decode"),
+    ]
+    assert store.failures[1].reason == "not an image: é"
+    assert (store.failures[1].size, store.failures[1].mtime_ns) == (7, 8)
+    assert 900 < len(store.failures[2].reason) <= 1000
+    assert store.verify().ok
+    assert store.canaries is not None
+    assert beside(path) == ["a.h5"]
+
+
+def test_too_many_failures_keep_all_good_rows(path: Path) -> None:
+    imgs = stores.images(12)
+    with stores.writer(path, imgs) as writer:
+        for row in (1, 2):
+            writer.fail(row, "decode", "not an image")
+        stores.fill(writer, imgs, writer.pending)
+        with pytest.raises(TooManyFailures, match=r"2 of 12 .*16\.7%.*not an image") as error:
+            writer.finish(max_failures=0.1)
+    assert "--max-failures" in str(error.value)
+    assert not path.exists()
+    with stores.writer(path, imgs) as writer:
+        assert len(writer.pending) == 0
+        assert [failure.reason for failure in writer.failures] == ["not an image"] * 2
+        assert len(writer.finish(max_failures=0.2)) == 10
+
+
+def test_a_store_of_failures_only_is_refused(path: Path) -> None:
+    with stores.writer(path, stores.images(2)) as writer:
+        for row in (0, 1):
+            writer.fail(row, "decode", "no")
+        with pytest.raises(TooManyFailures):
+            writer.finish(max_failures=1)
+
+
+def test_failed_rows_are_tried_again_on_request(path: Path) -> None:
+    imgs = stores.images(12)
+    with stores.writer(path, imgs) as writer:
+        writer.fail(3, "decode", "no")
+        stores.fill(writer, imgs, writer.pending)
+    with stores.writer(path, imgs) as writer:
+        assert writer.pending.tolist() == []
+    with stores.writer(path, imgs, retry_failed=True) as writer:
+        assert writer.pending.tolist() == [3]
+        stores.fill(writer, imgs, writer.pending)
+        store = writer.finish()
+    assert len(store) == 12
+    assert store.failures == []
+
+
+def test_features_that_are_not_finite_are_failures(path: Path) -> None:
+    imgs = stores.images(4)
+    values = np.ones((4, 8), np.float32)
+    values[1, 3], values[2, 0] = np.nan, 1e6
+    f = stores.fingerprint(store_dtype="float16")
+    with stores.writer(path, imgs, f) as writer:
+        refused = writer.write(np.arange(4), {POOL: values}, sha256=stores.sha256(imgs.ids))
+        assert refused.tolist() == [1, 2]
+        store = writer.finish(max_failures=0.5)
+    assert [failure.stage for failure in store.failures] == ["forward"] * 2
+    assert "float32" not in store.failures[0].reason
+    assert "--store-dtype float32" in store.failures[1].reason
+    assert store.verify().ok
+
+
+def test_a_torn_line_of_failures_costs_only_its_reason(path: Path) -> None:
+    imgs = stores.images(6)
+    with stores.writer(path, imgs) as writer:
+        writer.fail(1, "decode", "first")
+        writer.fail(2, "decode", "second")
+    lines = Path(f"{path}.partial.failures")
+    lines.write_bytes(lines.read_bytes()[:-20])
+    with stores.writer(path, imgs) as writer:
+        writer.fail(4, "decode", "third")
+        reasons = [failure.reason for failure in writer.failures]
+        assert reasons == ["first", "the record of the reason was lost", "third"]
+
+
+def test_no_room_to_leave_failures_out_loses_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imgs = stores.images(12)
+
+    def full(descriptor: int, start: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with stores.writer(path, imgs) as writer:
+        writer.fail(3, "decode", "no")
+        stores.fill(writer, imgs, writer.pending)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(DiskFull, match="All features are kept"):
+                writer.finish(max_failures=1)
+    with stores.writer(path, imgs) as writer:
+        assert len(writer.finish(max_failures=1)) == 11
+
+
+# --- who may write ------------------------------------------------------------------------------
+
+
+def test_a_second_writer_hears_who_is_first(path: Path) -> None:
+    imgs = stores.images(4)
+    with stores.writer(path, imgs):
+        with pytest.raises(StoreLocked, match=rf"process {os.getpid()} on \S+ \(since 20") as error:
+            stores.writer(path, imgs)
+        assert str(path) in str(error.value)
+    with stores.writer(path, imgs):
+        pass
+
+
+def test_a_dead_writer_holds_nothing(path: Path) -> None:
+    with child(
+        f"""
+        writer = stores.writer({str(path)!r}, stores.images(4))
+        print("ready", flush=True)
+        time.sleep(60)
+        """
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(StoreLocked, match=f"process {process.pid}"):
+            stores.writer(path, stores.images(4))
+        process.kill()
+        process.wait()
+    with stores.writer(path, stores.images(4)) as writer:
+        assert len(writer.pending) == 4
+
+
+def test_other_features_are_never_replaced(path: Path) -> None:
+    imgs = stores.images(4)
+    stores.store(path, imgs)
+    before = path.read_bytes()
+    other = stores.fingerprint(preprocessing={"resize": 232})
+    with pytest.raises(FingerprintMismatch, match=r"preprocessing\.resize: 256 .*232") as error:
+        stores.writer(path, imgs, other)
+    assert "-o" in str(error.value)
+    assert path.read_bytes() == before
+    assert beside(path) == ["a.h5"]
+
+
+def test_other_partial_features_are_never_replaced(path: Path) -> None:
+    imgs = stores.images(4)
+    stores.writer(path, imgs).close()
+    with pytest.raises(FingerprintMismatch, match=r"a\.h5\.partial"):
+        stores.writer(path, imgs, stores.fingerprint(backbone="vgg16"))
+    with pytest.raises(FingerprintMismatch):
+        FeatureWriter.resume(path, imgs, stores.fingerprint(views=2))
+
+
+def test_resume_needs_a_partial_file_of_the_same_images(path: Path) -> None:
+    f = stores.fingerprint()
+    with pytest.raises(MissingStore):
+        FeatureWriter.resume(path, stores.images(4), f)
+    stores.writer(path, stores.images(4)).close()
+    with pytest.raises(MissingStore):
+        FeatureWriter.resume(path, stores.images(5), f)
+    with FeatureWriter.resume(path, stores.images(4), f) as writer:
+        assert len(writer.pending) == 4
+
+
+def test_folders_are_made_and_links_followed(tmp_path: Path) -> None:
+    link = tmp_path / "link.h5"
+    link.symlink_to(tmp_path / "deep" / "er" / "a.h5")
+    stores.store(link)
+    assert link.is_symlink()
+    assert len(FeatureStore.open(link)) == 12
+    assert beside(tmp_path / "deep" / "er" / "a.h5") == ["a.h5"]
+
+
+# --- growing ------------------------------------------------------------------------------------
+
+
+def test_unchanged_rows_are_copied_bit_for_bit(path: Path) -> None:
+    f = stores.fingerprint(taps=(POOL, MAPS))
+    old = stores.store(path, stores.images(12), f, failed=[2])
+    more = stores.images(12, start=6)  # six images fewer, six more
+    with stores.writer(path, more, f) as writer:
+        [source] = writer.sources()
+        common, new_rows, old_rows = np.intersect1d(more.ids, source.ids, return_indices=True)
+        copied = writer.copy_rows(source, old_rows, new_rows, mtime_ns=np.full(6, 9))
+        assert len(common) == len(copied) == 6
+        assert writer.pending.tolist() == list(range(6, 12))
+        stores.fill(writer, more, writer.pending)
+        store = writer.finish()
+    assert store.ids.tolist() == more.ids
+    for tap in f.taps:
+        np.testing.assert_array_equal(store.load(tap)[0], stores.features(more.ids, f)[tap])
+    assert store.mtimes_ns[:6].tolist() == [9] * 6
+    assert store.sizes[:6].tolist() == old.sizes[5:].tolist()
+    assert store.verify().ok
+    assert len(old.load(POOL)[0]) == 11  # the replaced file stays readable to those who had it
+
+
+def test_damaged_rows_are_not_copied(path: Path) -> None:
+    imgs = stores.images(12)
+    stores.store(path, imgs)
+    position = path.read_bytes().index(
+        stores.features(imgs.ids[4:5], stores.fingerprint())[POOL].tobytes()
+    )
+    data = bytearray(path.read_bytes())
+    data[position + 3] ^= 64
+    path.write_bytes(data)
+    with FeatureWriter.create(path, imgs, {POOL: (8,)}, fingerprint=stores.fingerprint()) as writer:
+        [source] = writer.sources()
+        writer.copy_rows(source, np.arange(12), np.arange(12))
+        assert writer.pending.tolist() == [4]
+
+
+def test_rows_of_a_partial_file_of_other_images_are_not_lost(path: Path) -> None:
+    few = stores.images(6)
+    with stores.writer(path, few) as writer:
+        stores.fill(writer, few, np.array([0, 1, 4]))
+    more = stores.images(9)
+    for _ in range(2):  # stopped in between, it still knows
+        with stores.writer(path, more) as writer:
+            [source] = writer.sources()
+            assert source.ids.tolist() == [few.ids[0], few.ids[1], few.ids[4]]
+    with stores.writer(path, more) as writer:
+        writer.copy_rows(source, [0, 1, 2], [0, 1, 4])
+        assert writer.pending.tolist() == [2, 3, 5, 6, 7, 8]
+        stores.fill(writer, more, writer.pending)
+        assert writer.finish().verify().ok
+    assert beside(path) == ["a.h5"]
+
+
+def test_changed_labels_keep_the_rows_of_a_partial_file(path: Path) -> None:
+    imgs = stores.images(6)
+    with stores.writer(path, imgs) as writer:
+        stores.fill(writer, imgs, np.arange(6))
+    relabelled = Images(imgs.ids, ["new"] * 6)
+    with stores.writer(path, relabelled) as writer:
+        [source] = writer.sources()
+        writer.copy_rows(source, np.arange(6), np.arange(6))
+        assert writer.finish().classes == ["new"]
+
+
+def test_only_the_same_features_are_copied(tmp_path: Path) -> None:
+    other = stores.store(tmp_path / "other.h5", f=stores.fingerprint(precision="bfloat16"))
+    writer = stores.writer(tmp_path / "a.h5", stores.images())
+    with writer, pytest.raises(FingerprintMismatch):
+        writer.copy_rows(other, [0], [0])
+
+
+def test_relabelling_rewrites_labels_only(path: Path) -> None:
+    f = stores.fingerprint(taps=(POOL, MAPS))
+    store = stores.store(path, f=f, failed=[3])
+    imgs = stores.images(14)
+    imgs.labels = [f"a longer label {i % 4}" for i in range(14)]
+    imgs.groups = [str(i) for i in range(14)]
+    again = store.relabel(imgs)
+    keep = [i for i in range(12) if i != 3]
+    assert again.labels.tolist() == [imgs.labels[i] for i in keep]
+    assert again.groups.tolist() == [imgs.groups[i] for i in keep]
+    assert again.classes == again.meta["classes"] == [f"a longer label {i}" for i in range(4)]
+    for tap in f.taps:
+        np.testing.assert_array_equal(again.load(tap)[0], store.load(tap)[0])
+    assert again.failures == store.failures
+    assert again.canaries == store.canaries
+    assert again.verify().ok
+    assert beside(path) == ["a.h5"]
+    with pytest.raises(MissingFeatures, match="first: a/0000"):
+        again.relabel(stores.images(5, start=20))
+
+
+# --- test images --------------------------------------------------------------------------------
+
+
+def test_canaries_travel_with_the_store(path: Path) -> None:
+    f = stores.fingerprint(taps=(POOL, MAPS), views=3)
+    values = {POOL: np.ones((2, 8), np.float32), MAPS: np.zeros((2, 2, 3, 3), np.float32)}
+    imgs = stores.images(4)
+    with stores.writer(path, imgs, f) as writer:
+        assert writer.canaries.features == {}
+        assert (
+            list(zip(writer.canaries.names, writer.canaries.images, strict=True)) == stores.CANARIES
+        )
+        writer.set_canaries(values)
+        writer.fail(0, "decode", "no")
+        stores.fill(writer, imgs, writer.pending)
+        store = writer.finish(max_failures=1)
+    for tap in f.taps:
+        np.testing.assert_array_equal(store.canaries.features[tap], values[tap])
+    with FeatureWriter.open(
+        path.with_name("b.h5"), imgs, {POOL: (8,)}, fingerprint=stores.fingerprint()
+    ) as w:
+        assert w.canaries is None
+
+
+# --- killed -------------------------------------------------------------------------------------
+
+
+class child:
+    """A Python process that has imported what writers need."""
+
+    def __init__(self, code: str) -> None:
+        head = "import time\nimport numpy as np\nfrom tests import stores\n"
+        root = Path(__file__).parent.parent
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", head + textwrap.dedent(code)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(root)},
+        )
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        return self.process
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+ROWS, BATCH = 600, 8
+
+EXTRACTION = f"""
+def extract(path, pause):
+    imgs = stores.images({ROWS})
+    f = stores.fingerprint(taps=(stores.POOL, stores.MAPS), store_dtype="float16")
+    with stores.writer(path, imgs, f) as writer:
+        pending = writer.pending
+        for start in range(0, len(pending), {BATCH}):
+            rows = pending[start : start + {BATCH}]
+            for row in rows[rows % 97 == 5]:
+                writer.fail(int(row), "decode", "not an image")
+            stores.fill(writer, imgs, rows[rows % 97 != 5])
+            time.sleep(pause)
+        writer.set_meta("run", {{"text": "x" * 20000}})
+        return writer.finish(max_failures=1)
+"""
+
+
+def killed_runs_equal_a_quiet_one(folder: Path, kills: int, seed: int) -> None:
+    """Kill extractions at random moments; each, resumed, must give the quiet run's bytes."""
+    scope: dict[str, Any] = {"stores": stores, "time": time}
+    exec(EXTRACTION, scope)
+    scope["extract"](folder / "quiet.h5", 0)
+    expected = (folder / "quiet.h5").read_bytes()
+    rng = np.random.default_rng(seed)
+    moments = []
+    for k in range(kills):
+        path = folder / f"killed{k}.h5"
+        code = EXTRACTION + f"print(flush=True)\nextract({str(path)!r}, 0.001)\nprint(flush=True)"
+        with child(code) as process:
+            process.stdout.readline()
+            begin = time.monotonic()
+            # From before the file is there until after it has its name.
+            time.sleep(rng.uniform(0, 0.5))
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            moments.append(time.monotonic() - begin)
+        if path.exists():
+            FeatureStore.open(path)  # a finished name means a finished file
+        done = rows_done(path)
+        scope["extract"](path, 0)
+        assert path.read_bytes() == expected, f"killed after {moments[-1]:.3f} s with {done} rows"
+        assert FeatureStore.open(path).verify().ok
+        path.unlink()
+    assert beside(folder / "quiet.h5") == ["quiet.h5"]
+
+
+def rows_done(path: Path) -> int:
+    """Return how many rows a partial file has, read with plain h5py: it must be valid HDF5."""
+    import h5py
+
+    partial = Path(f"{path}.partial")
+    if not partial.exists():
+        return 0
+    with h5py.File(partial) as file:
+        return int((file["rows"]["status"] == 1).sum())
+
+
+def test_killed_at_random_moments_the_file_is_the_same(tmp_path: Path) -> None:
+    killed_runs_equal_a_quiet_one(tmp_path, kills=8, seed=0)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_killed_at_many_random_moments_the_file_is_the_same(tmp_path: Path, seed: int) -> None:
+    killed_runs_equal_a_quiet_one(tmp_path, kills=50, seed=seed)
+
+
+STOPS = ["_write_layout", "reserve", "fsync", "rename", "pwrite_all", "copy_range", "row_checksums"]
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_stopped_at_every_step_the_file_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Stop at every call of a step of the writer, one after the other, as a kill would."""
+    from featcache import layout
+
+    class Stop(BaseException):
+        pass
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power cuts here; it is slow
+    step: Callable[..., Any] = getattr(layout, name)
+    imgs = stores.images(6)
+
+    def extract(path: Path) -> None:
+        with stores.writer(path, imgs) as writer:
+            for rows in np.array_split(writer.pending, 3):
+                for row in rows[rows == 4]:
+                    writer.fail(int(row), "decode", "no")
+                stores.fill(writer, imgs, rows[rows != 4])
+            writer.finish(max_failures=1)
+
+    extract(tmp_path / "quiet.h5")
+    expected = (tmp_path / "quiet.h5").read_bytes()
+    for stop_at in range(1, 200):
+        calls = 0
+
+        def counted(*args: Any, stop_at: int = stop_at, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise Stop
+            return step(*args, **options)
+
+        path = tmp_path / f"{stop_at}.h5"
+        with monkeypatch.context() as patch:
+            patch.setattr(layout, name, counted)
+            try:
+                extract(path)
+            except Stop:
+                pass
+            else:
+                break
+        extract(path)
+        assert path.read_bytes() == expected
+        path.unlink()
+    assert stop_at > 1
+    path.unlink()
+    assert beside(tmp_path / "quiet.h5") == ["quiet.h5"]
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def test_processes_fill_rows_of_one_file(path: Path) -> None:
+    imgs = stores.images(40)
+    with stores.writer(path, imgs) as leader:
+        parts = np.array_split(leader.pending, 2)
+        leader.share()
+        code = """
+        imgs = stores.images(40)
+        with stores.FeatureWriter.open_shared({path!r}, {rows}) as writer:
+            print(len(writer.pending), flush=True)
+            for row in writer.pending:
+                if row % 15 == 4:
+                    writer.fail(int(row), "decode", "no")
+                else:
+                    stores.fill(writer, imgs, np.array([row]))
+        """
+        workers = [child(code.format(path=str(path), rows=part.tolist())) for part in parts]
+        with workers[0] as first, workers[1] as second:
+            assert first.communicate()[0] == second.communicate()[0] == "20\n"
+        with pytest.raises(StoreLocked):
+            stores.writer(path, imgs)
+        store = leader.finish(max_failures=1)
+    assert len(store) == 37
+    assert len(store.failures) == 3
+    assert store.verify().ok
+
+
+def test_a_leader_cannot_finish_before_the_others_have_closed(path: Path) -> None:
+    imgs = stores.images(4)
+    with stores.writer(path, imgs) as leader:
+        leader.share()
+        with FeatureWriter.open_shared(path, [2, 3]) as worker:
+            assert worker.pending.tolist() == [2, 3]
+            with pytest.raises(StoreError, match="another process"):
+                stores.fill(worker, imgs, np.array([1]))
+            stores.fill(worker, imgs, np.array([2, 3]))
+            stores.fill(leader, imgs, np.array([0, 1]))
+            with pytest.raises(StoreLocked):
+                leader.finish()
+        assert leader.finish().verify().ok
+
+
+def test_a_killed_worker_costs_only_its_rows(path: Path) -> None:
+    imgs = stores.images(40)
+    with stores.writer(path, imgs) as leader:
+        leader.share()
+        code = f"""
+        imgs = stores.images(40)
+        writer = stores.FeatureWriter.open_shared({str(path)!r}, list(range(20, 40)))
+        stores.fill(writer, imgs, np.arange(20, 27))
+        print(flush=True)
+        time.sleep(60)
+        """
+        with child(code) as worker:
+            worker.stdout.readline()
+        stores.fill(leader, imgs, np.arange(20))
+        with pytest.raises(IncompleteStore, match="13 of 40"):
+            leader.finish()
+        stores.fill(leader, imgs, leader.pending)
+        assert leader.finish().verify().ok
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def test_float32_is_mapped_and_the_file_is_safe(path: Path) -> None:
+    store = stores.store(path)
+    before = path.read_bytes()
+    X, _ = store.load()
+    assert isinstance(X, np.memmap)
+    X += 1  # copy on write
+    assert path.read_bytes() == before
+    part, _ = store.select(np.arange(3, 9)).load()
+    assert isinstance(part, np.memmap)
+    np.testing.assert_array_equal(part + 1, X[3:9])
+
+
+def test_a_replaced_file_is_still_the_one_that_was_opened(path: Path) -> None:
+    store = stores.store(path)
+    expected = store.load()[0].copy()
+    other = stores.store(path.with_name("b.h5"), stores.images(30, start=50))
+    Path(other.paths[0]).rename(path)
+    np.testing.assert_array_equal(store.load()[0], expected)
+    assert store.ids.tolist() == stores.images(12).ids
+    with pytest.raises(StoreError, match="replaced"):
+        pickle.loads(pickle.dumps(store))
+
+
+def test_stores_travel_to_other_processes(path: Path) -> None:
+    store = stores.store(path).select([5, 2, 7])
+    again = pickle.loads(pickle.dumps(store))
+    assert again.ids.tolist() == store.ids.tolist()
+    np.testing.assert_array_equal(again.load()[0], store.load()[0])
+
+
+def test_taps_are_found_by_beginning_and_near_names_given(path: Path) -> None:
+    f = stores.fingerprint(taps=(POOL, MAPS, "layer4:output:mean"))
+    imgs = stores.images(3)
+    shapes = {POOL: (4,), MAPS: (2, 3, 3), "layer4:output:mean": (2,)}
+    with FeatureWriter.open(path, imgs, shapes, fingerprint=f) as writer:
+        values = {tap: np.zeros((3, *shape), np.float32) for tap, shape in shapes.items()}
+        writer.write([0, 1, 2], values, sha256=stores.sha256(imgs.ids))
+        store = writer.finish()
+    assert store.load("avgpool")[0].shape == (3, 4)
+    assert store.load("layer4:output:map")[0].shape == (3, 2, 3, 3)
+    for wrong, hint in (("layer4", MAPS), ("avgpol", POOL)):
+        with pytest.raises(MissingFeatures, match=hint) as error:
+            store.load(wrong)
+        assert "featcache extract" in str(error.value)
+    with pytest.raises(MissingFeatures, match="several taps"):
+        store.load()
+    assert store.taps[MAPS].width == 18
+    assert store.matrix().shape == (3, 24)
+    assert store.matrix(["layer4:output:mean", "avgpool"]).shape == (3, 6)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_matrix_and_blocks_agree_with_the_arrays(path: Path, views: int, dtype: str) -> None:
+    f = stores.fingerprint(taps=(POOL, MAPS), views=views, store_dtype=dtype)
+    imgs = stores.images(25)
+    store = stores.store(path, imgs, f)
+    head = (25, views) if views > 1 else (25,)
+    values = stores.features(imgs.ids, f)
+    expected = np.concatenate([values[tap].astype(dtype).reshape(*head, -1) for tap in f.taps], -1)
+    assert store.views == views
+    np.testing.assert_array_equal(store.matrix(), expected.astype(np.float32))
+    np.testing.assert_array_equal(store.matrix(MAPS), expected[..., 8:].astype(np.float32))
+    assert store.matrix(MAPS, dtype="float64").dtype == np.float64
+    for out in (None, np.empty((7, *head[1:], 26), np.float32)):
+        got = np.full(expected.shape, np.nan, np.float32)
+        for part, block in store.blocks(rows=7, out=out):
+            assert block.dtype == np.float32
+            got[part] = block
+        np.testing.assert_array_equal(got, expected.astype(np.float32))
+    assert len(list(store.blocks())) == 1
+    assert store.taps[POOL].shape == ((views, 8) if views > 1 else (8,))
+    assert store.width() == 26
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, np.ndarray]:
+    """Return two files as one store, wide enough that rows lie far apart, and its features."""
+    folder = tmp_path_factory.mktemp("big")
+    f = stores.fingerprint(store_dtype="float16")
+    parts, arrays = [], []
+    for k, n in enumerate((30, 50)):
+        imgs = stores.images(n, start=100 * k)
+        with FeatureWriter.open(folder / f"{k}.h5", imgs, {POOL: (20_000,)}, fingerprint=f) as w:
+            values = stores.features(imgs.ids, f, d=20_000)[POOL].astype(np.float16)
+            w.write(np.arange(n), {POOL: values}, sha256=stores.sha256(imgs.ids))
+            parts.append(w.finish().paths[0])
+            arrays.append(values)
+    return FeatureStore.open(parts), np.concatenate(arrays).astype(np.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.integers(-80, 79), max_size=60), step=st.integers(1, 20))
+def test_any_selection_reads_the_right_rows(
+    big: tuple[FeatureStore, np.ndarray], rows: list[int], step: int
+) -> None:
+    store, expected = big
+    chosen = store.select(rows)
+    index = np.array(rows, int)
+    assert chosen.ids.tolist() == store.ids[index].tolist()
+    np.testing.assert_array_equal(chosen.load()[0], expected[index])
+    blocks = [block for _, block in chosen.blocks(rows=step)]
+    np.testing.assert_array_equal(np.concatenate(blocks or [expected[:0]]), expected[index])
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_selections_of_selections(
+    big: tuple[FeatureStore, np.ndarray], data: st.DataObject
+) -> None:
+    store, expected = big
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=80, max_size=80)))
+    first = store.select(mask)
+    rows = data.draw(st.permutations(range(len(first))))
+    np.testing.assert_array_equal(first.select(rows).matrix(), expected[mask][list(rows)])
+    assert first.select(rows).rows.tolist() == np.flatnonzero(mask)[list(rows)].tolist()
+
+
+def test_rows_that_are_not_there(path: Path) -> None:
+    store = stores.store(path)
+    for wrong in ([12], [-13], [True, False]):
+        with pytest.raises(IndexError):
+            store.select(np.array(wrong))
+
+
+def test_reading_blocks_takes_the_memory_of_one(big: tuple[FeatureStore, np.ndarray]) -> None:
+    store, _ = big
+    tracemalloc.start()
+    try:
+        for _ in store.blocks(rows=5):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20  # the store is 6.4 MB as float32
+
+
+# --- several files ------------------------------------------------------------------------------
+
+
+def test_files_of_different_images_are_one_store(tmp_path: Path) -> None:
+    a = stores.store(tmp_path / "a.h5", stores.images(5), failed=[1])
+    b = stores.store(tmp_path / "b.h5", stores.images(5, start=5))
+    store = FeatureStore.open([tmp_path / "a.h5", tmp_path / "b.h5"])
+    assert store.ids.tolist() == [*a.ids, *b.ids]
+    np.testing.assert_array_equal(
+        store.load()[0], stores.features(store.ids.tolist(), store.fingerprint)[POOL]
+    )
+    assert len(store.failures) == 1
+    assert store.verify().rows == 9
+    assert store.paths == [str(tmp_path / "a.h5"), str(tmp_path / "b.h5")]
+    again = store.relabel(Images(stores.images(10).ids, ["x"] * 10))
+    assert again.classes == ["x"]
+
+
+def test_files_that_share_images_or_differ_in_features_are_refused(tmp_path: Path) -> None:
+    stores.store(tmp_path / "a.h5", stores.images(5))
+    stores.store(tmp_path / "b.h5", stores.images(5, start=4))
+    with pytest.raises(StoreError, match=r"1 images .*first: b/0004"):
+        FeatureStore.open([tmp_path / "a.h5", tmp_path / "b.h5"])
+    stores.store(tmp_path / "c.h5", stores.images(5, start=9), stores.fingerprint(weights="x.pth"))
+    with pytest.raises(FingerprintMismatch, match=r"weights: 'none'"):
+        FeatureStore.open([tmp_path / "a.h5", tmp_path / "c.h5"])
+    with pytest.raises(StoreError, match="No feature file"):
+        FeatureStore.open([])
+
+
+def test_stores_of_the_same_images_are_joined_by_id(tmp_path: Path) -> None:
+    imgs = stores.images(12)
+    a = stores.store(tmp_path / "a.h5", imgs)
+    mixed = Images(imgs.ids[::-1], imgs.labels[::-1])
+    f = stores.fingerprint(backbone="vgg16", store_dtype="float16")
+    b = stores.store(tmp_path / "b.h5", mixed, f)
+    store = FeatureStore.join([a.select(np.arange(11, -1, -2)), b.select(np.arange(0, 12, 2))])
+    assert list(store.taps) == [f"resnet18/{POOL}", f"vgg16/{POOL}"]
+    assert store.ids.tolist() == imgs.ids[11::-2]
+    values = stores.features(store.ids.tolist(), f)[POOL]
+    np.testing.assert_array_equal(store.matrix()[:, :8], values)
+    np.testing.assert_array_equal(store.matrix()[:, 8:], values.astype(np.float16))
+    np.testing.assert_array_equal(store.load("vgg16/avgpool")[0], values.astype(np.float16))
+    part = store.select([4, 0])
+    np.testing.assert_array_equal(part.matrix(), store.matrix()[[4, 0]])
+    assert store.fingerprints == (a.fingerprint, f)
+    with pytest.raises(StoreError, match="several"):
+        _ = store.fingerprint
+    assert store.verify().rows == 24
+    assert "vgg16" in store.to_text()
+    assert FeatureStore.join([a]).ids.tolist() == a.ids.tolist()
+
+
+def test_joins_name_stores_apart_whatever_their_order(tmp_path: Path) -> None:
+    a = stores.store(tmp_path / "a.h5")
+    b = stores.store(tmp_path / "b.h5", f=stores.fingerprint(preprocessing={"resize": 512}))
+    names = set(FeatureStore.join([a, b]).taps)
+    assert names == set(FeatureStore.join([b, a]).taps)
+    assert names == {f"resnet18@{x.fingerprint.digest[:8]}/{POOL}" for x in (a, b)}
+    with pytest.raises(StoreError, match="twice"):
+        FeatureStore.join([a, FeatureStore.open(tmp_path / "a.h5")])
+
+
+def test_joins_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    vgg = stores.fingerprint(backbone="vgg16")
+    a = stores.store(tmp_path / "a.h5", stores.images(12))
+    b = stores.store(tmp_path / "b.h5", stores.images(12), vgg, failed=[2, 3])
+    for pair in ([a, b], [b, a]):
+        with pytest.raises(MissingFeatures, match=r"2 of 12 .*a\.h5.* .*b\.h5.*a/0003-é\.jpg"):
+            FeatureStore.join(pair)
+    imgs = stores.images(12)
+    c = stores.store(tmp_path / "c.h5", Images(imgs.ids, ["z", *imgs.labels[1:]]), vgg)
+    with pytest.raises(StoreError, match=r"labelled differently .*'a', 'z'"):
+        FeatureStore.join([a, c])
+    with stores.writer(tmp_path / "d.h5", imgs, vgg) as writer:
+        values = stores.features(imgs.ids, vgg)
+        writer.write(np.arange(12), values, sha256=stores.sha256(["other", *imgs.ids[1:]]))
+        d = writer.finish()
+    with pytest.raises(StoreError, match="1 images changed"):
+        FeatureStore.join([a, d])
+    few = stores.store(tmp_path / "e.h5", f=stores.fingerprint(backbone="vgg16", views=2))
+    with pytest.raises(StoreError, match="views"):
+        _ = FeatureStore.join([a, few]).views
+    with pytest.raises(StoreError, match="No store"):
+        FeatureStore.join([])
+
+
+# --- what it holds ------------------------------------------------------------------------------
+
+
+def test_unlabelled_images(path: Path) -> None:
+    store = stores.store(path, Images(stores.images(4).ids))
+    assert store.labels.tolist() == [""] * 4
+    assert store.classes == []
+    assert store.groups is None
+    assert store.splits is None
+    with pytest.raises(TrainingError, match="label"):
+        store.split()
+
+
+def test_split_is_stratified_disjoint_and_seeded(path: Path) -> None:
+    imgs = stores.images(60)
+    imgs.groups = [str(i // 6) for i in range(60)]
+    store = stores.store(path, imgs)
+    fit, test = store.split(0.25, random_state=1)
+    assert sorted([*fit.ids, *test.ids]) == sorted(imgs.ids)
+    assert (fit.rows[1:] > fit.rows[:-1]).all()
+    counts = np.unique(test.labels, return_counts=True)[1]
+    assert counts.tolist() == [5, 5, 5]
+    assert store.split(0.25, random_state=1)[1].ids.tolist() == test.ids.tolist()
+    fit, test = store.split(0.2, group=True)
+    assert not set(fit.groups) & set(test.groups)
+    with pytest.raises(TrainingError, match="--split-column"):
+        store.split(None)
+    with pytest.raises(TrainingError, match="--group-column"):
+        stores.store(path.with_name("b.h5")).split(group=True)
+
+
+def test_a_split_column_decides(path: Path) -> None:
+    imgs = stores.images(12)
+    imgs.splits = ["train"] * 6 + ["val"] * 2 + ["test"] * 4
+    fit, test = stores.store(path, imgs).split(None)
+    assert test.ids.tolist() == imgs.ids[8:]
+    assert fit.ids.tolist() == imgs.ids[:8]
+
+
+def test_what_was_asked_for_is_kept(path: Path) -> None:
+    request = RequestKey("torchvision", "resnet18", taps=("avgpool",))
+    with stores.writer(
+        path, stores.images(3), meta={"request": json.loads(request.to_json())}
+    ) as writer:
+        stores.fill(writer, stores.images(3), writer.pending)
+        writer.set_meta("run", {"computed": 3})
+        store = writer.finish()
+    assert store.request_key == request
+    assert store.meta["run"] == {"computed": 3}
+    assert stores.store(path.with_name("b.h5")).request_key is None
+
+
+def test_description_for_people_and_programs(path: Path) -> None:
+    store = stores.store(path, failed=[3])
+    facts = json.loads(json.dumps(store.describe()))
+    assert facts["images"] == 11
+    assert facts["classes"] == {"a": 3, "b": 4, "c": 4}
+    assert facts["taps"] == {POOL: {"shape": [8], "dtype": "float32", "views": 1}}
+    assert facts["failures"][0]["reason"] == "not an image"
+    assert facts["bytes"] == path.stat().st_size
+    for text in ("11 images", "a 3", POOL, "resnet18", "not an image"):
+        assert text in store.to_text()
+    assert "11 images" in repr(store)
+    assert store.verify().to_dict() == {"ok": True, "rows": 11, "bad_rows": [], "problems": []}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_garbage_in_a_partial_file_is_an_error_not_a_crash(path: Path, seed: int) -> None:
+    stores.writer(path, stores.images(4)).close()
+    partial = Path(f"{path}.partial")
+    rng = np.random.default_rng(seed)
+    partial.write_bytes(rng.bytes(5000))
+    with pytest.raises(CorruptStore):
+        stores.writer(path, stores.images(4))
+    with pytest.raises(FeatcacheError, match="partial"):
+        FeatureStore.open(path)
+    partial.write_bytes(b"")  # holds nothing: made anew
+    with stores.writer(path, stores.images(4)) as writer:
+        assert len(writer.pending) == 4
