@@ -1,0 +1,389 @@
+"""Where and how a network runs: device, precision, memory format, fusion, batch size.
+
+What was measured (ResNet-50, 224 x 224, two cores with AVX-512) decides what is done here:
+
+- On a CPU the system's allocator gives every large tensor's pages back to the kernel and faults
+  them in again, a million times a batch. `keep_pages` stops that; it doubles the speed.
+- Convolutions run faster on maps whose channels lie side by side (channels_last), and batch
+  normalisations are folded into them.
+- bfloat16 and float16 convert the network itself: ``torch.autocast`` converts weights again and
+  again, and stays a fallback for networks that mix types.
+
+All of it may change the last bits of a feature. `Settings` holds every such choice; extraction
+records it in the partial file, and a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache import fusion
+from featcache.backbone import Backbone
+from featcache.errors import BackboneError, DeviceError
+from featcache.taps import Tapped
+
+__all__ = ["PRECISIONS", "Runtime", "Settings", "keep_pages", "select_device"]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_DEFAULT_BATCH = {"cpu": 16, "cuda": 128, "mps": 64}
+# Larger than rounding explains (1e-6 is usual), smaller than any mistake in folding.
+_SAME = 1e-4
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """Return the device of that name.
+
+    Parameters
+    ----------
+    name : str
+        ``"auto"`` (the first CUDA device, else Apple's GPU, else the CPU), ``"cpu"``, ``"cuda"``,
+        ``"cuda:1"`` or ``"mps"``.
+
+    Raises
+    ------
+    DeviceError
+        If it is not the name of a device, or this machine has no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in _DEFAULT_BATCH:
+        raise DeviceError(f"{name!r} is no device. Type one of: auto, cpu, cuda, cuda:1, mps")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            has = f"has {count} CUDA devices" if count else "has no CUDA device"
+            raise DeviceError(f"--device {name}: this machine {has} that torch can use")
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps: this machine has no Apple GPU that torch can use")
+    return torch.device(device.type)
+
+
+# glibc's numbers in <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_NEVER = 2**31 - 1
+
+
+@contextlib.contextmanager
+def keep_pages() -> Iterator[bool]:
+    """Have the C library keep freed memory for the next batch instead of giving it back.
+
+    A large tensor is by default a mapping of its own, whose every page the kernel must clear again
+    for the next batch. Within the context such memory stays in the heap; on leaving, what is free
+    of it goes back to the system. The thresholds themselves stay raised until the process ends:
+    glibc cannot tell what they were.
+
+    Yields
+    ------
+    bool
+        Whether this C library could be told (glibc; others are left alone).
+    """
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+        yield False
+        return
+    assert library is not None
+    tuned = bool(library.mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    tuned &= bool(library.mallopt(_M_MMAP_THRESHOLD, _NEVER) or library.mallopt(_M_MMAP_MAX, 0))
+    try:
+        yield tuned
+    finally:
+        library.malloc_trim(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that may change the last bits of a feature on one machine.
+
+    Attributes
+    ----------
+    device : {"cpu", "cuda", "mps"}
+        Kind of device.
+    precision : {"float32", "bfloat16", "float16"}
+        Of the forward pass.
+    batch_size : int
+        Images a forward pass; shorter batches are padded.
+    threads : int
+        Threads of a CPU's forward pass.
+    channels_last : bool
+        Whether maps are laid out as (n, h, w, c).
+    folded : bool
+        Whether batch normalisations are folded into convolutions.
+    autocast : bool
+        Whether types are chosen operation by operation instead of converting the network.
+    compiled : bool
+        Whether ``torch.compile`` is used.
+    """
+
+    device: str
+    precision: str
+    batch_size: int
+    threads: int
+    channels_last: bool
+    folded: bool
+    autocast: bool
+    compiled: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self | None:
+        """Return the settings that `to_dict` gave, None where they are of another version."""
+        known = {field.name for field in fields(cls)}
+        return cls(**values) if set(values) == known else None
+
+
+class Runtime:
+    """Computes features of batches of pixels.
+
+    Nothing is loaded until `settings` or a call needs it. Use it within `keep_pages`.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The network; its module is not changed.
+    device : str
+        As for `select_device`.
+    precision : {"float32", "bfloat16", "float16"}
+        Of the forward pass. The features are float32 in any case.
+    batch_size : int, optional
+        Images a forward pass; left out, it is chosen.
+    compile : bool, optional
+        Whether to use ``torch.compile``; left out, where it pays.
+    settings : Settings, optional
+        Of an earlier run, to compute the same bits. Not used where they are of another device or
+        precision; a `batch_size` or `compile` that is given counts more.
+    count : int, optional
+        How many images are to come: choosing may cost more where many are.
+
+    Raises
+    ------
+    DeviceError
+        This machine has no such device.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        device: str = "auto",
+        precision: str = "float32",
+        batch_size: int | None = None,
+        compile: bool | None = None,
+        settings: Settings | None = None,
+        count: int | None = None,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise DeviceError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
+        if batch_size is not None and batch_size < 1:
+            raise DeviceError(f"batch_size is at least 1, not {batch_size}")
+        self.backbone = backbone
+        self.device = select_device(device)
+        self.precision = precision
+        self._batch_size = batch_size
+        self._compile = compile
+        self._recorded = settings
+        self._count = count
+        self._settings: Settings | None = None
+        self._tapped: Tapped | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force; the first use loads the network and chooses them."""
+        if self._settings is None:
+            self._prepare()
+        assert self._settings is not None
+        return self._settings
+
+    def __call__(self, pixels: np.ndarray | Tensor) -> dict[str, np.ndarray]:
+        """Compute features.
+
+        Parameters
+        ----------
+        pixels : uint8 array or tensor, shape (k, channels, h, w)
+            Cropped images, as the backbone's `Preprocessing` gives them. `k` may be any number;
+            they are cut into batches, and a short batch is padded with black images.
+
+        Returns
+        -------
+        dict of str to ndarray of float32, shape (k, ...)
+            By tap.
+        """
+        batch = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
+        parts: list[dict[str, Tensor]] = []
+        start = 0
+        with self._threads():
+            while start < len(batch):
+                size = self.settings.batch_size
+                try:
+                    parts.append(self._forward(batch[start : start + size]))
+                except (RuntimeError, MemoryError) as error:
+                    if not _is_out_of_memory(error) or size == 1:
+                        raise
+                    self._halve()
+                    continue
+                start += size
+        return {
+            tap: (parts[0][tap] if len(parts) == 1 else torch.cat([p[tap] for p in parts])).numpy()
+            for tap in self.backbone.taps
+        }
+
+    def _forward(self, batch: Tensor) -> dict[str, Tensor]:
+        """Run one batch, padded to the batch size."""
+        settings, k = self.settings, len(batch)
+        assert self._tapped is not None
+        if k < settings.batch_size:
+            padding = batch.new_zeros((settings.batch_size - k, *batch.shape[1:]))
+            batch = torch.cat([batch, padding])
+        with torch.inference_mode(), self._autocast(settings):
+            features = self._tapped(self._input(batch, settings))
+        return {
+            tap: value[:k].to("cpu", torch.float32, copy=True) for tap, value in features.items()
+        }
+
+    def _input(self, batch: Tensor, settings: Settings) -> Tensor:
+        """Send pixels to the device as bytes, a quarter of the numbers' size; normalise there."""
+        batch = batch.to(self.device, non_blocking=True)
+        if settings.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        dtype = torch.float32 if settings.autocast else PRECISIONS[settings.precision]
+        return self.backbone.preprocessing.normalize(batch, dtype)
+
+    def _autocast(self, settings: Settings) -> contextlib.AbstractContextManager[Any]:
+        if not settings.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, PRECISIONS[settings.precision])
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Use the number of threads that the settings name."""
+        before = torch.get_num_threads()
+        wanted = self.settings.threads
+        if self.device.type == "cpu" and wanted != before:
+            torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)
+
+    def _halve(self) -> None:
+        assert self._settings is not None
+        self._settings = replace(self._settings, batch_size=max(1, self._settings.batch_size // 2))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # --- choosing -------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        wanted = self._wanted()
+        example = self._example()
+        seen = fusion.observe(self.backbone.module, self.backbone.points, example)
+        for settings in self._attempts(wanted, bool(seen.pairs)):
+            try:
+                tapped = self._network(settings, seen)
+                agrees = self._agrees(tapped, settings, seen, example)
+            except (RuntimeError, TypeError, ValueError) as error:
+                if _is_out_of_memory(error):
+                    raise
+                failure: Exception | None = error
+                continue
+            failure = None
+            if agrees or not settings.folded:
+                self._settings, self._tapped = settings, tapped
+                return
+        raise BackboneError(
+            f"The network {self.backbone.name} does not run in {self.precision} on "
+            f"{self.device}: {failure}. Try --precision float32 or --device cpu"
+        ) from failure
+
+    def _wanted(self) -> Settings:
+        recorded = self._recorded
+        if recorded and (recorded.device, recorded.precision) == (self.device.type, self.precision):
+            return replace(
+                recorded,
+                batch_size=self._batch_size or recorded.batch_size,
+                compiled=recorded.compiled if self._compile is None else self._compile,
+            )
+        batch_size = self._batch_size or _DEFAULT_BATCH[self.device.type]
+        if self._batch_size is None and self._count is not None:
+            batch_size = max(1, min(batch_size, self._count))
+        return Settings(
+            device=self.device.type,
+            precision=self.precision,
+            batch_size=batch_size,
+            threads=torch.get_num_threads() if self.device.type == "cpu" else 1,
+            channels_last=True,
+            folded=True,
+            autocast=False,
+            compiled=bool(self._compile),
+        )
+
+    def _attempts(self, wanted: Settings, foldable: bool) -> Iterator[Settings]:
+        """Yield the settings to try, the fastest first."""
+        for folded in (True, False) if wanted.folded and foldable else (False,):
+            yield replace(wanted, folded=folded)
+            if self.precision != "float32" and not wanted.autocast:
+                yield replace(wanted, folded=folded, autocast=True)
+
+    def _example(self) -> Tensor:
+        """Return one normalised image of noise, the same every time."""
+        pixels = np.random.default_rng(0).integers(
+            0, 256, (1, *self.backbone.preprocessing.output_shape), dtype=np.uint8
+        )
+        return self.backbone.preprocessing.normalize(torch.from_numpy(pixels))
+
+    def _network(self, settings: Settings, seen: fusion.Observed) -> Tapped:
+        module = fusion.shallow_copy(self.backbone.module)
+        if settings.folded:
+            fusion.fold(module, seen.pairs)
+        fusion.converted(
+            module,
+            seen.unused,
+            device=self.device,
+            dtype=torch.float32 if settings.autocast else PRECISIONS[settings.precision],
+            channels_last=settings.channels_last,
+        )
+        return Tapped(module, self.backbone.points)
+
+    def _agrees(
+        self, tapped: Tapped, settings: Settings, seen: fusion.Observed, example: Tensor
+    ) -> bool:
+        """Run the copy; in float32 compare its features with the original's."""
+        dtype = torch.float32 if settings.autocast else PRECISIONS[settings.precision]
+        batch = example.to(self.device, dtype)
+        with torch.inference_mode(), self._autocast(settings):
+            features = {tap: value.float().cpu() for tap, value in tapped(batch).items()}
+        if settings.precision != "float32" or self.device.type != "cpu":
+            return True
+        return all(
+            float((features[tap] - value).abs().max()) <= _SAME * float(value.abs().max())
+            for tap, value in seen.features.items()
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
