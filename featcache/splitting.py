@@ -68,7 +68,7 @@ def units(
         _, key = np.unique(names, return_inverse=True)
         keys.append(np.where(names == "", key.max(initial=0) + 1 + unit, key.astype(np.int64)))
     if sha256 is not None and n:
-        _, key = np.unique(_as_bytes(sha256), return_inverse=True)
+        _, key = np.unique(hash_keys(sha256), return_inverse=True)
         keys.append(key.astype(np.int64))
     if not keys:
         return unit
@@ -79,8 +79,8 @@ def units(
     return order[inverse]
 
 
-def _as_bytes(sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
-    """View the (n, 32) hash array as n opaque values, which numpy sorts as one key."""
+def hash_keys(sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    """View hashes (n, 32) as n opaque values, which numpy sorts and compares as one key."""
     rows = np.ascontiguousarray(sha256, dtype=np.uint8)
     return rows.view(np.dtype((np.void, rows.shape[1]))).ravel()
 
@@ -218,13 +218,29 @@ def predefined(
     return _without_leaks(fit, test, sha256, "test"), test
 
 
+def has_test(splits: Labels | None) -> bool:
+    """Say whether a split column names rows to test on and rows to fit on."""
+    if splits is None:
+        return False
+    roles = set(_roles(splits).tolist())
+    return "test" in roles and bool(roles & {"fit", "valid"})
+
+
+def most_folds(
+    y: Labels, *, groups: Labels | None = None, sha256: npt.NDArray[np.uint8] | None = None
+) -> int:
+    """Return the largest `cv` that `folds` accepts: the inseparable units of the rarest class."""
+    _, codes, names, unit = _prepare(y, groups, sha256, stratify=True)
+    return int(_units_per_class(codes, unit, len(names)).min())
+
+
 def _without_leaks(
     fit: IntArray, test: IntArray, sha256: npt.NDArray[np.uint8] | None, other: str
 ) -> IntArray:
     """Drop the rows of `fit` whose bytes are also in the `other` part, and say so."""
     if sha256 is None:
         return fit
-    keys = _as_bytes(sha256)
+    keys = hash_keys(sha256)
     leak = np.isin(keys[fit], keys[test])
     if leak.any():
         warnings.warn(
@@ -306,12 +322,16 @@ def _prepare(
     return rows, codes.astype(np.int64), [str(name) for name in names], unit
 
 
+def _units_per_class(codes: IntArray, unit: IntArray, n_classes: int) -> IntArray:
+    pairs = np.unique(np.stack([codes, unit], axis=1), axis=0)
+    return np.bincount(pairs[:, 0], minlength=n_classes).astype(np.int64)
+
+
 def _require_units(
     codes: IntArray, names: list[str], unit: IntArray, least: int, *, grouped: bool, what: str
 ) -> None:
     """Raise unless each class is spread over at least `least` units."""
-    pairs = np.unique(np.stack([codes, unit], axis=1), axis=0)
-    per_class = np.bincount(pairs[:, 0], minlength=len(names))
+    per_class = _units_per_class(codes, unit, len(names))
     if per_class.min() >= least:
         return
     worst = int(per_class.argmin())

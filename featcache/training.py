@@ -1,0 +1,769 @@
+"""`train`, `compare` and `study`: choose, compare and keep heads, all by one protocol.
+
+1. Rows without a label are left out and counted.
+2. The folds are made once (`featcache.splitting`) and every head sees the same ones. Where the
+   store's split column has a validation part, that is the one fold.
+3. Each head's hyper-parameters and feature treatment are chosen by its score on the folds, on the
+   training part only, and the winner is fitted again on all of that part.
+4. Heads are ranked by cross-validation. The held-out images are scored once, after that, and take
+   part in no choice.
+
+The out-of-fold scores of the chosen setting give each head's accuracy with its interval and the
+temperature that calibrates its probabilities. As the same folds chose the setting, that accuracy
+is slightly flattering; ``nested=True`` chooses anew inside every fold, at `cv` times the cost, and
+is what to quote.
+
+**Memory.** Training copies parts of the features (folds, scaled rows): about three times the
+array. Where that does not fit into `memory` (left out: most of what the machine has available),
+the heads that can read the store in blocks do so, and the others are left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import softmax
+
+import featcache
+from featcache import heads as head_kinds
+from featcache import splitting
+from featcache.errors import PredictorError, TrainingError
+from featcache.evaluation import Evaluation, evaluate, groups_of
+from featcache.heads import CLASSICS, HEADS, score_folds
+from featcache.heads import logits as head_logits
+from featcache.leaderboard import Leaderboard, Row
+from featcache.origins import Column, source_taps
+from featcache.predictions import refuse_foreign
+from featcache.predictor import CanaryRows, Predictor, is_predictor
+from featcache.splitting import Fold
+from featcache.store import FeatureStore, read_canaries
+
+__all__ = ["Leaderboard", "Study", "compare", "study", "train"]
+
+Scoring = str | Callable[..., float]
+
+_COPIES = 3  # times the features' own size, that training them in memory takes
+_CANARY_ROWS = 8  # kept where the store has no canary images
+_TIMED_ROWS = 1000
+
+
+def train(
+    store: FeatureStore,
+    *,
+    head: str | Sequence[str] = "linear",
+    layers: str | Sequence[str] | None = None,
+    cv: int = 5,
+    scoring: Scoring = "accuracy",
+    class_weight: str | Mapping[str, float] | None = None,
+    group: bool = False,
+    nested: bool = False,
+    memory: int | None = None,
+    n_jobs: int = 1,
+    random_state: int = 0,
+) -> Predictor:
+    """Choose a head's hyper-parameters by cross-validation and fit it on all rows of a store.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        What to train on; several networks' features by `FeatureStore.join`.
+    head : str or list of str
+        ``linear``, ``svm``, ``rbf-svm``, ``forest``, ``boosting``, ``knn``, ``mlp``, ``ridge``.
+        Of several, the best by cross-validation.
+    layers : str or list of str, optional
+        Taps to use, side by side. None: all.
+    cv : int
+        Folds.
+    scoring : str or callable
+        One of scikit-learn's scorers; what decides.
+    class_weight : "balanced" or dict of str to float, optional
+        As in scikit-learn.
+    group : bool
+        Keep the images of a group in one fold.
+    nested : bool
+        Choose anew inside every fold: an honest figure for `cv` times the time.
+    memory : int, optional
+        Bytes to stay under. None: what the machine has available.
+    n_jobs : int
+        Fits at a time; -1: one a core.
+    random_state : int
+        Seed: the same call gives the same predictor.
+
+    Returns
+    -------
+    Predictor
+        With ``predictor.leaderboard``.
+
+    Raises
+    ------
+    TrainingError
+        Labels, classes, folds or a head that cannot be trained on; the message names the class
+        and the count.
+    """
+    heads = [head] if isinstance(head, str) else list(head)
+    return compare(
+        store,
+        heads=heads,
+        layers=layers,
+        cv=cv,
+        scoring=scoring,
+        class_weight=class_weight,
+        group=group,
+        nested=nested,
+        memory=memory,
+        n_jobs=n_jobs,
+        random_state=random_state,
+    ).best
+
+
+def compare(
+    store: FeatureStore,
+    test: FeatureStore | None = None,
+    *,
+    heads: Sequence[str] = CLASSICS,
+    layers: str | Sequence[str] | None = None,
+    cv: int = 5,
+    scoring: Scoring = "accuracy",
+    class_weight: str | Mapping[str, float] | None = None,
+    group: bool = False,
+    nested: bool = False,
+    memory: int | None = None,
+    n_jobs: int = 1,
+    random_state: int = 0,
+    progress: bool = False,
+) -> Leaderboard:
+    """Train several heads under the same folds and rank them by cross-validation.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        The training part.
+    test : FeatureStore, optional
+        Held-out images, scored once for each head.
+    heads : list of str
+        See `train`; the classics are linear, svm, rbf-svm and forest. ``["all"]``: every one.
+    layers, cv, scoring, class_weight, group, nested, memory, n_jobs, random_state
+        As in `train`.
+    progress : bool
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    Leaderboard
+        ``leaderboard.best`` is the predictor that cross-validation ranks first.
+
+    Raises
+    ------
+    TrainingError
+        As in `train`.
+    """
+    from tqdm import tqdm
+
+    names, asked = _head_names(heads)
+    task = _Task.of(
+        store,
+        layers=layers,
+        cv=cv,
+        scoring=scoring,
+        class_weight=class_weight,
+        group=group,
+        nested=nested,
+        memory=memory,
+        n_jobs=n_jobs,
+        random_state=random_state,
+    )
+    rows, predictors = [], {}
+    left_out = {}
+    bar = tqdm(names, disable=not progress, unit="head", leave=False)
+    for name in bar:
+        bar.set_description(name)
+        why = task.impossible(name)
+        if why and name in asked:
+            raise TrainingError(f"{name} cannot be trained here: {why}.")
+        if why:
+            left_out[name] = why
+            continue
+        row, predictor = _compete(task, name, test)
+        rows.append(row)
+        predictors[name] = predictor
+    if not rows:
+        raise TrainingError("No head is left: " + "; ".join(map(": ".join, left_out.items())))
+    leaderboard = Leaderboard(
+        rows=tuple(sorted(rows, key=lambda row: -row.cv_score)),
+        scoring=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
+        n_fit=len(task.store),
+        n_test=0 if test is None else _n_scored(predictors[rows[0].head], test),
+        n_unlabelled=len(store) - len(task.store),
+        folds=task.folds_text,
+        notes=task.notes,
+        left_out=left_out,
+        predictors=predictors,
+    )
+    for predictor in predictors.values():
+        predictor.leaderboard = leaderboard
+    return leaderboard
+
+
+def _head_names(heads: Sequence[str]) -> tuple[list[str], frozenset[str]]:
+    """Return the heads to train, and those of them that the user named."""
+    given = [heads] if isinstance(heads, str) else list(heads)
+    if not given:
+        return list(CLASSICS), frozenset()
+    if given == ["all"]:
+        return list(HEADS), frozenset()
+    for name in given:
+        if name not in HEADS:
+            near = difflib.get_close_matches(name, HEADS, n=2, cutoff=0.4)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise TrainingError(
+                f"There is no head {name!r}.{hint} Heads: {', '.join(HEADS)}, or all."
+            )
+    named = list(dict.fromkeys(given))
+    return named, frozenset() if tuple(named) == CLASSICS else frozenset(named)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every head is trained on, made once."""
+
+    store: FeatureStore
+    layers: list[str]
+    folds: list[Fold]
+    folds_text: str
+    groups: npt.NDArray[Any] | None
+    nested: bool
+    cv: int
+    memory: int
+    in_memory: bool
+    notes: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        store: FeatureStore,
+        *,
+        layers: str | Sequence[str] | None,
+        cv: int,
+        group: bool,
+        nested: bool,
+        memory: int | None,
+        **options: Any,
+    ) -> _Task:
+        labelled = store.labels != ""
+        fit = store if labelled.all() else store.select(labelled)
+        if group and fit.groups is None:
+            raise TrainingError(
+                f"{', '.join(store.paths)} has no groups. Extract with --group-column (nothing is "
+                "computed again)."
+            )
+        groups = fit.groups if group else None
+        folds, text = _folds(fit, groups, cv, options["random_state"])
+        names = _layer_names(fit, layers)
+        budget = memory if memory is not None else _available_memory()
+        size = len(fit) * fit.views * fit.width(names) * 4
+        notes = []
+        if not group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
+            notes.append(
+                "images of one group may be in several folds, which flatters: give --group "
+                "(library: group=True) to keep them together"
+            )
+        return cls(
+            store=fit,
+            layers=names,
+            folds=folds,
+            folds_text=text.replace("folds", "nested folds") if nested else text,
+            groups=None if groups is None else groups_of(groups),
+            nested=nested,
+            cv=cv,
+            memory=budget,
+            in_memory=size * _COPIES <= budget,
+            notes=tuple(notes),
+            options=options,
+        )
+
+    @cached_property
+    def y(self) -> npt.NDArray[Any]:
+        return self.store.labels
+
+    @cached_property
+    def X(self) -> Any:
+        """Features in memory (mapped where possible), or read in blocks."""
+        if self.in_memory:
+            return self.store.matrix(self.layers)
+        width = self.store.width(self.layers)
+        return head_kinds.RowBlocks((len(self.store), width), self._read)
+
+    def _read(self, rows: int) -> Any:
+        return self.store.blocks(self.layers, rows)
+
+    def impossible(self, head: str) -> str:
+        """Say why a head cannot be trained on these features; empty if it can."""
+        if self.in_memory:
+            return ""
+        size = len(self.store) * self.store.views * self.store.width(self.layers) * 4
+        if not HEADS[head].out_of_core:
+            return (
+                f"{size / 1e9:.1f} GB of features do not fit into {self.memory / 1e9:.1f} GB of "
+                "memory, and it cannot read them in blocks"
+            )
+        if self.store.views > 1:
+            return "views that do not fit into memory cannot be read in blocks"
+        if self.nested:
+            return "nested cross-validation needs the features in memory"
+        return ""
+
+    def search(self, head: str) -> Any:
+        return HEADS[head].search(self.X, self.y, self.folds, memory=self.memory, **self.options)
+
+
+def _folds(
+    store: FeatureStore, groups: npt.NDArray[Any] | None, cv: int, random_state: int
+) -> tuple[list[Fold], str]:
+    """Return the folds and what they are called."""
+    validation = splitting.validation_fold(store.splits, store.labels, sha256=store.sha256)
+    if validation is not None:
+        return validation, "validation split"
+    made = splitting.folds(
+        store.labels, groups=groups, sha256=store.sha256, cv=cv, random_state=random_state
+    )
+    return made, f"{cv} {'grouped ' if groups is not None else ''}folds"
+
+
+def _layer_names(store: FeatureStore, layers: str | Sequence[str] | None) -> list[str]:
+    """Return full names of taps, each once, in the order of the store's columns."""
+    chosen = set(store._names(layers))
+    return [name for name in store.taps if name in chosen]
+
+
+def _available_memory() -> int:
+    """Return most of the bytes that this process may still take."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists():  # a container's own limit
+        text = limit.read_text().strip()
+        if text.isdigit():
+            free = min(free, int(text) - int(used.read_text()))
+    return int(0.8 * max(free, 0))
+
+
+# --- one head ----------------------------------------------------------------------------------
+
+
+def _compete(task: _Task, head: str, test: FeatureStore | None) -> tuple[Row, Predictor]:
+    """Search, fit and score one head."""
+    with _PeakMemory() as peak:
+        found = task.search(head)
+    cross = _nested(task, head) if task.nested else None
+    out_of_fold = _out_of_fold(task, found) if cross is None else cross.evaluation
+    predictor = _predictor(task, found, out_of_fold)
+    held_out = None if test is None else evaluate(predictor, test)
+    row = Row(
+        head=head,
+        params=_jsonable(found.params),
+        cv_score=float(found.score if cross is None else cross.score),
+        cv_accuracy=out_of_fold.accuracy,
+        cv_accuracy_interval=out_of_fold.accuracy_interval,
+        cv_balanced_accuracy=out_of_fold.balanced_accuracy,
+        cv_macro_f1=out_of_fold.macro_f1,
+        cv_log_loss=out_of_fold.log_loss,
+        accuracy=None,
+        accuracy_interval=None,
+        balanced_accuracy=None,
+        balanced_accuracy_interval=None,
+        macro_f1=None,
+        search_seconds=found.search_seconds,
+        fit_seconds=found.fit_seconds,
+        predict_us=_predict_us(task, predictor),
+        peak_mb=peak.megabytes,
+        notes=tuple(found.notes),
+    )
+    if held_out is not None:
+        row = replace(
+            row,
+            accuracy=held_out.accuracy,
+            accuracy_interval=held_out.accuracy_interval,
+            balanced_accuracy=held_out.balanced_accuracy,
+            balanced_accuracy_interval=held_out.balanced_accuracy_interval,
+            macro_f1=held_out.macro_f1,
+            notes=row.notes + held_out.notes,
+        )
+    predictor.metrics = {
+        "out_of_fold": _summary(out_of_fold),
+        "held_out": None if held_out is None else _summary(held_out),
+    }
+    return row, predictor
+
+
+def _out_of_fold(task: _Task, found: Any) -> Evaluation:
+    """Return the metrics of a search's out-of-fold scores."""
+    known = ~np.isnan(found.logits).any(axis=1)
+    proba = softmax(found.logits[known].astype(np.float64) / found.temperature, axis=1)
+    return _evaluation(task, known, proba, [str(name) for name in found.classes])
+
+
+def _evaluation(
+    task: _Task, known: npt.NDArray[np.bool_], proba: npt.NDArray[Any], classes: list[str]
+) -> Evaluation:
+    return Evaluation(
+        ids=task.store.ids[known],
+        y_true=np.searchsorted(classes, task.y[known]).astype(np.int64),
+        proba=proba,
+        classes=tuple(classes),
+        groups=None if task.groups is None else task.groups[known],
+    )
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """Scores of choosing anew in each outer fold."""
+
+    evaluation: Evaluation
+    score: float
+
+
+def _nested(task: _Task, head: str) -> _Nested:
+    """Search inside every fold's training part, and score each choice on the fold.
+
+    Varma and Simon, Bias in error estimation when using cross-validation for model selection
+    (BMC Bioinformatics 7:91, 2006): what chose the parameters may not also judge them.
+    """
+    store, classes = task.store, sorted(set(task.y.tolist()))
+    proba = np.full((len(store), len(classes)), np.nan)
+    for train, valid in task.folds:
+        inner = _inner_folds(task, train)
+        found = HEADS[head].search(task.X[train], task.y[train], inner, **task.options)
+        scores = head_logits(found.estimator, task.X[valid]).astype(np.float64)
+        proba[valid] = softmax(scores / found.temperature, axis=1)
+    known = ~np.isnan(proba).any(axis=1)
+    codes = np.searchsorted(classes, task.y)
+    with np.errstate(divide="ignore"):
+        logits = np.log(np.maximum(proba, np.finfo(np.float64).tiny))
+    scored = score_folds(logits, codes, np.array(classes), task.folds, task.options["scoring"])
+    return _Nested(_evaluation(task, known, proba[known], classes), float(np.mean(scored)))
+
+
+def _inner_folds(task: _Task, train: npt.NDArray[np.int64]) -> list[Fold]:
+    """Make folds of a fold's training part: as many as asked for, fewer where a class is small."""
+    store = task.store.select(train)
+    groups = None if task.groups is None else task.groups[train]
+    most = splitting.most_folds(store.labels, groups=groups, sha256=store.sha256)
+    return splitting.folds(
+        store.labels,
+        groups=groups,
+        sha256=store.sha256,
+        cv=max(2, min(task.cv, most)),
+        random_state=task.options["random_state"],
+    )
+
+
+def _predictor(task: _Task, found: Any, out_of_fold: Evaluation) -> Predictor:
+    """Wrap a found head with all that it needs to be used later."""
+    store = task.store
+    keys = {name: key for key, name in source_taps(store).items()}
+    columns = [Column(*keys[name], store.taps[name].width) for name in task.layers]
+    used = {column.source for column in columns}
+    renumbered = {source: k for k, source in enumerate(sorted(used))}
+    fingerprints = [
+        replace(
+            store.fingerprints[source],
+            taps=tuple(column.tap for column in columns if column.source == source),
+        )
+        for source in sorted(used)
+    ]
+    return Predictor(
+        estimator=found.estimator,
+        head=found.head,
+        params=_jsonable(found.params),
+        classes=tuple(str(name) for name in found.classes),
+        temperature=float(found.temperature),
+        columns=tuple(replace(column, source=renumbered[column.source]) for column in columns),
+        fingerprints=tuple(fingerprints),
+        train_sha256=store.sha256,
+        canaries=_canaries(task, found.estimator, columns),
+        metrics={"out_of_fold": _summary(out_of_fold)},
+    )
+
+
+def _canaries(task: _Task, estimator: Any, columns: Sequence[Column]) -> CanaryRows:
+    """Return the features of the store's canary images, or some training rows, with scores."""
+    kept = {c.source: read_canaries(task.store._sources[c.source].files[0]) for c in columns}
+    first = next(iter(kept.values()))
+    usable = first is not None and all(
+        one is not None and one.features and one.images == first.images for one in kept.values()
+    )
+    if usable and first is not None:
+        parts = [kept[c.source].features[c.tap] for c in columns]  # type: ignore[union-attr]
+        x = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+        names, images = tuple(first.names), tuple(first.images)
+    else:
+        names, images = (), ()
+        _, block = next(iter(task.store.blocks(task.layers, _CANARY_ROWS)))
+        x = block[:, 0] if block.ndim == 3 else block
+    x = np.ascontiguousarray(x, dtype=np.float32).copy()
+    return CanaryRows(x, head_logits(estimator, x), names, images)
+
+
+def _predict_us(task: _Task, predictor: Predictor) -> float:
+    """Time predictions of one block of rows: microseconds an image, the better of two runs."""
+    _, block = next(iter(task.store.blocks(task.layers, _TIMED_ROWS)))
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        predictor.predict_proba(block)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / len(block) * 1e6
+
+
+def _n_scored(predictor: Predictor, test: FeatureStore) -> int:
+    return int(((test.labels != "") & ~predictor.trained_on(test.sha256)).sum())
+
+
+def _summary(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the figures of an evaluation that a predictor keeps."""
+    values = evaluation.to_dict()
+    keep = ("images", "log_loss", "ece", "top_k", "confusion")
+    rates = ("accuracy", "balanced_accuracy", "macro_f1")
+    return {
+        **{name: values[name] for name in keep},
+        **{f"{name}{end}": values[f"{name}{end}"] for name in rates for end in ("", "_interval")},
+    }
+
+
+def _jsonable(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters as JSON values."""
+    return {
+        name: value.item()
+        if isinstance(value, np.generic)
+        else value
+        if isinstance(value, str | int | float | bool | None)
+        else str(value)
+        for name, value in params.items()
+    }
+
+
+class _PeakMemory:
+    """Measures how far the resident memory of this process rises inside a ``with``.
+
+    Linux keeps a high-water mark that can be reset; elsewhere the mark only rises, so that a head
+    that stays below an earlier one shows 0.
+    """
+
+    megabytes = 0.0
+
+    def __enter__(self) -> _PeakMemory:
+        self._before = self._reset()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.megabytes = max(0.0, (self._mark() - self._before) / 1e6)
+
+    def _reset(self) -> int:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return self._mark()
+        return self._status("VmRSS:")
+
+    def _mark(self) -> int:
+        if Path("/proc/self/status").exists():
+            return self._status("VmHWM:")
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    @staticmethod
+    def _status(field: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+        return 0
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `study` did.
+
+    Attributes
+    ----------
+    predictor : Predictor
+        The best by cross-validation, as saved.
+    leaderboard : Leaderboard
+        All heads.
+    output : Path
+        Where the predictor is.
+    up_to_date : bool
+        Nothing was trained: the file was made from the same features by the same request.
+    """
+
+    predictor: Predictor
+    leaderboard: Leaderboard
+    output: Path
+    up_to_date: bool
+
+    def to_text(self) -> str:
+        """Return the table, and where the predictor is, for people."""
+        if self.up_to_date:
+            last = (
+                f"{self.output}: nothing to do, it was trained on the same features by the same "
+                "request"
+            )
+        else:
+            last = f"saved: {self.output}"
+        return f"{self.leaderboard.to_text()}\n{last}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "predictor": str(self.output),
+            "up_to_date": self.up_to_date,
+            "best": self.predictor.head,
+            "leaderboard": self.leaderboard.to_dict(),
+            "metrics": dict(self.predictor.metrics),
+        }
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def study(
+    stores: Sequence[str | Path],
+    output: str | Path,
+    *,
+    heads: Sequence[str] = (),
+    layers: str | Sequence[str] | None = None,
+    cv: int = 5,
+    test_size: float | None = None,
+    group: bool = False,
+    scoring: str = "accuracy",
+    class_weight: str | None = None,
+    nested: bool = False,
+    memory: int | None = None,
+    n_jobs: int = 1,
+    random_state: int = 0,
+    progress: bool = False,
+) -> Study:
+    """Open stores, hold some images out, compare heads, and save the best: ``featcache train``.
+
+    Parameters
+    ----------
+    stores : list of path
+        Files of one fingerprint are put under each other, files of different ones side by side.
+    output : path
+        Where the predictor goes. Made by the same request from the same features, it is left.
+    heads : list of str
+        Empty: the classics. ``["all"]``: every one.
+    test_size : float, optional
+        Share to hold out. None: what the split column holds out, else a quarter.
+    layers, cv, group, scoring, class_weight, nested, memory, n_jobs, random_state, progress
+        As in `compare`.
+
+    Returns
+    -------
+    Study
+
+    Raises
+    ------
+    StoreError
+        A store cannot be opened or joined.
+    TrainingError
+        As in `train`.
+    PredictorError
+        The output is there and is not a predictor; found before anything is trained.
+    """
+    target = Path(output)
+    refuse_foreign(target, is_predictor, "a featcache predictor")
+    request = {
+        "featcache": featcache.__version__,
+        "stores": [_digest(path) for path in stores],
+        "heads": list(_head_names(heads)[0]),
+        "layers": layers if layers is None or isinstance(layers, str) else list(layers),
+        "cv": cv,
+        "test_size": test_size,
+        "group": group,
+        "scoring": scoring,
+        "class_weight": class_weight,
+        "nested": nested,
+        "random_state": random_state,
+    }
+    done = _up_to_date(target, request)
+    if done is not None and done.leaderboard is not None:
+        return Study(done, done.leaderboard, target, up_to_date=True)
+    store = _open_stores(stores)
+    fit, test = _split(store, test_size, group=group, random_state=random_state)
+    leaderboard = compare(
+        fit,
+        test,
+        heads=heads,
+        layers=layers,
+        cv=cv,
+        scoring=scoring,
+        class_weight=class_weight,
+        group=group,
+        nested=nested,
+        memory=memory,
+        n_jobs=n_jobs,
+        random_state=random_state,
+        progress=progress,
+    )
+    predictor = leaderboard.best
+    predictor.request = request
+    predictor.save(target)
+    return Study(predictor, leaderboard, target, up_to_date=False)
+
+
+def _up_to_date(target: Path, request: Mapping[str, Any]) -> Predictor | None:
+    """Return the predictor at `target` if the same request made it."""
+    if not target.exists() or target.stat().st_size == 0:
+        return None
+    try:
+        found = Predictor.load(target)
+    except PredictorError:
+        return None  # of another version, or damaged: it is made again
+    return found if found.request == request else None
+
+
+def _digest(path: str | Path) -> str:
+    """Return the digest of a store's content: its tables, which hold every row's checksum."""
+    store = FeatureStore.open(path)
+    return bytes(store._sources[0].files[0].read("digest").tobytes()).hex()
+
+
+def _open_stores(paths: Sequence[str | Path]) -> FeatureStore:
+    """Put files of one fingerprint under each other, then those of several side by side."""
+    by_origin: dict[str, list[str | Path]] = {}
+    for path in paths:
+        origin = FeatureStore.open(path).fingerprint.digest
+        by_origin.setdefault(origin, []).append(path)
+    opened = [FeatureStore.open(files) for files in by_origin.values()]
+    return opened[0] if len(opened) == 1 else FeatureStore.join(opened)
+
+
+def _split(
+    store: FeatureStore, test_size: float | None, *, group: bool, random_state: int
+) -> tuple[FeatureStore, FeatureStore]:
+    """Hold images out: by the split column where it names a test part and no share is given."""
+    if test_size is None and splitting.has_test(store.splits):
+        return store.split(None)
+    return store.split(
+        0.25 if test_size is None else test_size, group=group, random_state=random_state
+    )
