@@ -173,20 +173,6 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
         images.read(1)
 
 
-def test_very_deep_folders(tmp_path: Path) -> None:
-    folders = [tmp_path / ("a/" * depth) for depth in range(1, 1051)]
-    for folder in folders:
-        folder.mkdir()
-    image = folders[-1] / "1.png"
-    image.touch()
-    try:
-        assert list(ImageSet.from_folder(tmp_path).ids) == ["a/" * 1050 + "1.png"]
-    finally:  # too deep for those who clean up after tests
-        image.unlink()
-        for folder in reversed(folders):
-            folder.rmdir()
-
-
 def test_empty_missing_and_unreadable_folders(tmp_path: Path) -> None:
     fill(tmp_path, "notes/a.txt")
     with pytest.raises(ImageSetError, match=r"found none among 1 files. Known suffixes: .*\.jpeg"):
