@@ -108,9 +108,7 @@ def decode(raw: RawImage, channels: int = 3) -> NDArray[np.uint8]:
     """
     with _decoding():
         picture = _picture(raw, channels)
-        if isinstance(picture, Image.Image):
-            return _pixels(picture, channels)
-        return picture
+        return _pixels(picture, channels) if isinstance(picture, Image.Image) else picture.copy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +204,9 @@ class Preprocessing:
             The pixels that the network's own transform gives before it converts them to floating
             point. In memory the channels of a pixel lie side by side (the strides are those of an
             (h, w, channels) array), so that copying rows into a batch of that layout costs
-            nothing extra and gives PyTorch's channels_last format.
+            nothing extra and gives PyTorch's channels_last format. A strip that would be larger
+            than Pillow's limit for decompression bombs once it is resized may differ in a last
+            bit: only what the crop needs of it is computed.
 
         Raises
         ------
@@ -372,7 +372,7 @@ class Preprocessing:
         """
         import torch
 
-        pixels = batch.to(torch.float32)
+        pixels = batch.to(torch.float32, copy=True)
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=batch.device).view(-1, 1, 1)
             for values in (self.mean, self.std)
@@ -605,7 +605,6 @@ def _opened(data: bytes) -> Image.Image:
         raise DecodeError("decode", _what_it_is(data[:64])) from None
     if image.format == "EPS":  # Pillow would hand the file's program to Ghostscript
         raise DecodeError("decode", "a PostScript program, not pixels; convert it to PNG")
-    image.load()
     return image
 
 
@@ -644,6 +643,7 @@ def _image_of(pixels: NDArray[np.uint8], channels: int) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Rotate and flip an image as its EXIF data say; damaged EXIF data say nothing."""
+    image.load()  # a TIFF applies its orientation while it loads, and then forgets it
     try:
         method = _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # Pillow's parser raises whatever the bytes make it raise

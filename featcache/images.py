@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SUFFIXES", "TORCHVISION_SETS", "ImageSet", "RawImage", "content_hash"]
 
+_ORIENTATION = 0x0112  # EXIF tag
+
 
 class ImageSet:
     """An ordered list of images: their ids, where their bytes are, and perhaps their labels.
@@ -403,7 +405,7 @@ def content_hash(raw: RawImage) -> bytes:
     -------
     bytes of length 32
         Of a file's bytes as they are; of an array's type, shape and pixels; of a PIL image's mode,
-        size, palette and pixels.
+        size, transparent colour, orientation, palette and pixels.
     """
     if isinstance(raw, bytes):
         return hashlib.sha256(raw).digest()
@@ -411,7 +413,8 @@ def content_hash(raw: RawImage) -> bytes:
         digest = hashlib.sha256(f"{raw.dtype.str} {raw.shape}\n".encode())
         digest.update(np.ascontiguousarray(raw).data)
         return digest.digest()
-    digest = hashlib.sha256(f"{raw.mode} {raw.size}\n".encode())
+    transparent, orientation = raw.info.get("transparency"), raw.getexif().get(_ORIENTATION)
+    digest = hashlib.sha256(f"{raw.mode} {raw.size} {transparent} {orientation}\n".encode())
     digest.update(bytes(raw.getpalette() or ()))
     digest.update(raw.tobytes())
     return digest.digest()

@@ -176,12 +176,16 @@ class Datasets:
 
     def read(self, row: int, id: str) -> RawImage:
         """Return the item's image."""
+        from PIL import Image
+
         try:
             image = self.datasets[self.dataset[row]][int(self.item[row])][0]
         except Exception as error:  # a data set is foreign code that may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise DecodeError("read", reason) from error
-        return image  # type: ignore[no-any-return]
+        if not isinstance(image, Image.Image):
+            raise DecodeError("read", f"expected a PIL image, got {type(image).__name__}")
+        return image
 
     def stat(self, row: int, id: str) -> tuple[int, int]:
         """Return that nothing is known."""

@@ -747,6 +747,6 @@ def _near_names(path: str) -> str:
     """Return names near that of a missing file, for a message."""
     folder, name = os.path.split(path)
     try:
-        return "." + _perhaps(name, os.listdir(folder or ".")) if name else ""
+        return _perhaps(name, os.listdir(folder or ".")) if name else ""
     except OSError:
         return ""

@@ -311,6 +311,7 @@ def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
     assert pixels.shape == upright.shape
     assert np.abs(pixels.astype(int) - upright).mean() < 4
     assert np.array_equal(pixels, ImageOps.exif_transpose(Image.open(io.BytesIO(raw))))
+    assert np.array_equal(pixels, decode(Image.open(io.BytesIO(raw))))
 
 
 def test_damaged_exif_leaves_the_picture() -> None:
@@ -442,7 +443,8 @@ def test_grey_weights_of_colour() -> None:
 def test_rgba_as_four_channels() -> None:
     rgba = noise(12, 10, 4)
     assert np.array_equal(decode(encoded(Image.fromarray(rgba)), channels=4), rgba)
-    assert np.array_equal(decode(rgba, channels=4), rgba)
+    same = decode(rgba, channels=4)
+    assert np.array_equal(same, rgba) and not np.shares_memory(same, rgba)
     opaque = decode(encoded(Image.fromarray(rgba[..., :3])), channels=4)
     assert np.array_equal(opaque[..., :3], rgba[..., :3]) and opaque[..., 3].min() == 255
 

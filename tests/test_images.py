@@ -568,9 +568,12 @@ def test_bad_data_sets() -> None:
         ImageSet.from_torchvision(Pairs([(torch.zeros(3), 0)]))
     with pytest.raises(ImageSetError, match=r"expected items \(PIL image, int\), got int"):
         ImageSet.from_torchvision(Pairs([5]))
-    images = ImageSet.from_torchvision(Pairs([*ITEMS[:1], OSError("gone")], targets=[0, 0]))
+    items = [*ITEMS[:1], OSError("gone"), (torch.zeros(3), 0)]
+    images = ImageSet.from_torchvision(Pairs(items, targets=[0, 0, 0]))
     with pytest.raises(DecodeError, match="read: OSError: gone"):
         images.read(1)
+    with pytest.raises(DecodeError, match="read: expected a PIL image, got Tensor"):
+        images.read(2)
 
 
 def cifar(root: Path) -> None:
@@ -702,6 +705,9 @@ def test_content_hash_tells_images_apart() -> None:
     pixels = np.arange(24, dtype=np.uint8)
     grey = Image.new("P", (4, 6))
     red = Image.new("P", (4, 6))
+    clear, turned = Image.new("L", (4, 6)), Image.new("L", (4, 6))
+    clear.info["transparency"] = 0
+    turned.getexif()[0x0112] = 6
     grey.putpalette(bytes(range(6)))
     red.putpalette(bytes([255, 0, 0, 0, 0, 0]))
     raws = [
@@ -711,6 +717,8 @@ def test_content_hash_tells_images_apart() -> None:
         Image.new("L", (4, 6)),
         Image.new("L", (6, 4)),
         Image.new("RGB", (4, 6)),
+        clear,
+        turned,
         grey,
         red,
     ]
