@@ -48,31 +48,22 @@ the datasets' offsets, and the file is valid HDF5 at any moment.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import h5py
 import numpy as np
 
-from featcache.errors import (
-    CorruptStore,
-    DiskFull,
-    FormatVersionError,
-    MissingStore,
-    StoreError,
-)
+from featcache import disk
+from featcache.disk import as_bytes
+from featcache.errors import CorruptStore, FormatVersionError, MissingStore, StoreError
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
-from featcache.locking import fcntl
 
 __all__ = ["DONE", "FAILED", "PENDING", "Contents", "Dataset", "StoreFile", "create_file"]
 
@@ -83,12 +74,8 @@ _ALIGNMENT = 4096
 _METADATA_BYTES = 65_536
 # JSON that is written after the layout is made needs its place beforehand.
 _META_SLOTS = {"settings": 4_096, "run": 32_768}
-_COPY_BYTES = 8 << 20
-_CHECK_BYTES = 2 << 20
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
-
-FAILURE_REASON_BYTES = 1000
+_DIGEST_BYTES = 8 << 20
+_REASON_BYTES = 1000
 
 
 def rows_dtype(n_taps: int) -> np.dtype[Any]:
@@ -252,7 +239,7 @@ def _failure_table(failures: Sequence[tuple[str, str, str, int, int]]) -> np.nda
         (
             name.encode(),
             stage.encode(),
-            reason.encode(errors="backslashreplace")[:FAILURE_REASON_BYTES]
+            reason.encode(errors="backslashreplace")[:_REASON_BYTES]
             .decode(errors="ignore")
             .encode(),
             size,
@@ -274,9 +261,6 @@ def _failure_table(failures: Sequence[tuple[str, str, str, int, int]]) -> np.nda
     return np.array(rows, dtype=dtype)
 
 
-# --- making a file ------------------------------------------------------------------------------
-
-
 def create_file(path: str, contents: Contents) -> None:
     """Make a feature file with all space reserved, valid HDF5, closed and fsynced.
 
@@ -286,23 +270,23 @@ def create_file(path: str, contents: Contents) -> None:
     ------
     OSError
         The space cannot be reserved or the folder not be written to; nothing is left behind.
-        `raise_for` says it in words.
+        `disk.raise_for` says it in words.
     """
     plan = contents.plan()
     temporary = f"{path}.new"
     try:
         # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
-        with _opened(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as descriptor:
-            reserve(descriptor, 0, contents.nbytes, zeros=False)
+        with disk.opened(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as descriptor:
+            disk.reserve(descriptor, 0, contents.nbytes, zeros=False)
         _write_layout(temporary, plan)
         datasets = read_datasets(temporary)
-        with _opened(temporary, os.O_RDWR) as descriptor:
-            reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
+        with disk.opened(temporary, os.O_RDWR) as descriptor:
+            disk.reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
             for name, (_, _, data) in plan.items():
                 if data is not None and data.nbytes:
-                    pwrite_all(descriptor, as_bytes(data), datasets[name].offset)
-            fsync(descriptor)
-        rename(temporary, path)
+                    disk.pwrite_all(descriptor, as_bytes(data), datasets[name].offset)
+            disk.fsync(descriptor)
+        disk.rename(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -359,182 +343,6 @@ def _hdf5_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
             fields.append((name, _hdf5_dtype(base), shape))
         return np.dtype(fields)
     return dtype
-
-
-def reserve(descriptor: int, start: int, stop: int, *, zeros: bool) -> None:
-    """Have the file system keep room for bytes `start` to `stop`.
-
-    Where it cannot promise (macOS, some network file systems), write zeros if `zeros`.
-
-    Raises
-    ------
-    OSError
-        There is no room.
-    """
-    if stop <= start:
-        return
-    fallocate = getattr(os, "posix_fallocate", None)
-    if fallocate is not None:
-        try:
-            fallocate(descriptor, start, stop - start)
-            return
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-    available = os.fstatvfs(descriptor)
-    if stop - start > available.f_bavail * available.f_frsize + os.fstat(descriptor).st_size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if zeros:
-        _write_zeros(descriptor, start, stop)
-
-
-def _write_zeros(descriptor: int, start: int, stop: int) -> None:
-    """Fill the holes between `start` and `stop`, keeping what is written already."""
-    block = bytes(_COPY_BYTES)
-    position = start
-    while position < stop:
-        length = min(len(block), stop - position)
-        old = os.pread(descriptor, length, position)
-        pwrite_all(descriptor, old + block[len(old) : length], position)
-        position += length
-
-
-def raise_for(
-    error: OSError, path: str, *, needed: int = 0, so_far: str = "Nothing was computed."
-) -> NoReturn:
-    """Raise what an operating system's refusal to write `path` means to the user.
-
-    Parameters
-    ----------
-    error : OSError
-        The refusal.
-    path : str
-        The store.
-    needed : int
-        Bytes that the file needs.
-    so_far : str
-        What has become of the work, in a sentence.
-    """
-    folder = str(Path(path).parent)
-    if error.errno in _NO_SPACE:
-        raise DiskFull(
-            f"There is no room for {path}: it needs {needed / 1e6:,.1f} MB and "
-            f"{_free_bytes(folder) / 1e6:,.1f} MB are free in {folder} ({error.strerror}). "
-            f"{so_far} Free some space or choose another disk with -o, and run the command "
-            "again; --store-dtype float16 needs half the space."
-        ) from error
-    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-        raise StoreError(
-            f"Cannot write in {folder}: {error.strerror}. Choose a folder of your own with -o."
-        ) from error
-    raise StoreError(f"Cannot write {path}: {error}.") from error
-
-
-def _free_bytes(folder: str) -> int:
-    try:
-        status = os.statvfs(folder)
-    except OSError:
-        return 0
-    return status.f_bavail * status.f_frsize
-
-
-class _opened:
-    """A file descriptor for the length of a ``with`` block."""
-
-    def __init__(self, path: str, flags: int) -> None:
-        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-
-    def __enter__(self) -> int:
-        return self._descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-
-# --- bytes at offsets ---------------------------------------------------------------------------
-
-
-def as_bytes(array: np.ndarray) -> memoryview:
-    """Return the bytes of a C-contiguous array, not copied."""
-    return array.reshape(-1).view(np.uint8).data
-
-
-def pwrite_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data`; the system may take less at a time."""
-    view = memoryview(data)
-    while len(view):
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def pread_into(descriptor: int, out: memoryview, offset: int) -> None:
-    """Fill `out` from the file.
-
-    Raises
-    ------
-    CorruptStore
-        The file ends before.
-    """
-    while len(out):
-        count = os.preadv(descriptor, [out], offset)
-        if count == 0:
-            raise CorruptStore(f"The file ends at byte {offset}: it was truncated.")
-        out, offset = out[count:], offset + count
-
-
-def copy_range(source: int, start: int, target: int, to: int, count: int) -> None:
-    """Copy bytes between files, inside the kernel where it can (shared extents cost nothing)."""
-    kernel_copy = getattr(os, "copy_file_range", None)
-    while count and kernel_copy is not None:
-        try:
-            copied = kernel_copy(source, target, count, start, to)
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED | {errno.EXDEV, errno.EPERM, errno.EBADF}:
-                raise
-            break
-        if copied == 0:
-            break  # the source's end, or a file system that pretends: read and see
-        start, to, count = start + copied, to + copied, count - copied
-    buffer = memoryview(bytearray(min(count, _COPY_BYTES)))
-    while count:
-        block = buffer[: min(count, len(buffer))]
-        pread_into(source, block, start)
-        pwrite_all(target, block, to)
-        start, to, count = start + len(block), to + len(block), count - len(block)
-
-
-def fsync(descriptor: int) -> None:
-    """Have the bytes on the disk itself, through the drive's cache on macOS too."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is not None:
-        with contextlib.suppress(OSError):  # not every file system knows it
-            fcntl.fcntl(descriptor, full)
-            return
-    os.fsync(descriptor)
-
-
-def rename(source: str, target: str) -> None:
-    """Replace `target` by `source` so that a power cut leaves the one or the other."""
-    Path(source).replace(target)
-    with (
-        _opened(str(Path(target).parent), os.O_RDONLY | os.O_DIRECTORY) as folder,
-        contextlib.suppress(OSError),  # some network file systems cannot fsync a folder
-    ):
-        os.fsync(folder)
-
-
-def runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Yield (position, first row, number of rows) of each run of consecutive rows."""
-    if len(rows) == 0:
-        return
-    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
-    starts = np.concatenate([[0], cuts])
-    stops = np.concatenate([cuts, [len(rows)]])
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        yield start, int(rows[start]), stop - start
-
-
-# --- opening a file -----------------------------------------------------------------------------
 
 
 def read_datasets(path: str) -> dict[str, Dataset]:
@@ -602,7 +410,7 @@ class StoreFile:
             raise MissingStore(f"There is no feature file {path}.") from error
         except OSError as error:
             if writable:
-                raise_for(error, path)
+                disk.raise_for(error, path)
             raise StoreError(f"Cannot read {path}: {error.strerror}.") from error
         if Path(path).is_dir():
             raise StoreError(f"{path} is a folder, not a feature file.")
@@ -668,7 +476,7 @@ class StoreFile:
         dataset = self.datasets[name]
         array = np.empty(dataset.shape, dataset.dtype)
         if array.nbytes:
-            pread_into(self.descriptor, as_bytes(array), dataset.offset)
+            disk.pread_into(self.descriptor, as_bytes(array), dataset.offset)
         return array
 
     def read_rows(self, dataset: Dataset, start: int, stop: int) -> np.ndarray:
@@ -676,13 +484,13 @@ class StoreFile:
         array = np.empty((stop - start, *dataset.shape[1:]), dataset.dtype)
         if array.nbytes:
             offset = dataset.offset + start * dataset.row_bytes
-            pread_into(self.descriptor, as_bytes(array), offset)
+            disk.pread_into(self.descriptor, as_bytes(array), offset)
         return array
 
     def write_rows(self, dataset: Dataset, start: int, array: np.ndarray) -> None:
         """Write rows from `start` on; the array has the dataset's type and is contiguous."""
         offset = dataset.offset + start * dataset.row_bytes
-        pwrite_all(self.descriptor, as_bytes(array), offset)
+        disk.pwrite_all(self.descriptor, as_bytes(array), offset)
 
     def meta(self, key: str) -> Any:
         """Return the JSON value under /meta, None where there is none."""
@@ -712,13 +520,13 @@ class StoreFile:
                 f"{self.path} keeps {dataset.dtype.itemsize} bytes for the metadata {key!r}; "
                 f"{len(text)} came."
             )
-        pwrite_all(self.descriptor, text.ljust(dataset.dtype.itemsize, b"\0"), dataset.offset)
-        fsync(self.descriptor)  # settings are on the disk before the rows that they decided
+        disk.pwrite_all(self.descriptor, text.ljust(dataset.dtype.itemsize, b"\0"), dataset.offset)
+        disk.fsync(self.descriptor)  # settings are on the disk before the rows that they decided
 
     def digest(self) -> bytes:
         """Return the SHA-256 over everything outside /features, as /digest should hold it."""
         digest = hashlib.sha256()
-        buffer = memoryview(bytearray(_COPY_BYTES))
+        buffer = memoryview(bytearray(_DIGEST_BYTES))
         for name in sorted(self.datasets):
             if name == "digest" or name.startswith("features/"):
                 continue
@@ -726,7 +534,7 @@ class StoreFile:
             digest.update(name.encode() + b"\0" + dataset.nbytes.to_bytes(8, "little"))
             for start in range(0, dataset.nbytes, len(buffer)):
                 block = buffer[: min(len(buffer), dataset.nbytes - start)]
-                pread_into(self.descriptor, block, dataset.offset + start)
+                disk.pread_into(self.descriptor, block, dataset.offset + start)
                 digest.update(block)
         return digest.digest()
 
@@ -737,8 +545,8 @@ class StoreFile:
 
     def seal(self) -> None:
         """Write the digest and have everything on the disk."""
-        pwrite_all(self.descriptor, self.digest(), self.datasets["digest"].offset)
-        fsync(self.descriptor)
+        disk.pwrite_all(self.descriptor, self.digest(), self.datasets["digest"].offset)
+        disk.fsync(self.descriptor)
 
 
 def _reopen(path: str, digest: bytes) -> StoreFile:
@@ -747,90 +555,6 @@ def _reopen(path: str, digest: bytes) -> StoreFile:
     if file.read("digest").tobytes() != digest:
         raise StoreError(f"{path} was replaced meanwhile. Run the command again.")
     return file
-
-
-# --- checksums ----------------------------------------------------------------------------------
-
-
-def row_seeds(sha256: np.ndarray) -> list[int]:
-    """Return the CRC-32 of each row's content hash, the seed of its features' checksums."""
-    data = as_bytes(np.ascontiguousarray(sha256))
-    return [zlib.crc32(data[i : i + 32]) for i in range(0, len(data), 32)]
-
-
-def row_checksums(features: np.ndarray, seeds: Sequence[int]) -> list[int]:
-    """Return the CRC-32 of each row of a contiguous array, seeded."""
-    data = as_bytes(features)
-    size = len(data) // max(len(seeds), 1)
-    crc32 = zlib.crc32
-    return [crc32(data[i * size : (i + 1) * size], seed) for i, seed in enumerate(seeds)]
-
-
-def entry_checks(entries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return what the field ``check`` of rows must hold."""
-    data = as_bytes(np.ascontiguousarray(entries))
-    size = entries.dtype.itemsize
-    body = size - 4
-    crc32 = zlib.crc32
-    checks = (
-        crc32(data[i * size : i * size + body], crc32(name)) for i, name in enumerate(ids.tolist())
-    )
-    return np.fromiter(checks, np.uint32, count=len(entries))
-
-
-def chunks(file: StoreFile, rows: int = 65_536) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield (first row, entries, ids) of chunks of rows: tables larger than memory are fine."""
-    for start in range(0, file.n, rows):
-        stop = min(start + rows, file.n)
-        entries = file.read_rows(file.datasets["rows"], start, stop)
-        yield start, entries, file.read_rows(file.datasets["ids"], start, stop)
-
-
-def bad_features(
-    file: StoreFile, first: int, entries: np.ndarray, seen: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """Return which rows fail the checksums of their features, by tap.
-
-    Parameters
-    ----------
-    file : StoreFile
-        The open file.
-    first : int
-        The first row.
-    entries : ndarray, shape (k,)
-        Rows of /rows from `first` on.
-    seen : ndarray of bool, shape (k,), optional
-        Rows to look at; the others are not read.
-
-    Returns
-    -------
-    dict of str to ndarray of bool, shape (k,)
-        True where the features are not those that were written.
-    """
-    rows = np.arange(len(entries)) if seen is None else np.flatnonzero(seen)
-    seeds = np.array(row_seeds(entries["sha256"]), np.uint32)
-    result = {tap: np.zeros(len(entries), bool) for tap in file.features}
-
-    def check(job: tuple[int, str, int, int]) -> None:
-        k, tap, start, stop = job
-        block = file.read_rows(file.features[tap], first + start, first + stop)
-        sums = np.array(row_checksums(block, seeds[start:stop].tolist()), np.uint32)
-        result[tap][start:stop] = sums != entries["crc32"][start:stop, k]
-
-    jobs = []
-    for k, (tap, dataset) in enumerate(file.features.items()):
-        step = max(1, _CHECK_BYTES // max(dataset.row_bytes, 1))
-        for _, start, count in runs(rows):
-            for begin in range(start, start + count, step):
-                jobs.append((k, tap, begin, min(begin + step, start + count)))
-    # Reading gives the interpreter to the other thread, and so does the CRC of long rows.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(check, jobs):
-            pass
-    return result
-
-
-# --- making a file from another -----------------------------------------------------------------
 
 
 def rewrite(
@@ -857,8 +581,8 @@ def rewrite(
     try:
         for tap, dataset in source.features.items():
             size, to = dataset.row_bytes, target.features[tap].offset
-            for position, first, count in runs(keep):
-                copy_range(
+            for position, first, count in disk.runs(keep):
+                disk.copy_range(
                     source.descriptor,
                     dataset.offset + first * size,
                     target.descriptor,

@@ -11,13 +11,10 @@ The format is specified in `featcache.layout`.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -26,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from featcache import layout
+from featcache import checksums, layout
 from featcache.errors import (
     FingerprintMismatch,
     IncompleteStore,
@@ -36,8 +33,9 @@ from featcache.errors import (
     TrainingError,
 )
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint, RequestKey, canonical_json
-from featcache.layout import DONE, Dataset, StoreFile
-from featcache.locking import WriteLock
+from featcache.layout import DONE, StoreFile
+from featcache.rows import Source, convert
+from featcache.upkeep import Canaries, VerifyReport, read_canaries, relabel_file, verify_file
 
 if TYPE_CHECKING:
     from featcache.images import ImageSet
@@ -46,8 +44,6 @@ __all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "
 
 _BLOCK_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 20
-# A gap that is cheaper to read than to seek over.
-_GAP_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -86,141 +82,6 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Canaries:
-    """Test images kept in the file, and what the network made of them.
-
-    Parameters
-    ----------
-    names : list of str
-    images : list of bytes
-        Encoded.
-    features : dict of str to ndarray, shape (k, ...), float32
-        By tap, without views; empty where they were not computed.
-    """
-
-    names: list[str]
-    images: list[bytes]
-    features: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What `FeatureStore.verify` found.
-
-    Parameters
-    ----------
-    rows : int
-        Rows read.
-    bad_rows : list of str
-        Ids of the rows whose features, hash, or entry are not what was written.
-    problems : list of str
-        Sentences for people; empty when all is well.
-    """
-
-    rows: int
-    bad_rows: list[str]
-    problems: list[str]
-
-    @property
-    def ok(self) -> bool:
-        """Nothing is wrong."""
-        return not self.problems
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {
-            "ok": self.ok,
-            "rows": self.rows,
-            "bad_rows": self.bad_rows,
-            "problems": self.problems,
-        }
-
-    def __str__(self) -> str:
-        return "\n".join(self.problems) if self.problems else f"{self.rows:,} rows, all intact"
-
-
-class _Source:
-    """Rows of one fingerprint: files one after the other."""
-
-    def __init__(self, files: Sequence[StoreFile], name: str) -> None:
-        self.files = list(files)
-        self.name = name
-        self.fingerprint = files[0].fingerprint
-        self.starts = np.cumsum([0, *(file.n for file in files)]).tolist()
-        self._tables: dict[str, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def shape(self, tap: str) -> tuple[int, ...]:
-        return self.files[0].features[tap].shape[1:]
-
-    def table(self, name: str) -> np.ndarray | None:
-        """Return a table of all files, None where no file has it; absent ones count as ``""``."""
-        if not any(name in file.datasets for file in self.files):
-            return None
-        if name not in self._tables:
-            parts = [
-                file.read(name) if name in file.datasets else np.zeros(file.n, "S1")
-                for file in self.files
-            ]
-            self._tables[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return self._tables[name]
-
-    def locate(self, tap: str, row: int) -> tuple[StoreFile, Dataset, int]:
-        """Return the file that holds a row, the dataset, and the row's number there."""
-        k = bisect.bisect_right(self.starts, row) - 1
-        return self.files[k], self.files[k].features[tap], row - self.starts[k]
-
-    def fetch(self, tap: str, rows: slice | np.ndarray, out: np.ndarray) -> None:
-        """Fill `out` (m, ...), in the type stored, with rows given as a run or as numbers."""
-        if isinstance(rows, slice):
-            self._fetch_run(tap, rows.start, out)
-            return
-        if (np.diff(rows) >= 0).all():
-            self._fetch_ascending(tap, rows, out)
-            return
-        order = np.argsort(rows, kind="stable")
-        ascending = np.empty_like(out)
-        self._fetch_ascending(tap, rows[order], ascending)
-        out[order] = ascending
-
-    def _fetch_ascending(self, tap: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Read rows with small gaps between them as one span, and pick them from it."""
-        row_bytes = max(self.files[0].features[tap].row_bytes, 1)
-        cuts = np.flatnonzero(np.diff(rows) > max(1, _GAP_BYTES // row_bytes)) + 1
-        for start, stop in itertools.pairwise([0, *cuts.tolist(), len(rows)]):
-            if start < stop:
-                first, last = int(rows[start]), int(rows[stop - 1])
-                if (np.diff(rows[start:stop]) == 1).all():
-                    self._fetch_run(tap, first, out[start:stop])
-                else:
-                    span = np.empty((last - first + 1, *out.shape[1:]), out.dtype)
-                    self._fetch_run(tap, first, span)
-                    np.take(span, rows[start:stop] - first, axis=0, out=out[start:stop])
-
-    def _fetch_run(self, tap: str, start: int, out: np.ndarray) -> None:
-        """Read consecutive rows, across files."""
-        done = 0
-        while done < len(out):
-            file, dataset, row = self.locate(tap, start + done)
-            count = min(len(out) - done, file.n - row)
-            part = out[done : done + count]
-            if part.nbytes:
-                offset = dataset.offset + row * dataset.row_bytes
-                layout.pread_into(file.descriptor, layout.as_bytes(part), offset)
-            done += count
-
-    def advise(self, tap: str, start: int, stop: int) -> None:
-        """Tell the system that these rows are wanted next, where it listens."""
-        if hasattr(os, "posix_fadvise") and start < min(stop, len(self)):
-            file, dataset, row = self.locate(tap, start)
-            offset = dataset.offset + row * dataset.row_bytes
-            length = (stop - start) * dataset.row_bytes
-            os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
-
-
-@dataclass(frozen=True)
 class _Column:
     """One tap of one source, under the name that the user sees."""
 
@@ -251,7 +112,7 @@ class FeatureStore:
     >>> X, y = store.load("avgpool")                     # doctest: +SKIP
     """
 
-    def __init__(self, sources: Sequence[_Source], indices: Sequence[np.ndarray | None]) -> None:
+    def __init__(self, sources: Sequence[Source], indices: Sequence[np.ndarray | None]) -> None:
         self._sources = list(sources)
         self._indices = list(indices)  # rows of each source; None = all of them in order
         self._columns = {
@@ -290,7 +151,7 @@ class FeatureStore:
                     f"{files[0].path} and {file.path} hold features of different origin and "
                     f"cannot be one store:\n{difference}"
                 )
-        source = _Source(files, files[0].fingerprint.backbone)
+        source = Source(files, files[0].fingerprint.backbone)
         if len(files) > 1:
             _check_disjoint(files)
         return cls([source], [None])
@@ -313,14 +174,14 @@ class FeatureStore:
             raise StoreError("No store was given to join.")
         if len(stores) == 1:
             return cls(stores[0]._sources, stores[0]._indices)
-        sources: list[_Source] = []
+        sources: list[Source] = []
         indices: list[np.ndarray | None] = []
         ids = stores[0].ids
         order = np.argsort(ids)
         for store in stores:
             rows = _match(stores[0], store, order)
             for source, index in zip(store._sources, store._indices, strict=True):
-                sources.append(_Source(source.files, source.fingerprint.backbone))
+                sources.append(Source(source.files, source.fingerprint.backbone))
                 indices.append(rows if index is None else index[rows])
         _name_apart(sources)
         return cls(sources, indices)
@@ -478,6 +339,19 @@ class FeatureStore:
     def canaries(self) -> Canaries | None:
         """Test images and their features of the (first) file; None where there are none."""
         return read_canaries(self._sources[0].files[0])
+
+    @property
+    def parts(self) -> tuple[FeatureStore, ...]:
+        """The stores that are joined here, each with the rows of this one; itself where none."""
+        return tuple(
+            FeatureStore([source], [index])
+            for source, index in zip(self._sources, self._indices, strict=True)
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the (first) file's tables, 64 hexadecimal digits: another for other rows."""
+        return self._sources[0].files[0].read("digest").tobytes().hex()
 
     def describe(self) -> dict[str, Any]:
         """Return what the store holds, as JSON values."""
@@ -707,11 +581,6 @@ class FeatureStore:
             return list(self.taps)
         return [self._resolve(tap) for tap in ([layers] if isinstance(layers, str) else layers)]
 
-    def _block_rows(self, names: Sequence[str], rows: int | None) -> int:
-        """Return how many rows fit a block of 64 MiB, at most 8,192."""
-        size = sum(math.prod(self.taps[name].shape) * 4 for name in names)
-        return rows or max(1, min(8192, _BLOCK_BYTES // max(size, 1)))
-
     def width(self, layers: str | Sequence[str] | None = None) -> int:
         """Return the number of columns of `matrix`."""
         return sum(self.taps[name].width for name in self._names(layers))
@@ -813,13 +682,13 @@ class FeatureStore:
         intact = entries["status"] == DONE
         ids = self._take(self._sources[0].table("ids"))
         assert ids is not None
-        intact &= layout.entry_checks(entries, ids) == entries["check"]
-        seeds = layout.row_seeds(entries["sha256"])
+        intact &= checksums.entry_checks(entries, ids) == entries["check"]
+        seeds = checksums.row_seeds(entries["sha256"])
         found = {}
         for k, (name, info) in enumerate(self.taps.items()):
             found[name] = np.empty((len(self), *info.shape), info.dtype)
             self._read(name, slice(0, len(self)), found[name])
-            sums = np.array(layout.row_checksums(found[name], seeds), np.uint32)
+            sums = np.array(checksums.row_checksums(found[name], seeds), np.uint32)
             intact &= sums == entries["crc32"][:, k]
         return found, intact
 
@@ -833,7 +702,7 @@ class FeatureStore:
         rows, bad, problems = 0, [], []
         for file in {f.path: f for source in self._sources for f in source.files}.values():
             rows += file.n
-            bad_here, problems_here = _verify_file(file)
+            bad_here, problems_here = verify_file(file)
             bad += bad_here
             problems += problems_here
         return VerifyReport(rows, bad, problems)
@@ -857,34 +726,8 @@ class FeatureStore:
             raise StoreError("This is a join of several stores: relabel each by itself.")
         row_of = {name: i for i, name in enumerate(images.ids)}
         for file in self._sources[0].files:
-            _relabel_file(file, images, row_of)
+            relabel_file(file, images, row_of)
         return FeatureStore.open([file.path for file in self._sources[0].files])
-
-
-def convert(source: np.ndarray, out: np.ndarray) -> None:
-    """Copy between types; for float16 and float32 torch is ten times as fast as numpy.
-
-    Both round to nearest, ties to even. (From float64 torch rounds twice, so that is numpy's.)
-    """
-    halves = {source.dtype, out.dtype} == {np.dtype(np.float16), np.dtype(np.float32)}
-    if halves and source.flags.writeable and source.size > 4096:
-        import torch
-
-        torch.from_numpy(out).copy_(torch.from_numpy(source))
-    else:
-        out[...] = source
-
-
-def read_canaries(file: StoreFile) -> Canaries | None:
-    """Return the canaries of a file."""
-    if "canaries/names" not in file.datasets:
-        return None
-    names = layout.decode_table(file.read("canaries/names")).tolist()
-    images = [file.read(f"canaries/images/{i}").tobytes() for i in range(len(names))]
-    features = {tap: file.read(f"canaries/{layout.feature_name(tap)}") for tap in file.features}
-    if any(np.isnan(values).any() for values in features.values()):
-        features = {}
-    return Canaries(names, images, features)
 
 
 def _open_finished(path: str) -> StoreFile:
@@ -960,15 +803,16 @@ def _match(first: FeatureStore, other: FeatureStore, order: np.ndarray) -> np.nd
     differ = np.flatnonzero((first.labels != labels) & (labels != ""))
     if len(differ):
         k = differ[0]
+        was, now = str(first.labels[k]), str(labels[k])
         raise StoreError(
             f"{len(differ)} images are labelled differently in {', '.join(first.paths)} and "
-            f"{', '.join(other.paths)} (first: {mine[k]}: {str(first.labels[k])!r}, {str(labels[k])!r}). "
+            f"{', '.join(other.paths)} (first: {mine[k]}: {was!r}, {now!r}). "
             "Run `featcache extract` again for both; only the labels are rewritten."
         )
     return rows
 
 
-def _name_apart(sources: Sequence[_Source]) -> None:
+def _name_apart(sources: Sequence[Source]) -> None:
     """Give sources of the same backbone names that do not depend on the order."""
     names = [source.fingerprint.backbone for source in sources]
     for source, name in zip(sources, names, strict=True):
@@ -976,83 +820,3 @@ def _name_apart(sources: Sequence[_Source]) -> None:
             source.name = f"{name}@{source.fingerprint.digest[:8]}"
     if len({source.name for source in sources}) < len(sources):
         raise StoreError("The same features were given twice to join.")
-
-
-def _verify_file(file: StoreFile) -> tuple[list[str], list[str]]:
-    """Return the ids of damaged rows of one file, and what to say about it."""
-    problems = []
-    if file.digest() != file.read("digest").tobytes():
-        problems.append(
-            f"{file.path}: the tables (ids, labels, rows, metadata) do not match their digest."
-        )
-    names: list[str] = []
-    taps = dict.fromkeys(file.features, 0)
-    for first, entries, ids in layout.chunks(file):
-        wrong = layout.entry_checks(entries, ids) != entries["check"]
-        wrong |= entries["status"] != DONE
-        for tap, bad in layout.bad_features(file, first, entries).items():
-            taps[tap] += int(np.count_nonzero(bad))
-            wrong |= bad
-        names += [name.decode(errors="backslashreplace") for name in ids[wrong].tolist()]
-    if names:
-        counts = ", ".join(f"{tap}: {count}" for tap, count in taps.items() if count)
-        problems.append(
-            f"{file.path}: {len(names)} of {file.n} rows are damaged (first: {names[0]}; "
-            f"{counts or 'their entries'}). To compute only these again: mv {file.path} "
-            f"{file.path}.partial, then run the same `featcache extract` command."
-        )
-    return names, problems
-
-
-def _relabel_file(file: StoreFile, images: ImageSet, row_of: Mapping[str, int]) -> None:
-    """Replace one file by one with the tables of `images`."""
-    ids = layout.decode_table(file.read("ids")).tolist()
-    missing = [name for name in ids if name not in row_of]
-    if missing:
-        raise MissingFeatures(
-            f"{len(missing)} of {len(ids)} images of {file.path} are not in {images.source} "
-            f"(first: {missing[0]}). Run `featcache extract` to drop them."
-        )
-    rows = [row_of[name] for name in ids]
-
-    def table(values: Sequence[str] | None, what: str) -> np.ndarray | None:
-        return None if values is None else layout.encode_table([values[i] for i in rows], what)
-
-    contents = contents_of(file)
-    contents.labels = table(images.labels, "labels")
-    contents.groups = table(images.groups, "groups")
-    contents.splits = table(images.splits, "splits")
-    path = str(Path(file.path).resolve())
-    try:
-        with WriteLock(f"{path}.partial.lock", path):
-            temporary = f"{path}.partial.relabelled"
-            layout.rewrite(file, temporary, contents, np.arange(file.n))
-            layout.rename(temporary, path)
-    except OSError as error:
-        layout.raise_for(error, path, needed=contents.nbytes, so_far=f"{path} is as it was.")
-
-
-def contents_of(file: StoreFile) -> layout.Contents:
-    """Return everything but the features of a file, to make another from."""
-    own = {"fingerprint", "classes"}
-    canaries = read_canaries(file)
-
-    def table(name: str) -> np.ndarray | None:
-        return file.read(name) if name in file.datasets else None
-
-    failures = [
-        (name.decode(), stage.decode(), reason.decode(), size, mtime_ns)
-        for name, stage, reason, size, mtime_ns in file.read("failures").tolist()
-    ]
-    return layout.Contents(
-        fingerprint=file.fingerprint,
-        shapes={tap: dataset.shape[1:] for tap, dataset in file.features.items()},
-        ids=file.read("ids"),
-        labels=table("labels"),
-        groups=table("groups"),
-        splits=table("splits"),
-        meta={key: file.meta(key) for key in file.meta_keys if key not in own},
-        failures=failures,
-        canary_names=canaries.names if canaries else (),
-        canary_images=canaries.images if canaries else (),
-    )

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from featcache import layout
+from featcache import checksums, disk, layout
 from featcache.errors import (
     FingerprintMismatch,
     IncompleteStore,
@@ -39,15 +39,9 @@ from featcache.errors import (
 from featcache.fingerprint import Fingerprint
 from featcache.layout import DONE, FAILED, PENDING, StoreFile
 from featcache.locking import WriteLock
-from featcache.store import (
-    Canaries,
-    Failure,
-    FeatureStore,
-    _Source,
-    contents_of,
-    convert,
-    read_canaries,
-)
+from featcache.rows import Source, convert
+from featcache.store import Failure, FeatureStore
+from featcache.upkeep import Canaries, contents_of, read_canaries
 
 if TYPE_CHECKING:
     from featcache.images import ImageSet
@@ -235,14 +229,14 @@ class FeatureWriter:
         if self._shared_rows is not None:
             mine[:] = False
             mine[self._shared_rows] = True
-        for first, entries, ids in layout.chunks(self._file):
+        for first, entries, ids in checksums.chunks(self._file):
             part = slice(first, first + len(entries))
             status = entries["status"].copy()
-            status[layout.entry_checks(entries, ids) != entries["check"]] = PENDING
+            status[checksums.entry_checks(entries, ids) != entries["check"]] = PENDING
             status[status > FAILED] = PENDING
             done = (status == DONE) & mine[part]
             if features and done.any():
-                for wrong in layout.bad_features(self._file, first, entries, done).values():
+                for wrong in checksums.bad_features(self._file, first, entries, done).values():
                     status[wrong] = PENDING
             if self._retry_failed:
                 status[status == FAILED] = PENDING
@@ -391,10 +385,10 @@ class FeatureWriter:
         if len(rows) == 0:
             return
         self._check_rows(rows)
-        seeds = layout.row_seeds(entries["sha256"])
+        seeds = checksums.row_seeds(entries["sha256"])
         for k, (tap, dataset) in enumerate(self._file.features.items()):
-            entries["crc32"][:, k] = layout.row_checksums(stored[tap], seeds)
-            for position, first, count in layout.runs(rows):
+            entries["crc32"][:, k] = checksums.row_checksums(stored[tap], seeds)
+            for position, first, count in disk.runs(rows):
                 self._file.write_rows(dataset, first, stored[tap][position : position + count])
         entries["status"] = DONE
         self._write_entries(rows, entries)
@@ -402,10 +396,10 @@ class FeatureWriter:
     def _write_entries(self, rows: np.ndarray, entries: np.ndarray) -> None:
         """Sign entries with their ids and write them."""
         ids = self._file.datasets["ids"]
-        for position, first, count in layout.runs(rows):
+        for position, first, count in disk.runs(rows):
             part = entries[position : position + count]
             names = self._file.read_rows(ids, first, first + count)
-            part["check"] = layout.entry_checks(part, names)
+            part["check"] = checksums.entry_checks(part, names)
             self._file.write_rows(self._rows, first, part)
         self.status[rows] = entries["status"]
 
@@ -459,7 +453,7 @@ class FeatureWriter:
                 continue
             if file.fingerprint == self.fingerprint:
                 done = np.flatnonzero(file.read("rows")["status"] == DONE)
-                found.append(FeatureStore([_Source([file], file.fingerprint.backbone)], [done]))
+                found.append(FeatureStore([Source([file], file.fingerprint.backbone)], [done]))
         return found
 
     def copy_rows(
@@ -513,7 +507,7 @@ class FeatureWriter:
 
     def commit(self) -> None:
         """Have everything written so far on the disk."""
-        layout.fsync(self._file.descriptor)
+        disk.fsync(self._file.descriptor)
 
     def finish(self, max_failures: float = 0.01) -> FeatureStore:
         """Make the partial file the store: leave failed rows out, seal, fsync, rename.
@@ -549,12 +543,12 @@ class FeatureWriter:
         try:
             if failures:
                 self._compact(failures, f"{partial}.compact")
-                layout.rename(f"{partial}.compact", self.path)
+                disk.rename(f"{partial}.compact", self.path)
             else:
                 self._file.seal()
-                layout.rename(partial, self.path)
+                disk.rename(partial, self.path)
         except OSError as error:
-            layout.raise_for(
+            disk.raise_for(
                 error,
                 self.path,
                 needed=os.fstat(self._file.descriptor).st_size,
@@ -603,7 +597,7 @@ def _locked(path: str | Path) -> tuple[str, WriteLock]:
         Path(real).parent.mkdir(parents=True, exist_ok=True)
         return real, WriteLock(_lock_path(real), real)
     except OSError as error:
-        layout.raise_for(error, real)
+        disk.raise_for(error, real)
 
 
 @contextlib.contextmanager
@@ -651,11 +645,11 @@ def _begin(path: str, contents: layout.Contents) -> StoreFile:
     try:
         layout.create_file(f"{partial}.fresh", contents)
     except OSError as error:
-        layout.raise_for(error, path, needed=contents.nbytes)
+        disk.raise_for(error, path, needed=contents.nbytes)
     if Path(partial).exists():
         _set_aside(partial)
     Path(f"{partial}.failures").unlink(missing_ok=True)
-    layout.rename(f"{partial}.fresh", partial)
+    disk.rename(f"{partial}.fresh", partial)
     return StoreFile(partial, writable=True)
 
 
@@ -669,7 +663,7 @@ def _set_aside(partial: str) -> None:
             return 0
 
     if done(partial) >= done(f"{partial}.old"):
-        layout.rename(partial, f"{partial}.old")
+        disk.rename(partial, f"{partial}.old")
 
 
 def _refuse_other(path: str, fingerprint: Fingerprint) -> None:

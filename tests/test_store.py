@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featcache import checksums, disk, layout
 from featcache.errors import (
     CorruptStore,
     DiskFull,
@@ -574,21 +576,28 @@ def test_killed_at_many_random_moments_the_file_is_the_same(tmp_path: Path, seed
     killed_runs_equal_a_quiet_one(tmp_path, kills=50, seed=seed)
 
 
-STOPS = ["_write_layout", "reserve", "fsync", "rename", "pwrite_all", "copy_range", "row_checksums"]
+STOPS = [
+    (layout, "_write_layout"),
+    (disk, "reserve"),
+    (disk, "fsync"),
+    (disk, "rename"),
+    (disk, "pwrite_all"),
+    (disk, "copy_range"),
+    (checksums, "row_checksums"),
+]
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize(("module", "name"), STOPS, ids=[name for _, name in STOPS])
 def test_stopped_at_every_step_the_file_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
     """Stop at every call of a step of the writer, one after the other, as a kill would."""
-    from featcache import layout
 
     class Stop(BaseException):
         pass
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power cuts here; it is slow
-    step: Callable[..., Any] = getattr(layout, name)
+    step: Callable[..., Any] = getattr(module, name)
     imgs = stores.images(6)
 
     def extract(path: Path) -> None:
@@ -613,7 +622,7 @@ def test_stopped_at_every_step_the_file_is_the_same(
 
         path = tmp_path / f"{stop_at}.h5"
         with monkeypatch.context() as patch:
-            patch.setattr(layout, name, counted)
+            patch.setattr(module, name, counted)
             try:
                 extract(path)
             except Stop:
@@ -882,6 +891,13 @@ def test_stores_of_the_same_images_are_joined_by_id(tmp_path: Path) -> None:
         _ = store.fingerprint
     assert store.verify().rows == 24
     assert "vgg16" in store.to_text()
+    assert [p.fingerprint for p in part.parts] == [a.fingerprint, f]
+    for p in part.parts:
+        assert p.ids.tolist() == part.ids.tolist()
+        np.testing.assert_array_equal(
+            p.matrix()[:, :2], values[[4, 0], :2].astype(p.taps[POOL].dtype)
+        )
+    assert [p.digest for p in store.parts] == [a.digest, b.digest]
     assert FeatureStore.join([a]).ids.tolist() == a.ids.tolist()
 
 
