@@ -58,7 +58,7 @@ def _write_zeros(descriptor: int, start: int, stop: int) -> None:
 
 
 def raise_for(
-    error: OSError, path: str, *, needed: int = 0, so_far: str = "Nothing was computed."
+    error: OSError, path: str, *, needed: int = 0, so_far: str = "", advice: str = ""
 ) -> NoReturn:
     """Raise what an operating system's refusal to write `path` means to the user.
 
@@ -72,6 +72,8 @@ def raise_for(
         Bytes that the file needs.
     so_far : str
         What has become of the work, in a sentence.
+    advice : str
+        What else helps where there is no room.
     """
     folder = str(Path(path).parent)
     if error.errno in _NO_SPACE:
@@ -79,7 +81,7 @@ def raise_for(
             f"There is no room for {path}: it needs {needed / 1e6:,.1f} MB and "
             f"{_free_bytes(folder) / 1e6:,.1f} MB are free in {folder} ({error.strerror}). "
             f"{so_far} Free some space or choose another disk with -o, and run the command "
-            "again; --store-dtype float16 needs half the space."
+            f"again{advice}."
         ) from error
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         raise StoreError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -176,10 +177,8 @@ class FeatureStore:
             return cls(stores[0]._sources, stores[0]._indices)
         sources: list[Source] = []
         indices: list[np.ndarray | None] = []
-        ids = stores[0].ids
-        order = np.argsort(ids)
         for store in stores:
-            rows = _match(stores[0], store, order)
+            rows = _match(stores[0], store)
             for source, index in zip(store._sources, store._indices, strict=True):
                 sources.append(Source(source.files, source.fingerprint.backbone))
                 indices.append(rows if index is None else index[rows])
@@ -241,7 +240,12 @@ class FeatureStore:
     @cached_property
     def classes(self) -> list[str]:
         """Distinct labels, sorted, without ``""``."""
-        return [name for name in np.unique(self.labels).tolist() if name]
+        return sorted(self._label_counts.keys() - {""})
+
+    @cached_property
+    def _label_counts(self) -> Counter[str]:
+        table = self._take(self._sources[0].table("labels"))
+        return Counter({"": len(self)}) if table is None else layout.counts(table)
 
     @cached_property
     def _entries(self) -> np.ndarray:
@@ -355,12 +359,11 @@ class FeatureStore:
 
     def describe(self) -> dict[str, Any]:
         """Return what the store holds, as JSON values."""
-        labels, counts = np.unique(self.labels, return_counts=True)
         return {
             "paths": self.paths,
             "bytes": sum(Path(path).stat().st_size for path in self.paths),
             "images": len(self),
-            "classes": dict(zip(labels.tolist(), counts.tolist(), strict=True)),
+            "classes": dict(sorted(self._label_counts.items())),
             "groups": 0 if self.groups is None else len(np.unique(self.groups)),
             "splits": [] if self.splits is None else np.unique(self.splits).tolist(),
             "taps": {
@@ -669,6 +672,18 @@ class FeatureStore:
             self._read(name, part, out[..., column : column + width])
             column += width
 
+    def stored_blocks(self, tap: str | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield one tap's rows as stored, (slice, (m, ...)), block by block."""
+        name = self._resolve(tap)
+        info = self.taps[name]
+        size = math.prod(info.shape) * info.dtype.itemsize
+        step = max(1, min(8192, _BLOCK_BYTES // max(size, 1)))
+        for start in range(0, len(self), step):
+            part = slice(start, min(start + step, len(self)))
+            block = np.empty((part.stop - part.start, *info.shape), info.dtype)
+            self._read(name, part, block)
+            yield part, block
+
     def stored_rows(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Return features as stored, and which rows match their checksums.
 
@@ -777,21 +792,10 @@ def _check_disjoint(files: Sequence[StoreFile]) -> None:
         )
 
 
-def _match(first: FeatureStore, other: FeatureStore, order: np.ndarray) -> np.ndarray:
+def _match(first: FeatureStore, other: FeatureStore) -> np.ndarray:
     """Return the rows of `other` that hold the images of `first`, in its order."""
-    if other is first:
-        return np.arange(len(first))
     mine, theirs = first.ids, other.ids
-    for a, b, here, there in ((mine, theirs, first, other), (theirs, mine, other, first)):
-        missing = np.setdiff1d(a, b)
-        if len(missing):
-            names = ", ".join(missing[:5].tolist())
-            raise MissingFeatures(
-                f"{len(missing)} of {len(a)} images of {', '.join(here.paths)} have no features "
-                f"in {', '.join(there.paths)} (first: {names}). Extract both from the same images."
-            )
-    rows = np.empty(len(mine), np.int64)
-    rows[order] = np.argsort(theirs)
+    rows = np.arange(len(mine)) if np.array_equal(mine, theirs) else _rows_of(first, other)
     changed = np.flatnonzero((first.sha256 != other.sha256[rows]).any(axis=1))
     if len(changed):
         raise StoreError(
@@ -809,6 +813,22 @@ def _match(first: FeatureStore, other: FeatureStore, order: np.ndarray) -> np.nd
             f"{', '.join(other.paths)} (first: {mine[k]}: {was!r}, {now!r}). "
             "Run `featcache extract` again for both; only the labels are rewritten."
         )
+    return rows
+
+
+def _rows_of(first: FeatureStore, other: FeatureStore) -> np.ndarray:
+    """Return where in `other` the ids of `first` are, or say which are not."""
+    mine, theirs = first.ids, other.ids
+    for a, b, here, there in ((mine, theirs, first, other), (theirs, mine, other, first)):
+        missing = np.setdiff1d(a, b)
+        if len(missing):
+            names = ", ".join(missing[:5].tolist())
+            raise MissingFeatures(
+                f"{len(missing)} of {len(a)} images of {', '.join(here.paths)} have no features "
+                f"in {', '.join(there.paths)} (first: {names}). Extract both from the same images."
+            )
+    rows = np.empty(len(mine), np.int64)
+    rows[np.argsort(mine)] = np.argsort(theirs)
     return rows
 
 

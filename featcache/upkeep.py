@@ -161,4 +161,4 @@ def relabel_file(file: StoreFile, images: ImageSet, row_of: Mapping[str, int]) -
             layout.rewrite(file, temporary, contents, np.arange(file.n))
             disk.rename(temporary, path)
     except OSError as error:
-        disk.raise_for(error, path, needed=contents.nbytes, so_far=f"{path} is as it was.")
+        disk.raise_for(error, path, needed=contents.feature_bytes, so_far=f"{path} is as it was.")

@@ -232,7 +232,9 @@ class FeatureWriter:
         for first, entries, ids in checksums.chunks(self._file):
             part = slice(first, first + len(entries))
             status = entries["status"].copy()
-            status[checksums.entry_checks(entries, ids) != entries["check"]] = PENDING
+            touched = np.flatnonzero(status != PENDING)
+            checks = checksums.entry_checks(entries[touched], ids[touched])
+            status[touched[checks != entries["check"][touched]]] = PENDING
             status[status > FAILED] = PENDING
             done = (status == DONE) & mine[part]
             if features and done.any():
@@ -645,7 +647,13 @@ def _begin(path: str, contents: layout.Contents) -> StoreFile:
     try:
         layout.create_file(f"{partial}.fresh", contents)
     except OSError as error:
-        disk.raise_for(error, path, needed=contents.nbytes)
+        disk.raise_for(
+            error,
+            path,
+            needed=contents.feature_bytes,
+            so_far="Nothing was computed.",
+            advice="; --store-dtype float16 needs half the space",
+        )
     if Path(partial).exists():
         _set_aside(partial)
     Path(f"{partial}.failures").unlink(missing_ok=True)
