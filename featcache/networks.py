@@ -183,7 +183,9 @@ class Torchvision(Source):
             path = _checkpoint_path(weights, f"{name} has the weights {', '.join(names)}", names)
             self.checkpoint = Checkpoint(path, partial, key_map)
         # Weights from elsewhere were mostly trained on images prepared as for torchvision's own.
-        self._transforms: Callable[[], Any] = entries[self.pinned or newest].transforms
+        like = entries[self.pinned or newest]
+        self._transforms: Callable[[], Any] = like.transforms
+        self._image_size: int = like.meta["min_size"][0]
 
     def preprocessing(self) -> Preprocessing:
         """Return the weights' own, or that of the newest weights for others."""
@@ -239,6 +241,8 @@ class Torchvision(Source):
             # Trained networks of these two expect inputs that torchvision rescales inside.
             options = {"init_weights": draw, "transform_input": not self.random}
             options["aux_logits"] = aux_logits
+        if self.name.startswith("vit_"):
+            options = {"image_size": self._image_size}  # its position embedding has one size
         module: nn.Module = get_model(self.name, weights=None, **options)
         return module
 

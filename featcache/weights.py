@@ -263,24 +263,24 @@ def match_by_order(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, 
     Raises
     ------
     WeightsError
-        Where the first difference in number or shape is.
+        If their number differs, or where the first difference in shape is.
     """
     wanted = module.state_dict()
     given, names = list(state), list(wanted)
     if len(given) != len(names):  # old checkpoints do not have the counters
         given, names = list(_counted(given)), list(_counted(names))
-    for key, name in zip(given, names, strict=False):
+    if len(given) != len(names):
+        raise WeightsError(
+            f"The checkpoint holds {len(given)} parameters and buffers, the network {len(names)}: "
+            "they cannot be matched by order"
+        )
+    for key, name in zip(given, names, strict=True):
         if state[key].shape != wanted[name].shape:
             raise WeightsError(
                 f"In order, the checkpoint's {key} {tuple(state[key].shape)} meets the network's "
                 f"{name} {tuple(wanted[name].shape)}: they are not the same network in the same "
                 "order"
             )
-    if len(given) != len(names):
-        raise WeightsError(
-            f"The checkpoint holds {len(given)} parameters and buffers, the network {len(names)}: "
-            "they cannot be matched by order"
-        )
     return dict(zip(given, names, strict=True))
 
 
