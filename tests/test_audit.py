@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featcache.audit import audit
+from featcache.errors import MissingExtra, PredictorError, TrainingError
+from tests.labelled import clusters, make_store
+from tests.stores import sha256
+
+pytest.importorskip("cleanlab", reason="pip install 'featcache[report]'")
+
+TRUE = ["ant", "bee", "cod"] * 40
+WRONG = [3, 9, 15, 40, 46, 70, 77, 83, 101]  # rows whose label is moved to the next class
+
+
+def planted() -> tuple[np.ndarray, list[str], np.ndarray, list[str]]:
+    """Return features, labels, hashes and splits with one of each kind of trouble."""
+    X, y = clusters(TRUE, spread=0.8), list(TRUE)
+    for row in WRONG:
+        y[row] = {"ant": "bee", "bee": "cod", "cod": "ant"}[y[row]]
+    X[50] = X[20] + 1e-3  # nearly the same picture twice, one of them held out
+    X[90] = 8.0 * np.where(np.arange(12) % 2, 1, -1)  # like nothing else
+    hashes = sha256([f"{i}" for i in range(120)]).copy()
+    hashes[61] = hashes[12]  # the same bytes under two labels
+    X[61] = X[12]
+    splits = ["test" if row in (50, 61) else "train" for row in range(120)]
+    return X, y, hashes, splits
+
+
+def test_planted_trouble_is_found(tmp_path: Path) -> None:
+    X, y, hashes, splits = planted()
+    found = audit(make_store(tmp_path / "a.h5", X, y, hashes=hashes, splits=splits))
+    assert found.n_images == 120
+
+    labels = {one.id: one for one in found.of("label")}
+    for row in WRONG:
+        one = labels[f"{row:05d}.jpg"]
+        assert (one.label, one.suggested) == (y[row], TRUE[row])
+        assert one.score < 0.5
+    assert len(labels) <= len(WRONG) + 3  # the copy and the outlier are odd too
+    scores = [one.score for one in found.of("label")]
+    assert scores == sorted(scores)
+
+    (copy,) = found.of("copy")
+    assert (copy.id, copy.other_id) == ("00012.jpg", "00061.jpg")
+    assert copy.note == "other label, across splits"
+
+    (pair,) = found.of("near-duplicate")
+    assert (pair.id, pair.other_id) == ("00020.jpg", "00050.jpg")
+    assert pair.score > 0.999
+    assert pair.note == "across splits"
+    assert (pair.split, pair.other_split) == ("train", "test")
+
+    assert [one.id for one in found.of("outlier")] == ["00090.jpg"]
+    assert "2 pairs of copies or near-duplicates, 2 across splits, 1 other label" in str(found)
+    assert "1 outliers" in str(found)
+
+
+def test_clean_data_gives_no_pairs_and_no_outliers(tmp_path: Path) -> None:
+    found = audit(make_store(tmp_path / "a.h5", clusters(TRUE, spread=0.8), TRUE))
+    assert not found.of("copy") + found.of("near-duplicate") + found.of("outlier")
+    assert len(found.of("label")) <= 2
+
+
+def test_a_burst_is_listed_pair_by_pair(tmp_path: Path) -> None:
+    X = clusters(TRUE, spread=0.8)
+    X[30:36] = X[30] + np.linspace(0, 1e-3, 6)[:, None] * np.ones(12)
+    found = audit(make_store(tmp_path / "a.h5", X, TRUE)).of("near-duplicate")
+    assert 3 <= len(found) <= 6  # not all 15 pairs
+    assert {one.id for one in found} | {one.other_id for one in found} == {
+        f"{row:05d}.jpg" for row in range(30, 36)
+    }
+
+
+def test_labels_that_cannot_be_judged_are_named(tmp_path: Path) -> None:
+    y = list(TRUE)
+    y[0], y[1] = "", "unicorn"
+    found = audit(make_store(tmp_path / "a.h5", clusters(TRUE, spread=0.8), y))
+    assert found.notes == (
+        "1 images have no label to judge",
+        "1 classes of one image cannot be judged: unicorn",
+    )
+    assert not {"00000.jpg", "00001.jpg"} & {one.id for one in found.of("label")}
+
+
+def test_unlabelled_images_are_looked_at_too(tmp_path: Path) -> None:
+    X = clusters(TRUE, spread=0.8)
+    X[50] = X[20] + 1e-3
+    found = audit(make_store(tmp_path / "a.h5", X, [""] * 120))
+    assert [one.kind for one in found] == ["near-duplicate"]
+    assert found.notes[-1].startswith("labels cannot be judged")
+
+
+def test_views_are_averaged(tmp_path: Path) -> None:
+    X = clusters(TRUE, spread=2.5, views=3)
+    X[50] = X[20][::-1]  # the same three views in another order
+    found = audit(make_store(tmp_path / "a.h5", X, TRUE, views=3))
+    assert [(one.id, one.other_id) for one in found.of("near-duplicate")] == [
+        ("00020.jpg", "00050.jpg")
+    ]
+
+
+def test_csv_has_one_line_a_finding_and_replaces_nothing_else(tmp_path: Path) -> None:
+    X, y, hashes, splits = planted()
+    found = audit(make_store(tmp_path / "a.h5", X, y, hashes=hashes, splits=splits))
+    target = tmp_path / "suspects.csv"
+    found.to_csv(target)
+    found.to_csv(target)
+    with target.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["id"] for line in lines] == [one.id for one in found]
+    assert lines[0]["kind"] == "label"
+    assert list(tmp_path.glob(".*")) == []
+
+    other = tmp_path / "mine.csv"
+    other.write_text("id,label\n")
+    with pytest.raises(PredictorError, match=r"mine\.csv is there already and is not a file of"):
+        found.to_csv(other)
+    assert other.read_text() == "id,label\n"
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="at least 3 images"):
+        audit(make_store(tmp_path / "a.h5", clusters(["a", "b"]), ["a", "b"]))
+
+
+def test_without_cleanlab_the_message_says_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'featcache\[report\]'"):
+        audit(make_store(tmp_path / "a.h5", clusters(TRUE), TRUE))
