@@ -104,12 +104,17 @@ def make_photographs(folder: Path) -> None:
 
 def run(command: str, folder: Path) -> str:
     """Run one command as the reader would; return what it prints on standard output."""
-    environment = {**os.environ, "PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}",
+    }
     done = subprocess.run(
         command, shell=True, cwd=folder, env=environment, capture_output=True, text=True
     )
     if done.returncode != 0:
-        raise AssertionError(f"{command!r} exits with {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise AssertionError(
+            f"{command!r} exits with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
     return done.stdout
 
 

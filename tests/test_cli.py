@@ -1,0 +1,308 @@
+"""The command line as a user meets it: outputs, exit statuses, and messages for mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from featcache.cli import main
+
+NETWORK = ["--backbone", "resnet18", "--weights", "none", "--image-size", "64"]
+FAST = ["--batch-size", "8", "--workers", "0", "--no-compile", "--device", "cpu"]
+
+
+def featcache(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    result = featcache(*arguments)
+    assert result.exit_code == 0, result.stderr + repr(result.exception)
+    return result.stdout
+
+
+def fail(*arguments: object, status: int = 1) -> str:
+    """Run a command that must end with one message, and return the message."""
+    result = featcache(*arguments)
+    assert result.exit_code == status, result.output + repr(result.exception)
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+def extract(images: object, store: Path, *more: object) -> str:
+    return succeed("extract", images, "-o", store, *NETWORK, *FAST, *more)
+
+
+@pytest.fixture(scope="module")
+def store(flower_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "flowers.h5"
+    extract(flower_folder, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictor(store: Path) -> Path:
+    path = store.with_suffix(".featcache")
+    succeed("train", store, "-o", path, "--head", "svm", "--cv", "3")
+    return path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["--version"]])
+def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom featcache.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'torchvision', 'sklearn', 'numpy', 'h5py', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_layers_lists_every_layer_with_its_cost() -> None:
+    table = json.loads(succeed("layers", "resnet18", "--json"))
+    by_name = {row["layer"]: row for row in table["layers"]}
+    assert by_name["avgpool"]["output_shape"] == [512, 1, 1]
+    assert by_name["fc"]["parameters"] == 513_000
+    assert table["default_taps"] == ["avgpool:output:flatten"]
+    assert "avgpool:output:flatten" in succeed("layers", "resnet18")
+
+
+def test_extract_says_what_it_did_and_then_that_nothing_is_to_do(
+    flower_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.h5"
+    first = json.loads(extract(flower_folder, path, "--json"))
+    written = path.stat().st_mtime_ns
+    second = json.loads(extract(flower_folder, path, "--json"))
+    assert (first["computed"], first["failed"], first["skipped"]) == (36, 0, False)
+    assert (second["computed"], second["skipped"]) == (0, True)
+    assert path.stat().st_mtime_ns == written
+
+
+def test_a_second_extract_loads_no_weights(flower_folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "w.pth"
+    import torch
+    from torchvision.models import resnet18
+
+    torch.save(resnet18().state_dict(), weights)
+    path = tmp_path / "s.h5"
+    command = ["extract", flower_folder, "-o", path, "--backbone", "resnet18", "--weights", weights]
+    succeed(*command, "--image-size", "64", *FAST)
+    # Same size and time, other bytes: reading the file would be noticed.
+    stat = weights.stat()
+    weights.write_bytes(bytes(stat.st_size))
+    import os
+
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "nothing to do" in succeed(*command, "--image-size", "64", *FAST)
+
+
+def test_csv_labels_groups_and_splits_reach_the_store(flower_folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "labels.tsv"
+    rows = [f"{k}\trose/{k:04d}\t{'red' if k % 2 else 'white'}\tbush{k // 4}" for k in range(12)]
+    table.write_text("n\tname\tcolour\tbush\n" + "\n".join(rows) + "\n")
+    path = tmp_path / "s.h5"
+    columns = ["--id-column", "name", "--label-column", "colour", "--group-column", "bush"]
+    extract(flower_folder, path, "--labels", table, *columns, "--suffix", ".jpg")
+    described = json.loads(succeed("info", path, "--json"))
+    assert described["images"] == 12
+    assert described["classes"] == {"red": 6, "white": 6}
+
+
+def test_info_is_readable_at_a_glance(store: Path) -> None:
+    text = succeed("info", store)
+    for part in ["36 images", "daisy 12", "avgpool:output:flatten", "(512,) float32", "resnet18"]:
+        assert part in text
+
+
+def test_train_predict_and_evaluate(predictor: Path, store: Path, flower_folder: Path) -> None:
+    out = succeed("predict", predictor, flower_folder / "rose", "--top-k", "2", *FAST[:4])
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [row["id"] for row in rows[:2]] == ["0000.jpg", "0001.jpg"]
+    assert {"label", "probability", "label_2", "probability_2", "error"} <= set(rows[0])
+    assert {row["label"] for row in rows} == {"rose"}
+    scores = json.loads(succeed("evaluate", predictor, store, "--json"))
+    assert scores["accuracy"] > 0.8
+    assert scores["images"] == 9  # a quarter of 36: the rows that it was not trained on
+
+
+def test_train_again_is_nothing_to_do(predictor: Path, store: Path) -> None:
+    before = predictor.stat().st_mtime_ns
+    assert "nothing to do" in succeed("train", store, "-o", predictor, "--head", "svm", "--cv", "3")
+    assert predictor.stat().st_mtime_ns == before
+
+
+def test_predict_reports_an_unreadable_image_instead_of_dropping_it(
+    predictor: Path, flower_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(flower_folder / "rose" / "0000.jpg", tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    output = tmp_path / "labels.csv"
+    succeed("predict", predictor, tmp_path, "-o", output, *FAST[:4])
+    rows = list(csv.DictReader(output.read_text().splitlines()))
+    assert [(row["id"], row["label"]) for row in rows] == [("a.jpg", "rose"), ("b.jpg", "")]
+    assert rows[1]["error"]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".csv"])
+def test_export_writes_features_that_other_tools_read(
+    store: Path, tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"features{suffix}"
+    succeed("export", store, "-o", path)
+    if suffix == ".npy":
+        assert np.load(path).shape == (36, 512)
+    elif suffix == ".npz":
+        with np.load(path) as archive:
+            assert any(array.shape == (36, 512) for array in archive.values())
+    else:
+        assert len(path.read_text().splitlines()) == 37
+
+
+def test_evaluate_refuses_features_of_another_network_and_says_what_differs(
+    predictor: Path, flower_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.h5"
+    extract(flower_folder, other, "--layer", "layer3:mean")
+    message = fail("evaluate", predictor, other)
+    assert "FingerprintMismatch:" in message
+    assert "layer3" in message
+    assert "avgpool" in message
+
+
+def test_extract_refuses_to_replace_features_of_another_network(
+    store: Path, flower_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "flowers.h5"
+    shutil.copy(store, path)
+    before = path.read_bytes()
+    message = fail("extract", flower_folder, "-o", path, *NETWORK, *FAST, "--layer", "layer3:mean")
+    assert "layer3" in message
+    assert path.read_bytes() == before
+
+
+def test_mistakes_get_one_message(flower_folder: Path, store: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    new = tmp_path / "new.h5"
+    assert "empty" in fail("extract", empty, "-o", new, *NETWORK)
+    assert "nowhere" in fail("extract", tmp_path / "nowhere", "-o", new, *NETWORK)
+    assert "resnet18" in fail("extract", flower_folder, "-o", new, "--backbone", "resnet8")
+    message = fail("extract", flower_folder, "-o", new, *NETWORK, *FAST, "--layer", "avgpol")
+    assert "avgpool" in message
+    assert "missing.h5" in fail("info", tmp_path / "missing.h5")
+    (tmp_path / "junk.h5").write_bytes(b"junk" * 100)
+    assert "junk.h5" in fail("info", tmp_path / "junk.h5")
+    assert "junk.h5" in fail("predict", tmp_path / "junk.h5", flower_folder)
+    assert "lineer" in fail("train", store, "-o", tmp_path / "p.featcache", "--head", "lineer")
+    assert not new.exists()
+    assert not (tmp_path / "p.featcache").exists()
+
+
+def test_verify_finds_a_flipped_bit(store: Path, tmp_path: Path) -> None:
+    assert "intact" in succeed("verify", store)
+    import h5py
+
+    damaged = tmp_path / "damaged.h5"
+    shutil.copy(store, damaged)
+    with h5py.File(damaged, "r") as file:
+        offset = file["features/avgpool:output:flatten"].id.get_offset()
+    with damaged.open("r+b") as file:
+        file.seek(offset + 5)
+        byte = file.read(1)
+        file.seek(offset + 5)
+        file.write(bytes([byte[0] ^ 1]))
+    assert "daisy/0000.jpg" in fail("verify", damaged)
+
+
+def test_one_class_and_too_few_members_are_refused(flower_folder: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    shutil.copytree(flower_folder / "rose", one / "rose")
+    extract(one, tmp_path / "one.h5")
+    message = fail("train", tmp_path / "one.h5", "-o", tmp_path / "p", "--head", "svm")
+    assert "rose" in message
+    shutil.copytree(flower_folder / "tulip", one / "tulip")
+    for path in sorted((one / "tulip").iterdir())[3:]:
+        path.unlink()
+    extract(one, tmp_path / "few.h5")
+    message = fail("train", tmp_path / "few.h5", "-o", tmp_path / "p", "--head", "svm")
+    assert "tulip" in message
+
+
+def test_too_many_failures_end_the_run_and_keep_the_good_rows(
+    flower_folder: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(flower_folder, images)
+    (images / "rose" / "zero.jpg").write_bytes(b"")
+    (images / "rose" / "text.jpg").write_text("not an image")
+    path = tmp_path / "s.h5"
+    message = fail("extract", images, "-o", path, *NETWORK, *FAST)
+    assert "TooManyFailures:" in message
+    assert "--max-failures" in message
+    summary = json.loads(extract(images, path, "--max-failures", "10%", "--json"))
+    assert summary["failed"] == 2
+    assert summary["computed"] == 0  # the 36 good rows were kept
+    failures = json.loads(succeed("info", path, "--json"))["failures"]
+    assert len(failures) == 2
+
+
+def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
+    assert featcache("extract").exit_code == 2
+    assert featcache("extract", tmp_path, "-o", tmp_path / "x.h5").exit_code == 2
+    assert "1%" in fail(
+        "extract", tmp_path, "-o", "x", *NETWORK, "--max-failures", "many", status=2
+    )
+    assert "1GB" in fail("train", "x", "-o", "y", "--memory", "lots", status=2)
+
+
+def test_an_interrupted_run_exits_with_75(
+    monkeypatch: pytest.MonkeyPatch, flower_folder: Path, tmp_path: Path
+) -> None:
+    from featcache import extraction
+    from featcache.errors import Interrupted
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise Interrupted("interrupted after 8 of 36 images; run the same command again to resume")
+
+    monkeypatch.setattr(extraction, "extract", interrupted)
+    message = fail("extract", flower_folder, "-o", tmp_path / "s.h5", *NETWORK, status=75)
+    assert "resume" in message
+
+
+def test_a_predictor_never_replaces_a_file_of_another_kind(store: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "thesis.txt"
+    precious.write_text("years of work")
+    fail("train", store, "-o", precious, "--head", "svm", "--cv", "3")
+    assert precious.read_text() == "years of work"
+
+
+def test_bfloat16_and_float16_storage_are_recorded(flower_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    extract(flower_folder, path, "--precision", "bfloat16", "--store-dtype", "float16")
+    text = succeed("info", path)
+    assert "bfloat16" in text
+    assert "float16" in text
+
+
+def test_views_give_the_features_an_axis(flower_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    extract(flower_folder, path, "--views", "3")
+    assert "(3, 512)" in succeed("info", path)
+
+
+def test_one_image_of_another_size(predictor: Path, tmp_path: Path) -> None:
+    Image.new("L", (7, 300), 200).save(tmp_path / "strip.png")
+    rows = list(csv.DictReader(succeed("predict", predictor, tmp_path / "strip.png").splitlines()))
+    assert rows[0]["id"].endswith("strip.png")
+    assert rows[0]["label"]
