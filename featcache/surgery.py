@@ -5,17 +5,20 @@ parameters go by the names that `named_modules` and `named_parameters` give them
 
 Examples
 --------
-Fine-tune the last stage of a ResNet for 21 classes, a tenth of the learning rate for what is
-pretrained::
+Fine-tune the last stage of a ResNet for 21 classes, with a tenth of the learning rate for what is
+pretrained, and half of that for each block further down:
 
-    network = torchvision.models.resnet50(weights="IMAGENET1K_V2")
-    replace_head(network, 21)
-    freeze(network)
-    unfreeze(network, "layer4", "fc")
-    optimizer = torch.optim.AdamW(parameter_groups(network, lr=1e-3))
-    for epoch in range(epochs):
-        train_mode(network)
-        ...
+>>> import torchvision
+>>> network = torchvision.models.resnet18()  # weights="IMAGENET1K_V1"
+>>> replace_head(network, 21)
+Linear(in_features=512, out_features=21, bias=True)
+>>> freeze(network)
+>>> unfreeze(network, "layer4", "fc")
+>>> groups = parameter_groups(network, lr=1e-3, decay=0.5)
+>>> [(group["name"], group["lr"]) for group in groups]
+[('fc', 0.001), ('layer4', 0.0001)]
+>>> optimizer = torch.optim.AdamW(groups)
+>>> _ = train_mode(network)  # before each epoch; frozen BatchNorm layers stay as they are
 """
 
 from __future__ import annotations
@@ -79,6 +82,14 @@ def freeze(module: nn.Module, *names: str) -> None:
     ------
     BackboneError
         If there is no layer or parameter of that name.
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> freeze(network)
+    >>> unfreeze(network, "1.bias")
+    >>> [tuple(parameter.shape) for parameter in trainable_parameters(network)]
+    [(2,)]
     """
     for parameter in _parameters(module, names):
         parameter.requires_grad_(False)
@@ -100,6 +111,15 @@ def frozen(module: nn.Module, *names: str) -> Iterator[nn.Module]:
         The network.
     *names : str
         Layers or parameters; none means all.
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> with frozen(network, "0"):
+    ...     len(trainable_parameters(network))
+    2
+    >>> len(trainable_parameters(network))
+    4
     """
     before = [(p, p.requires_grad) for p in _parameters(module, names)]
     freeze(module, *names)
@@ -283,6 +303,16 @@ def unfreeze_gradually(
     -------
     list of str
         The layers that are now trained.
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> for epoch in range(4):
+    ...     print(epoch, unfreeze_gradually(network, epoch, every=2))
+    0 ['2']
+    1 ['2']
+    2 ['2', '1']
+    3 ['2', '1']
     """
     if every < 1:
         raise ValueError(f"every counts epochs, from 1; got {every}")
@@ -348,6 +378,12 @@ def replace_head(module: nn.Module, classes: int, *, name: str | None = None) ->
     ------
     BackboneError
         If the head cannot be found, or is neither `Linear` nor `Conv2d`.
+
+    Examples
+    --------
+    >>> import torchvision
+    >>> replace_head(torchvision.models.squeezenet1_1(), 21)
+    Conv2d(512, 21, kernel_size=(1, 1), stride=(1, 1))
     """
     if classes < 1:
         raise ValueError(f"a head needs at least one class, got {classes}; see remove_head")
@@ -405,6 +441,12 @@ def replace_layer(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     -------
     torch.nn.Module
         The old layer.
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    >>> replace_layer(network, "1.1", nn.Linear(3, 10))
+    Linear(in_features=3, out_features=2, bias=True)
     """
     old = _layer(module, name)
     if not name:
@@ -489,6 +531,12 @@ def adapt_input(
     BackboneError
         If there is no such convolution, it has groups, or the network rescales three channels
         itself.
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    >>> adapt_input(network, 4)
+    Conv2d(4, 8, kernel_size=(3, 3), stride=(1, 1))
     """
     if channels < 1:
         raise ValueError(f"an image has at least one channel, got {channels}")
@@ -557,6 +605,14 @@ def load_partial(
     ------
     WeightsError
         If the file cannot be read.
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> state = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)).state_dict()
+    >>> print(load_partial(network, state))
+    2 of 4 parameters and buffers loaded
+    wrongly shaped: 1.weight (5, 3) instead of (2, 3), 1.bias (5,) instead of (2,)
     """
     if isinstance(checkpoint, (str, Path)):
         checkpoint = checkpoints.read_checkpoint(checkpoint)
@@ -664,6 +720,17 @@ def layer_table(
     -------
     LayerTable
         In the order of registration.
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> freeze(network, "0")
+    >>> layer_table(network)
+    layer      kind        output  parameters  state
+    (network)  Sequential  -               23  in part
+    0          Linear      -               15  frozen
+    1          ReLU        -                0
+    2          Linear      -                8  trained
     """
     shapes = {} if example is None else _output_shapes(module, example)
     return LayerTable(
