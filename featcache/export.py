@@ -7,6 +7,7 @@ larger than memory can be exported, and an interrupted export leaves nothing hal
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -170,8 +171,8 @@ def _write_csv(store: FeatureStore, file: IO[bytes]) -> None:
 
 def _write_parquet(store: FeatureStore, file: IO[bytes]) -> None:
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        pa = importlib.import_module("pyarrow")
+        pq = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise MissingExtra("pyarrow", "parquet", "Exporting to Parquet") from error
 

@@ -1,0 +1,122 @@
+"""How fast features are written, checked and read: ``python tests/benchmarks/store.py``.
+
+200,000 rows of 2,048 float16 (0.8 GB), in batches of 64 as an extraction writes them. Every figure
+is gigabytes of stored features a second; "write" includes the checksums, and "write, on the
+disk" the final fsync. "copy" is the yardstick: the same bytes with ``os.pwrite`` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch  # converts types; here, so that importing it is not timed
+
+from featcache.fingerprint import Fingerprint
+from featcache.store import FeatureStore
+from featcache.writer import FeatureWriter
+
+TAP = "avgpool:output:flatten"
+FINGERPRINT = Fingerprint(
+    source="torchvision",
+    backbone="resnet50",
+    weights="none",
+    state_sha256="ab" * 32,
+    taps=(TAP,),
+    preprocessing={},
+    store_dtype="float16",
+)
+
+
+class Images:
+    """The part of an `ImageSet` that a store reads."""
+
+    source = "a benchmark"
+    labels = groups = splits = None
+
+    def __init__(self, n: int) -> None:
+        self.ids = [f"{i:08d}.jpg" for i in range(n)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def timed(what: str, size: int, call: Callable[[], Any]) -> Any:
+    """Run, print gigabytes a second, by the clock and of processor time, and return the result."""
+    begin, processor = time.perf_counter(), time.process_time()
+    result = call()
+    clock, processor = time.perf_counter() - begin, time.process_time() - processor
+    print(
+        f"{what:30s} {size / clock / 1e9:7.2f} GB/s   {size / processor / 1e9:7.2f} GB a CPU s",
+        flush=True,
+    )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=64)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    n, d, batch = options.rows, options.width, options.batch
+    rng = np.random.default_rng(0)
+    # a new array each batch, as a network gives; 32 of them, more than the processor's cache
+    pool = [rng.random((batch, d), np.float32) for _ in range(32)]
+    halves = [x.astype(np.float16) for x in pool]
+    sha256 = rng.integers(0, 256, (batch, 32), dtype=np.uint8)
+    size = n * d * 2
+    starts = range(0, n, batch)
+
+    def fill(writer: FeatureWriter, arrays: list[np.ndarray]) -> None:
+        for k, start in enumerate(starts):
+            rows = np.arange(start, min(start + batch, n))
+            values = arrays[k % len(arrays)][: len(rows)]
+            writer.write(rows, {TAP: values}, sha256=sha256[: len(rows)])
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.h5"
+
+        def opened() -> FeatureWriter:
+            return FeatureWriter.open(path, Images(n), {TAP: (d,)}, fingerprint=FINGERPRINT)
+
+        with (Path(folder) / "raw").open("wb") as raw:
+            os.posix_fallocate(raw.fileno(), 0, size)
+
+            def copy() -> None:
+                for k, start in enumerate(starts):
+                    os.pwrite(raw.fileno(), halves[k % 32][: n - start].data, start * d * 2)
+
+            timed("copy (pwrite alone)", size, copy)
+        (Path(folder) / "raw").unlink()
+
+        with opened() as writer:
+            timed("write float32 as float16", size, lambda: fill(writer, pool))
+        with opened() as writer:
+
+            def write_and_sync() -> None:
+                fill(writer, halves)
+                writer.commit()
+
+            timed("write float16", size, lambda: fill(writer, halves))
+            timed("write float16, on the disk", size, write_and_sync)
+        with timed("resume (check all rows)", size, opened) as writer:
+            store: FeatureStore = timed("finish", size, writer.finish)
+        assert timed("verify", size, store.verify).ok
+        block = np.ones((8192, d), np.float32)
+        half = store.select(np.flatnonzero(rng.random(n) < 0.5))
+        timed("blocks as float32", size, lambda: sum(1 for _ in store.blocks(out=block)))
+        timed(
+            "blocks of every other row", size // 2, lambda: sum(1 for _ in half.blocks(out=block))
+        )
+
+
+if __name__ == "__main__":
+    main()
