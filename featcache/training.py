@@ -260,7 +260,8 @@ class _Task:
         **options: Any,
     ) -> _Task:
         labelled = store.labels != ""
-        fit = store if labelled.all() else store.select(labelled)
+        # Where no row has a label, the folds' own message says so.
+        fit = store.select(labelled) if labelled.any() and not labelled.all() else store
         if group and fit.groups is None:
             raise TrainingError(
                 f"{', '.join(store.paths)} has no groups. Extract with --group-column (nothing is "
@@ -300,8 +301,9 @@ class _Task:
         """Features in memory (mapped where possible), or read in blocks."""
         if self.in_memory:
             return self.store.matrix(self.layers)
-        width = self.store.width(self.layers)
-        return head_kinds.RowBlocks((len(self.store), width), self._read)
+        views = (self.store.views,) if self.store.views > 1 else ()
+        shape = (len(self.store), *views, self.store.width(self.layers))
+        return head_kinds.RowBlocks(shape, self._read)
 
     def _read(self, rows: int) -> Any:
         return self.store.blocks(self.layers, rows)
@@ -316,8 +318,6 @@ class _Task:
                 f"{size / 1e9:.1f} GB of features do not fit into {self.memory / 1e9:.1f} GB of "
                 "memory, and it cannot read them in blocks"
             )
-        if self.store.views > 1:
-            return "views that do not fit into memory cannot be read in blocks"
         if self.nested:
             return "nested cross-validation needs the features in memory"
         return ""

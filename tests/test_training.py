@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featcache import compare, train
+from featcache.errors import (
+    MissingFeatures,
+    PredictorError,
+    StoreError,
+    TrainingError,
+)
+from featcache.evaluation import evaluate
+from featcache.leaderboard import Leaderboard
+from featcache.predictor import Predictor
+from featcache.store import FeatureStore
+from featcache.training import study
+from tests.labelled import POOL, clusters, make_store
+from tests.stores import sha256
+
+LABELS = ["ant", "bee", "cod"] * 30
+OTHER = "features:output:mean"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> FeatureStore:
+    return make_store(folder / "a.h5", clusters(LABELS, spread=3.0), LABELS)
+
+
+@pytest.fixture(scope="module")
+def board(store: FeatureStore) -> Leaderboard:
+    fit, test = store.split(random_state=1)
+    return compare(fit, test, heads=["svm", "linear"], cv=3)
+
+
+# --- protocol ----------------------------------------------------------------------------------
+
+
+def test_heads_are_ranked_by_cross_validation(board: Leaderboard) -> None:
+    assert [row.cv_score for row in board] == sorted((row.cv_score for row in board), reverse=True)
+    assert board.best is board.predictors[board[0].head]
+    assert board.best.leaderboard is board
+    assert board.best.head == board[0].head
+    for row in board:
+        assert 0.5 < row.cv_accuracy < 1
+        assert row.cv_accuracy_interval[0] < row.cv_accuracy < row.cv_accuracy_interval[1]
+        assert row.accuracy is not None
+        assert row.accuracy_interval is not None
+        assert row.accuracy_interval[0] < row.accuracy < row.accuracy_interval[1]
+        assert row.fit_seconds > 0
+        assert row.predict_us > 0
+        assert row.params
+
+
+def test_the_held_out_images_choose_nothing(store: FeatureStore, folder: Path) -> None:
+    fit, test = store.split(random_state=1)
+    X, y = test.load()
+    turned = make_store(
+        folder / "turned.h5", X, [{"ant": "bee", "bee": "cod", "cod": "ant"}[one] for one in y]
+    )
+    options = {"heads": ["svm", "linear"], "cv": 3}
+    with_test, without = compare(fit, turned, **options), compare(fit, **options)  # type: ignore[arg-type]
+    for row, other in zip(with_test, without, strict=True):
+        assert (row.head, row.params, row.cv_score) == (other.head, other.params, other.cv_score)
+        assert row.accuracy is not None
+        assert row.accuracy < 0.5
+        assert other.accuracy is None
+
+
+def test_held_out_figures_are_those_of_evaluate(store: FeatureStore, board: Leaderboard) -> None:
+    _, test = store.split(random_state=1)
+    found = evaluate(board.best, test)
+    assert board[0].accuracy == found.accuracy
+    assert board[0].accuracy_interval == found.accuracy_interval
+    assert board[0].macro_f1 == found.macro_f1
+    assert board.n_test == len(test)
+    assert board.best.metrics["held_out"]["accuracy"] == found.accuracy
+
+
+def test_copies_do_not_leak_from_fold_to_fold(folder: Path) -> None:
+    # Random labels: whoever beats chance has seen the validation images. Every image is there
+    # twice, and a forest remembers what it has seen.
+    rng = np.random.default_rng(0)
+    X = np.repeat(rng.normal(size=(60, 6)), 2, axis=0).astype(np.float32)
+    y = np.repeat(rng.choice(["a", "b"], 60), 2).tolist()
+    hashes = np.repeat(sha256([f"{i}" for i in range(60)]), 2, axis=0)
+    known = make_store(folder / "known.h5", X, y, hashes=hashes)
+    unknown = make_store(folder / "unknown.h5", X, y)
+    honest, leaking = (compare(one, heads=["rbf-svm"], cv=4)[0] for one in (known, unknown))
+    assert honest.cv_accuracy < 0.65
+    assert leaking.cv_accuracy > 0.85
+
+
+def test_views_of_one_image_stay_in_one_fold(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = np.repeat(rng.normal(size=(200, 1, 6)), 3, axis=1).astype(np.float32)
+    y = rng.choice(["a", "b"], 200).tolist()
+    views = make_store(folder / "random-views.h5", X, y, views=3)
+    assert compare(views, heads=["rbf-svm"], cv=4)[0].cv_accuracy < 0.62
+
+
+def test_groups_stay_in_one_fold_and_widen_the_interval(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = np.repeat(rng.normal(size=(30, 6)), 4, axis=0).astype(np.float32)
+    y = np.repeat(rng.choice(["a", "b"], 30), 4).tolist()
+    groups = np.repeat([f"g{i}" for i in range(30)], 4).tolist()
+    grouped = make_store(folder / "grouped.h5", X, y, groups=groups)
+    honest = compare(grouped, heads=["rbf-svm"], cv=4, group=True)
+    leaking = compare(grouped, heads=["rbf-svm"], cv=4)
+    assert honest[0].cv_accuracy < 0.7 < 0.85 < leaking[0].cv_accuracy
+    assert honest.folds == "4 grouped folds"
+    assert "give --group" in leaking.notes[0]
+    assert honest.notes == ()
+    low, high = honest[0].cv_accuracy_interval
+    assert high - low > 0.2
+
+
+def test_group_without_groups_says_what_to_do(store: FeatureStore) -> None:
+    with pytest.raises(TrainingError, match=r"has no groups\. Extract with --group-column"):
+        train(store, group=True)
+
+
+def test_a_validation_part_takes_the_place_of_folds(folder: Path) -> None:
+    splits = (["train"] * 4 + ["val"] * 2) * 15
+    split = make_store(folder / "val.h5", clusters(LABELS, spread=3.0), LABELS, splits=splits)
+    board = compare(split, heads=["linear"])
+    assert board.folds == "validation split"
+    assert board.best.metrics["out_of_fold"]["images"] == 30
+    assert len(board.best.train_sha256) == 90  # the last fit takes all of them
+
+
+def test_nested_cross_validation_judges_the_choosing(store: FeatureStore) -> None:
+    board = compare(store, heads=["linear"], cv=3, nested=True)
+    assert board.folds == "3 nested folds"
+    assert 0.5 < board[0].cv_score < 1
+    plain = compare(store, heads=["linear"], cv=3)
+    assert board[0].params == plain[0].params  # the predictor is the same, the figure is another
+    np.testing.assert_array_equal(board.best.canaries.logits, plain.best.canaries.logits)
+
+
+def test_nested_folds_make_do_with_small_classes(folder: Path) -> None:
+    y = ["ant"] * 20 + ["bee"] * 20 + ["rare"] * 3
+    small = make_store(folder / "small.h5", clusters(y), y)
+    assert compare(small, heads=["linear"], cv=3, nested=True)[0].cv_accuracy > 0.5
+
+
+def test_the_same_call_gives_the_same_predictor(store: FeatureStore) -> None:
+    one, other = (train(store, head="linear", cv=2) for _ in range(2))
+    np.testing.assert_array_equal(one.predict_proba_of(store), other.predict_proba_of(store))
+
+
+def test_probabilities_are_calibrated_for_heads_that_have_none(folder: Path) -> None:
+    y = np.random.default_rng(1).choice(["a", "b"], 400).tolist()
+    both = make_store(folder / "cal.h5", clusters(y, d=3, spread=2.5), y)
+    fit, test = both.split(0.5)
+    # Logistic regression has probabilities of its own; the others come as close.
+    best = evaluate(train(fit, head="linear", cv=3), test).log_loss
+    for head in ("svm", "rbf-svm"):
+        found = evaluate(train(fit, head=head, cv=3), test)
+        assert found.ece < 0.12
+        assert found.log_loss < best + 0.03
+
+
+# --- what can be trained on --------------------------------------------------------------------
+
+
+def test_rows_without_a_label_are_left_out_and_counted(folder: Path) -> None:
+    y = ["", *LABELS[1:-1], ""]
+    part = make_store(folder / "part.h5", clusters(LABELS, spread=3.0), y)
+    board = compare(part, heads=["linear"], cv=3)
+    assert (board.n_fit, board.n_unlabelled) == (88, 2)
+    assert "2 without a label left out" in str(board)
+    assert len(board.best.train_sha256) == 88
+    assert not board.best.trained_on(part.sha256)[[0, 89]].any()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([""] * 12, "None of the 12 rows has a label"),
+        (["ant"] * 12, "All 12 labelled rows have the one class 'ant'"),
+        (["ant"] * 9 + ["bee"] * 3, "'bee' has 3 images, fewer than 5 folds"),
+    ],
+)
+def test_labels_that_cannot_be_trained_on(labels: list[str], message: str, tmp_path: Path) -> None:
+    bad = make_store(tmp_path / "bad.h5", np.zeros((12, 4), np.float32), labels)
+    with pytest.raises(TrainingError, match=message):
+        train(bad)
+
+
+def test_unknown_heads_get_near_names(store: FeatureStore) -> None:
+    with pytest.raises(TrainingError, match=r"no head 'forrest'\. Did you mean forest\?"):
+        train(store, head="forrest")
+
+
+def test_layers_are_chosen_by_name(folder: Path) -> None:
+    X = {POOL: np.zeros((90, 4), np.float32), OTHER: clusters(LABELS, d=6)}
+    two = make_store(folder / "two.h5", X, LABELS)
+    both, one = train(two, cv=2), train(two, layers="features", cv=2)
+    assert [column.tap for column in both.columns] == [POOL, OTHER]
+    assert both.n_features == 10
+    assert [(column.tap, column.width) for column in one.columns] == [(OTHER, 6)]
+    assert one.fingerprints[0].taps == (OTHER,)
+    assert one.predict_proba_of(two).shape == (90, 3)
+    with pytest.raises(MissingFeatures, match="avgpool"):
+        train(two, layers="avgpol")
+
+
+def test_maps_are_flattened(folder: Path) -> None:
+    X = clusters(LABELS, d=12).reshape(90, 3, 2, 2)
+    maps = make_store(folder / "maps.h5", {"layer4:output:map": X}, LABELS)
+    assert train(maps, cv=2).n_features == 12
+
+
+def test_views_are_trained_on_and_averaged(folder: Path) -> None:
+    X = clusters(LABELS, spread=4.0, views=5)
+    views = make_store(folder / "views.h5", X, LABELS, views=5)
+    first = make_store(folder / "first.h5", X[:, 0], LABELS)
+    predictor = train(views, cv=3)
+    assert predictor.metrics["out_of_fold"]["images"] == 90
+    out_of_fold = predictor.metrics["out_of_fold"]["accuracy"]
+    assert out_of_fold > train(first, cv=3).metrics["out_of_fold"]["accuracy"] + 0.05
+    scores = np.stack([np.log(predictor.predict_proba(X[:, v])) for v in range(5)])
+    mean = np.exp(scores.mean(axis=0))
+    mean /= mean.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(predictor.predict_proba_of(views), mean, atol=1e-5)
+
+
+def test_float16_features_are_trained_on_as_float32(folder: Path) -> None:
+    X = clusters(LABELS, spread=3.0).astype(np.float16)
+    half = make_store(folder / "half.h5", X, LABELS, store_dtype="float16")
+    full = make_store(folder / "full.h5", X.astype(np.float32), LABELS)
+    one, other = train(half, cv=3), train(full, cv=3)
+    np.testing.assert_array_equal(one.predict_proba_of(half), other.predict_proba_of(full))
+    # The storage type is no difference of origin.
+    np.testing.assert_array_equal(one.predict_proba_of(half), one.predict_proba_of(full))
+
+
+def test_scoring_decides(folder: Path) -> None:
+    y = ["ant"] * 80 + ["bee"] * 10
+    uneven = make_store(folder / "uneven.h5", clusters(y, d=3, spread=4.0), y)
+    board = compare(uneven, heads=["svm"], scoring="balanced_accuracy", class_weight="balanced")
+    assert board.scoring == "balanced_accuracy"
+    assert "CV balanced_accuracy" in str(board)
+    plain = compare(uneven, heads=["svm"])
+    assert board[0].cv_balanced_accuracy > plain[0].cv_balanced_accuracy
+
+
+# --- several networks --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def joined(folder: Path) -> tuple[FeatureStore, FeatureStore]:
+    """Return features of two networks for the same images; neither alone tells all classes."""
+    X = clusters(LABELS, spread=2.0)
+    one, other = X.copy(), X.copy()
+    one[np.array(LABELS) != "ant"] = X[1]
+    other[np.array(LABELS) != "bee"] = X[0]
+    return (
+        make_store(folder / "one.h5", one, LABELS),
+        make_store(folder / "other.h5", other, LABELS, backbone="resnet50", state_sha256="cd" * 32),
+    )
+
+
+def test_joined_stores_beat_each_alone(joined: tuple[FeatureStore, FeatureStore]) -> None:
+    both = FeatureStore.join(list(joined))
+    predictor = train(both, cv=3)
+    alone = [train(one, cv=3).metrics["out_of_fold"]["accuracy"] for one in joined]
+    assert predictor.metrics["out_of_fold"]["accuracy"] > max(alone) + 0.1
+    assert [one.backbone for one in predictor.fingerprints] == ["resnet18", "resnet50"]
+    assert [(column.source, column.tap) for column in predictor.columns] == [(0, POOL), (1, POOL)]
+
+
+def test_joined_stores_may_come_in_another_order(
+    joined: tuple[FeatureStore, FeatureStore],
+) -> None:
+    one, other = FeatureStore.join(list(joined)), FeatureStore.join(list(joined[::-1]))
+    predictor = train(one, cv=3)
+    np.testing.assert_array_equal(
+        predictor.predict_proba_of(one), predictor.predict_proba_of(other)
+    )
+
+
+def test_a_predictor_of_two_networks_refuses_the_features_of_one(
+    joined: tuple[FeatureStore, FeatureStore],
+) -> None:
+    predictor = train(FeatureStore.join(list(joined)), cv=3)
+    with pytest.raises(StoreError, match=r"needs features of 2 networks, .*FeatureStore\.join"):
+        evaluate(predictor, joined[0])
+
+
+def test_one_network_of_a_join_can_be_used_alone(
+    joined: tuple[FeatureStore, FeatureStore],
+) -> None:
+    both = FeatureStore.join(list(joined))
+    predictor = train(both, layers=[f"resnet50/{POOL}"], cv=3)
+    assert [one.backbone for one in predictor.fingerprints] == ["resnet50"]
+    np.testing.assert_array_equal(
+        predictor.predict_proba_of(both), predictor.predict_proba_of(joined[1])
+    )
+
+
+# --- the leaderboard ---------------------------------------------------------------------------
+
+
+def test_leaderboard_as_text_csv_json_and_html(board: Leaderboard) -> None:
+    text = str(board)
+    assert text.splitlines()[0].split()[:3] == ["head", "CV", "accuracy"]
+    assert "held-out accuracy" in text
+    assert f"best by cross-validation: {board[0].head}" in text
+    assert f"{board.n_fit} images to train on, 3 folds, {board.n_test} held out" in text
+
+    lines = list(csv.DictReader(io.StringIO(board.to_csv())))
+    assert [line["head"] for line in lines] == [row.head for row in board]
+    assert float(lines[0]["cv_accuracy_low"]) == board[0].cv_accuracy_interval[0]
+    assert json.loads(lines[0]["params"]) == board[0].params
+
+    values = json.loads(board.to_json())
+    assert Leaderboard.from_dict(values) == board
+    assert board._repr_html_().count("<tr>") == 3
+
+
+def test_html_is_escaped(board: Leaderboard) -> None:
+    values = board.to_dict()
+    values["rows"][0]["head"] = "<script>"
+    assert "<script>" not in Leaderboard.from_dict(values)._repr_html_()
+
+
+@pytest.mark.parametrize("change", [{"rows": 3}, {"rows": [{}]}, {"rows": None}, {"scoring": None}])
+def test_a_damaged_leaderboard_is_refused(board: Leaderboard, change: dict[str, object]) -> None:
+    values = board.to_dict() | change
+    values = {name: value for name, value in values.items() if value is not None}
+    with pytest.raises(PredictorError, match="leaderboard"):
+        Leaderboard.from_dict(values)
+
+
+# --- study -------------------------------------------------------------------------------------
+
+
+def test_a_study_saves_the_best_and_runs_once(store: FeatureStore, tmp_path: Path) -> None:
+    target = tmp_path / "p.featcache"
+    options = {"heads": ["svm"], "cv": 3}
+    first = study(store.paths, target, **options)  # type: ignore[arg-type]
+    assert not first.up_to_date
+    assert f"saved: {target}" in first.to_text()
+    content = target.read_bytes()
+
+    again = study(store.paths, target, **options)  # type: ignore[arg-type]
+    assert again.up_to_date
+    assert "nothing to do" in again.to_text()
+    assert again.leaderboard == first.leaderboard
+    assert target.read_bytes() == content
+    assert json.loads(json.dumps(again.to_dict()))["up_to_date"] is True
+
+    other = study(store.paths, target, **options | {"random_state": 1})  # type: ignore[arg-type]
+    assert not other.up_to_date
+    assert other.leaderboard != first.leaderboard
+
+
+def test_other_labels_make_a_study_run_again(tmp_path: Path) -> None:
+    target = tmp_path / "p.featcache"
+    X = clusters(LABELS, spread=3.0)
+    for labels in (LABELS, [*LABELS[:-1], "ant"]):
+        path = tmp_path / "a.h5"
+        path.unlink(missing_ok=True)
+        make_store(path, X, labels)
+        assert not study([path], target, heads=["linear"], cv=3).up_to_date
+
+
+def test_a_study_holds_out_a_quarter_or_what_the_column_says(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    found = study(store.paths, tmp_path / "p.featcache", heads=["linear"], cv=3)
+    assert found.leaderboard.n_test in (22, 23)
+    splits = ["train"] * 80 + ["test"] * 10
+    split = make_store(tmp_path / "b.h5", clusters(LABELS), LABELS, splits=splits)
+    by_column = study(split.paths, tmp_path / "q.featcache", heads=["linear"], cv=3)
+    assert (by_column.leaderboard.n_fit, by_column.leaderboard.n_test) == (80, 10)
+    by_share = study(split.paths, tmp_path / "r.featcache", heads=["linear"], cv=3, test_size=0.5)
+    assert by_share.leaderboard.n_test == 45
+
+
+def test_a_study_joins_stores(joined: tuple[FeatureStore, FeatureStore], tmp_path: Path) -> None:
+    paths = [one.paths[0] for one in joined]
+    found = study(paths, tmp_path / "p.featcache", heads=["linear"], cv=3)
+    assert len(found.predictor.fingerprints) == 2
+    assert Predictor.load(tmp_path / "p.featcache").n_features == 24
+
+
+def test_a_study_never_replaces_another_file(store: FeatureStore, tmp_path: Path) -> None:
+    target = tmp_path / "thesis.zip"
+    target.write_bytes(b"precious")
+    with pytest.raises(PredictorError, match="is not a featcache predictor"):
+        study(store.paths, target, heads=["linear"])
+    assert target.read_bytes() == b"precious"
+    with pytest.raises(PredictorError, match="no folder"):
+        study(store.paths, tmp_path / "nowhere" / "p.featcache", heads=["linear"])
+
+
+def test_a_damaged_predictor_is_made_again(store: FeatureStore, tmp_path: Path) -> None:
+    target = tmp_path / "p.featcache"
+    study(store.paths, target, heads=["linear"], cv=3)
+    content = bytearray(target.read_bytes())
+    position = content.find(b"schema.json") + 400
+    content[position : position + 4] = b"####"
+    target.write_bytes(content)
+    assert not study(store.paths, target, heads=["linear"], cv=3).up_to_date
+    assert Predictor.load(target).head == "linear"
