@@ -372,12 +372,19 @@ class Preprocessing:
         """
         import torch
 
-        pixels = batch.to(torch.float32, copy=True)
+        pixels = batch.to(torch.float32, copy=True).div_(255)  # (b, c, h, w)
         mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=batch.device).view(-1, 1, 1)
+            torch.tensor(values, dtype=torch.float32, device=batch.device)
             for values in (self.mean, self.std)
         )
-        pixels.div_(255).sub_(mean).div_(std)
+        if pixels.is_contiguous(memory_format=torch.channels_last):
+            # A row of pixels against a row of means: five times as fast as broadcasting along an
+            # innermost axis of three.
+            size, _, height, width = pixels.shape
+            rows = pixels.permute(0, 2, 3, 1).view(size, height, -1)  # (b, h, w c)
+            rows.sub_(mean.repeat(width)).div_(std.repeat(width))
+        else:
+            pixels.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
         return pixels if dtype is None else pixels.to(dtype)
 
     def with_image_size(self, size: int) -> Self:

@@ -208,6 +208,22 @@ def test_normalize_equals_torchvision_in_any_layout() -> None:
     assert batch.dtype == torch.uint8 and torch.equal(batch, last)
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 5, 4), (1, 3, 5, 4), (3, 3, 1, 1), (2, 4, 1, 7), (1, 1, 1, 1)]
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_normalize_shapes_that_fit_two_layouts(
+    shape: tuple[int, int, int, int], memory_format: torch.memory_format
+) -> None:
+    b, c, h, w = shape
+    mean, std = (0.1, 0.2, 0.3, 0.4)[:c], (0.5, 0.6, 0.7, 0.8)[:c]
+    preprocessing = Preprocessing(resize=None, crop=(h, w), channels=c, mean=mean, std=std)
+    batch = torch.from_numpy(noise(b, h, w, c)).permute(0, 3, 1, 2)
+    batch = batch.contiguous(memory_format=memory_format)
+    expected = F.normalize(F.convert_image_dtype(batch, torch.float32), mean, std)
+    assert torch.equal(preprocessing.normalize(batch), expected)
+
+
 # -- preprocessing is data -----------------------------------------------------------------------
 
 
