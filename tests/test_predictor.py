@@ -1,0 +1,641 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from featcache import Backbone, ImageSet, Preprocessing, extract, train
+from featcache.errors import FingerprintMismatch, PredictorError
+from featcache.manifest import CanaryRows
+from featcache.predictions import Prediction, write_predictions
+from featcache.predictor import Predictor
+from featcache.store import FeatureStore
+
+PREPARE = Preprocessing(resize=36, crop=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+def network(seed: int = 0) -> nn.Module:
+    """Return a small network, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 16, 3, stride=2),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 5),
+        ).eval()
+
+
+def own(seed: int = 0, **options: Any) -> Backbone:
+    return Backbone.from_module(network(seed), PREPARE, name=f"small{seed}", **options)
+
+
+def public(**options: Any) -> Backbone:
+    """Return a network that has a public name: its weights are drawn from a fixed seed."""
+    return Backbone.from_torchvision("squeezenet1_1", weights=None, image_size=48, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("predictor")
+
+
+@pytest.fixture(scope="module")
+def images(flower_folder: Path) -> ImageSet:
+    return ImageSet.from_folder(flower_folder)
+
+
+@pytest.fixture(scope="module")
+def store(images: ImageSet, folder: Path) -> FeatureStore:
+    return extract(images, own(), folder / "own.h5", workers=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def named_store(images: ImageSet, folder: Path) -> FeatureStore:
+    return extract(images, public(), folder / "public.h5", workers=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def predictor(store: FeatureStore) -> Predictor:
+    return train(store, head="svm", cv=3)
+
+
+@pytest.fixture(scope="module")
+def named(named_store: FeatureStore, folder: Path) -> Path:
+    """Return the file of a predictor whose network has a public name."""
+    path = folder / "named.featcache"
+    train(named_store, cv=3).save(path)
+    return path
+
+
+def proba_of(predictions: list[Prediction], classes: tuple[str, ...]) -> np.ndarray:
+    return np.array([[dict(one.top)[name] for name in classes] for one in predictions])
+
+
+# --- prediction --------------------------------------------------------------------------------
+
+
+def test_a_predictor_goes_from_a_folder_to_labels(
+    predictor: Predictor, store: FeatureStore, flower_folder: Path
+) -> None:
+    found = predictor.predict(flower_folder, top_k=3, backbone=own(), workers=0)
+    assert [one.id for one in found] == store.ids.tolist()
+    # The one path from image to features: what was stored is what is predicted from.
+    np.testing.assert_allclose(
+        proba_of(found, predictor.classes), predictor.predict_proba_of(store), atol=1e-6
+    )
+    assert np.mean([one.label == one.id.split("/")[0] for one in found]) > 0.9
+    for one in found:
+        assert one.top[0] == (one.label, one.probability)
+        assert [p for _, p in one.top] == sorted((p for _, p in one.top), reverse=True)
+        assert math.isclose(sum(p for _, p in one.top), 1.0, abs_tol=1e-9)
+
+
+def test_features_and_images_give_the_same_labels(
+    predictor: Predictor, store: FeatureStore, flower_folder: Path
+) -> None:
+    X, _ = store.load()
+    found = predictor.predict(flower_folder, backbone=own(), workers=0)
+    assert predictor.predict_features(X).tolist() == [one.label for one in found]
+
+
+def test_files_come_in_the_order_given(predictor: Predictor, flower_folder: Path) -> None:
+    files = [flower_folder / name for name in ("tulip/0003.jpg", "daisy/0001.jpg", "rose/0002.jpg")]
+    found = predictor.predict([*files, files[0]], backbone=own(), workers=0)
+    assert [one.id for one in found] == [str(file) for file in files]
+    (single,) = predictor.predict(str(files[0]), backbone=own(), workers=0)
+    assert single.label == found[0].label
+    assert single.probability == pytest.approx(found[0].probability, abs=1e-6)
+
+
+def test_files_and_folders_can_be_mixed(predictor: Predictor, flower_folder: Path) -> None:
+    given = [flower_folder / "rose/0001.jpg", flower_folder / "tulip"]
+    found = predictor.predict(given, backbone=own(), workers=0)
+    assert [one.id for one in found[:2]] == [str(given[0]), "0000.jpg"]
+    assert len(found) == 13
+
+
+def test_images_that_cannot_be_read_are_reported(
+    predictor: Predictor, flower_folder: Path, tmp_path: Path
+) -> None:
+    good = (flower_folder / "rose/0001.jpg").read_bytes()
+    for name, content in {"a.jpg": good, "b.jpg": b"", "c.jpg": good[:200], "d.jpg": good}.items():
+        (tmp_path / name).write_bytes(content)
+    found = predictor.predict(tmp_path, backbone=own(), workers=0)
+    assert [one.id for one in found] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    assert [bool(one.error) for one in found] == [False, True, True, False]
+    assert found[1].label == ""
+    assert math.isnan(found[1].probability)
+    assert found[1].error.startswith(("decode: ", "read: "))
+    assert found[0].probability == found[3].probability
+    assert "error=" in repr(found[1])
+
+
+def test_a_folder_of_nothing_readable_is_reported_too(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no")
+    (one,) = predictor.predict(tmp_path, backbone=own(), workers=0)
+    assert one.error
+
+
+def test_arrays_and_pictures_in_memory(predictor: Predictor, flower_folder: Path) -> None:
+    with Image.open(flower_folder / "rose/0001.jpg") as picture:
+        picture.load()
+    (expected,) = predictor.predict(flower_folder / "rose/0001.jpg", backbone=own(), workers=0)
+    pixels = np.stack([np.asarray(picture)] * 2)
+    for given in (pixels, [picture, picture], picture):
+        found = predictor.predict(given, backbone=own(), workers=0)
+        assert {one.label for one in found} == {expected.label}
+        assert found[0].probability == pytest.approx(expected.probability, abs=1e-6)
+
+
+def test_streaming_reads_no_further_than_it_must(predictor: Predictor) -> None:
+    read = []
+
+    class Pictures:
+        def __len__(self) -> int:
+            return 3000
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            read.append(index)
+            return Image.new("RGB", (40, 40), (index % 256, 9, 9)), 0
+
+    pictures = ImageSet.from_torchvision(Pictures())  # reads all of them, for their labels
+    read.clear()
+    stream = predictor.stream(pictures, backbone=own(), workers=0)
+    first = next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert first.label in predictor.classes
+    assert len(read) < 1000
+
+
+def test_views_are_made_and_averaged_at_prediction(
+    images: ImageSet, folder: Path, flower_folder: Path
+) -> None:
+    views = extract(images, own(), folder / "views.h5", views=3, workers=0, progress=False)
+    predictor = train(views, cv=3)
+    found = predictor.predict(flower_folder, top_k=3, backbone=own(), workers=0)
+    np.testing.assert_allclose(
+        proba_of(found, predictor.classes), predictor.predict_proba_of(views), atol=1e-6
+    )
+
+
+def test_two_networks_predict_together(
+    images: ImageSet,
+    store: FeatureStore,
+    named_store: FeatureStore,
+    folder: Path,
+    flower_folder: Path,
+) -> None:
+    both = FeatureStore.join([named_store, store])
+    predictor = train(both, cv=3)
+    path = folder / "both.featcache"
+    predictor.save(path)
+    loaded = Predictor.load(path)
+    (flower_folder / "zz.jpg").write_bytes(b"not an image")
+    try:
+        # The network with a public name builds itself, the other one is given.
+        found = loaded.predict(flower_folder, top_k=3, backbone=own(), workers=0, batch_size=5)
+    finally:
+        (flower_folder / "zz.jpg").unlink()
+    assert found[-1].error
+    np.testing.assert_allclose(
+        proba_of(found[:-1], predictor.classes), predictor.predict_proba_of(both), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (16,), (2, 2, 7)])
+def test_features_of_another_width_are_refused(
+    predictor: Predictor, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(PredictorError, match=r"Expected features \(n, 16\)"):
+        predictor.predict_proba(np.zeros(shape, np.float32))
+
+
+def test_no_images_and_no_classes_are_refused(predictor: Predictor, flower_folder: Path) -> None:
+    with pytest.raises(PredictorError, match="list is empty"):
+        predictor.predict([], backbone=own())
+    with pytest.raises(PredictorError, match="top_k counts classes from 1"):
+        predictor.predict(flower_folder, top_k=0, backbone=own())
+
+
+# --- which network -----------------------------------------------------------------------------
+
+
+def test_a_public_network_is_built_by_name(
+    named: Path, named_store: FeatureStore, flower_folder: Path
+) -> None:
+    loaded = Predictor.load(named)
+    found = loaded.predict(flower_folder, top_k=3, workers=0)
+    np.testing.assert_allclose(
+        proba_of(found, loaded.classes), loaded.predict_proba_of(named_store), atol=1e-5
+    )
+
+
+def test_a_module_must_be_given_again(
+    predictor: Predictor, flower_folder: Path, folder: Path
+) -> None:
+    predictor.save(folder / "own.featcache")
+    loaded = Predictor.load(folder / "own.featcache")
+    with pytest.raises(PredictorError, match=r"small0, was given as a module.*from_module"):
+        loaded.predict(flower_folder)
+    assert loaded.predict(flower_folder, backbone=own(), workers=0)
+    # Once given, it is remembered.
+    assert loaded.predict(flower_folder, workers=0)
+
+
+def test_another_network_is_refused_field_by_field(
+    predictor: Predictor, flower_folder: Path
+) -> None:
+    with pytest.raises(FingerprintMismatch) as error:
+        predictor.predict(flower_folder, backbone=own(seed=1))
+    assert "backbone: 'small0' (predictor), 'small1' (network)" in str(error.value)
+    assert "state_sha256" in str(error.value)
+    other = Backbone.from_module(network(), Preprocessing(resize=40, crop=32), name="small0")
+    with pytest.raises(FingerprintMismatch, match=r"preprocessing\.resize: 36 .* 40"):
+        predictor.predict(flower_folder, backbone=other)
+
+
+def test_a_checkpoint_in_the_file_is_not_opened(
+    images: ImageSet, folder: Path, flower_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "weights.pth"
+    torch.save(public().module.state_dict(), path)
+    backbone = Backbone.from_torchvision("squeezenet1_1", weights=path, image_size=48)
+    store = extract(images, backbone, folder / "checkpoint.h5", workers=0, progress=False)
+    train(store, cv=3).save(folder / "checkpoint.featcache")
+    loaded = Predictor.load(folder / "checkpoint.featcache")
+    monkeypatch.chdir(folder)  # a file of that name is even there
+    with pytest.raises(PredictorError, match=r"weights\.pth.*--weights FILE"):
+        loaded.predict(flower_folder)
+    again = loaded.rebuild_backbone(weights=path)
+    assert again.preprocessing == backbone.preprocessing
+    assert loaded.predict(flower_folder, backbone=again, workers=0)
+    with pytest.raises(FingerprintMismatch, match="weights"):
+        loaded.predict(flower_folder, backbone=public())
+
+
+def test_a_callable_in_the_file_is_not_imported(
+    images: ImageSet, folder: Path, flower_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "mynets.py").write_text(
+        "from tests.test_predictor import PREPARE, network\n"
+        "def small():\n    return network(), PREPARE\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    backbone = Backbone.from_callable("mynets:small")
+    store = extract(images, backbone, folder / "callable.h5", workers=0, progress=False)
+    train(store, cv=3).save(folder / "callable.featcache")
+    loaded = Predictor.load(folder / "callable.featcache")
+    with pytest.raises(PredictorError, match=r"mynets:small.*not imported.*--backbone"):
+        loaded.predict(flower_folder)
+    again = loaded.rebuild_backbone(backbone="mynets:small")
+    assert loaded.predict(flower_folder, backbone=again, workers=0)
+
+
+def test_a_path_posing_as_a_public_name_is_not_opened(
+    named: Path, tmp_path: Path, flower_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(public().module.state_dict(), "evil.pth")
+
+    def pose(values: dict[str, Any]) -> None:
+        values["fingerprints"][0]["weights"] = "evil.pth"
+
+    loaded = Predictor.load(edited(named, tmp_path, pose))
+    with pytest.raises(PredictorError, match="What a predictor names is not opened"):
+        loaded.predict(flower_folder)
+
+    def unknown(values: dict[str, Any]) -> None:
+        values["fingerprints"][0]["backbone"] = "../evil"
+
+    loaded = Predictor.load(edited(named, tmp_path, unknown))
+    with pytest.raises(PredictorError, match="What a predictor names is not opened"):
+        loaded.predict(flower_folder)
+
+
+# --- canaries ----------------------------------------------------------------------------------
+
+
+def with_canaries(predictor: Predictor, x: np.ndarray, path: Path) -> Predictor:
+    """Return the predictor as if these had been the canaries' features at training."""
+    kept = predictor.canaries
+    predictor.save(path)
+    other = Predictor.load(path)
+    other.canaries = CanaryRows(x, kept.logits, kept.names, kept.images)
+    return other
+
+
+def test_the_first_prediction_checks_the_canaries(
+    predictor: Predictor, flower_folder: Path, tmp_path: Path
+) -> None:
+    x = predictor.canaries.x
+    assert len(predictor.canaries.images) == len(x) == 6
+    drifted = x.copy()
+    drifted[3] += 0.05 * np.abs(x).max()
+    near = with_canaries(predictor, drifted, tmp_path / "a")
+    with pytest.warns(UserWarning, match="'cmyk' gives features that differ.*may differ slightly"):
+        found = near.predict(flower_folder, backbone=own(), workers=0)
+    assert len(found) == 36
+    assert near.predict(flower_folder, workers=0) == found  # once is enough
+
+    far = with_canaries(predictor, x[::-1] + 1.0, tmp_path / "b")
+    with pytest.raises(PredictorError, match="would be meaningless"):
+        far.predict(flower_folder, backbone=own(), workers=0)
+
+
+def test_a_head_that_computes_something_else_is_refused(named: Path, tmp_path: Path) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        arrays = dict(np.load(io.BytesIO(members["arrays.npz"])))
+        arrays["canary_logits"] = arrays["canary_logits"] * 1.01
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        members["arrays.npz"] = buffer.getvalue()
+
+    with pytest.raises(PredictorError, match=r"no longer computes .* trained with .*scikit-learn"):
+        Predictor.load(rezipped(named, tmp_path, change))
+
+
+def test_stores_without_canary_images_keep_some_rows(store: FeatureStore, folder: Path) -> None:
+    from tests.labelled import clusters, make_store
+
+    labels = ["ant", "bee"] * 20
+    plain = make_store(folder / "plain.h5", clusters(labels), labels)
+    made = train(plain, cv=3)
+    assert made.canaries.images == ()
+    assert made.canaries.x.shape == (8, 12)
+    made.save(folder / "plain.featcache")
+    assert (
+        Predictor.load(folder / "plain.featcache").canaries.x.tolist() == made.canaries.x.tolist()
+    )
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def members_of(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def rezipped(path: Path, tmp_path: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
+    """Return a copy of a predictor whose members were changed in place by `change`."""
+    members = members_of(path)
+    change(members)
+    target = tmp_path / "changed.featcache"
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return target
+
+
+def edited(path: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Return a copy of a predictor whose manifest was changed in place by `change`."""
+
+    def change_members(members: dict[str, bytes]) -> None:
+        values = json.loads(members["manifest.json"])
+        change(values)
+        members["manifest.json"] = json.dumps(values).encode()
+
+    return rezipped(path, tmp_path, change_members)
+
+
+def test_everything_comes_back(predictor: Predictor, store: FeatureStore, tmp_path: Path) -> None:
+    path = tmp_path / "p.featcache"
+    predictor.save(path)
+    back = Predictor.load(path)
+    for name in ("head", "params", "classes", "temperature", "columns", "fingerprints", "versions"):
+        assert getattr(back, name) == getattr(predictor, name), name
+    assert back.metrics == json.loads(json.dumps(predictor.metrics))
+    assert back.leaderboard == predictor.leaderboard
+    assert back.leaderboard is not None
+    assert back.leaderboard.best is back
+    np.testing.assert_array_equal(back.train_sha256, store.sha256)
+    np.testing.assert_array_equal(back.predict_proba_of(store), predictor.predict_proba_of(store))
+    assert back.canaries.images == predictor.canaries.images
+    assert set(members_of(path)) == {"manifest.json", "head.skops", "arrays.npz"}
+    assert b"sklearn.svm" in path.read_bytes()
+    assert repr(back) == repr(predictor)
+
+
+def test_a_predictor_replaces_a_predictor_and_nothing_else(
+    predictor: Predictor, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.featcache"
+    predictor.save(path)
+    predictor.save(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["p.featcache"]
+
+    other = tmp_path / "photos.zip"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("manifest.json", "{}")
+    content = other.read_bytes()
+    for target, message in (
+        (other, "is not a featcache predictor"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "none" / "p", "no folder"),
+    ):
+        with pytest.raises(PredictorError, match=message):
+            predictor.save(target)
+    assert other.read_bytes() == content
+    (tmp_path / "empty").touch()
+    predictor.save(tmp_path / "empty")
+
+
+def test_a_link_keeps_pointing_at_the_file(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "real").touch()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    predictor.save(link)
+    assert link.is_symlink()
+    assert Predictor.load(tmp_path / "real").head == "svm"
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(PredictorError, match=r"featcache train STORE\.h5 -o .*none\.featcache"):
+        Predictor.load(tmp_path / "none.featcache")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"PK\x05\x06" + bytes(18), b"\x89HDF\r\n\x1a\n" + bytes(100)]
+)
+def test_files_that_are_no_predictors(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(PredictorError, match=str(tmp_path / "x")):
+        Predictor.load(tmp_path / "x")
+
+
+MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "another format": lambda m: m.update(format="other"),
+    "a later version": lambda m: m.update(format_version=2),
+    "no version": lambda m: m.pop("format_version"),
+    "classes are numbers": lambda m: m.update(classes=[1, 2, 3]),
+    "classes are a text": lambda m: m.update(classes="abc"),
+    "one class twice": lambda m: m.update(classes=["rose"] * 3),
+    "classes in another order": lambda m: m["classes"].reverse(),
+    "a class too few": lambda m: m["classes"].pop(),
+    "temperature zero": lambda m: m.update(temperature=0),
+    "temperature negative": lambda m: m.update(temperature=-1.5),
+    "temperature not a number": lambda m: m.update(temperature=float("nan")),
+    "temperature a text": lambda m: m.update(temperature="1"),
+    "temperature missing": lambda m: m.pop("temperature"),
+    "no columns": lambda m: m.update(columns=[]),
+    "a wider column": lambda m: m["columns"][0].update(width=10**9),
+    "a column of no source": lambda m: m["columns"][0].update(source=4),
+    "a negative source": lambda m: m["columns"][0].update(source=-1),
+    "a column of another tap": lambda m: m["columns"][0].update(tap="x"),
+    "a column that is none": lambda m: m.update(columns=[7]),
+    "no fingerprint": lambda m: m.update(fingerprints=[]),
+    "a fingerprint that is none": lambda m: m.update(fingerprints=["x"]),
+    "a fingerprint with views 0": lambda m: m["fingerprints"][0].update(views=0),
+    "a fingerprint of no source": lambda m: m["fingerprints"][0].update(source="web"),
+    "taps that are numbers": lambda m: m["fingerprints"][0].update(taps=[3]),
+    "preprocessing a list": lambda m: m["fingerprints"][0].update(preprocessing=[1]),
+    "a later fingerprint": lambda m: m["fingerprints"][0].update(format_version=9),
+    "canaries that are not there": lambda m: m.update(canaries=["x"] * 9),
+    "metrics a list": lambda m: m.update(metrics=[]),
+    "a leaderboard that is none": lambda m: m.update(leaderboard={"rows": 3}),
+    "a list": lambda m: m.clear(),
+}
+
+
+@pytest.mark.parametrize("what", MANIFEST_EDITS)
+def test_hostile_manifests(named: Path, tmp_path: Path, what: str) -> None:
+    target = edited(named, tmp_path, MANIFEST_EDITS[what])
+    with pytest.raises(PredictorError, match=str(target)):
+        Predictor.load(target)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{" * 9999, b'{"a": ' + b"9" * 9999 + b"}"])
+def test_manifests_that_are_none(named: Path, tmp_path: Path, content: bytes) -> None:
+    target = rezipped(named, tmp_path, lambda members: members.update({"manifest.json": content}))
+    with pytest.raises(PredictorError):
+        Predictor.load(target)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "head.skops", "arrays.npz"])
+def test_a_missing_member_is_named(named: Path, tmp_path: Path, name: str) -> None:
+    target = rezipped(named, tmp_path, lambda members: members.pop(name) and None)
+    with pytest.raises(PredictorError, match=name):
+        Predictor.load(target)
+
+
+def test_pickles_are_not_read(named: Path, tmp_path: Path) -> None:
+    def put(members: dict[str, bytes]) -> None:
+        arrays = dict(np.load(io.BytesIO(members["arrays.npz"])))
+        arrays["canary_x"] = np.array([print, len], dtype=object)
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=True, **arrays)
+        members["arrays.npz"] = buffer.getvalue()
+
+    with pytest.raises(PredictorError, match="Python objects"):
+        Predictor.load(rezipped(named, tmp_path, put))
+
+
+def test_compressed_predictors_are_refused(named: Path, tmp_path: Path) -> None:
+    target = tmp_path / "bomb"
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members_of(named).items():
+            archive.writestr(name, content)
+        archive.writestr("more", bytes(10**7))
+    with pytest.raises(PredictorError, match="compressed"):
+        Predictor.load(target)
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(
+    named: Path, named_store: FeatureStore, tmp_path: Path
+) -> None:
+    content = named.read_bytes()
+    expected = Predictor.load(named).predict_proba_of(named_store)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for position in rng.integers(0, len(content), 150):
+        broken = bytearray(content)
+        broken[position] ^= 1 << rng.integers(8)
+        (tmp_path / "x").write_bytes(broken)
+        try:
+            found = Predictor.load(tmp_path / "x").predict_proba_of(named_store)
+        except PredictorError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(found, expected)
+    assert refused > 100
+
+
+# --- files of predictions ----------------------------------------------------------------------
+
+FOUND = [
+    Prediction("a, b.jpg", "rose", 0.75, (("rose", 0.75), ("tulip", 0.25))),
+    Prediction.failed("é.jpg", "decode: not an image"),
+]
+
+
+def test_predictions_as_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "p.csv"
+    assert write_predictions(FOUND, target, top_k=2) == 2
+    assert target.read_text(encoding="utf-8") == (
+        "id,label,probability,label_2,probability_2,error\n"
+        '"a, b.jpg",rose,0.750000,tulip,0.250000,\n'
+        "é.jpg,,,,,decode: not an image\n"
+    )
+    write_predictions(FOUND, None)
+    lines = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert lines[0] == ["id", "label", "probability", "error"]
+    assert lines[1] == ["a, b.jpg", "rose", "0.750000", ""]
+
+
+def test_predictions_as_json(tmp_path: Path) -> None:
+    target = tmp_path / "p.json"
+    write_predictions(iter(FOUND), target, file_format="json", top_k=2)
+    one, other = json.loads(target.read_text(encoding="utf-8"))
+    assert one["top"][1] == {"label": "tulip", "probability": 0.25}
+    assert other == {
+        "id": "é.jpg",
+        "label": "",
+        "probability": None,
+        "top": [],
+        "error": FOUND[1].error,
+    }
+    write_predictions([], target, file_format="json")
+    assert json.loads(target.read_text()) == []
+
+
+def test_predictions_replace_predictions_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "p.csv"
+    write_predictions(FOUND, target)
+    write_predictions(FOUND, target, file_format="json")
+    write_predictions(FOUND, target)
+    other = tmp_path / "labels.csv"
+    other.write_text("id,label\n")
+    with pytest.raises(PredictorError, match="not a file of predictions"):
+        write_predictions(FOUND, other)
+    assert other.read_text() == "id,label\n"
+
+
+def test_an_error_on_the_way_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "p.csv"
+    write_predictions(FOUND, target)
+    content = target.read_text()
+
+    def broken() -> Any:
+        yield FOUND[0]
+        raise PredictorError("stop")
+
+    with pytest.raises(PredictorError, match="stop"):
+        write_predictions(broken(), target)
+    assert target.read_text() == content
+    assert [one.name for one in tmp_path.iterdir()] == ["p.csv"]
