@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -32,7 +32,7 @@ class Message(click.ClickException):
     def __init__(self, error: FeatcacheError) -> None:
         super().__init__(str(error))
         self.kind = type(error).__name__
-        self.exit_code = error.exit_status
+        self.exit_code = error.exit_status  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
         """Print ``Kind: message`` on standard error."""
@@ -61,7 +61,7 @@ def _colour(stream: Any) -> bool:
     return "NO_COLOR" not in os.environ and stream.isatty()
 
 
-class Percent(click.ParamType):
+class Percent(click.ParamType[float]):
     """A share: ``1%`` or ``0.01``."""
 
     name = "share"
@@ -82,7 +82,7 @@ class Percent(click.ParamType):
         return share
 
 
-class Memory(click.ParamType):
+class Memory(click.ParamType[int]):
     """A number of bytes: ``500MB``, ``1GB``, ``2GiB``."""
 
     name = "size"
@@ -252,7 +252,7 @@ def extract(
     precision: str,
     store_dtype: str,
     compiled: bool | None,
-    on_error: str,
+    on_error: Literal["skip", "fail"],
     max_failures: float,
     retry_failed: bool,
     as_json: bool,
@@ -537,7 +537,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _print_table(
-    header: tuple[str, ...], rows: list[tuple[str, ...]], *, right: tuple[int, ...] = ()
+    header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...] = ()
 ) -> None:
     widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
     for row in [header, *rows]:
