@@ -16,11 +16,7 @@ Pillow does not force.
 from __future__ import annotations
 
 import io
-import logging
 import math
-import re
-import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from featcache import pillow
 from featcache.augmentation import Augmentation, View
 from featcache.errors import DecodeError
 from featcache.images import RawImage
@@ -53,8 +50,7 @@ _RESAMPLING: dict[str, Image.Resampling] = {
 _UNSMOOTHED = ("nearest", "bilinear", "bicubic")  # what Pillow can also do without antialiasing
 _FITS = ("stretch", "cover", "contain")
 
-_ORIENTATION = 0x0112  # EXIF tag; the values are those of PIL.ImageOps.exif_transpose
-_TRANSPOSE = {
+_TRANSPOSE = {  # by EXIF orientation, as in PIL.ImageOps.exif_transpose
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -73,9 +69,6 @@ _NOT_IMAGES = {
     b"<?xml": "an XML file; convert drawings to PNG",
     b"%pdf": "a PDF document; convert its pages to PNG",
 }
-
-# Pillow logs what it cannot decode; without any handler Python would print that.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def decode(raw: RawImage, channels: int = 3) -> NDArray[np.uint8]:
@@ -651,10 +644,7 @@ def _image_of(pixels: NDArray[np.uint8], channels: int) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """Rotate and flip an image as its EXIF data say; damaged EXIF data say nothing."""
     image.load()  # a TIFF applies its orientation while it loads, and then forgets it
-    try:
-        method = _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow's parser raises whatever the bytes make it raise
-        return image
+    method = _TRANSPOSE.get(pillow.orientation(image))
     return image if method is None else image.transpose(method)
 
 
@@ -746,7 +736,7 @@ def _pixels(image: Image.Image, channels: int) -> NDArray[np.uint8]:
 @contextmanager
 def _decoding() -> Iterator[None]:
     """Turn every exception into a `DecodeError`, and keep Pillow's warnings from the user."""
-    with _quiet:
+    with pillow.quiet:
         try:
             yield
         except DecodeError:
@@ -754,49 +744,4 @@ def _decoding() -> Iterator[None]:
         except Exception as error:
             # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error, EOFError,
             # IndexError, KeyError, NotImplementedError, MemoryError ... : no list is complete.
-            raise DecodeError("decode", _reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return an exception's message on one line, the same in every run."""
-    text = " ".join(str(error).split())
-    text = re.sub(r" at 0x[0-9a-f]+", "", text)[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-class _Quiet:
-    """Ignores the warnings of Pillow while any thread decodes.
-
-    ``warnings.catch_warnings`` saves and restores one list for the whole process, so that threads
-    whose blocks overlap would restore it in the wrong order. Here the first thread to come in
-    saves, and the last to leave restores.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._saved = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._depth == 0:
-                self._saved = _without_warnings()
-            self._depth += 1
-
-    def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._depth -= 1
-            if self._depth == 0:
-                self._saved.__exit__(None, None, None)
-
-
-def _without_warnings() -> warnings.catch_warnings[None]:
-    """Enter a ``catch_warnings`` in which Pillow's warnings are ignored, and return it."""
-    saved: warnings.catch_warnings[None] = warnings.catch_warnings()
-    saved.__enter__()
-    # Some of Pillow's warnings are attributed to its caller, which is this module.
-    warnings.filterwarnings("ignore", module=r"(PIL|pillow_\w+)(\.|$)|featcache\.decoding$")
-    return saved
-
-
-_quiet = _Quiet()
+            raise DecodeError("decode", pillow.reason(error)) from error

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache import sources
+from featcache import pillow, sources
 from featcache.errors import ImageSetError
 from featcache.readers import RawImage
 from featcache.sources import SUFFIXES, TORCHVISION_SETS, Listing
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["SUFFIXES", "TORCHVISION_SETS", "ImageSet", "RawImage", "content_hash"]
-
-_ORIENTATION = 0x0112  # EXIF tag
 
 
 class ImageSet:
@@ -413,8 +411,9 @@ def content_hash(raw: RawImage) -> bytes:
         digest = hashlib.sha256(f"{raw.dtype.str} {raw.shape}\n".encode())
         digest.update(np.ascontiguousarray(raw).data)
         return digest.digest()
-    transparent, orientation = raw.info.get("transparency"), raw.getexif().get(_ORIENTATION)
-    digest = hashlib.sha256(f"{raw.mode} {raw.size} {transparent} {orientation}\n".encode())
+    with pillow.quiet:
+        seen = f"{raw.mode} {raw.size} {raw.info.get('transparency')} {pillow.orientation(raw)}\n"
+    digest = hashlib.sha256(seen.encode())
     digest.update(bytes(raw.getpalette() or ()))
     digest.update(raw.tobytes())
     return digest.digest()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from featcache import pillow
 from featcache.errors import DecodeError
 
 if TYPE_CHECKING:
@@ -179,10 +180,12 @@ class Datasets:
         from PIL import Image
 
         try:
-            image = self.datasets[self.dataset[row]][int(self.item[row])][0]
+            with pillow.quiet:
+                image = self.datasets[self.dataset[row]][int(self.item[row])][0]
+                if isinstance(image, Image.Image):
+                    image.load()  # now, where a damaged file is this image's failure
         except Exception as error:  # a data set is foreign code that may raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise DecodeError("read", reason) from error
+            raise DecodeError("read", pillow.reason(error)) from error
         if not isinstance(image, Image.Image):
             raise DecodeError("read", f"expected a PIL image, got {type(image).__name__}")
         return image

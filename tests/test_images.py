@@ -579,6 +579,21 @@ def test_bad_data_sets() -> None:
         images.read(2)
 
 
+def test_a_data_set_of_images_that_are_not_loaded_yet() -> None:
+    whole = png(5, (64, 64))
+    lazy = [Image.open(io.BytesIO(raw)) for raw in (whole, whole[:60])]
+    images = ImageSet.from_torchvision(Pairs([(image, 0) for image in lazy]))
+    assert np.asarray(images.read(0)).max() == 5
+    with pytest.raises(DecodeError, match="read: OSError"):
+        images.read(1)
+
+
+def test_damaged_exif_has_a_content_hash() -> None:
+    image = Image.new("L", (4, 4))
+    image.info["exif"] = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"
+    assert content_hash(image) == content_hash(Image.new("L", (4, 4)))
+
+
 def cifar(root: Path) -> None:
     """Write a CIFAR-10 of three training images a batch and two test images."""
     folder = root / "cifar-10-batches-py"
