@@ -310,6 +310,7 @@ def table(path: str, root: str, columns: dict[str, str], suffix: str) -> Listing
     values = _read_table(path, columns)
     ids = values.pop("id")
     _check_ids(ids, root, suffix, path)
+    ids = [os.path.normpath(id) for id in ids]  # ./a.jpg is a.jpg, and must not count twice
     order = _sorted_rows(ids, f"{path}, column {columns['id']!r}")
     rest = {role: Categories(column).take(order) for role, column in values.items()}
     return Listing(

@@ -230,6 +230,13 @@ def test_delimiters_and_quotes(tmp_path: Path, photos: Path, text: str) -> None:
     assert list(images.labels) == ["rose, red", "daisy"]
 
 
+def test_an_id_has_one_spelling(tmp_path: Path, photos: Path) -> None:
+    images = ImageSet.from_csv(table(tmp_path, "id,label\n./x//c.jpg,p\n./a.jpg,q\n"), photos)
+    assert list(images.ids) == ["a.jpg", "x/c.jpg"]
+    with pytest.raises(ImageSetError, match=r"occur more than once \(first: a.jpg"):
+        ImageSet.from_csv(table(tmp_path, "id,label\na.jpg,p\n./a.jpg,q\n"), photos)
+
+
 def test_table_without_labels(tmp_path: Path, photos: Path) -> None:
     images = ImageSet.from_csv(table(tmp_path, "id\na.jpg\n"), photos, label_column=None)
     assert images.labels is None and len(images) == 1
