@@ -45,7 +45,7 @@ from featcache.origins import Column, source_taps
 from featcache.predictions import refuse_foreign
 from featcache.predictor import CanaryRows, Predictor, is_predictor
 from featcache.splitting import Fold
-from featcache.store import FeatureStore, read_canaries
+from featcache.store import FeatureStore
 
 __all__ = ["Leaderboard", "Study", "compare", "study", "train"]
 
@@ -501,7 +501,7 @@ def _predictor(task: _Task, found: Any, out_of_fold: Evaluation) -> Predictor:
 
 def _canaries(task: _Task, estimator: Any, columns: Sequence[Column]) -> CanaryRows:
     """Return the features of the store's canary images, or some training rows, with scores."""
-    kept = {c.source: read_canaries(task.store._sources[c.source].files[0]) for c in columns}
+    kept = {c.source: task.store.parts[c.source].canaries for c in columns}
     first = next(iter(kept.values()))
     usable = first is not None and all(
         one is not None and one.features and one.images == first.images for one in kept.values()
@@ -694,7 +694,7 @@ def study(
     refuse_foreign(target, is_predictor, "a featcache predictor")
     request = {
         "featcache": featcache.__version__,
-        "stores": [_digest(path) for path in stores],
+        "stores": [FeatureStore.open(path).digest for path in stores],
         "heads": list(_head_names(heads)[0]),
         "layers": layers if layers is None or isinstance(layers, str) else list(layers),
         "cv": cv,
@@ -740,12 +740,6 @@ def _up_to_date(target: Path, request: Mapping[str, Any]) -> Predictor | None:
     except PredictorError:
         return None  # of another version, or damaged: it is made again
     return found if found.request == request else None
-
-
-def _digest(path: str | Path) -> str:
-    """Return the digest of a store's content: its tables, which hold every row's checksum."""
-    store = FeatureStore.open(path)
-    return bytes(store._sources[0].files[0].read("digest").tobytes()).hex()
 
 
 def _open_stores(paths: Sequence[str | Path]) -> FeatureStore:

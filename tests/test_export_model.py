@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.svm import LinearSVC
+from torch import nn
+
+from featcache import Backbone, ImageSet, Preprocessing, extract, train
+from featcache.errors import MissingExtra, PredictorError
+from featcache.export_model import METADATA, export_model
+from featcache.grafting import head_layers
+from featcache.heads.treatment import SignedPower
+from featcache.manifest import CanaryRows
+from featcache.origins import Column
+from featcache.predictor import Predictor
+from featcache.store import FeatureStore
+
+PREPARE = Preprocessing(resize=36, crop=32, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+LAYERED = ["linear", "svm", "ridge", "mlp"]
+
+
+def small() -> Backbone:
+    """Return a network whose classifier is most of it, with an in-place layer behind the tap."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 16, 3, stride=2),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.ReLU(inplace=True),
+            nn.Linear(16, 20_000),
+        ).eval()
+    return Backbone.from_module(network, PREPARE, name="small", layers=["3:output:mean", "5"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module")
+def store(flower_folder: Path, folder: Path) -> FeatureStore:
+    images = ImageSet.from_folder(flower_folder)
+    return extract(images, small(), folder / "a.h5", workers=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def predictor(store: FeatureStore) -> Predictor:
+    return train(store, head="linear", cv=3)
+
+
+@pytest.fixture(scope="module")
+def pixels(flower_folder: Path) -> np.ndarray:
+    """Return all images as the model takes them: uint8 (n, c, h, w)."""
+    files = sorted(flower_folder.glob("*/*.jpg"))
+    return np.stack([PREPARE(file.read_bytes()) for file in files])
+
+
+# --- as a torch module -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", LAYERED)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_network_gives_the_predictors_probabilities(
+    store: FeatureStore, pixels: np.ndarray, head: str, classes: int
+) -> None:
+    rows = np.flatnonzero(np.isin(store.labels, ["daisy", "rose", "tulip"][:classes]))
+    part = store.select(rows)
+    predictor = train(part, head=head, cv=3)
+    network = predictor.to_torch(backbone=small())
+    assert isinstance(network, nn.Module)
+    with torch.inference_mode():
+        found = network(PREPARE.normalize(torch.from_numpy(pixels[rows]))).numpy()
+    np.testing.assert_allclose(found, predictor.predict_proba_of(part), atol=1e-5)
+
+
+def test_logits_are_there_to_train_the_head_further(
+    predictor: Predictor, store: FeatureStore, pixels: np.ndarray
+) -> None:
+    network = predictor.to_torch(backbone=small(), probabilities=False)
+    images = PREPARE.normalize(torch.from_numpy(pixels))
+    logits = network(images)
+    np.testing.assert_allclose(
+        logits.softmax(1).detach().numpy(), predictor.predict_proba_of(store), atol=1e-5
+    )
+    truth = torch.tensor([predictor.classes.index(label) for label in store.labels])
+    before = nn.functional.cross_entropy(logits, truth)
+    before.backward()
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in network.head.parameters()}
+    with torch.no_grad():
+        for parameter in trainable:
+            assert parameter.grad is not None
+            parameter -= 0.01 * parameter.grad
+    assert nn.functional.cross_entropy(network(images), truth) < before
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (StandardScaler(), LogisticRegression(C=0.1)),
+        (StandardScaler(with_mean=False), PCA(5, whiten=True), LogisticRegression()),
+        (PCA(5), StandardScaler(with_std=False), LinearSVC()),
+        (Normalizer(), LinearSVC()),
+        (StandardScaler(), Normalizer(), RidgeClassifier()),
+        (SignedPower(), StandardScaler(), RidgeClassifier()),
+        (StandardScaler(), MLPClassifier((7, 6), max_iter=40)),
+        (LogisticRegression(),),
+    ],
+    ids=lambda steps: "-".join(type(step).__name__ for step in steps),
+)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_every_treatment_becomes_layers(steps: tuple[Any, ...], n_classes: int) -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % n_classes
+    X = (rng.normal(size=(90, 8)) * rng.uniform(0.1, 30, 8) + y[:, None]).astype(np.float32)
+    X[3] = 0
+    estimator = make_pipeline(*steps).fit(X, y)
+    predictor = Predictor(
+        estimator=estimator,
+        head="some",
+        params={},
+        classes=tuple("abc"[:n_classes]),
+        temperature=0.4,
+        columns=(Column(0, "tap", 8),),
+        fingerprints=(),
+        train_sha256=np.zeros((0, 32), np.uint8),
+        canaries=CanaryRows(X[:0], np.zeros((0, n_classes), np.float32)),
+    )
+    layers = head_layers(predictor)
+    with torch.inference_mode():
+        found = layers(torch.from_numpy(X)).softmax(1).numpy()
+    if hasattr(estimator, "decision_function"):
+        np.testing.assert_allclose(found, predictor.predict_proba(X), atol=1e-5)
+    else:
+        # scikit-learn's perceptron of two classes has a logistic unit, which is the same.
+        own = estimator.predict_proba(X) ** (1 / 0.4)
+        np.testing.assert_allclose(found, own / own.sum(axis=1, keepdims=True), atol=1e-4)
+    assert sum(isinstance(layer, nn.Linear) for layer in layers) <= 3
+
+
+@pytest.mark.parametrize("head", ["forest", "rbf-svm"])
+def test_heads_that_are_not_made_of_layers_are_refused(store: FeatureStore, head: str) -> None:
+    predictor = train(store, head=head, cv=2)
+    with pytest.raises(PredictorError, match=f"A {head} head .*Heads that can: linear"):
+        predictor.to_torch(backbone=small())
+
+
+def test_networks_that_prepare_images_differently_are_refused(
+    store: FeatureStore, flower_folder: Path, folder: Path
+) -> None:
+    other = Backbone.from_torchvision("squeezenet1_1", weights=None, image_size=48)
+    images = ImageSet.from_folder(flower_folder)
+    second = extract(images, other, folder / "b.h5", workers=0, progress=False)
+    predictor = train(FeatureStore.join([store, second]), cv=3)
+    with pytest.raises(PredictorError, match="prepare images differently"):
+        predictor.to_torch(backbone=[small(), other])
+
+
+# --- as a file ---------------------------------------------------------------------------------
+
+
+def test_pt2_gives_the_predictors_probabilities(
+    predictor: Predictor, store: FeatureStore, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    target = tmp_path / "model.pt2"
+    export_model(predictor, target, backbone=small())
+    extra = {METADATA: ""}
+    module = torch.export.load(target, extra_files=extra).module()
+    for images in (pixels, pixels[:1]):
+        found = module(torch.from_numpy(images)).detach().numpy()
+        np.testing.assert_allclose(
+            found, predictor.predict_proba_of(store)[: len(images)], atol=1e-5
+        )
+    metadata = json.loads(extra[METADATA])
+    assert metadata["classes"] == ["daisy", "rose", "tulip"]
+    assert Preprocessing.from_dict(metadata["preprocessing"]) == PREPARE
+    assert target.stat().st_size < 200_000  # the 20,000 outputs behind the tap are left out
+
+
+def test_onnx_gives_the_predictors_probabilities(
+    predictor: Predictor, store: FeatureStore, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="pip install 'featcache[export]'")
+    pytest.importorskip("onnxscript", reason="pip install 'featcache[export]'")
+    target = tmp_path / "model.onnx"
+    export_model(predictor, target, backbone=small())
+    session = runtime.InferenceSession(target, providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_inputs()] == ["images"]
+    assert [one.name for one in session.get_outputs()] == ["probabilities"]
+    for images in (pixels, pixels[:1]):
+        (found,) = session.run(None, {"images": images})
+        np.testing.assert_allclose(
+            found, predictor.predict_proba_of(store)[: len(images)], atol=1e-5
+        )
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["featcache"])
+    assert metadata["classes"] == ["daisy", "rose", "tulip"]
+    assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
+
+    export_model(predictor, target, backbone=small())  # its own kind is replaced
+    target.write_bytes(b"\x08\x07mine")
+    with pytest.raises(PredictorError, match="is not a model that featcache exported"):
+        export_model(predictor, target, backbone=small())
+    assert target.read_bytes() == b"\x08\x07mine"
+
+
+@pytest.mark.parametrize("name", ["model", "model.pth", "model.ONNX"])
+def test_other_endings_are_refused(predictor: Predictor, tmp_path: Path, name: str) -> None:
+    with pytest.raises(PredictorError, match=r"to \.onnx or \.pt2"):
+        export_model(predictor, tmp_path / name, backbone=small())
+
+
+def test_a_checkpoint_is_not_replaced(predictor: Predictor, tmp_path: Path) -> None:
+    target = tmp_path / "mine.pt2"
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("data.pkl", b"precious")
+    content = target.read_bytes()
+    with pytest.raises(PredictorError, match="is not a model that featcache exported"):
+        export_model(predictor, target, backbone=small())
+    assert target.read_bytes() == content
+
+
+def test_without_onnx_the_message_says_what_to_type(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+
+    def without(name: str, *args: Any) -> Any:
+        return None if name == "onnxscript" else find(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    monkeypatch.delitem(sys.modules, "onnxscript", raising=False)
+    with pytest.raises(MissingExtra, match=r"pip install 'featcache\[export\]'"):
+        export_model(predictor, tmp_path / "model.onnx", backbone=small())
