@@ -10,9 +10,9 @@ STYLE = """
   --heat: 11, 92, 173; --on-heat: #ffffff; }
 @media (prefers-color-scheme: dark) { :root:not([data-theme="light"]) {
   --paper: #14171b; --soft: #1e2329; --line: #3a424c; --ink: #e8ebee; --quiet: #a5afba;
-  --accent: #7ab8f5; --heat: 74, 144, 217; } }
+  --accent: #7ab8f5; --heat: 48, 108, 178; } }
 :root[data-theme="dark"] { color-scheme: dark; --paper: #14171b; --soft: #1e2329; --line: #3a424c;
-  --ink: #e8ebee; --quiet: #a5afba; --accent: #7ab8f5; --heat: 74, 144, 217; }
+  --ink: #e8ebee; --quiet: #a5afba; --accent: #7ab8f5; --heat: 48, 108, 178; }
 :root[data-theme="light"] { color-scheme: light; }
 * { box-sizing: border-box; }
 html { scroll-padding-top: 3.5rem; }
@@ -98,6 +98,7 @@ button, select, input { font: inherit; color: var(--ink); }
 .legend button:focus-visible { outline: 3px solid var(--accent); }
 .legend button[aria-pressed="false"] { opacity: .45; }
 .legend i { width: .8rem; height: .8rem; border-radius: 50%; flex: none; }
+.card { margin-top: .8rem; } #tip.card { margin: 0; }
 .card .tile { width: 12rem; height: 12rem; margin-bottom: .4rem; border-radius: 4px; }
 #tip { position: fixed; z-index: 10; pointer-events: none; background: var(--paper);
   border: 1px solid var(--line); border-radius: 8px; padding: .5rem; max-width: 13rem;
@@ -131,6 +132,7 @@ const make = (tag, text, attributes) => {
   return element;
 };
 const say = (n) => n.toLocaleString("en-US");
+const images = (n) => `${say(n)} image${n === 1 ? "" : "s"}`;
 
 // --- light and dark ---
 $("theme").addEventListener("click", () => {
@@ -229,7 +231,7 @@ const showImages = (i, j, button) => {
   items.sort((a, b) => data.sure[b] - data.sure[a]);
   const some = items.slice(0, 48);
   const n = cells.get(i * k + j) || 0;
-  $("cell-title").textContent = `${say(n)} images of ${data.classes[i]} predicted `
+  $("cell-title").textContent = `${images(n)} of ${data.classes[i]} predicted `
     + `${data.classes[j]}` + (some.length < n ? `, the ${say(some.length)} surest` : "");
   $("cell-images").replaceChildren(...some.map((item) => {
     const li = make("li");
@@ -263,9 +265,12 @@ const drawMatrix = () => {
       const share = n / support[i];
       const button = make("button", say(n), {type: "button", "aria-pressed": "false",
         title: `${(100 * share).toFixed(1)} % of ${data.classes[i]}`,
-        "aria-label": `${say(n)} images of ${data.classes[i]} predicted ${data.classes[j]}`});
-      button.style.background = `rgba(var(--heat), ${(0.08 + 0.92 * share).toFixed(3)})`;
-      if (share > 0.5) button.style.color = "var(--on-heat)";
+        "aria-label": `${images(n)} of ${data.classes[i]} predicted ${data.classes[j]}`});
+      // No shade between the two ends: neither dark nor white figures could be read on it.
+      const dark = share > 0.6;
+      const alpha = dark ? 0.85 + 0.375 * (share - 0.6) : 0.06 + 0.65 * share;
+      button.style.background = `rgba(var(--heat), ${alpha.toFixed(3)})`;
+      if (dark) button.style.color = "var(--on-heat)";
       button.addEventListener("click", () => showImages(i, j, button));
       td.append(button);
     }

@@ -389,9 +389,7 @@ def _cards(
         picture = ""
         if card.picture is not None:
             alt = escape(f"{card.id}: {label}" + (f", {line}" if line else ""))
-            picture = (
-                f'<img src="data:image/webp;base64,{card.picture}" alt="{alt}" loading="lazy">'
-            )
+            picture = f'<img src="data:image/webp;base64,{card.picture}" alt="{alt}">'
         said = f"<span>{escape(line)}</span>" if line else ""
         made.append(f"<li>{picture}<b>{escape(label)}</b>{said}<span>{escape(card.id)}</span></li>")
     return f'<ul class="cards">{"".join(made)}</ul>'

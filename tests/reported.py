@@ -1,0 +1,64 @@
+"""A small evaluation with its store and images, whose names try to be markup."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featcache.evaluation import Evaluation
+from featcache.images import ImageSet
+from featcache.leaderboard import Leaderboard, Row
+from featcache.store import FeatureStore
+from tests.labelled import clusters, make_store
+
+CLASSES = ('"><script>document.title="owned"</script>', "a & b's", "tulip")
+EVIL_ID = "<img src=x onerror=document.title='owned'></script>"
+
+
+@dataclass(frozen=True)
+class Case:
+    evaluation: Evaluation
+    store: FeatureStore
+    images: ImageSet
+    leaderboard: Leaderboard
+
+
+def case(folder: Path, n: int = 60) -> Case:
+    """Return n images of three classes, every other one evaluated, two of these wrong."""
+    y = [CLASSES[i % 3] for i in range(n)]
+    ids = [f"{i:05d} {EVIL_ID}.png" for i in range(n)]
+    X = clusters(y, spread=0.5)
+    X[3] = X[0] * 1.001  # an evaluated image, and one trained on, that are nearly equal
+    store = make_store(folder / "flowers.h5", X, y, ids=ids)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (n, 40, 50, 3), dtype=np.uint8)
+    images = ImageSet.from_arrays(pixels, labels=y, ids=ids)
+    return Case(evaluation(store), store, images, leaderboard())
+
+
+def evaluation(store: FeatureStore) -> Evaluation:
+    """Return predictions of every other image of a store: right but for the first two."""
+    chosen = store.select(np.arange(0, len(store), 2))
+    y_true = np.searchsorted(np.array(sorted(CLASSES)), chosen.labels)
+    assert sorted(CLASSES) == list(CLASSES)
+    proba = np.full((len(chosen), 3), 0.05)
+    said = y_true.copy()
+    said[:2] = (said[:2] + 1) % 3
+    proba[np.arange(len(chosen)), said] = 0.9
+    proba[2::7] = 0.3, 0.3, 0.3
+    proba[np.arange(2, len(chosen), 7), said[2::7]] = 0.4
+    return Evaluation(chosen.ids, y_true, proba, CLASSES, notes=("30 images are left out",))
+
+
+def leaderboard() -> Leaderboard:
+    def row(head: str, cv: float, held: float) -> Row:
+        return Row(
+            head, {"C": 10.0}, cv, cv, (cv - 0.02, cv + 0.02), cv, cv, 0.3,
+            held, (held - 0.05, held + 0.05), held, (held - 0.05, held + 0.05), held,
+            1.5, 0.25, 30.0, 12.0,
+        )  # fmt: skip
+
+    rows = (row("svm", 0.9, 0.88), row("linear", 0.86, 0.89))
+    return Leaderboard(rows, "accuracy", 30, 30, 0, "5 folds")
