@@ -16,12 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache import checksums, disk, layout
+from featcache import checksums, disk, layout, locking
 from featcache.errors import (
     CorruptStore,
     DiskFull,
@@ -98,6 +99,35 @@ def test_a_run_goes_on_where_it_stopped(path: Path) -> None:
         assert mtime[:5].tolist() == [0, 1, 2, 3, 4]
         stores.fill(writer, imgs, writer.pending)
         writer.finish()
+
+
+def test_torn_entries_count_as_pending(path: Path) -> None:
+    imgs = stores.images(8)
+    with stores.writer(path, imgs) as writer:
+        writer.fail(0, "decode", "no")
+        stores.fill(writer, imgs, np.arange(1, 8))
+    with h5py.File(f"{path}.partial") as file:
+        offset, size = file["rows"].id.get_offset(), file["rows"].dtype.itemsize
+    data = bytearray(Path(f"{path}.partial").read_bytes())
+    for row, byte in ((0, 40), (2, 33), (3, size - 5), (5, size - 1), (6, 0)):
+        data[offset + row * size + byte] ^= 4  # mtime of a failure, size, status, check, sha256
+    Path(f"{path}.partial").write_bytes(data)
+    with stores.writer(path, imgs) as writer:
+        assert writer.pending.tolist() == [0, 2, 3, 5, 6]
+
+
+def test_torn_metadata_counts_as_not_written(path: Path) -> None:
+    imgs = stores.images(8)
+    with stores.writer(path, imgs) as writer:
+        writer.set_meta("run", {"text": "x" * 9000})
+    data = Path(f"{path}.partial").read_bytes()
+    end = data.index(b"x" * 9000) + 5000
+    Path(f"{path}.partial").write_bytes(data[:end] + bytes(5000) + data[end + 5000 :])
+    with stores.writer(path, imgs) as writer:
+        assert writer.meta["run"] is None
+        stores.fill(writer, imgs, writer.pending)
+        writer.set_meta("run", {"computed": 8})
+        assert writer.finish().meta["run"] == {"computed": 8}
 
 
 def test_rows_can_be_asked_for_again(path: Path) -> None:
@@ -320,6 +350,24 @@ def test_a_dead_writer_holds_nothing(path: Path) -> None:
         process.wait()
     with stores.writer(path, stores.images(4)) as writer:
         assert len(writer.pending) == 4
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last holder removes the file after we opened it and before we lock it."""
+    flock, calls = locking.fcntl.flock, []
+
+    def slow(descriptor: int, kind: int) -> None:
+        if not calls:
+            Path(f"{path}.partial.lock").unlink()
+        calls.append(kind)
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(locking.fcntl, "flock", slow)
+    with stores.writer(path, stores.images(4)), pytest.raises(StoreLocked):
+        stores.writer(path, stores.images(4))
+    assert len(calls) == 3
 
 
 def test_other_features_are_never_replaced(path: Path) -> None:
@@ -557,8 +605,6 @@ def killed_runs_equal_a_quiet_one(folder: Path, kills: int, seed: int) -> None:
 
 def rows_done(path: Path) -> int:
     """Return how many rows a partial file has, read with plain h5py: it must be valid HDF5."""
-    import h5py
-
     partial = Path(f"{path}.partial")
     if not partial.exists():
         return 0
@@ -587,9 +633,10 @@ STOPS = [
 ]
 
 
+@pytest.mark.parametrize("bad", [-1, 4], ids=["no failure", "a failure"])
 @pytest.mark.parametrize(("module", "name"), STOPS, ids=[name for _, name in STOPS])
 def test_stopped_at_every_step_the_file_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, bad: int
 ) -> None:
     """Stop at every call of a step of the writer, one after the other, as a kill would."""
 
@@ -603,9 +650,9 @@ def test_stopped_at_every_step_the_file_is_the_same(
     def extract(path: Path) -> None:
         with stores.writer(path, imgs) as writer:
             for rows in np.array_split(writer.pending, 3):
-                for row in rows[rows == 4]:
+                for row in rows[rows == bad]:
                     writer.fail(int(row), "decode", "no")
-                stores.fill(writer, imgs, rows[rows != 4])
+                stores.fill(writer, imgs, rows[rows != bad])
             writer.finish(max_failures=1)
 
     extract(tmp_path / "quiet.h5")
@@ -629,10 +676,12 @@ def test_stopped_at_every_step_the_file_is_the_same(
                 pass
             else:
                 break
+        if path.exists():
+            FeatureStore.open(path)  # a finished name means a finished file
         extract(path)
         assert path.read_bytes() == expected
         path.unlink()
-    assert stop_at > 1
+    assert stop_at > 1 or (name, bad) == ("copy_range", -1)
     path.unlink()
     assert beside(tmp_path / "quiet.h5") == ["quiet.h5"]
 
@@ -831,6 +880,7 @@ def test_rows_that_are_not_there(path: Path) -> None:
 
 def test_reading_blocks_takes_the_memory_of_one(big: tuple[FeatureStore, np.ndarray]) -> None:
     store, _ = big
+    next(store.blocks(rows=5))  # imports what converts types
     tracemalloc.start()
     try:
         for _ in store.blocks(rows=5):
