@@ -44,9 +44,15 @@ _MAX_HEADER = 10_000  # of a .npy; a literal much longer can exhaust the C stack
 _SCALARS = (str, int, float, bool, type(None))
 
 # Every class that a head may consist of. Reading never imports anything that is not named here.
-_TYPES: dict[str, str] = {
-    name: module
+_TYPES: dict[str, tuple[str, str]] = {
+    f"{module}.{name}": (module, name)
     for module, names in {
+        "featcache.heads.linear": "LinearClassifier",
+        "featcache.heads.mlp": "MLP",
+        "featcache.heads.neighbors": "CosineNeighbors",
+        "featcache.heads.svm": "LinearSVM",
+        "featcache.heads.treatment": "SignedPower",
+        "featcache.heads.trees": "BoostedTrees",
         "sklearn.pipeline": "Pipeline",
         "sklearn.preprocessing._data": "StandardScaler Normalizer PowerTransformer",
         "sklearn.preprocessing._label": "LabelEncoder LabelBinarizer",
@@ -264,7 +270,12 @@ class _Reader:
         return tuple(self._items(node["content"], depth))
 
     def _dict(self, node: dict[str, Any], depth: int) -> dict[Any, Any]:
-        convert: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
+        convert: dict[str, Callable[[str], Any]] = {
+            "str": str,
+            "str_": str,
+            "int": int,
+            "float": float,
+        }
         kinds = [kind["__class__"] for kind in node["key_types"]["content"]]
         content = node["content"]
         if len(kinds) != len(content):
@@ -288,9 +299,10 @@ class _Reader:
         name, module = node["__class__"], node["__module__"]
         if module.startswith("sklearn._loss."):
             return None
-        if _TYPES.get(name) != module:
+        known = _TYPES.get(f"{module}.{name}")
+        if known is None:
             raise _Refused(f"{module}.{name} is not among the types that heads consist of")
-        made = getattr(importlib.import_module(_TYPES[name]), name)
+        made = getattr(importlib.import_module(known[0]), known[1])
         state = self.build(node["content"], depth)
         if not isinstance(state, dict):
             raise _Refused(f"the state of a {name} is not a dictionary")
@@ -464,12 +476,23 @@ def _check_svc(model: Any) -> None:
     _require(_is_index(counts, m + 1) and int(counts.sum()) == m, "an SVM's support counts")
 
 
+def _check_neighbours(model: Any) -> None:
+    """Check that the neighbours' classes exist: counting their votes makes room for the largest."""
+    rows, codes = model.rows_, model.codes_
+    _require(isinstance(rows, np.ndarray) and rows.dtype.kind == "f", "the neighbours' rows")
+    _require(rows.shape == (len(codes), model.n_features_in_), "the shape of the neighbours' rows")
+    _require(_is_index(codes, len(model.classes_)), "a neighbour's class")
+    _require(model.factors_.shape == (len(model.classes_),), "the neighbours' class weights")
+    _require(model.weights_.shape == (len(codes),), "the neighbours' weights")
+
+
 def _check_pipeline(model: Any) -> None:
     _require(isinstance(model.steps, list) and model.steps, "a pipeline without steps")
     _require(model.memory is None, "a pipeline with a cache on disk, which would be unpickled")
 
 
 _CHECKS: dict[str, Callable[[Any], None]] = {
+    "CosineNeighbors": _check_neighbours,
     "Pipeline": _check_pipeline,
     "SVC": _check_svc,
     "RandomForestClassifier": _check_forest,
