@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC, LinearSVC
+from sklearn.svm import SVC
 
+from featcache.heads.blocks import RowBlocks
+from featcache.heads.linear import LinearClassifier, search_linear
+from featcache.heads.neighbors import search_knn
 from featcache.heads.search import (
     Candidate,
     Folds,
@@ -36,12 +38,16 @@ from featcache.heads.search import (
     logits,
     score_folds,
 )
+from featcache.heads.svm import LinearSVM
 
 __all__ = [
     "CLASSICS",
     "HEADS",
     "Candidate",
     "HeadSpec",
+    "LinearClassifier",
+    "LinearSVM",
+    "RowBlocks",
     "SearchResult",
     "fit_temperature",
     "logits",
@@ -70,7 +76,7 @@ class HeadSpec:
 
     def search(
         self,
-        X: np.ndarray,
+        X: np.ndarray | RowBlocks,
         y: np.ndarray,
         folds: Folds,
         *,
@@ -85,7 +91,7 @@ class HeadSpec:
 
         Parameters
         ----------
-        X : ndarray of shape (n, d) or (n, views, d)
+        X : ndarray of shape (n, d) or (n, views, d), or RowBlocks
             Features. All views of an image are trained on, predictions are averaged over them.
         y : ndarray of shape (n,)
             Labels.
@@ -124,27 +130,18 @@ class HeadSpec:
         )
 
 
-_CS = tuple(10.0 ** np.arange(-5, 3))
-
-
 def _search_linear(
-    rows: Rows, *, class_weight: Any, scoring: Scoring, n_jobs: int, **_: Any
+    rows: Rows, *, class_weight: Any, scoring: Scoring, memory: int | None, **_: Any
 ) -> SearchResult:
-    estimator = make_pipeline(
-        StandardScaler(), LogisticRegression(class_weight=class_weight, max_iter=1000)
-    )
-    grid = [{"logisticregression__C": C} for C in _CS]
-    return grid_search("linear", estimator, grid, rows, scoring=scoring, n_jobs=n_jobs)
+    estimator = LinearClassifier(class_weight=class_weight)
+    return search_linear(rows, estimator, head="linear", scoring=scoring, memory=memory)
 
 
 def _search_svm(
-    rows: Rows, *, class_weight: Any, scoring: Scoring, random_state: int, n_jobs: int, **_: Any
+    rows: Rows, *, class_weight: Any, scoring: Scoring, memory: int | None, **_: Any
 ) -> SearchResult:
-    estimator = make_pipeline(
-        StandardScaler(), LinearSVC(class_weight=class_weight, random_state=random_state)
-    )
-    grid = [{"linearsvc__C": C} for C in _CS[:5]]
-    return grid_search("svm", estimator, grid, rows, scoring=scoring, n_jobs=n_jobs)
+    estimator = LinearSVM(class_weight=class_weight)
+    return search_linear(rows, estimator, head="svm", scoring=scoring, memory=memory)
 
 
 def _search_rbf_svm(
@@ -174,6 +171,7 @@ HEADS: dict[str, HeadSpec] = {
         HeadSpec("svm", "linear SVM (squared hinge, one against the rest)", True, _search_svm),
         HeadSpec("rbf-svm", "SVM with a Gaussian kernel", False, _search_rbf_svm),
         HeadSpec("forest", "random forest", False, _search_forest),
+        HeadSpec("knn", "nearest neighbours by cosine similarity", True, search_knn),
     )
 }
 CLASSICS: tuple[str, ...] = ("linear", "svm", "rbf-svm", "forest")

@@ -21,6 +21,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.metrics import get_scorer
 
 from featcache.errors import TrainingError
+from featcache.heads.blocks import RowBlocks
 
 Folds: TypeAlias = Sequence[tuple[np.ndarray, np.ndarray]]
 Params: TypeAlias = Mapping[str, Any]
@@ -144,6 +145,9 @@ def fit_temperature(
 ) -> float:
     """Return the temperature T that minimises the log loss of ``softmax(logits / T)``.
 
+    As in Platt's method, one part in n + 2 of each target goes to the other classes: scores
+    without a single mistake would otherwise call for a temperature of zero.
+
     Parameters
     ----------
     logits : ndarray of shape (n, k)
@@ -156,11 +160,13 @@ def fit_temperature(
     known = ~np.isnan(logits).any(axis=1)
     values, truth = logits[known].astype(np.float64), y[known]
     weight = np.ones(len(truth)) if sample_weight is None else sample_weight[known]
-    rows = np.arange(len(truth))
+    n, k = values.shape
+    targets = np.full((n, k), 1 / ((n + 2) * (k - 1)))
+    targets[np.arange(n), truth] = (n + 1) / (n + 2)
+    targets *= (weight / weight.sum())[:, None]
 
     def loss(log_temperature: float) -> float:
-        likelihood = log_softmax(values / np.exp(log_temperature), axis=1)[rows, truth]
-        return float(-np.average(likelihood, weights=weight))
+        return -float((targets * log_softmax(values / np.exp(log_temperature), axis=1)).sum())
 
     found = minimize_scalar(loss, bounds=(-7.0, 7.0), method="bounded", options={"xatol": 1e-4})
     return float(np.exp(found.x))
@@ -224,7 +230,7 @@ class Rows:
 
     Attributes
     ----------
-    X : ndarray of shape (n * views, d)
+    X : ndarray of shape (n * views, d), or RowBlocks
         Features.
     codes : ndarray of shape (n,), int64
         Class of each image.
@@ -238,7 +244,7 @@ class Rows:
         Rows of `X` for each image, next to each other.
     """
 
-    X: np.ndarray
+    X: np.ndarray | RowBlocks
     codes: np.ndarray
     classes: np.ndarray
     weight: np.ndarray | None
@@ -247,7 +253,11 @@ class Rows:
 
     @classmethod
     def check(
-        cls, X: np.ndarray, y: np.ndarray, folds: Folds, sample_weight: np.ndarray | None
+        cls,
+        X: np.ndarray | RowBlocks,
+        y: np.ndarray,
+        folds: Folds,
+        sample_weight: np.ndarray | None,
     ) -> Rows:
         """Validate what a search was given.
 
@@ -256,7 +266,7 @@ class Rows:
         TrainingError
             Other lengths, not one class, values that are not finite, no folds.
         """
-        if X.ndim not in (2, 3):
+        if len(X.shape) not in (2, 3):
             raise TrainingError(f"Expected features (n, d) or (n, views, d), got shape {X.shape}.")
         if len(X) != len(y):
             raise TrainingError(f"Expected one label per row: {len(X)} rows, {len(y)} labels.")
@@ -273,8 +283,8 @@ class Rows:
                     "Use fewer folds, or more images of that class."
                 )
         weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-        views = X.shape[1] if X.ndim == 3 else 1
-        flat = X.reshape(-1, X.shape[-1])
+        views = X.shape[1] if len(X.shape) == 3 else 1
+        flat = X if isinstance(X, RowBlocks) else X.reshape(-1, X.shape[-1])
         return cls(flat, codes.astype(np.int64), classes, weight, folds, views)
 
     @property
@@ -292,6 +302,10 @@ class Rows:
 
     def features(self, images: np.ndarray | None = None) -> np.ndarray:
         """Features of all views of `images`, of shape (images * views, d)."""
+        if isinstance(self.X, RowBlocks):
+            raise TrainingError(
+                "This head cannot read its features in blocks: they must fit in memory."
+            )
         return self.X if images is None else self.X[self.rows(images)]
 
     def weights(self, images: np.ndarray | None = None) -> np.ndarray | None:

@@ -1,0 +1,504 @@
+"""The linear heads: multinomial logistic regression, and the search that is shared with the SVM.
+
+Both are scikit-learn classifiers on the solver of :mod:`featcache.heads.solver`; standardisation
+is part of the model, and ends folded into `coef_`, so that prediction is one matrix product.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from scipy.special import expit, log_softmax, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.pipeline import Pipeline
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor
+
+from featcache.heads.blocks import RowBlocks
+from featcache.heads.search import (
+    Candidate,
+    Rows,
+    Scoring,
+    SearchResult,
+    fit_temperature,
+    score_folds,
+)
+from featcache.heads.solver import (
+    Design,
+    Loss,
+    Problems,
+    Solution,
+    minimise,
+    product,
+    standardise,
+    unstandardise,
+)
+from featcache.heads.treatment import TREATMENTS
+
+ClassWeight: TypeAlias = str | dict[Any, float] | None
+
+CS: tuple[float, ...] = tuple(float(10.0**power) for power in range(-5, 3))
+"""Coarse values of C; `search_linear` refines around the best by half a decade."""
+
+_COLUMNS = 128  # scores that fill a matrix product; more problems at a time bring nothing
+_SEARCH_TOL = 1e-4
+_SCORES = 1 << 28  # bytes of out-of-fold scores computed in one pass
+
+
+def class_factors(
+    class_weight: ClassWeight, classes: np.ndarray, codes: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    """Return the factor of each class, of shape (k,), as scikit-learn defines `class_weight`.
+
+    "balanced" counts weighted rows, so that a weight of two is the same as a row twice.
+    """
+    if class_weight is None:
+        return np.ones(len(classes))
+    if isinstance(class_weight, str):
+        if class_weight != "balanced":
+            raise ValueError(f"class_weight is 'balanced', a dict or None, got {class_weight!r}.")
+        counts = np.bincount(codes, weights=weight, minlength=len(classes))
+        return np.asarray(weight.sum() / (len(classes) * np.maximum(counts, 1e-300)))
+    known = set(classes.tolist())
+    unknown = [label for label in class_weight if label not in known]
+    if unknown:
+        raise ValueError(f"class_weight names {unknown[0]!r}, which is not a class.")
+    return np.array([float(class_weight.get(label, 1.0)) for label in classes.tolist()])
+
+
+def loss_weights(
+    loss: Loss, row_weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return loss weights (folds, n), and one-vs-rest factors (folds, k) of the own class.
+
+    As liblinear does, one-vs-rest with more than two classes weights only the rows of the class
+    that a problem is about.
+    """
+    if loss == "squared_hinge" and factors.shape[1] > 2:
+        plain = bool((factors == 1.0).all())
+        return row_weights, None if plain else factors
+    return row_weights * np.take(factors, codes, axis=1), None
+
+
+class LinearModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """What the linear classifiers share: fit, decision values, prediction."""
+
+    C: float
+    class_weight: ClassWeight
+    standardize: bool
+    tol: float
+    max_iter: int
+
+    def _loss(self, k: int) -> Loss:
+        raise NotImplementedError
+
+    def _penalizes_intercept(self) -> bool:
+        return False
+
+    def fit(
+        self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
+    ) -> LinearModel:
+        """Fit to features (n, d) and labels (n,).
+
+        Parameters
+        ----------
+        X : array of shape (n, d)
+            Features; float32 is used as it is, anything else is converted.
+        y : array of shape (n,)
+            Labels of at least two classes.
+        sample_weight : array of shape (n,), optional
+            Weights of the rows in the loss and in the standardisation.
+
+        Raises
+        ------
+        ValueError
+            A parameter out of range, or data that scikit-learn refuses.
+        """
+        if not self.C > 0 or not self.tol > 0 or not self.max_iter > 0:
+            raise ValueError(
+                f"C, tol and max_iter must be positive, got {self.C}, {self.tol}, {self.max_iter}."
+            )
+        X, y = validate_data(self, X, y, dtype=np.float32)
+        check_classification_targets(y)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        classes, codes = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"Expected at least two classes, got one class: {classes[0]!r}.")
+        loss = self._loss(len(classes))
+        factors = class_factors(self.class_weight, classes, codes, weight)[None]
+        weights = weight[None].astype(np.float32)
+        in_loss, positive = loss_weights(loss, weights, codes, factors)
+        design = Design.build(X, codes, weights, in_loss, standardize=self.standardize)
+        problems = _problems(loss, [self.C], [0], positive, self._penalizes_intercept())
+        W, b = _zeros(1, len(classes), loss, design.d)
+        solution = minimise(design, problems, W, b, tol=self.tol, max_iter=self.max_iter)
+        return self._take(design, 0, solution, 0, classes)
+
+    def _take(
+        self, design: Design, fold: int, solution: Solution, number: int, classes: np.ndarray
+    ) -> LinearModel:
+        self.classes_ = classes
+        self.n_features_in_ = design.d
+        self.coef_, self.intercept_ = unstandardise(
+            design, fold, solution.W[number], solution.b[number]
+        )
+        self.n_iter_ = np.array([solution.passes[number]])
+        return self
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Return scores: (n, k), or (n,) for two classes, positive for the second."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        scores = X @ self.coef_.T.astype(X.dtype) + self.intercept_.astype(X.dtype)
+        result: np.ndarray = scores[:, 0] if scores.shape[1] == 1 else scores
+        return result
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """Return the labels with the highest scores, of shape (n,)."""
+        scores = self.decision_function(X)
+        positive = scores > 0 if scores.ndim == 1 else None
+        chosen = scores.argmax(axis=1) if positive is None else positive.astype(np.int64)
+        labels: np.ndarray = self.classes_[chosen]
+        return labels
+
+
+class LinearClassifier(LinearModel):
+    """Multinomial logistic regression on standardised features.
+
+    Minimises the objective of scikit-learn's `LogisticRegression`, ``C * sum_i s_i loss_i +
+    ||w||^2 / 2`` with a free intercept, for standardised features. Two classes have one vector
+    of weights, as there.
+
+    Parameters
+    ----------
+    C : float
+        Inverse strength of the penalty.
+    class_weight : "balanced", dict or None
+        Weights of the classes.
+    standardize : bool
+        Whether columns are scaled to unit deviation first. Constant columns are left alone.
+    tol : float
+        Distance to the minimum, as a part of the objective, at which to stop.
+    max_iter : int
+        Passes over the rows at most.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (k,)
+        Labels.
+    coef_ : ndarray of shape (k, d) or (1, d), float64
+        Weights for raw features: the standardisation is folded in.
+    intercept_ : ndarray of shape (k,) or (1,), float64
+        Intercepts.
+    n_features_in_ : int
+        Number of columns.
+    n_iter_ : ndarray of shape (1,)
+        Passes over the rows.
+    """
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        class_weight: ClassWeight = None,
+        standardize: bool = True,
+        tol: float = 1e-5,
+        max_iter: int = 1000,
+    ) -> None:
+        self.C = C
+        self.class_weight = class_weight
+        self.standardize = standardize
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def _loss(self, k: int) -> Loss:
+        return "logistic" if k == 2 else "softmax"
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        """Return probabilities of shape (n, k)."""
+        scores = self.decision_function(X)
+        if scores.ndim == 1:
+            return np.stack([expit(-scores), expit(scores)], axis=1)
+        proba: np.ndarray = softmax(scores, axis=1)
+        return proba
+
+    def predict_log_proba(self, X: np.ndarray) -> np.ndarray:
+        """Return logarithms of the probabilities, of shape (n, k)."""
+        scores = self.decision_function(X)
+        if scores.ndim == 1:
+            scores = np.stack([np.zeros_like(scores), scores], axis=1)
+        logs: np.ndarray = log_softmax(scores, axis=1)
+        return logs
+
+
+def _problems(
+    loss: Loss,
+    Cs: Sequence[float],
+    folds: Sequence[int],
+    positive: np.ndarray | None,
+    penalise_intercept: bool,
+) -> Problems:
+    """All values of C times all folds, the folds running faster."""
+    fold = torch.tensor(list(folds) * len(Cs), dtype=torch.int64)
+    C = torch.tensor(np.repeat(np.asarray(Cs, dtype=np.float32), len(folds)))[:, None, None]
+    factors = None if positive is None else torch.from_numpy(positive).float()[fold]
+    return Problems(loss, C, fold, factors, penalise_intercept)
+
+
+def _zeros(p: int, classes: int, loss: Loss, d: int) -> tuple[Tensor, Tensor]:
+    k = 1 if classes == 2 and loss != "softmax" else classes
+    return torch.zeros((p, k, d)), torch.zeros((p, k, 1))
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """One treatment and C on all folds."""
+
+    candidate: Candidate
+    logits: np.ndarray
+    treatment: str
+    C: float
+    W: Tensor  # (folds, k, d)
+    b: Tensor
+
+
+class LinearSearch:
+    """Cross-validated choice of treatment and C for one of the linear classifiers.
+
+    Values of C are solved from the smallest (which converges in a few passes) upwards, as many at
+    a time as fill a matrix product, each from the solution before it. The search goes no further
+    upwards once two values of C in a row have scored below the best.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        estimator: LinearModel,
+        *,
+        head: str,
+        scoring: Scoring = "accuracy",
+        memory: int | None = None,
+    ) -> None:
+        self.rows = rows
+        self.estimator = estimator
+        self.name = head
+        self.scoring = scoring
+        self.memory = memory
+        self.loss = estimator._loss(len(rows.classes))
+        self.tried: list[_Tried] = []
+        images = len(rows.codes)
+        weight = np.ones(images) if rows.weight is None else rows.weight
+        masks = np.zeros((len(rows.folds) + 1, images))
+        for fold, (train, _) in enumerate(rows.folds):
+            masks[fold, train] = 1.0
+        masks[-1] = 1.0  # the last "fold" is the fit on all rows
+        masks *= weight / rows.views
+        factors = np.stack(
+            [class_factors(estimator.class_weight, rows.classes, rows.codes, m) for m in masks]
+        )
+        codes = np.repeat(rows.codes, rows.views)
+        self._codes = codes
+        self._row_weights = np.repeat(masks, rows.views, axis=1).astype(np.float32)
+        self._loss_weights, self._positive = loss_weights(
+            self.loss, self._row_weights, codes, factors
+        )
+        self._designs: dict[str, Design] = {}
+
+    def _design(self, treatment: str) -> Design:
+        if treatment not in self._designs:
+            # One copy of the features at a time, besides the caller's.
+            self._designs.clear()
+            self._designs[treatment] = Design.build(
+                self.rows.X,
+                self._codes,
+                self._row_weights,
+                self._loss_weights,
+                standardize=self.estimator.standardize,
+                transform=TREATMENTS[treatment][1],
+            )
+        return self._designs[treatment]
+
+    def _group_size(self, d: int) -> int:
+        """Values of C to solve at a time."""
+        folds, k = len(self.rows.folds), len(self.rows.classes)
+        if not isinstance(self.rows.X, RowBlocks):
+            return max(1, round(_COLUMNS / (folds * k)))
+        # From disk a pass is dear: as many as the solver's state (about 30 copies of the
+        # weights) leaves room for.
+        room = (self.memory or 1 << 30) // 2
+        return max(1, room // (30 * 4 * folds * k * d))
+
+    def path(
+        self,
+        treatment: str,
+        Cs: Sequence[float],
+        *,
+        tol: float = _SEARCH_TOL,
+        stop_early: bool = True,
+        start: _Tried | None = None,
+    ) -> None:
+        """Try all `Cs`, smallest first; results are appended to `tried`."""
+        design = self._design(treatment)
+        size = self._group_size(design.d)
+        ordered = sorted(Cs)
+        folds = range(len(self.rows.folds))
+        scores: list[float] = []
+        for first in range(0, len(ordered), size):
+            group = ordered[first : first + size]
+            if start is None:
+                W, b = _zeros(len(group) * len(folds), len(self.rows.classes), self.loss, design.d)
+            else:
+                W, b = start.W.repeat(len(group), 1, 1), start.b.repeat(len(group), 1, 1)
+            problems = _problems(
+                self.loss, group, folds, self._positive, self.estimator._penalizes_intercept()
+            )
+            solution = minimise(design, problems, W, b, tol=tol, max_iter=self.estimator.max_iter)
+            for tried in self._judge(design, treatment, group, solution):
+                self.tried.append(tried)
+                scores.append(tried.candidate.score)
+                start = tried
+            if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
+                break
+
+    def _judge(
+        self, design: Design, treatment: str, Cs: Sequence[float], solution: Solution
+    ) -> list[_Tried]:
+        folds = len(self.rows.folds)
+        found = []
+        for number, C in enumerate(Cs):
+            own = slice(number * folds, (number + 1) * folds)
+            W, b = solution.W[own], solution.b[own]
+            values = self._out_of_fold(design, W, b)
+            scores = score_folds(
+                values, self.rows.codes, self.rows.classes, self.rows.folds, self.scoring
+            )
+            params = {"treatment": treatment, "C": C}
+            found.append(_Tried(Candidate(params, scores), values, treatment, C, W, b))
+        return found
+
+    def _out_of_fold(self, design: Design, W: Tensor, b: Tensor) -> np.ndarray:
+        """Scores (images, k) of each fold's solution on its validation rows."""
+        rows = self.rows
+        n, k = len(self._codes), W.shape[1]
+        valid = np.zeros((len(rows.folds), len(rows.codes)), dtype=bool)
+        for fold, (_, images) in enumerate(rows.folds):
+            valid[fold, images] = True
+        valid = np.repeat(valid, rows.views, axis=1)[:, design.order]
+        Wg = W * design.ratios[:-1, None]
+        offset = b - (Wg * design.means[:-1, None]).sum(dim=2, keepdim=True)
+        total = np.zeros((n, k), dtype=np.float32)
+        for block, X in design.blocks(k):
+            for fold in np.flatnonzero(valid[:, block].any(axis=1)).tolist():
+                scores = (product(Wg[fold], X.T) + offset[fold]).numpy().T
+                total[block] += scores * valid[fold, block][:, None]
+        count = valid.sum(axis=0)
+        total[count == 0] = np.nan
+        total /= np.maximum(count, 1)[:, None]
+        values = np.empty_like(total)
+        values[design.order] = total
+        mean: np.ndarray = values.reshape(len(rows.codes), rows.views, k).mean(axis=1)
+        return np.concatenate([-mean / 2, mean / 2], axis=1) if k == 1 else mean
+
+    def best(self) -> _Tried:
+        """Return the best that was tried; the stronger penalty where scores tie."""
+        return max(self.tried, key=lambda one: (one.candidate.score, -one.C))
+
+    def finish(self, search_seconds: float, notes: Sequence[str] = ()) -> SearchResult:
+        """Fit the best on all rows, starting from the mean of its folds' solutions."""
+        begin = time.perf_counter()
+        chosen = self.best()
+        design = self._design(chosen.treatment)
+        everything = len(self.rows.folds)
+        pairs = [
+            unstandardise(design, fold, chosen.W[fold], chosen.b[fold])
+            for fold in range(everything)
+        ]
+        W, b = standardise(
+            design,
+            everything,
+            np.mean([w for w, _ in pairs], axis=0),
+            np.mean([c for _, c in pairs], axis=0),
+        )
+        problems = _problems(
+            self.loss,
+            [chosen.C],
+            [everything],
+            self._positive,
+            self.estimator._penalizes_intercept(),
+        )
+        solution = minimise(
+            design,
+            problems,
+            W[None],
+            b[None],
+            tol=self.estimator.tol,
+            max_iter=self.estimator.max_iter,
+        )
+        estimator: Any = self.estimator.set_params(C=chosen.C)
+        estimator._take(design, everything, solution, 0, self.rows.classes)
+        step = TREATMENTS[chosen.treatment][0]
+        if step is not None:
+            treatment = step().fit(np.zeros((1, design.d), dtype=np.float32))
+            estimator = Pipeline([("treatment", treatment), (self.name, estimator)])
+        return SearchResult(
+            head=self.name,
+            estimator=estimator,
+            best=chosen.candidate,
+            candidates=tuple(one.candidate for one in self.tried),
+            classes=self.rows.classes,
+            logits=chosen.logits,
+            temperature=fit_temperature(chosen.logits, self.rows.codes, self.rows.weight),
+            search_seconds=search_seconds,
+            fit_seconds=time.perf_counter() - begin,
+            notes=tuple(notes),
+        )
+
+
+def search_linear(
+    rows: Rows,
+    estimator: LinearModel,
+    *,
+    head: str,
+    scoring: Scoring = "accuracy",
+    memory: int | None = None,
+    Cs: Sequence[float] = CS,
+    treatments: Sequence[str] = tuple(TREATMENTS),
+    refine: bool = True,
+) -> SearchResult:
+    """Choose treatment and C by cross-validation, coarse to fine, and fit on all rows.
+
+    Parameters
+    ----------
+    rows : Rows
+        Training rows with their folds.
+    estimator : LinearClassifier or LinearSVM
+        Gives all other parameters, and is the one that is fitted.
+    head : str
+        Name of the head.
+    scoring : str or callable
+        See `featcache.heads.search.score_folds`.
+    memory : int, optional
+        Bytes to stay under when features are read from disk.
+    Cs : list of float
+        Coarse values of C.
+    treatments : list of str
+        Names from `featcache.heads.treatment.TREATMENTS`.
+    refine : bool
+        Whether to stop early on the way up, and to try half a decade either side of the best.
+        Otherwise exactly `Cs` are tried.
+    """
+    start = time.perf_counter()
+    search = LinearSearch(rows, estimator, head=head, scoring=scoring, memory=memory)
+    for treatment in treatments:
+        search.path(treatment, Cs, stop_early=refine)
+    if refine:
+        best = search.best()
+        near = [best.C / 10**0.5, best.C * 10**0.5]
+        search.path(best.treatment, near, stop_early=False, start=best)
+    return search.finish(time.perf_counter() - start)
