@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch  # converts types; here, so that importing it is not timed
 
+from featcache import disk
 from featcache.fingerprint import Fingerprint
 from featcache.store import FeatureStore
 from featcache.writer import FeatureWriter
@@ -88,7 +89,7 @@ def main() -> None:
             return FeatureWriter.open(path, Images(n), {TAP: (d,)}, fingerprint=FINGERPRINT)
 
         with (Path(folder) / "raw").open("wb") as raw:
-            os.posix_fallocate(raw.fileno(), 0, size)
+            disk.reserve(raw.fileno(), 0, size, zeros=True)
 
             def copy() -> None:
                 for k, start in enumerate(starts):
