@@ -315,8 +315,8 @@ class _Task:
         size = len(self.store) * self.store.views * self.store.width(self.layers) * 4
         if not HEADS[head].out_of_core:
             return (
-                f"{size / 1e9:.1f} GB of features do not fit into {self.memory / 1e9:.1f} GB of "
-                "memory, and it cannot read them in blocks"
+                f"training on {_bytes(size)} of features takes about {_COPIES} times that, more "
+                f"than the {_bytes(self.memory)} of memory, and it cannot read them in blocks"
             )
         if self.nested:
             return "nested cross-validation needs the features in memory"
@@ -343,6 +343,14 @@ def _layer_names(store: FeatureStore, layers: str | Sequence[str] | None) -> lis
     """Return full names of taps, each once, in the order of the store's columns."""
     chosen = set(store._names(layers))
     return [name for name in store.taps if name in chosen]
+
+
+def _bytes(n: int) -> str:
+    """Return a number of bytes for people."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if n >= unit:
+            return f"{n / unit:.1f} {name}"
+    return f"{n} bytes"
 
 
 def _available_memory() -> int:

@@ -26,6 +26,10 @@ from sklearn.svm import SVC, LinearSVC
 
 from featcache import persistence
 from featcache.errors import PredictorError
+from featcache.heads.linear import LinearClassifier
+from featcache.heads.neighbors import CosineNeighbors
+from featcache.heads.svm import LinearSVM
+from featcache.heads.treatment import SignedPower
 
 Members = dict[str, bytes]
 
@@ -52,6 +56,9 @@ HEADS: dict[str, Callable[[], Any]] = {
     "forest": lambda: RandomForestClassifier(5, n_jobs=2, random_state=0),
     "extra": lambda: ExtraTreesClassifier(5, random_state=0),
     "boosting": lambda: HistGradientBoostingClassifier(max_iter=4, random_state=0),
+    "own-linear": lambda: make_pipeline(SignedPower(), LinearClassifier()),
+    "own-svm": lambda: LinearSVM(class_weight="balanced"),
+    "own-neighbours": lambda: CosineNeighbors(5),
 }
 
 
@@ -293,6 +300,16 @@ def test_a_broken_svm_is_refused(files: dict[str, bytes], what: str) -> None:
 
     with pytest.raises(PredictorError, match="an SVM's"):
         persistence.load(edited(files["svc"], put))
+
+
+@pytest.mark.parametrize("codes", [10**9, -1, 3])
+def test_a_neighbour_of_no_class_is_refused(files: dict[str, bytes], codes: int) -> None:
+    def put(schema: dict[str, Any], members: Members) -> None:
+        node = state_of(schema, "CosineNeighbors")["codes_"]
+        change(members, node, lambda array: array.__setitem__(0, codes))
+
+    with pytest.raises(PredictorError, match="a neighbour's class"):
+        persistence.load(edited(files["own-neighbours"], put))
 
 
 def test_a_zip_bomb_is_refused_before_it_is_inflated() -> None:

@@ -256,6 +256,36 @@ def test_scoring_decides(folder: Path) -> None:
     assert board[0].cv_balanced_accuracy > plain[0].cv_balanced_accuracy
 
 
+# --- larger than memory ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_features_that_do_not_fit_are_read_in_blocks(folder: Path, views: int) -> None:
+    X = clusters(LABELS, d=64, spread=6.0, views=views)
+    wide = make_store(folder / f"wide{views}.h5", X, LABELS, views=views)
+    size = X.nbytes
+    one, other = (
+        compare(wide, heads=["linear"], cv=3, memory=memory) for memory in (100 * size, 2 * size)
+    )
+    assert one[0].params == other[0].params
+    assert one[0].cv_accuracy == pytest.approx(other[0].cv_accuracy, abs=0.02)
+    np.testing.assert_allclose(
+        one.best.predict_proba_of(wide), other.best.predict_proba_of(wide), atol=0.02
+    )
+
+
+def test_heads_that_cannot_read_blocks_are_left_out_or_refused(folder: Path) -> None:
+    wide = make_store(folder / "wide-forest.h5", clusters(LABELS, d=64), LABELS)
+    board = compare(wide, cv=3, memory=90 * 64 * 4)
+    assert "forest" in board.left_out
+    assert "linear" in [row.head for row in board]
+    assert "forest was left out: training on 23.0 kB of features takes about 3 times" in str(board)
+    with pytest.raises(TrainingError, match=r"forest cannot be trained here: .*in blocks"):
+        compare(wide, heads=["forest"], memory=90 * 64 * 4)
+    with pytest.raises(TrainingError, match="nested"):
+        train(wide, head="linear", nested=True, memory=90 * 64 * 4)
+
+
 # --- several networks --------------------------------------------------------------------------
 
 
