@@ -1,0 +1,470 @@
+"""The nearest-neighbour head: cosine similarity, votes weighted by a softmax.
+
+The votes are those of Wu, Xiong, Yu and Lin (Unsupervised feature learning via non-parametric
+instance discrimination, 2018): a neighbour of similarity s has the weight exp(s / temperature).
+All neighbourhood sizes and temperatures are judged from one pass over the similarities: each
+image is compared with all rows of the other folds once, and the nearest are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.pipeline import Pipeline
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from featcache.heads.blocks import RowBlocks
+from featcache.heads.search import (
+    Candidate,
+    Rows,
+    Scoring,
+    SearchResult,
+    choose,
+    fit_temperature,
+    gather,
+    score_folds,
+)
+from featcache.heads.treatment import SignedPower, power, unit_norm
+
+NEIGHBORS = (10, 20, 100, 200)
+TEMPERATURES = (0.02, 0.05, 0.15)
+
+_QUERIES = 1024  # rows compared at a time ...
+_REFERENCES = 4096  # ... with so many: 16 MB of similarities
+_MOST = 4096  # neighbours that are looked at
+_VOTES = 1 << 22  # neighbours whose votes are counted at a time
+_WORK = 1e14  # multiplications and additions that a search may take: minutes
+_FEWEST_QUERIES = 10_000
+_SMALLEST_PROBABILITY = 1e-4  # as in `featcache.heads.search.logits`
+
+
+class CosineNeighbors(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """Vote of the nearest training rows by cosine similarity.
+
+    Parameters
+    ----------
+    n_neighbors : int
+        Total sample weight of the neighbours that vote: their number where no weights are given,
+        so that a weight of two is the same as a row twice.
+    temperature : float
+        A neighbour of similarity s votes with the weight ``exp(s / temperature)``.
+    class_weight : "balanced", dict or None
+        Factors of the votes.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (k,)
+        Labels.
+    rows_ : ndarray of shape (n, d)
+        Training rows of length 1: float64 or float32 as they came, float16 where a search had to
+        save memory.
+    codes_ : ndarray of shape (n,), int32
+        Class of each row.
+    weights_ : ndarray of shape (n,), float64
+        Sample weights.
+    factors_ : ndarray of shape (k,), float64
+        Class weights.
+    n_features_in_ : int
+        Number of columns.
+    """
+
+    def __init__(
+        self,
+        n_neighbors: int = 20,
+        *,
+        temperature: float = 0.05,
+        class_weight: str | dict[Any, float] | None = None,
+    ) -> None:
+        self.n_neighbors = n_neighbors
+        self.temperature = temperature
+        self.class_weight = class_weight
+
+    def fit(
+        self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
+    ) -> CosineNeighbors:
+        """Keep features (n, d) with their labels (n,).
+
+        Raises
+        ------
+        ValueError
+            A parameter out of range, or data that scikit-learn refuses.
+        """
+        if not self.n_neighbors >= 1 or not self.temperature > 0:
+            raise ValueError(
+                "n_neighbors must be at least 1 and temperature positive, got "
+                f"{self.n_neighbors}, {self.temperature}."
+            )
+        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        check_classification_targets(y)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        classes, codes = np.unique(y, return_inverse=True)
+        return self._keep(unit_norm(X), codes, weight, classes)
+
+    def _keep(
+        self, unit: np.ndarray, codes: np.ndarray, weight: np.ndarray, classes: np.ndarray
+    ) -> CosineNeighbors:
+        counts = weight > 0
+        if not counts.any():
+            raise ValueError("Expected at least one row of positive weight, all weights are 0.")
+        self.classes_ = classes
+        self.rows_ = unit if counts.all() else unit[counts]
+        self.codes_ = codes[counts].astype(np.int32)
+        self.weights_ = weight[counts]
+        self.factors_ = compute_class_weight(self.class_weight, classes=classes, y=classes[codes])
+        self.n_features_in_ = unit.shape[1]
+        return self
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        """Return each class's part of the votes, of shape (n, k)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        needed = needed_neighbors(self.weights_, self.n_neighbors)
+        parts = []
+        for start in range(0, len(X), _QUERIES):
+            queries = unit_norm(X[start : start + _QUERIES])
+            found = nearest(queries, self.rows_, needed)
+            parts.append(
+                votes(
+                    *found,
+                    self.codes_,
+                    self.weights_,
+                    self.factors_,
+                    self.n_neighbors,
+                    self.temperature,
+                )
+            )
+        return np.concatenate(parts)
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """Return the labels with the most votes, of shape (n,)."""
+        proba = self.predict_proba(X)
+        labels: np.ndarray = self.classes_[proba.argmax(axis=1)]
+        return labels
+
+
+def needed_neighbors(weights: np.ndarray, n_neighbors: int) -> int:
+    """Return how many neighbours may be needed to reach a total weight of `n_neighbors`.
+
+    Never more than `_MOST`: only weights far below 1 could ask for more.
+    """
+    return int(min(len(weights), _MOST, np.ceil(n_neighbors / weights.min())))
+
+
+def nearest(
+    queries: np.ndarray,
+    references: np.ndarray,
+    count: int,
+    *,
+    allowed: Callable[[slice], np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the most similar references of each query, with the memory of one block.
+
+    Parameters
+    ----------
+    queries : ndarray of shape (q, d)
+        Rows of length 1, float32 or float64.
+    references : ndarray of shape (n, d)
+        Rows of length 1 of any float type; converted block by block.
+    count : int
+        How many, at most n.
+    allowed : callable, optional
+        Takes a slice of references, gives a boolean array (q, references): which may be found.
+
+    Returns
+    -------
+    similarities : ndarray of shape (q, count)
+        Falling; minus infinity where fewer are allowed.
+    indices : ndarray of shape (q, count), int64
+        Rows of `references`.
+    """
+    best: torch.Tensor | None = None
+    where = torch.empty(0)
+    for start in range(0, len(references), _REFERENCES):
+        block = slice(start, min(start + _REFERENCES, len(references)))
+        product = queries @ references[block].astype(queries.dtype, copy=False).T
+        if allowed is not None:
+            product[~allowed(block)] = -np.inf
+        values = torch.from_numpy(product)
+        indices = torch.arange(block.start, block.stop).expand(values.shape)
+        if best is not None:
+            values = torch.cat([best, values], dim=1)
+            indices = torch.cat([where, indices], dim=1)
+        best, chosen = values.topk(min(count, values.shape[1]), dim=1)
+        where = indices.gather(1, chosen)
+    assert best is not None
+    return best.numpy(), where.numpy()
+
+
+def votes(
+    similarities: np.ndarray,
+    indices: np.ndarray,
+    codes: np.ndarray,
+    weights: np.ndarray,
+    factors: np.ndarray,
+    n_neighbors: int,
+    temperature: float,
+) -> np.ndarray:
+    """Count the votes of the nearest rows.
+
+    Parameters
+    ----------
+    similarities, indices : ndarray of shape (q, m)
+        What `nearest` found, nearest first.
+    codes, weights : ndarray of shape (n,)
+        Class and sample weight of the rows.
+    factors : ndarray of shape (k,)
+        Class weights.
+    n_neighbors : int
+        Total sample weight of those that vote.
+    temperature : float
+        See `CosineNeighbors`.
+
+    Returns
+    -------
+    ndarray of shape (q, k), float64
+        Each class's part of the votes.
+    """
+    q, k = len(similarities), len(factors)
+    weight = weights[indices]
+    share = np.clip(n_neighbors - (np.cumsum(weight, axis=1) - weight), 0.0, weight)
+    above = similarities.astype(np.float64) - similarities[:, :1]
+    own = codes[indices]
+    vote = share * np.exp(above / temperature) * factors[own]
+    cell = np.arange(q)[:, None] * k + own
+    total = np.bincount(cell.ravel(), weights=vote.ravel(), minlength=q * k).reshape(q, k)
+    everything = total.sum(axis=1, keepdims=True)
+    # Classes whose weight is 0 can be all that votes.
+    result: np.ndarray = np.where(
+        everything > 0, total / np.where(everything > 0, everything, 1.0), 1.0 / k
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which images are kept and which are judged, and what the user should know about it."""
+
+    references: np.ndarray
+    queries: np.ndarray
+    dtype: type
+    notes: tuple[str, ...]
+
+    @classmethod
+    def make(cls, rows: Rows, memory: int | None, random_state: int) -> _Plan:
+        n, views, d = len(rows.codes), rows.views, rows.X.shape[-1]
+        on_disk = isinstance(rows.X, RowBlocks)
+        kept = judged = n
+        if on_disk:
+            room = memory or 1 << 30
+            kept = min(n, room // 2 // (2 * d * views) - len(rows.classes))
+            judged = min(n, room // 4 // (16 * max(NEIGHBORS) * views * views))
+        judged = int(min(judged, max(_FEWEST_QUERIES, _WORK / (2.0 * kept * d * views**2))))
+        notes = []
+        if kept < n:
+            notes.append(
+                f"knn keeps {kept} of {n} images, a random part of each class: as many as half of "
+                "the memory holds."
+            )
+        if judged < n:
+            notes.append(
+                f"knn chose its parameters on {judged} of {n} images, a random part of each class."
+            )
+        return cls(
+            stratified(rows.codes, kept, random_state),
+            stratified(rows.codes, judged, random_state + 1),
+            np.float16 if on_disk else np.float32,
+            tuple(notes),
+        )
+
+
+def stratified(codes: np.ndarray, size: int, random_state: int) -> np.ndarray:
+    """Return about `size` row numbers in order, the same part of each class, none left out."""
+    if size >= len(codes):
+        return np.arange(len(codes))
+    shuffled = np.random.default_rng(random_state).permutation(len(codes))
+    by_class = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    spread = by_class[np.linspace(0, len(codes) - 1, max(size, 1)).astype(np.int64)]
+    _, first = np.unique(codes[by_class], return_index=True)
+    return np.union1d(spread, by_class[first])
+
+
+def _unit_blocks(
+    rows: Rows, treat: Callable[[np.ndarray], np.ndarray] | None
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield (row numbers, rows of length 1 after the treatment)."""
+    source = rows.X if isinstance(rows.X, RowBlocks) else RowBlocks.of(rows.X)
+    for images, block in source.blocks(_QUERIES):
+        yield source.rows_of(images), unit_norm(block if treat is None else treat(block))
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """Which references each query may find: the training rows of the fold that judges it."""
+
+    in_train: np.ndarray  # (folds, references)
+    fold: np.ndarray  # (queries,)
+
+    def __call__(self, part: slice) -> np.ndarray:
+        allowed: np.ndarray = self.in_train[:, part][self.fold]
+        return allowed
+
+
+class _Search:
+    """One treatment: which rows are nearest, and how all settings of the vote do."""
+
+    def __init__(
+        self, rows: Rows, plan: _Plan, treat: Callable[[np.ndarray], np.ndarray] | None
+    ) -> None:
+        self.rows, self.plan, self.treat = rows, plan, treat
+        self.codes = np.repeat(rows.codes, rows.views)
+        weight = np.ones(len(rows.codes)) if rows.weight is None else rows.weight
+        self.weights = np.repeat(weight / rows.views, rows.views)
+        counted = plan.references[weight[plan.references] > 0]
+        self.kept = rows.rows(counted)
+        self.unit: np.ndarray = np.empty((len(self.kept), rows.X.shape[-1]), dtype=plan.dtype)
+        for part, block in _unit_blocks(rows, treat):
+            a, b = np.searchsorted(self.kept, [part.start, part.stop])
+            self.unit[a:b] = block[self.kept[a:b] - part.start]
+
+    def neighbors(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Return the images judged in each fold, and their neighbours' similarities and rows."""
+        rows, views = self.rows, self.rows.views
+        weight = self.weights[self.kept]
+        count = needed_neighbors(weight, max(NEIGHBORS))
+        judged = [np.intersect1d(valid, self.plan.queries) for _, valid in rows.folds]
+        starts = np.concatenate([[0], np.cumsum([len(one) * views for one in judged])])
+        similarities = np.empty((starts[-1], count), dtype=np.float32)
+        found = np.empty((starts[-1], count), dtype=np.int32)
+        in_train = np.zeros((len(rows.folds), len(rows.codes)), dtype=bool)
+        for fold, (train, _) in enumerate(rows.folds):
+            in_train[fold, train] = True
+        in_train = in_train[:, self.kept // views]
+        numbers = [rows.rows(images) for images in judged]
+        for part, block in _unit_blocks(rows, self.treat):
+            where, own, place = [], [], []
+            for fold, one in enumerate(numbers):
+                a, b = np.searchsorted(one, [part.start, part.stop])
+                where.append(one[a:b] - part.start)
+                own.append(np.full(b - a, fold))
+                place.append(starts[fold] + np.arange(a, b))
+            fold_of, at = np.concatenate(own), np.concatenate(place)
+            if not len(at):
+                continue
+            similarities[at], found[at] = nearest(
+                block[np.concatenate(where)],
+                self.unit,
+                count,
+                allowed=_Allowed(in_train, fold_of),
+            )
+        return judged, similarities, found
+
+    def candidates(
+        self, name: str, scoring: Scoring, class_weight: Any
+    ) -> list[tuple[Candidate, np.ndarray]]:
+        """Judge all settings of the vote."""
+        rows = self.rows
+        judged, similarities, found = self.neighbors()
+        folds = [(train, one) for (train, _), one in zip(rows.folds, judged, strict=True)]
+        codes, weights = self.codes[self.kept], self.weights[self.kept]
+        per_class = [
+            compute_class_weight(class_weight, classes=rows.classes, y=rows.labels[train])
+            for train, _ in folds
+        ]
+        tried = []
+        for n_neighbors in NEIGHBORS:
+            for temperature in TEMPERATURES:
+                per_fold, stop = [], 0
+                for (_, one), factors in zip(folds, per_class, strict=True):
+                    start, stop = stop, stop + len(one) * rows.views
+                    proba = _counted(
+                        similarities[start:stop],
+                        found[start:stop],
+                        (codes, weights, factors, n_neighbors, temperature),
+                    )
+                    logs = np.log(np.maximum(proba, _SMALLEST_PROBABILITY))
+                    per_fold.append(logs.reshape(len(one), rows.views, -1).mean(axis=1))
+                values = gather(_judged_rows(rows, folds), per_fold)
+                scores = score_folds(values, rows.codes, rows.classes, folds, scoring)
+                params = {"treatment": name, "k": n_neighbors, "temperature": temperature}
+                tried.append((Candidate(params, scores), values))
+        return tried
+
+
+def _judged_rows(rows: Rows, folds: Any) -> Rows:
+    return Rows(rows.X, rows.codes, rows.classes, rows.weight, folds, rows.views)
+
+
+def _counted(similarities: np.ndarray, found: np.ndarray, how: tuple[Any, ...]) -> np.ndarray:
+    """Return `votes`, block by block: it needs several arrays of the size of its input."""
+    step = max(1, _VOTES // similarities.shape[1])
+    parts = [
+        votes(similarities[i : i + step], found[i : i + step], *how)
+        for i in range(0, len(similarities), step)
+    ]
+    return np.concatenate(parts) if parts else np.empty((0, len(how[2])))
+
+
+def search_knn(
+    rows: Rows,
+    *,
+    class_weight: str | dict[Any, float] | None = None,
+    scoring: Scoring = "accuracy",
+    random_state: int = 0,
+    memory: int | None = None,
+    **_: Any,
+) -> SearchResult:
+    """Choose treatment, neighbourhood and temperature, and keep the rows that vote.
+
+    Features on disk are read once for each treatment to be kept (as float16, in half of the
+    memory, a stratified part of them if they are more than that) and once to be compared.
+
+    Parameters
+    ----------
+    rows : Rows
+        Training rows with their folds.
+    class_weight : "balanced", dict or None
+        Factors of the votes.
+    scoring : str or callable
+        See `featcache.heads.search.score_folds`.
+    random_state : int
+        Seed of what is kept where not everything can be.
+    memory : int, optional
+        Bytes to stay under when features are on disk.
+    """
+    start = time.perf_counter()
+    plan = _Plan.make(rows, memory, random_state)
+    treatments: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {"l2": None, "power": power}
+    tried: list[tuple[Candidate, np.ndarray]] = []
+    for name, treat in treatments.items():
+        tried += _Search(rows, plan, treat).candidates(name, scoring, class_weight)
+    best, values = choose(tried)
+    middle = time.perf_counter()
+    treatment = best.params["treatment"]
+    last = _Search(rows, plan, treatments[treatment])
+    estimator: Any = CosineNeighbors(
+        best.params["k"], temperature=best.params["temperature"], class_weight=class_weight
+    )
+    estimator._keep(last.unit, last.codes[last.kept], last.weights[last.kept], rows.classes)
+    if treatments[treatment] is not None:
+        step = SignedPower().fit(np.zeros((1, rows.X.shape[-1]), dtype=np.float32))
+        estimator = Pipeline([("treatment", step), ("knn", estimator)])
+    return SearchResult(
+        head="knn",
+        estimator=estimator,
+        best=best,
+        candidates=tuple(one for one, _ in tried),
+        classes=rows.classes,
+        logits=values,
+        temperature=fit_temperature(values, rows.codes, rows.weight),
+        search_seconds=middle - start,
+        fit_seconds=time.perf_counter() - middle,
+        notes=plan.notes,
+    )

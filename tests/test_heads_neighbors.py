@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.model_selection import StratifiedKFold
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from featcache import persistence
+from featcache.heads import HEADS, logits
+from featcache.heads.blocks import RowBlocks
+from featcache.heads.neighbors import CosineNeighbors, nearest, stratified
+
+
+@parametrize_with_checks([CosineNeighbors(5)])
+def test_it_is_a_scikit_learn_classifier(estimator, check):
+    check(estimator)
+
+
+def mixture(n=300, d=16, classes=4, seed=0, spread=1.0):
+    """Directions with noise; lengths say nothing, as after no pooling layer they do."""
+    rng = np.random.default_rng(seed)
+    centres = 2.5 * rng.normal(size=(classes, d)) / np.sqrt(d)
+    codes = rng.permutation(np.arange(n) % classes)
+    X = centres[codes] + spread * rng.normal(size=(n, d)) / np.sqrt(d) * 2
+    X *= rng.uniform(0.1, 10.0, size=(n, 1))
+    return X.astype(np.float32), np.array([f"class {c}" for c in codes])
+
+
+def folds_of(y, cv=4):
+    split = StratifiedKFold(cv, shuffle=True, random_state=0)
+    return list(split.split(np.zeros(len(y)), y))
+
+
+def by_hand(X, y, queries, k, temperature):
+    """The definition, one query at a time."""
+    classes = np.unique(y)
+    similarity = cosine_similarity(queries.astype(np.float64), X.astype(np.float64))
+    proba = np.zeros((len(queries), len(classes)))
+    for i, row in enumerate(similarity):
+        near = np.argsort(-row)[:k]
+        for j in near:
+            proba[i, np.searchsorted(classes, y[j])] += np.exp(row[j] / temperature)
+    return proba / proba.sum(axis=1, keepdims=True)
+
+
+def test_votes_follow_the_definition():
+    X, y = mixture()
+    new, _ = mixture(20, seed=1)
+    found = CosineNeighbors(15, temperature=0.1).fit(X, y).predict_proba(new)
+    np.testing.assert_allclose(found, by_hand(X, y, new, 15, 0.1), rtol=1e-3, atol=1e-6)
+
+
+def test_nearest_is_the_same_in_one_block_and_in_many(monkeypatch):
+    X, _ = mixture(500)
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    whole = nearest(unit[:30], unit, 25)
+    monkeypatch.setattr("featcache.heads.neighbors._REFERENCES", 37)
+    pieces = nearest(unit[:30], unit, 25)
+    np.testing.assert_array_equal(whole[1], pieces[1])
+    np.testing.assert_allclose(whole[0], pieces[0], rtol=1e-5)
+
+
+def test_the_lengths_of_rows_do_not_matter():
+    X, y = mixture()
+    fitted = CosineNeighbors(10).fit(X, y)
+    np.testing.assert_allclose(
+        fitted.predict_proba(X), fitted.predict_proba(X * 7.5), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_class_weights_move_votes():
+    X, y = mixture(spread=2.0)
+    plain = CosineNeighbors(50, temperature=1.0).fit(X, y).predict(X)
+    heavy = CosineNeighbors(50, temperature=1.0, class_weight={"class 1": 10.0}).fit(X, y)
+    assert (heavy.predict(X) == "class 1").sum() > 2 * (plain == "class 1").sum()
+
+
+@pytest.mark.parametrize("wrong", [{"n_neighbors": 0}, {"temperature": 0.0}])
+def test_impossible_parameters_are_refused(wrong):
+    X, y = mixture(40)
+    with pytest.raises(ValueError, match="positive"):
+        CosineNeighbors(**wrong).fit(X, y)
+
+
+def test_out_of_fold_scores_are_those_of_a_fit_on_the_other_folds():
+    X, y = mixture()
+    folds = folds_of(y)
+    found = HEADS["knn"].search(X, y, folds)
+    k, temperature = found.params["k"], found.params["temperature"]
+    for train, valid in folds:
+        treated = np.sign(X) * np.sqrt(np.abs(X)) if found.params["treatment"] == "power" else X
+        fitted = CosineNeighbors(k, temperature=temperature).fit(treated[train], y[train])
+        expected = logits(fitted, treated[valid])
+        np.testing.assert_allclose(found.logits[valid], expected, rtol=1e-3, atol=1e-3)
+    assert found.score > 0.7
+    assert found.score == max(one.score for one in found.candidates)
+    labels = found.classes[logits(found.estimator, X).argmax(axis=1)]
+    np.testing.assert_array_equal(labels, found.estimator.predict(X))
+
+
+def test_rows_without_weight_do_not_vote():
+    X, y = mixture()
+    wrong = np.random.default_rng(0).random(len(y)) < 0.4
+    given = np.where(wrong, "class 0", y)
+    weight = np.where(wrong, 0.0, 1.0)
+    folds = [(train, valid[~wrong[valid]]) for train, valid in folds_of(y)]
+    assert HEADS["knn"].search(X, given, folds, sample_weight=weight).score > 0.7
+    clean = [(train[~wrong[train]], valid) for train, valid in folds]
+    found = HEADS["knn"].search(X, given, folds, sample_weight=weight)
+    assert found.score == pytest.approx(HEADS["knn"].search(X, given, clean).score)
+
+
+def test_class_weights_reach_the_search():
+    X, y = mixture(spread=3.0)
+    weights = {f"class {c}": 20.0 if c == 3 else 1.0 for c in range(4)}
+    plain, heavy = (
+        (HEADS["knn"].search(X, y, folds_of(y), class_weight=w).logits.argmax(axis=1) == 3).mean()
+        for w in (None, weights)
+    )
+    assert heavy > plain + 0.1
+
+
+def test_views_of_an_image_never_vote_for_it():
+    # Random labels, views nearly the same: only a leak could do better than chance.
+    rng = np.random.default_rng(0)
+    X = np.repeat(rng.normal(size=(200, 1, 16)), 3, axis=1).astype(np.float32)
+    X += 1e-3 * rng.normal(size=X.shape).astype(np.float32)
+    y = np.array([f"class {c}" for c in rng.permutation(np.arange(200) % 2)])
+    found = HEADS["knn"].search(X, y, folds_of(y))
+    assert found.score < 0.65
+    assert found.logits.shape == (200, 2)
+    assert logits(found.estimator, X).shape == (200, 2)
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_from_disk_it_finds_the_same(views):
+    X, y = mixture()
+    if views:
+        X = np.stack([X, X + 0.01], axis=1)
+    folds = folds_of(y)
+    inside = HEADS["knn"].search(X, y, folds)
+    outside = HEADS["knn"].search(RowBlocks.of(X), y, folds, memory=1 << 26)
+    assert outside.params == inside.params
+    np.testing.assert_allclose(outside.logits, inside.logits, atol=0.05)
+    np.testing.assert_allclose(logits(outside.estimator, X), logits(inside.estimator, X), atol=0.05)
+
+
+def test_with_little_memory_it_keeps_a_part_of_each_class_and_says_so():
+    X, y = mixture(4000, d=64)
+    memory = 200_000  # bytes
+    found = HEADS["knn"].search(RowBlocks.of(X), y, folds_of(y), memory=memory)
+    kept = found.estimator[-1] if hasattr(found.estimator, "steps") else found.estimator
+    assert kept.rows_.nbytes <= memory // 2
+    assert np.ptp(np.bincount(kept.codes_)) <= 1
+    assert "knn keeps" in found.notes[0]
+    assert found.score > 0.7
+
+
+def test_a_sample_leaves_no_class_out():
+    codes = np.array([0] * 1000 + [1])
+    assert set(codes[stratified(codes, 10, 0)]) == {0, 1}
+
+
+def test_it_can_be_saved(tmp_path):
+    X, y = mixture()
+    found = HEADS["knn"].search(X, y, folds_of(y)).estimator
+    again = persistence.load(persistence.dump(found))
+    np.testing.assert_array_equal(again.predict_proba(X), found.predict_proba(X))
