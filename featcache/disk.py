@@ -87,7 +87,7 @@ def raise_for(
         raise StoreError(
             f"Cannot write in {folder}: {error.strerror}. Choose a folder of your own with -o."
         ) from error
-    raise StoreError(f"Cannot write {path}: {error}.") from error
+    raise StoreError(f"Cannot write {path}: {error}. {so_far}".rstrip()) from error
 
 
 def _free_bytes(folder: str) -> int:

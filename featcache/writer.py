@@ -387,6 +387,12 @@ class FeatureWriter:
         if len(rows) == 0:
             return
         self._check_rows(rows)
+        with self._keeping():
+            self._store_runs(rows, stored, entries)
+
+    def _store_runs(
+        self, rows: np.ndarray, stored: Mapping[str, np.ndarray], entries: np.ndarray
+    ) -> None:
         seeds = checksums.row_seeds(entries["sha256"])
         for k, (tap, dataset) in enumerate(self._file.features.items()):
             entries["crc32"][:, k] = checksums.row_checksums(stored[tap], seeds)
@@ -394,6 +400,19 @@ class FeatureWriter:
                 self._file.write_rows(dataset, first, stored[tap][position : position + count])
         entries["status"] = DONE
         self._write_entries(rows, entries)
+
+    @contextlib.contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Say in words that the disk refused, and that nothing written is lost."""
+        try:
+            yield
+        except OSError as error:
+            disk.raise_for(
+                error,
+                self.path,
+                needed=os.fstat(self._file.descriptor).st_size,
+                so_far=f"Everything computed so far is kept in {self.path}.partial.",
+            )
 
     def _write_entries(self, rows: np.ndarray, entries: np.ndarray) -> None:
         """Sign entries with their ids and write them."""
@@ -429,15 +448,13 @@ class FeatureWriter:
         # A line of its own whatever a kill left before it; one write, so that processes that
         # append to the same file do not mix.
         line = b"\n" + json.dumps(record).encode() + b"\n"
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(self._failures_path, flags, 0o666)
-        try:
-            os.write(descriptor, line)
-        finally:
-            os.close(descriptor)
         entry = np.zeros(1, self._rows.dtype)
         entry["size"], entry["mtime_ns"], entry["status"] = size, mtime_ns, FAILED
-        self._write_entries(np.array([row]), entry)
+        with self._keeping():
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            with disk.opened(self._failures_path, flags) as descriptor:
+                os.write(descriptor, line)
+            self._write_entries(np.array([row]), entry)
 
     # --- taking rows over -----------------------------------------------------------------------
 
@@ -509,7 +526,8 @@ class FeatureWriter:
 
     def commit(self) -> None:
         """Have everything written so far on the disk."""
-        disk.fsync(self._file.descriptor)
+        with self._keeping():
+            disk.fsync(self._file.descriptor)
 
     def finish(self, max_failures: float = 0.01) -> FeatureStore:
         """Make the partial file the store: leave failed rows out, seal, fsync, rename.

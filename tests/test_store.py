@@ -207,6 +207,29 @@ def test_float16_rounds_to_nearest(path: Path, source: type, writeable: bool) ->
     np.testing.assert_array_equal(loaded, values.astype(np.float16).astype(np.float32))
 
 
+def test_a_disk_that_refuses_in_the_middle_loses_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imgs = stores.images(8)
+
+    def refuse(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with stores.writer(path, imgs) as writer:
+        stores.fill(writer, imgs, np.arange(4))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", refuse)
+            with pytest.raises(StoreError, match=r"Input/output error"):
+                stores.fill(writer, imgs, np.arange(4, 8))
+            with pytest.raises(StoreError, match=r"Input/output error"):
+                writer.fail(5, "decode", "no")
+            patch.setattr(os, "fsync", refuse)
+            with pytest.raises(StoreError, match=r"kept in .*a\.h5\.partial"):
+                writer.commit()
+    with stores.writer(path, imgs) as writer:
+        assert writer.pending.tolist() == [4, 5, 6, 7]
+
+
 # --- failures -----------------------------------------------------------------------------------
 
 
