@@ -93,6 +93,7 @@ def dump(estimator: Any) -> bytes:
     """
     import skops.io
 
+    _refuse_unknown_types(estimator, 0)
     try:
         data: bytes = skops.io.dumps(estimator, compression=zipfile.ZIP_STORED)
     except Exception as error:
@@ -101,6 +102,34 @@ def dump(estimator: Any) -> bytes:
         ) from error
     load(data)
     return data
+
+
+def _refuse_unknown_types(thing: Any, depth: int) -> None:
+    """Refuse estimators that are not on the list before skops sees them.
+
+    It is more than a better message: an object of scikit-learn-intelex aborts the process when
+    skops takes it apart.
+    """
+    if depth > _MAX_DEPTH:
+        raise PredictorError("The head cannot be saved: its objects are nested too deeply.")
+    if isinstance(thing, list | tuple):
+        items: Iterable[Any] = thing
+    elif isinstance(thing, dict):
+        items = thing.values()
+    elif hasattr(thing, "get_params") or hasattr(thing, "fit"):
+        name = f"{type(thing).__module__}.{type(thing).__qualname__}"
+        if name not in _TYPES:
+            raise PredictorError(
+                f"The head cannot be saved: {name} is not among the types that predictors read."
+            )
+        items = vars(thing).values()
+    else:
+        items = ()
+        root = type(thing).__module__.partition(".")[0]
+        if root in ("sklearnex", "daal4py", "onedal"):
+            raise PredictorError(f"The head cannot be saved: it holds a {type(thing)!r}.")
+    for item in items:
+        _refuse_unknown_types(item, depth + 1)
 
 
 def load(data: bytes) -> Any:

@@ -147,6 +147,14 @@ def test_types_that_are_not_on_the_list_are_refused_when_saving() -> None:
         persistence.dump(GaussianProcessClassifier().fit(X[:30], y[:30]))
 
 
+def test_objects_of_scikit_learn_intelex_never_reach_a_file() -> None:
+    svm = pytest.importorskip("sklearnex.svm", reason="pip install 'featcache[fast]'")
+    X, y = data()
+    head = make_pipeline(StandardScaler(), svm.SVC().fit(X, y))
+    with pytest.raises(PredictorError, match=r"sklearnex.* is not among the types"):
+        persistence.dump(head)
+
+
 def test_loading_imports_and_calls_nothing_that_the_file_names(
     files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
