@@ -14,14 +14,11 @@ import contextlib
 import json
 import os
 import platform
-import queue
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -29,110 +26,32 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from featcache import canary, reuse
+from featcache import canary, parallel, reuse
 from featcache.backbone import Backbone
-from featcache.decoding import Augmentation
-from featcache.errors import (
-    DecodeError,
-    ExtractionError,
-    FingerprintMismatch,
-    Interrupted,
+from featcache.computing import (
+    Chunk,
+    Clock,
+    checked_augmentation,
+    compute,
+    default_workers,
+    of_canaries,
 )
+from featcache.decoding import Augmentation
+from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
 from featcache.fingerprint import Fingerprint, RequestKey
 from featcache.images import ImageSet
 from featcache.layout import DONE, FAILED
-from featcache.loading import Decoder, Failed, Loader, Tasks
+from featcache.loading import Failed
+from featcache.recording import Recorder, interruptible
 from featcache.runtime import Runtime, Settings, keep_pages
 from featcache.store import FeatureStore
+from featcache.summary import Summary
 from featcache.writer import FeatureWriter
 
 __all__ = ["Chunk", "Summary", "canary_features", "extract", "features"]
 
 # Largest difference of features, relative to the largest, that rounding explains.
 _CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Features of a few images, as `features` yields them.
-
-    Attributes
-    ----------
-    rows : ndarray of int64, shape (k,)
-        The images that worked, by their number in the image set.
-    features : dict of str to ndarray of float32, shape (k, [views,] ...)
-        By tap.
-    failures : list of Failed
-        The images that did not.
-    sha256 : ndarray of uint8, shape (k, 32)
-        Of the images' files.
-    size, mtime_ns : ndarray of int64, shape (k,)
-        Of the images' files; -1 = unknown.
-    """
-
-    rows: np.ndarray
-    features: dict[str, np.ndarray]
-    failures: list[Failed]
-    sha256: np.ndarray
-    size: np.ndarray
-    mtime_ns: np.ndarray
-
-
-@dataclass
-class Summary:
-    """What an extraction did.
-
-    Attributes
-    ----------
-    images : int
-        Size of the image set.
-    computed, copied, failed : int
-        Images whose features were computed in this run, were taken from an earlier one, and are
-        recorded as failed.
-    relabelled : bool
-        Labels were rewritten.
-    skipped : bool
-        There was nothing to do, and no weights were loaded.
-    seconds : dict of str to float
-        ``total``, and of it how long decoding (per worker), forward passes and writing took.
-    bottleneck : str or None
-        "decode", "forward" or "write".
-    hint : str
-        What would make it faster.
-    settings : dict
-        `featcache.runtime.Settings` of the forward pass.
-    """
-
-    images: int
-    computed: int = 0
-    copied: int = 0
-    failed: int = 0
-    relabelled: bool = False
-    skipped: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
-    bottleneck: str | None = None
-    hint: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def images_per_second(self) -> float:
-        """Images computed a second, from the first batch to the last."""
-        seconds = self.seconds.get("total", 0.0)
-        return self.computed / seconds if seconds else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {**asdict(self), "images_per_second": self.images_per_second}
-
-    def __str__(self) -> str:
-        if self.skipped:
-            return f"nothing to do: the features of all {self.images:,} images are there"
-        parts = [
-            f"{self.computed:,} computed",
-            f"{self.copied:,} reused",
-            f"{self.failed:,} failed",
-        ]
-        return f"{self.images:,} images: {', '.join(parts)}"
 
 
 def features(
@@ -179,45 +98,11 @@ def features(
         settings=settings,
         count=len(wanted) * views,
     )
-    augmentation = _augmentation(views, augmentation)
+    augmentation = checked_augmentation(views, augmentation)
     with keep_pages():
-        yield from _computed(images, runtime, wanted, views, augmentation, workers)
-
-
-def _augmentation(views: int, augmentation: Augmentation | None) -> Augmentation | None:
-    if views < 1:
-        raise ExtractionError(f"views is at least 1, not {views}")
-    if views > 1:
-        return augmentation or Augmentation()
-    return augmentation
-
-
-def _computed(
-    images: ImageSet,
-    runtime: Runtime,
-    rows: np.ndarray,
-    views: int,
-    augmentation: Augmentation | None,
-    workers: int | None,
-) -> Generator[Chunk, None, None]:
-    if not len(rows):
-        return
-    decoder = Decoder(images, runtime.backbone.preprocessing, augmentation, views)
-    settings = runtime.settings
-    tasks = Tasks(rows, max(1, settings.batch_size // views))
-    loader = Loader(decoder, workers=_workers(workers), pin=runtime.device.type == "cuda")
-    for batch in loader.batches(tasks):
-        pixels = batch.pixels
-        computed = runtime(pixels if augmentation is None else pixels.flatten(0, 1))
-        found = {
-            tap: (value if views == 1 else value.reshape(-1, views, *value.shape[1:]))[batch.slots]
-            for tap, value in computed.items()
-        }
-        yield Chunk(batch.rows, found, batch.failures, batch.sha256, batch.size, batch.mtime_ns)
-
-
-def _workers(asked: int | None) -> int:
-    return min(8, os.cpu_count() or 1) if asked is None else asked
+        yield from compute(
+            images, runtime, wanted, views=views, augmentation=augmentation, workers=workers
+        )
 
 
 def canary_features(
@@ -248,11 +133,7 @@ def canary_features(
         backbone, device=device, precision=precision, settings=settings, count=len(images)
     )
     with keep_pages():
-        return _canaries(runtime, images)
-
-
-def _canaries(runtime: Runtime, images: Sequence[bytes]) -> dict[str, np.ndarray]:
-    return runtime(np.stack([runtime.backbone.preprocessing(image) for image in images]))
+        return of_canaries(runtime, images)
 
 
 def extract(
@@ -329,7 +210,7 @@ def extract(
     ExtractionError
         An image failed and `on_error` is ``"fail"``, or an argument is impossible.
     """
-    augmentation = _augmentation(views, augmentation)
+    augmentation = checked_augmentation(views, augmentation)
     _check(store_dtype, on_error, max_failures)
     key = RequestKey(
         **backbone.request,
@@ -347,15 +228,9 @@ def extract(
         backbone=backbone,
         path=path,
         key=key,
-        runtime=lambda count, settings: Runtime(
-            backbone,
-            device=str(device),
-            precision=precision,
-            batch_size=batch_size,
-            compile=compile,
-            settings=settings,
-            count=count,
-        ),
+        devices=[device] if isinstance(device, str) else list(device),
+        batch_size=batch_size,
+        compile=compile,
         augmentation=augmentation,
         workers=workers,
         on_error=on_error,
@@ -363,7 +238,7 @@ def extract(
         retry_failed=retry_failed,
         progress=sys.stderr.isatty() if progress is None else progress,
     )
-    with _interruptible(), keep_pages():
+    with interruptible(), keep_pages():
         return job.run()
 
 
@@ -394,7 +269,9 @@ class _Job:
     backbone: Backbone
     path: str
     key: RequestKey
-    runtime: Callable[[int, Settings | None], Runtime]
+    devices: list[str]
+    batch_size: int | None
+    compile: bool | None
     augmentation: Augmentation | None
     workers: int | None
     on_error: str
@@ -402,10 +279,14 @@ class _Job:
     retry_failed: bool
     progress: bool
 
+    def __post_init__(self) -> None:
+        self.summary = Summary(len(self.images))
+
     def run(self) -> FeatureStore:
+        """Open the file, take over what is there, compute the rest, finish."""
         started = time.perf_counter()
         known = reuse.known(self.path, self.key) or self._loaded()
-        summary = Summary(len(self.images))
+        summary = self.summary
         with FeatureWriter.open(
             self.path,
             self.images,
@@ -423,9 +304,9 @@ class _Job:
                 retry_failed=self.retry_failed,
                 by_content=self.augmentation is None,
             )
-            if len(writer.pending):
-                self._compute(writer, known.fingerprint, summary)
             summary.failed = int(np.count_nonzero(writer.status == FAILED))
+            if len(writer.pending):
+                self._compute(writer, known.fingerprint)
             summary.seconds["total"] = time.perf_counter() - started
             writer.set_meta("run", summary.to_dict())
             store = writer.finish(self.max_failures)
@@ -451,7 +332,7 @@ class _Job:
             meta["command"] = shlex.join([command, *sys.argv[1:]])
         return meta
 
-    def _compute(self, writer: FeatureWriter, expected: Fingerprint, summary: Summary) -> None:
+    def _compute(self, writer: FeatureWriter, expected: Fingerprint) -> None:
         """Compute what is pending."""
         difference = expected.diff(self._loaded().fingerprint, ("stored", "loaded"))
         if difference:
@@ -460,9 +341,9 @@ class _Job:
                 f"Choose another file with -o, or delete it: rm {self.path}*"
             )
         pending = writer.pending
-        runtime = self.runtime(len(pending) * self.key.views, self._recorded(writer))
-        settings = runtime.settings
-        writer.set_meta("settings", settings.to_dict())
+        clock = Clock()
+        runtime = self._runtime(len(pending) * self.key.views, self._recorded(writer))
+        writer.set_meta("settings", runtime.settings.to_dict())
         self._check_canaries(writer, runtime)
         bar = tqdm(
             total=len(self.images),
@@ -472,25 +353,86 @@ class _Job:
             disable=not self.progress,
             file=sys.stderr,
         )
-        chunks = _computed(
-            self.images, runtime, pending, self.key.views, self.augmentation, self.workers
+        started = time.perf_counter()
+        with bar:
+            if len(self.devices) > 1:
+                self._fill_in_parallel(writer, runtime, pending, clock, bar)
+            else:
+                self._fill(writer, runtime, pending, clock, bar)
+        if len(self.devices) == 1:  # what the file says: features may not have been finite
+            self.summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
+            self.summary.failed = int(np.count_nonzero(writer.status == FAILED))
+        workers = default_workers(runtime) if self.workers is None else self.workers
+        self.summary.measure(clock, time.perf_counter() - started, runtime.settings, workers)
+
+    def _runtime(self, count: int, recorded: Settings | None) -> Runtime:
+        return Runtime(
+            self.backbone,
+            device=self.devices[0],
+            precision=self.key.precision,
+            batch_size=self.batch_size,
+            compile=self.compile,
+            settings=recorded,
+            count=count,
+            processes=len(self.devices),
         )
-        with bar, _Written(writer) as written, contextlib.closing(chunks):
+
+    def _fill(
+        self, writer: FeatureWriter, runtime: Runtime, rows: np.ndarray, clock: Clock, bar: Any
+    ) -> None:
+        """Compute rows in this process."""
+        settings = runtime.settings
+        chunks = compute(
+            self.images,
+            runtime,
+            rows,
+            views=self.key.views,
+            augmentation=self.augmentation,
+            workers=self.workers,
+            clock=clock,
+        )
+        with Recorder(writer, clock) as recorder, contextlib.closing(chunks):
             for chunk in chunks:
-                written.put(chunk)
-                summary.computed += len(chunk.rows)
-                bar.update(len(chunk.rows) + len(chunk.failures))
-                if runtime.settings != settings:
+                if runtime.settings != settings:  # memory ran out, and the batch was halved
                     settings = runtime.settings
                     writer.set_meta("settings", settings.to_dict())
-                if chunk.failures and self.on_error == "fail":
-                    first = chunk.failures[0]
-                    raise ExtractionError(
-                        f"{self.images.ids[first.row]} failed ({first.stage}: {first.reason}). "
-                        f"What was computed is kept in {self.path}.partial. Mend or remove the "
-                        "image, or leave out --on-error fail, and run the same command again."
-                    )
-        summary.settings = settings.to_dict()
+                recorder.put(chunk)
+                self._advance(bar, len(chunk.rows), chunk.failures)
+
+    def _fill_in_parallel(
+        self, writer: FeatureWriter, runtime: Runtime, rows: np.ndarray, clock: Clock, bar: Any
+    ) -> None:
+        """Compute rows in one process a device."""
+        work = parallel.Work(
+            path=self.path,
+            images=self.images,
+            backbone=self.backbone,
+            settings=runtime.settings,
+            views=self.key.views,
+            augmentation=self.augmentation,
+            workers=self.workers,
+        )
+        runtime.release()
+        writer.share()
+        parallel.fill(
+            work,
+            rows,
+            self.devices,
+            clock,
+            lambda progress: self._advance(bar, progress.computed, progress.failures),
+        )
+
+    def _advance(self, bar: Any, computed: int, failures: Sequence[Failed]) -> None:
+        bar.update(computed + len(failures))
+        self.summary.computed += computed
+        self.summary.failed += len(failures)
+        if failures and self.on_error == "fail":
+            first = failures[0]
+            raise ExtractionError(
+                f"{self.images.ids[first.row]} failed ({first.stage}: {first.reason}). What was "
+                f"computed is kept in {self.path}.partial. Mend or remove the image, or leave out "
+                "--on-error fail, and run the same command again."
+            )
 
     def _recorded(self, writer: FeatureWriter) -> Settings | None:
         """Return the settings of the rows that are there already."""
@@ -506,7 +448,7 @@ class _Job:
         canaries = writer.canaries
         if canaries is None:
             return
-        found = _canaries(runtime, canaries.images)
+        found = of_canaries(runtime, canaries.images)
         earlier = [canaries, *(source.canaries for source in writer.sources())]
         for other in earlier:
             if other is None or not other.features or other.images != canaries.images:
@@ -541,96 +483,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
-
-
-class _Written:
-    """A thread that writes chunks while the next ones are computed."""
-
-    def __init__(self, writer: FeatureWriter) -> None:
-        self._writer = writer
-        self._queue: queue.Queue[Chunk | None] = queue.Queue(maxsize=4)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="featcache-writer")
-        self.seconds = 0.0
-
-    def __enter__(self) -> _Written:
-        self._thread.start()
-        return self
-
-    def put(self, chunk: Chunk) -> None:
-        """Hand over a chunk; waits while several are in line."""
-        self._queue.put(chunk)
-        self._raise()
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        """Write what is in line, and have all of it on the disk."""
-        self._queue.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            if self._error is None:
-                try:
-                    self._write(chunk)
-                except BaseException as error:
-                    self._error = error
-        self._writer.commit()
-
-    def _write(self, chunk: Chunk) -> None:
-        started = time.perf_counter()
-        self._writer.write(
-            chunk.rows,
-            chunk.features,
-            sha256=chunk.sha256,
-            size=chunk.size,
-            mtime_ns=chunk.mtime_ns,
-        )
-        for failed in chunk.failures:
-            self._writer.fail(
-                failed.row,
-                failed.stage,
-                failed.reason,
-                size=failed.size,
-                mtime_ns=failed.mtime_ns,
-            )
-        self.seconds += time.perf_counter() - started
-
-
-class _Stopped(BaseException):
-    """Raised by the signal handler; no library catches it."""
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted`, raised when everything is committed.
-
-    Outside the main thread Python delivers no signals, and nothing is changed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int, frame: object) -> None:
-        # Whoever is impatient sends more of them; what follows takes a second or two.
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise _Stopped(signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    except _Stopped as stopped:
-        raise Interrupted(
-            f"Stopped by {stopped}. Everything computed is kept: run the same command again to "
-            "go on."
-        ) from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

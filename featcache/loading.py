@@ -7,11 +7,18 @@ be read or decoded leaves its slot black and is listed in `Batch.failures`.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import re
 import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -50,6 +57,29 @@ class Failed:
     mtime_ns: int = -1
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """An image as it was read.
+
+    Attributes
+    ----------
+    row : int
+        Its number in the image set.
+    raw : bytes, ndarray or PIL.Image.Image
+        What was read.
+    sha256 : bytes
+        Hash of that.
+    size, mtime_ns : int
+        Of its file when it was read; -1 = unknown.
+    """
+
+    row: int
+    raw: RawImage
+    sha256: bytes
+    size: int
+    mtime_ns: int
+
+
 @dataclass
 class Batch:
     """Images decoded together.
@@ -80,6 +110,17 @@ class Batch:
     mtime_ns: np.ndarray
     failures: list[Failed] = field(default_factory=list)
     seconds: float = 0.0
+
+    def add(self, other: Batch, slot: int) -> None:
+        """Put a batch of one image into `slot`."""
+        self.rows = np.append(self.rows, other.rows)
+        self.slots = np.append(self.slots, np.full(len(other.rows), slot))
+        self.pixels[slot] = other.pixels[0]
+        self.sha256 = np.concatenate([self.sha256, other.sha256])
+        self.size = np.append(self.size, other.size)
+        self.mtime_ns = np.append(self.mtime_ns, other.mtime_ns)
+        self.failures += other.failures
+        self.seconds += other.seconds
 
     def pin_memory(self) -> Batch:
         """Copy the pixels to memory that a GPU can read by itself; `DataLoader` calls this."""
@@ -166,60 +207,86 @@ class Decoder(Dataset[Batch]):
         self.augmentation = augmentation
         self.views = views
 
-    def __getitem__(self, task: Task) -> Batch:
-        started = time.perf_counter()
+    def blank(self, size: int) -> np.ndarray:
+        """Return the pixels of a batch of black images."""
         channels, height, width = self.preprocessing.output_shape
-        head = (task.size,) if self.augmentation is None else (task.size, self.views)
+        head = (size,) if self.augmentation is None else (size, self.views)
         # In memory (n, h, w, c): torch then sees channels_last without a copy.
-        pixels = np.zeros((*head, height, width, channels), np.uint8)
-        pixels = np.moveaxis(pixels, -1, -3)
-        good = np.zeros(len(task.rows), bool)
-        files = np.full((2, len(task.rows)), -1, np.int64)
-        hashes = np.zeros((len(task.rows), 32), np.uint8)
-        failures = []
-        for k, (row, slot) in enumerate(zip(task.rows.tolist(), task.slots.tolist(), strict=True)):
-            try:
-                raw, files[:, k] = self._read(row, files[:, k])
-                hashes[k] = np.frombuffer(content_hash(raw), np.uint8)
-                pixels[slot] = self._pixels(raw, row)
-                good[k] = True
-            except DecodeError as error:
-                failures.append(Failed(row, error.stage, error.reason, *files[:, k].tolist()))
+        return np.moveaxis(np.zeros((*head, height, width, channels), np.uint8), -1, -3)
+
+    def fetch(self, row: int) -> Fetched | Failed:
+        """Read one image's bytes and hash them."""
+        size, mtime_ns = -1, -1
+        try:
+            for _ in range(_READS):
+                size, mtime_ns = self.images.stat(row)
+                raw = self.images.read(row)
+                if self.images.stat(row) == (size, mtime_ns):
+                    return Fetched(row, raw, content_hash(raw), size, mtime_ns)
+            raise DecodeError("read", f"the file changed during each of {_READS} readings")
+        except DecodeError as error:
+            return Failed(row, error.stage, error.reason, size, mtime_ns)
+
+    def decode(self, fetched: Fetched | Failed, out: np.ndarray) -> Fetched | Failed:
+        """Decode what was read into a slot of a batch."""
+        if isinstance(fetched, Failed):
+            return fetched
+        try:
+            out[...] = self._pixels(fetched)
+        except DecodeError as error:
+            stat = fetched.size, fetched.mtime_ns
+            return Failed(fetched.row, error.stage, error.reason, *stat)
+        return fetched
+
+    def _pixels(self, fetched: Fetched) -> np.ndarray:
+        if self.augmentation is None:
+            return self.preprocessing(fetched.raw)
+        name = self.images.ids[fetched.row]
+        return self.preprocessing.views(fetched.raw, self.augmentation, name, self.views)
+
+    def batch(
+        self, task: Task, pixels: np.ndarray, results: Sequence[Fetched | Failed], seconds: float
+    ) -> Batch:
+        """Put together what became of the rows of a task."""
+        good = [k for k, result in enumerate(results) if isinstance(result, Fetched)]
+        files = [result for result in results if isinstance(result, Fetched)]
         return Batch(
             task.rows[good],
             task.slots[good],
             torch.from_numpy(pixels),
-            hashes[good],
-            files[0, good],
-            files[1, good],
-            failures,
-            time.perf_counter() - started,
+            np.frombuffer(b"".join(f.sha256 for f in files), np.uint8).reshape(-1, 32),
+            np.array([f.size for f in files], np.int64),
+            np.array([f.mtime_ns for f in files], np.int64),
+            [result for result in results if isinstance(result, Failed)],
+            seconds,
         )
 
-    def _read(self, row: int, file: np.ndarray) -> tuple[RawImage, np.ndarray]:
-        """Return an image's bytes, and size and time of the file that they are all of."""
-        for _ in range(_READS):
-            file[:] = self.images.stat(row)
-            raw = self.images.read(row)
-            if self.images.stat(row) == tuple(file.tolist()):
-                return raw, file
-        raise DecodeError("read", f"the file changed during each of {_READS} readings")
-
-    def _pixels(self, raw: RawImage, row: int) -> np.ndarray:
-        if self.augmentation is None:
-            return self.preprocessing(raw)
-        return self.preprocessing.views(raw, self.augmentation, self.images.ids[row], self.views)
+    def __getitem__(self, task: Task) -> Batch:
+        started = time.perf_counter()
+        pixels = self.blank(task.size)
+        results = [
+            self.decode(self.fetch(row), pixels[slot])
+            for row, slot in zip(task.rows.tolist(), task.slots.tolist(), strict=True)
+        ]
+        return self.batch(task, pixels, results, time.perf_counter() - started)
 
 
 class Loader:
-    """Yields batches in the order of their tasks, decoded ahead.
+    """Yields batches in the order of their tasks.
+
+    With workers, processes decode ahead. A worker that the system kills (out of memory, a decoder
+    that crashes) ends nothing: the tasks that were in the making are done again image by image in a
+    process of their own, an image that kills it twice is recorded as failed, and decoding goes on
+    with half the workers.
+
+    Without, threads read the next batch ahead and decode it when it is asked for.
 
     Parameters
     ----------
     decoder : Decoder
         What is done to each task.
     workers : int
-        Worker processes; 0 decodes in this process when a batch is asked for.
+        Worker processes; 0 decodes in threads of this process.
     pin : bool
         Copy batches to pinned memory.
     """
@@ -229,19 +296,166 @@ class Loader:
         self.workers = workers
         self.pin = pin
 
-    def batches(self, tasks: Tasks) -> Iterator[Batch]:
+    def batches(self, tasks: Tasks) -> Generator[Batch, None, None]:
         """Yield one batch a task."""
-        loader: DataLoader[Batch] = DataLoader(
-            self.decoder,
-            sampler=tasks,
-            batch_size=None,
-            num_workers=self.workers,
-            pin_memory=self.pin,
-            worker_init_fn=_init_worker,
-        )
-        yield from loader
+        return self._from_processes(tasks) if self.workers else self._from_threads(tasks)
+
+    def _from_threads(self, tasks: Tasks) -> Generator[Batch, None, None]:
+        decoder, threads = self.decoder, os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as decoders:
+
+            def read(task: Task) -> list[Future[Fetched | Failed]]:
+                return [readers.submit(decoder.fetch, row) for row in task.rows.tolist()]
+
+            ahead = read(tasks[0]) if len(tasks) else []
+            for number in range(len(tasks)):
+                task, fetched = tasks[number], ahead
+                ahead = read(tasks[number + 1]) if number + 1 < len(tasks) else []
+                started = time.perf_counter()
+                pixels = decoder.blank(task.size)
+                results = decoders.map(
+                    lambda future, slot, pixels: decoder.decode(future.result(), pixels[slot]),
+                    fetched,
+                    task.slots.tolist(),
+                    itertools.repeat(pixels),
+                )
+                yield decoder.batch(task, pixels, list(results), time.perf_counter() - started)
+
+    def _from_processes(self, tasks: Tasks) -> Generator[Batch, None, None]:
+        done = 0
+        while done < len(tasks):
+            try:
+                for batch in self._stream(tasks, done, self.workers, _AHEAD):
+                    done += 1
+                    yield batch
+            except _WorkerLost:
+                for task in range(done, min(done + self.workers * _AHEAD, len(tasks))):
+                    yield self._alone(tasks[task])
+                    done += 1
+                self.workers = max(1, self.workers // 2)
+
+    def _alone(self, task: Task) -> Batch:
+        """Decode a task image by image, each waited for before the next is begun."""
+        whole = self.decoder.batch(task, self.decoder.blank(task.size), [], 0.0)
+        tried = -1
+        while len(whole.rows) + len(whole.failures) < len(task.rows):
+            first = len(whole.rows) + len(whole.failures)
+            singles = Tasks(task.rows[first:], 1)
+            try:
+                for single in self._stream(singles, 0, 1, 1):
+                    whole.add(single, task.slots[first])
+                    first += 1
+            except _WorkerLost as lost:
+                first = len(whole.rows) + len(whole.failures)
+                if tried == first:
+                    row = int(task.rows[first])
+                    size, mtime_ns = self.decoder.images.stat(row)
+                    whole.failures.append(Failed(row, "decode", str(lost), size, mtime_ns))
+                tried = first
+        return whole
+
+    def _stream(
+        self, tasks: Tasks, start: int, workers: int, ahead: int
+    ) -> Generator[Batch, None, None]:
+        """Yield the batches of the tasks from `start` on; raise `_WorkerLost` if one dies."""
+        processes: list[Any] = []
+        try:
+            with warnings.catch_warnings():
+                # More workers than cores, if the user says so; forking beside threads, which
+                # `DataLoader` does everywhere: the children only decode.
+                warnings.filterwarnings("ignore", "This DataLoader will create")
+                warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+                loader: DataLoader[Batch] = DataLoader(
+                    self.decoder,
+                    sampler=_From(tasks, start),
+                    batch_size=None,
+                    num_workers=workers,
+                    prefetch_factor=ahead,
+                    pin_memory=self.pin,
+                    worker_init_fn=_init_worker,
+                )
+                iterator = iter(loader)
+            processes = getattr(iterator, "_workers", processes)
+            with _Children() as children:
+                for _ in range(start, len(tasks)):
+                    with children.heard():
+                        if any(process.exitcode is not None for process in processes):
+                            raise _WorkerLost(_how_they_ended(processes))
+                        batch = next(iterator)
+                    yield batch
+        except RuntimeError as error:
+            if not re.search(r"DataLoader worker \(pid.*(exited|killed)", str(error)):
+                raise
+            raise _WorkerLost(_how_they_ended(processes)) from error
+        finally:
+            # Without this, leaving early waits for whatever they are decoding.
+            for process in processes:
+                process.terminate()
+
+
+_AHEAD = 2  # tasks in the making for each worker
+
+
+class _WorkerLost(Exception):
+    """A worker process ended before its work did."""
+
+
+class _From(Sequence[Task]):
+    """The tasks from one on, as a sampler."""
+
+    def __init__(self, tasks: Tasks, start: int) -> None:
+        self.tasks = tasks
+        self.start = start
+
+    def __len__(self) -> int:
+        return len(self.tasks) - self.start
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tasks[self.start + index]
 
 
 def _init_worker(number: int) -> None:
     """Leave Ctrl-C to the main process, which stops the workers when all is committed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Children:
+    """Hears of dying workers only while a batch is waited for.
+
+    `DataLoader`'s handler of SIGCHLD raises an error wherever the main thread happens to be: in the
+    midst of a forward pass, or of the caller's own work.
+    """
+
+    def __enter__(self) -> Self:
+        self._theirs: Any = None
+        self._waiting = False
+        if threading.current_thread() is threading.main_thread():
+            self._theirs = signal.signal(signal.SIGCHLD, self._handle) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._theirs is not None:
+            signal.signal(signal.SIGCHLD, self._theirs)
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Let the handler act within the context."""
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._waiting and callable(self._theirs):
+            self._theirs(number, frame)
+
+
+def _how_they_ended(processes: Sequence[Any]) -> str:
+    """Return in words how worker processes died."""
+    for process in processes:
+        if process.exitcode is not None and process.exitcode < 0:
+            name = signal.Signals(-process.exitcode).name
+            if name != "SIGTERM":
+                return f"the process that decoded it was killed by {name}, twice"
+    return "the process that decoded it ended, twice"

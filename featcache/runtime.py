@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,13 +32,15 @@ from featcache.backbone import Backbone
 from featcache.errors import BackboneError, DeviceError
 from featcache.taps import Tapped
 
-__all__ = ["PRECISIONS", "Runtime", "Settings", "keep_pages", "select_device"]
+__all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "keep_pages", "select_device"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _DEFAULT_BATCH = {"cpu": 16, "cuda": 128, "mps": 64}
-# Larger than rounding explains (1e-6 is usual), smaller than any mistake in folding.
-_SAME = 1e-4
+# Batches; below, measuring costs more than it can gain.
+_WORTH_MEASURING = 32
+# Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
+_SAME = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
 
 def select_device(name: str = "auto") -> torch.device:
@@ -125,10 +128,14 @@ class Settings:
         Whether maps are laid out as (n, h, w, c).
     folded : bool
         Whether batch normalisations are folded into convolutions.
+    packed : bool
+        Whether oneDNN multiplies the matrices of linear layers.
     autocast : bool
         Whether types are chosen operation by operation instead of converting the network.
     compiled : bool
         Whether ``torch.compile`` is used.
+    aligned : bool
+        Whether an image must keep its place in a batch to give the same bits.
     """
 
     device: str
@@ -137,8 +144,10 @@ class Settings:
     threads: int
     channels_last: bool
     folded: bool
+    packed: bool
     autocast: bool
     compiled: bool
+    aligned: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -149,6 +158,32 @@ class Settings:
         """Return the settings that `to_dict` gave, None where they are of another version."""
         known = {field.name for field in fields(cls)}
         return cls(**values) if set(values) == known else None
+
+
+class Pending:
+    """Features that are being computed.
+
+    Parameters
+    ----------
+    parts : list of dict of str to torch.Tensor
+        By tap, batch by batch, in the memory of the CPU.
+    event : torch.cuda.Event, optional
+        What to wait for before they are read.
+    """
+
+    def __init__(self, parts: list[dict[str, Tensor]], event: torch.cuda.Event | None) -> None:
+        self._parts = parts
+        self._event = event
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Wait for the features, and return them by tap."""
+        if self._event is not None:
+            self._event.synchronize()
+        joined = {tap: [part[tap] for part in self._parts] for tap in self._parts[0]}
+        return {
+            tap: (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+            for tap, parts in joined.items()
+        }
 
 
 class Runtime:
@@ -173,6 +208,8 @@ class Runtime:
         precision; a `batch_size` or `compile` that is given counts more.
     count : int, optional
         How many images are to come: choosing may cost more where many are.
+    processes : int
+        How many processes share the cores of the CPU.
 
     Raises
     ------
@@ -190,6 +227,7 @@ class Runtime:
         compile: bool | None = None,
         settings: Settings | None = None,
         count: int | None = None,
+        processes: int = 1,
     ) -> None:
         if precision not in PRECISIONS:
             raise DeviceError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
@@ -202,6 +240,7 @@ class Runtime:
         self._compile = compile
         self._recorded = settings
         self._count = count
+        self._processes = processes
         self._settings: Settings | None = None
         self._tapped: Tapped | None = None
 
@@ -227,10 +266,25 @@ class Runtime:
         dict of str to ndarray of float32, shape (k, ...)
             By tap.
         """
+        return self.submit(pixels).result()
+
+    def submit(self, pixels: np.ndarray | Tensor) -> Pending:
+        """Begin to compute features: a GPU goes on while this process does other things.
+
+        Parameters
+        ----------
+        pixels : uint8 array or tensor, shape (k, channels, h, w)
+            As for a call.
+
+        Returns
+        -------
+        Pending
+            Its ``result()`` is what a call returns.
+        """
         batch = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
         parts: list[dict[str, Tensor]] = []
-        start = 0
-        with self._threads():
+        with self._configured(self.settings):
+            start = 0
             while start < len(batch):
                 size = self.settings.batch_size
                 try:
@@ -241,10 +295,20 @@ class Runtime:
                     self._halve()
                     continue
                 start += size
-        return {
-            tap: (parts[0][tap] if len(parts) == 1 else torch.cat([p[tap] for p in parts])).numpy()
-            for tap in self.backbone.taps
-        }
+        return Pending(parts, self._event())
+
+    def release(self) -> None:
+        """Give the network's memory back; the settings stay."""
+        self._tapped = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def _forward(self, batch: Tensor) -> dict[str, Tensor]:
         """Run one batch, padded to the batch size."""
@@ -255,9 +319,11 @@ class Runtime:
             batch = torch.cat([batch, padding])
         with torch.inference_mode(), self._autocast(settings):
             features = self._tapped(self._input(batch, settings))
-        return {
-            tap: value[:k].to("cpu", torch.float32, copy=True) for tap, value in features.items()
-        }
+            # Without blocking: a GPU copies into pinned memory, and `Pending` waits for the event.
+            return {
+                tap: value[:k].to("cpu", torch.float32, non_blocking=True, copy=True)
+                for tap, value in features.items()
+            }
 
     def _input(self, batch: Tensor, settings: Settings) -> Tensor:
         """Send pixels to the device as bytes, a quarter of the numbers' size; normalise there."""
@@ -273,17 +339,21 @@ class Runtime:
         return torch.autocast(self.device.type, PRECISIONS[settings.precision])
 
     @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Use the number of threads that the settings name."""
-        before = torch.get_num_threads()
-        wanted = self.settings.threads
-        if self.device.type == "cpu" and wanted != before:
-            torch.set_num_threads(wanted)
+    def _configured(self, settings: Settings) -> Iterator[None]:
+        """Set what torch keeps for the whole process: threads, and float32 that is float32."""
+        threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        if self.device.type == "cpu" and settings.threads != threads:
+            torch.set_num_threads(settings.threads)
+        torch.set_float32_matmul_precision("highest")  # no TF32
         try:
-            yield
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ):
+                yield
         finally:
-            if torch.get_num_threads() != before:
-                torch.set_num_threads(before)
+            torch.set_float32_matmul_precision(matmul)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
 
     def _halve(self) -> None:
         assert self._settings is not None
@@ -294,28 +364,29 @@ class Runtime:
     # --- choosing -------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        wanted = self._wanted()
+        """Load the network and choose the settings; the first that work and agree are taken."""
         example = self._example()
         seen = fusion.observe(self.backbone.module, self.backbone.points, example)
-        for settings in self._attempts(wanted, bool(seen.pairs)):
+        failure: Exception | None = None
+        for settings in self._attempts(self._wanted(seen), seen):
             try:
                 tapped = self._network(settings, seen)
                 agrees = self._agrees(tapped, settings, seen, example)
-            except (RuntimeError, TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
                 if _is_out_of_memory(error):
                     raise
-                failure: Exception | None = error
+                failure = error
                 continue
-            failure = None
-            if agrees or not settings.folded:
-                self._settings, self._tapped = settings, tapped
+            if agrees or not (settings.folded or settings.packed):
+                self._tapped = tapped
+                self._settings = self._measured(settings)
                 return
         raise BackboneError(
             f"The network {self.backbone.name} does not run in {self.precision} on "
             f"{self.device}: {failure}. Try --precision float32 or --device cpu"
         ) from failure
 
-    def _wanted(self) -> Settings:
+    def _wanted(self, seen: fusion.Observed) -> Settings:
         recorded = self._recorded
         if recorded and (recorded.device, recorded.precision) == (self.device.type, self.precision):
             return replace(
@@ -326,23 +397,31 @@ class Runtime:
         batch_size = self._batch_size or _DEFAULT_BATCH[self.device.type]
         if self._batch_size is None and self._count is not None:
             batch_size = max(1, min(batch_size, self._count))
+        dtype = PRECISIONS[self.precision]
+        cpu = self.device.type == "cpu"
         return Settings(
             device=self.device.type,
             precision=self.precision,
             batch_size=batch_size,
-            threads=torch.get_num_threads() if self.device.type == "cpu" else 1,
+            threads=max(1, torch.get_num_threads() // self._processes) if cpu else 1,
             channels_last=True,
-            folded=True,
+            folded=bool(seen.pairs),
+            packed=cpu
+            and seen.product is not None
+            and fusion.packing_pays(seen.product, batch_size, dtype),
             autocast=False,
             compiled=bool(self._compile),
         )
 
-    def _attempts(self, wanted: Settings, foldable: bool) -> Iterator[Settings]:
+    def _attempts(self, wanted: Settings, seen: fusion.Observed) -> Iterator[Settings]:
         """Yield the settings to try, the fastest first."""
-        for folded in (True, False) if wanted.folded and foldable else (False,):
-            yield replace(wanted, folded=folded)
+        for folded, packed in ((True, True), (True, False), (False, True), (False, False)):
+            if (folded and not wanted.folded) or (packed and not wanted.packed):
+                continue
+            settings = replace(wanted, folded=folded, packed=packed)
+            yield settings
             if self.precision != "float32" and not wanted.autocast:
-                yield replace(wanted, folded=folded, autocast=True)
+                yield replace(settings, autocast=True)
 
     def _example(self) -> Tensor:
         """Return one normalised image of noise, the same every time."""
@@ -362,22 +441,44 @@ class Runtime:
             dtype=torch.float32 if settings.autocast else PRECISIONS[settings.precision],
             channels_last=settings.channels_last,
         )
+        if settings.packed:
+            fusion.pack(module, seen.layers)
         return Tapped(module, self.backbone.points)
 
     def _agrees(
         self, tapped: Tapped, settings: Settings, seen: fusion.Observed, example: Tensor
     ) -> bool:
-        """Run the copy; in float32 compare its features with the original's."""
+        """Run the copy on one image and compare its features with the original's."""
         dtype = torch.float32 if settings.autocast else PRECISIONS[settings.precision]
         batch = example.to(self.device, dtype)
-        with torch.inference_mode(), self._autocast(settings):
+        with torch.inference_mode(), self._autocast(settings), self._configured(settings):
             features = {tap: value.float().cpu() for tap, value in tapped(batch).items()}
-        if settings.precision != "float32" or self.device.type != "cpu":
-            return True
         return all(
-            float((features[tap] - value).abs().max()) <= _SAME * float(value.abs().max())
+            float((features[tap] - value).norm()) <= _SAME[self.precision] * float(value.norm())
             for tap, value in seen.features.items()
         )
+
+    def _measured(self, settings: Settings) -> Settings:
+        """Find out what only running whole batches tells, as far as the run is long enough."""
+        if settings == self._recorded:
+            return settings
+        batches = math.inf if self._count is None else self._count / settings.batch_size
+        if batches < _WORTH_MEASURING:
+            # To keep every image's place is always right, and costs a short run nothing.
+            return replace(settings, aligned=True)
+        return replace(settings, aligned=not self._is_even(settings))
+
+    def _is_even(self, settings: Settings) -> bool:
+        """Say whether an image gives the same bits in every place of a batch."""
+        assert self._tapped is not None
+        batch = self._example().expand(settings.batch_size, -1, -1, -1)
+        dtype = torch.float32 if settings.autocast else PRECISIONS[settings.precision]
+        batch = batch.to(self.device, dtype)
+        if settings.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode(), self._autocast(settings), self._configured(settings):
+            features = self._tapped(batch)
+        return all(bool((value == value[:1]).all()) for value in features.values())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,0 +1,179 @@
+"""From rows of an image set to their features, in chunks: decode, forward, in order.
+
+`compute` is the one path from images to features. Extraction, prediction, and each process of a run
+on several devices go through it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from featcache.decoding import Augmentation
+from featcache.errors import ExtractionError
+from featcache.images import ImageSet
+from featcache.loading import Batch, Decoder, Failed, Loader, Tasks
+from featcache.runtime import Pending, Runtime
+
+__all__ = ["Chunk", "Clock", "checked_augmentation", "compute", "default_workers", "of_canaries"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Features of a few images.
+
+    Attributes
+    ----------
+    rows : ndarray of int64, shape (k,)
+        The images that worked, by their number in the image set.
+    features : dict of str to ndarray of float32, shape (k, [views,] ...)
+        By tap.
+    failures : list of Failed
+        The images that did not.
+    sha256 : ndarray of uint8, shape (k, 32)
+        Of the images' files.
+    size, mtime_ns : ndarray of int64, shape (k,)
+        Of the images' files; -1 = unknown.
+    """
+
+    rows: np.ndarray
+    features: dict[str, np.ndarray]
+    failures: list[Failed]
+    sha256: np.ndarray
+    size: np.ndarray
+    mtime_ns: np.ndarray
+
+
+@dataclass
+class Clock:
+    """Where the time went, in seconds.
+
+    Attributes
+    ----------
+    decode : float
+        Reading and decoding, summed over all that did it.
+    waited : float
+        The forward pass waited so long for decoded images.
+    forward : float
+        Forward passes.
+    write : float
+        Writing, beside the forward pass.
+    blocked : float
+        The forward pass waited so long for the writer.
+    """
+
+    decode: float = 0.0
+    waited: float = 0.0
+    forward: float = 0.0
+    write: float = 0.0
+    blocked: float = 0.0
+
+    def add(self, other: Clock) -> None:
+        """Add another's times."""
+        for name, seconds in vars(other).items():
+            setattr(self, name, getattr(self, name) + seconds)
+
+
+def compute(
+    images: ImageSet,
+    runtime: Runtime,
+    rows: np.ndarray,
+    *,
+    views: int = 1,
+    augmentation: Augmentation | None = None,
+    workers: int | None = None,
+    clock: Clock | None = None,
+) -> Generator[Chunk, None, None]:
+    """Compute features, a batch at a time, in the order of the rows.
+
+    Parameters
+    ----------
+    images : ImageSet
+        The images.
+    runtime : Runtime
+        The network, where and how it runs.
+    rows : ndarray of int64
+        Which images, ascending.
+    views : int
+        Augmented views of each image.
+    augmentation : Augmentation, optional
+        What they look like; None for no augmentation and one view.
+    workers : int, optional
+        As for `featcache.extraction.extract`.
+    clock : Clock, optional
+        Is told the time it took.
+
+    Yields
+    ------
+    Chunk
+    """
+    if not len(rows):
+        return
+    clock = clock or Clock()
+    settings = runtime.settings
+    tasks = Tasks(rows, max(1, settings.batch_size // views), aligned=settings.aligned)
+    decoder = Decoder(images, runtime.backbone.preprocessing, augmentation, views)
+    count = default_workers(runtime) if workers is None else workers
+    batches = Loader(decoder, workers=count, pin=runtime.device.type == "cuda").batches(tasks)
+    before: tuple[Batch, Pending] | None = None
+    try:
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            loaded = time.perf_counter()
+            clock.waited += loaded - started
+            # On a GPU this returns at once: the next batch is decoded, and the one before is
+            # fetched and written, while it computes.
+            pending = None if batch is None else runtime.submit(_flat(batch))
+            chunk = None if before is None else _chunk(*before, views)
+            clock.forward += time.perf_counter() - loaded
+            if chunk is not None:
+                yield chunk
+            if batch is None or pending is None:
+                return
+            clock.decode += batch.seconds
+            before = batch, pending
+    finally:
+        batches.close()
+
+
+def _flat(batch: Batch) -> Tensor:
+    """Return the pixels with views, where there are any, as images of their own."""
+    return batch.pixels.flatten(0, 1) if batch.pixels.ndim == 5 else batch.pixels
+
+
+def _chunk(batch: Batch, pending: Pending, views: int) -> Chunk:
+    features = {}
+    for tap, value in pending.result().items():
+        if views > 1:
+            value = value.reshape(-1, views, *value.shape[1:])
+        features[tap] = value[batch.slots]
+    return Chunk(batch.rows, features, batch.failures, batch.sha256, batch.size, batch.mtime_ns)
+
+
+def default_workers(runtime: Runtime) -> int:
+    """Return how many processes decode when the user does not say."""
+    return min(16, os.cpu_count() or 1)
+
+
+def of_canaries(runtime: Runtime, images: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """Return the features of canary images, by tap: (k, ...) float32."""
+    return runtime(np.stack([runtime.backbone.preprocessing(image) for image in images]))
+
+
+def checked_augmentation(views: int, augmentation: Augmentation | None) -> Augmentation | None:
+    """Return what views look like; None for the plain crop.
+
+    Raises
+    ------
+    ExtractionError
+        `views` is less than 1.
+    """
+    if views < 1:
+        raise ExtractionError(f"views is at least 1, not {views}")
+    return augmentation or (Augmentation() if views > 1 else None)
