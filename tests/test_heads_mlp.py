@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from sklearn.model_selection import StratifiedKFold
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from featcache import persistence
+from featcache.errors import TrainingError
+from featcache.heads import HEADS, logits
+from featcache.heads.blocks import RowBlocks
+from featcache.heads.mlp import MLP
+
+UNEQUAL = {
+    "check_sample_weight_equivalence_on_dense_data": "minibatches are drawn from other rows",
+    "check_sample_weight_equivalence_on_sparse_data": "minibatches are drawn from other rows",
+}
+
+
+@parametrize_with_checks(
+    [MLP(16, max_epochs=15, learning_rate=0.03, batch_size=16)],
+    expected_failed_checks=lambda estimator: UNEQUAL,
+)
+def test_it_is_a_scikit_learn_classifier(estimator, check):
+    check(estimator)
+
+
+def shells(n=400, d=12, classes=3, seed=0):
+    """Classes by distance from the centre: no linear head can tell them apart."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n, d))
+    X *= 1 / np.linalg.norm(X, axis=1, keepdims=True)
+    codes = rng.permutation(np.arange(n) % classes)
+    X *= (1.0 + 1.5 * codes)[:, None]
+    scale = np.exp(np.linspace(-1.5, 1.5, d))
+    return (X * scale + 3 * scale).astype(np.float32), np.array([f"class {c}" for c in codes])
+
+
+def folds_of(y, cv=3):
+    split = StratifiedKFold(cv, shuffle=True, random_state=0)
+    return list(split.split(np.zeros(len(y)), y))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_searches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.heads.mlp._CHECKPOINTS", (1, 3, 6))
+        patch.setattr("featcache.heads.mlp._SETTINGS", ({"dropout": 0.1, "weight_decay": 0.01},))
+        yield
+
+
+@pytest.fixture(scope="module")
+def found(short_searches):
+    X, y = shells()
+    return HEADS["mlp"].search(X, y, folds_of(y))
+
+
+def test_it_learns_what_a_linear_head_cannot(found):
+    new, truth = shells(seed=1)
+    assert found.score > 0.75
+    assert (found.estimator.predict(new) == truth).mean() > 0.75
+    assert found.score == max(one.score for one in found.candidates)
+    assert found.params["epochs"] == found.estimator.n_iter_
+
+
+def test_the_same_seed_gives_the_same_network(found):
+    X, y = shells()
+    again = HEADS["mlp"].search(X, y, folds_of(y))
+    np.testing.assert_array_equal(again.logits, found.logits)
+    for one, other in zip(again.estimator.coefs_, found.estimator.coefs_, strict=True):
+        np.testing.assert_array_equal(one, other)
+    other = MLP(random_state=1, max_epochs=1).fit(X, y)
+    assert not np.array_equal(other.coefs_[0], MLP(max_epochs=1).fit(X, y).coefs_[0])
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_its_layers_give_its_probabilities(classes):
+    X, y = shells(classes=classes)
+    fitted = MLP(32, max_epochs=5).fit(X, y)
+    (first, bias), (second, offset) = fitted.layers()
+    scores = np.maximum(X.astype(np.float64) @ first.T + bias, 0) @ second.T + offset
+    np.testing.assert_allclose(softmax(scores, axis=1), fitted.predict_proba(X), atol=1e-5)
+    np.testing.assert_allclose(
+        softmax(logits(fitted, X), axis=1), fitted.predict_proba(X), atol=1e-5
+    )
+
+
+def test_out_of_fold_scores_are_those_of_the_chosen_settings(found):
+    _, y = shells()
+    chosen = found.classes[found.logits.argmax(axis=1)]
+    assert np.mean([(chosen[v] == y[v]).mean() for _, v in folds_of(y)]) == pytest.approx(
+        found.score
+    )
+
+
+def test_early_stopping_holds_out_whole_groups():
+    X, y = shells(120)
+    groups = np.arange(120) // 4
+    model = MLP(validation_fraction=0.25)
+    kept, held = model._hold_out(np.unique(y, return_inverse=True)[1], groups, 0)
+    assert len(held) and not set(groups[kept]) & set(groups[held])
+    stopped = MLP(max_epochs=200, patience=1, learning_rate=0.05).fit(X, y, groups=groups)
+    assert stopped.n_iter_ < 200
+
+
+def test_rows_without_weight_and_heavy_classes():
+    X, y = shells()
+    wrong = np.random.default_rng(0).random(len(y)) < 0.4
+    given, weight = np.where(wrong, "class 0", y), np.where(wrong, 0.0, 1.0)
+    fitted = MLP(max_epochs=60, learning_rate=0.01).fit(X, given, weight)
+    assert (fitted.predict(X) == y).mean() > 0.75
+    heavy = MLP(max_epochs=5, class_weight={"class 1": 1000.0}).fit(X, y)
+    assert (heavy.predict(X) == "class 1").mean() > 0.8
+
+
+def test_views_are_all_trained_on_and_averaged():
+    X, y = shells(240)
+    noise = np.random.default_rng(0).normal(size=(240, 3, 12)).astype(np.float32)
+    views = X[:, None] + 0.3 * noise
+    found = HEADS["mlp"].search(views, y, folds_of(y))
+    assert found.logits.shape == (240, 3)
+    new, truth = shells(240, seed=1)
+    scores = logits(found.estimator, new[:, None] + 0.3 * noise)
+    assert (found.classes[scores.argmax(axis=1)] == truth).mean() > 0.6
+
+
+@pytest.mark.parametrize("wrong", [{"hidden": 0}, {"dropout": 1.0}, {"validation_fraction": -1}])
+def test_impossible_parameters_are_refused(wrong):
+    X, y = shells(30)
+    with pytest.raises(ValueError, match=r"positive|\[0, 1\)"):
+        MLP(**wrong).fit(X, y)
+
+
+def test_features_on_disk_are_refused():
+    X, y = shells(30)
+    with pytest.raises(TrainingError, match="memory"):
+        HEADS["mlp"].search(RowBlocks.of(X), y, folds_of(y))
+
+
+def test_it_leaves_torch_alone():
+    X, y = shells(60)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    MLP(max_epochs=2).fit(X, y)
+    torch.testing.assert_close(torch.get_rng_state(), before, rtol=0, atol=0)
+
+
+def test_it_can_be_saved(found):
+    X, _ = shells()
+    again = persistence.load(persistence.dump(found.estimator))
+    np.testing.assert_array_equal(again.predict_proba(X), found.estimator.predict_proba(X))
