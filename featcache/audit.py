@@ -35,14 +35,13 @@ import numpy.typing as npt
 from scipy.special import softmax
 
 from featcache import splitting
+from featcache.embedding import nearest_rows
 from featcache.errors import MissingExtra, TrainingError
 from featcache.heads import HEADS
 from featcache.predictions import refuse_foreign, replacing
 from featcache.store import FeatureStore
 
 __all__ = ["Finding", "Findings", "audit"]
-
-_BLOCK_BYTES = 256 << 20  # of similarities at a time
 
 
 @dataclass(frozen=True)
@@ -317,19 +316,9 @@ def _neighbour_findings(
 
 def _nearest(X: npt.NDArray[Any], k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Return cosines and rows of the k nearest other images, the nearest first: (n, k) each."""
-    n = len(X)
-    unit = X.astype(np.float32) - X.mean(axis=0, dtype=np.float64).astype(np.float32)
-    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    similar = np.empty((n, k), np.float32)
-    rows = np.empty((n, k), np.int64)
-    step = max(1, _BLOCK_BYTES // (4 * n))
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        block = unit[part] @ unit.T  # (m, n)
-        block[np.arange(len(block)), np.arange(part.start, part.stop)] = -2.0  # not itself
-        top = np.argpartition(-block, k - 1, axis=1)[:, :k]
-        values = np.take_along_axis(block, top, axis=1)
-        order = np.argsort(-values, axis=1, kind="stable")
-        similar[part] = np.take_along_axis(values, order, axis=1)
-        rows[part] = np.take_along_axis(top, order, axis=1)
-    return similar, rows
+    centred = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    similar, rows = nearest_rows(centred, centred, k + 1)
+    other = rows != np.arange(len(X))[:, None]
+    # Among copies of itself an image may not be its own nearest; then the last one goes.
+    other[other.all(axis=1), -1] = False
+    return similar[other].reshape(-1, k), rows[other].reshape(-1, k)
