@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
 
 from featcache.heads.blocks import RowBlocks
 from featcache.heads.linear import LinearClassifier, search_linear
-from featcache.heads.neighbors import search_knn
+from featcache.heads.mlp import MLP, search_mlp
+from featcache.heads.neighbors import CosineNeighbors, search_knn
+from featcache.heads.ridge import Ridge, search_ridge
 from featcache.heads.search import (
     Candidate,
     Folds,
@@ -38,15 +38,19 @@ from featcache.heads.search import (
     logits,
     score_folds,
 )
-from featcache.heads.svm import LinearSVM
+from featcache.heads.svm import GaussianSVM, LinearSVM, search_kernel_svm
 
 __all__ = [
     "CLASSICS",
     "HEADS",
+    "MLP",
     "Candidate",
+    "CosineNeighbors",
+    "GaussianSVM",
     "HeadSpec",
     "LinearClassifier",
     "LinearSVM",
+    "Ridge",
     "RowBlocks",
     "SearchResult",
     "fit_temperature",
@@ -144,14 +148,12 @@ def _search_svm(
     return search_linear(rows, estimator, head="svm", scoring=scoring, memory=memory)
 
 
-def _search_rbf_svm(
-    rows: Rows, *, class_weight: Any, scoring: Scoring, n_jobs: int, **_: Any
-) -> SearchResult:
-    estimator = make_pipeline(
-        StandardScaler(), SVC(class_weight=class_weight, cache_size=500, break_ties=True)
-    )
-    grid = [{"svc__C": C} for C in (1.0, 3.0, 10.0, 30.0)]
-    return grid_search("rbf-svm", estimator, grid, rows, scoring=scoring, n_jobs=n_jobs)
+def _search_rbf_svm(rows: Rows, **options: Any) -> SearchResult:
+    return search_kernel_svm(rows, **options)
+
+
+def _search_ridge(rows: Rows, *, class_weight: Any, scoring: Scoring, **_: Any) -> SearchResult:
+    return search_ridge(rows, class_weight=class_weight, scoring=scoring)
 
 
 def _search_forest(
@@ -171,7 +173,9 @@ HEADS: dict[str, HeadSpec] = {
         HeadSpec("svm", "linear SVM (squared hinge, one against the rest)", True, _search_svm),
         HeadSpec("rbf-svm", "SVM with a Gaussian kernel", False, _search_rbf_svm),
         HeadSpec("forest", "random forest", False, _search_forest),
+        HeadSpec("ridge", "ridge regression on class indicators", True, _search_ridge),
         HeadSpec("knn", "nearest neighbours by cosine similarity", True, search_knn),
+        HeadSpec("mlp", "network of one hidden layer", False, search_mlp),
     )
 }
 CLASSICS: tuple[str, ...] = ("linear", "svm", "rbf-svm", "forest")

@@ -7,7 +7,7 @@ is part of the model, and ends folded into `coef_`, so that prediction is one ma
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -89,17 +89,16 @@ def loss_weights(
 class LinearModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """What the linear classifiers share: fit, decision values, prediction."""
 
-    C: float
     class_weight: ClassWeight
     standardize: bool
-    tol: float
-    max_iter: int
 
-    def _loss(self, k: int) -> Loss:
+    def _check_parameters(self) -> None:
         raise NotImplementedError
 
-    def _penalizes_intercept(self) -> bool:
-        return False
+    def _solve(
+        self, X: np.ndarray, codes: np.ndarray, classes: np.ndarray, weight: np.ndarray
+    ) -> LinearModel:
+        raise NotImplementedError
 
     def fit(
         self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
@@ -120,35 +119,22 @@ class LinearModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ValueError
             A parameter out of range, or data that scikit-learn refuses.
         """
-        if not self.C > 0 or not self.tol > 0 or not self.max_iter > 0:
-            raise ValueError(
-                f"C, tol and max_iter must be positive, got {self.C}, {self.tol}, {self.max_iter}."
-            )
+        self._check_parameters()
         X, y = validate_data(self, X, y, dtype=np.float32)
         check_classification_targets(y)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         classes, codes = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"Expected at least two classes, got one class: {classes[0]!r}.")
-        loss = self._loss(len(classes))
-        factors = class_factors(self.class_weight, classes, codes, weight)[None]
-        weights = weight[None].astype(np.float32)
-        in_loss, positive = loss_weights(loss, weights, codes, factors)
-        design = Design.build(X, codes, weights, in_loss, standardize=self.standardize)
-        problems = _problems(loss, [self.C], [0], positive, self._penalizes_intercept())
-        W, b = _zeros(1, len(classes), loss, design.d)
-        solution = minimise(design, problems, W, b, tol=self.tol, max_iter=self.max_iter)
-        return self._take(design, 0, solution, 0, classes)
+        return self._solve(X, codes, classes, weight)
 
     def _take(
-        self, design: Design, fold: int, solution: Solution, number: int, classes: np.ndarray
+        self, design: Design, fold: int, W: Tensor, b: Tensor, classes: np.ndarray
     ) -> LinearModel:
+        """Keep a solution, of shapes (k, d) and (k, 1), as weights for raw features."""
         self.classes_ = classes
         self.n_features_in_ = design.d
-        self.coef_, self.intercept_ = unstandardise(
-            design, fold, solution.W[number], solution.b[number]
-        )
-        self.n_iter_ = np.array([solution.passes[number]])
+        self.coef_, self.intercept_ = unstandardise(design, fold, W, b)
         return self
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
@@ -168,7 +154,47 @@ class LinearModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return labels
 
 
-class LinearClassifier(LinearModel):
+class IterativeModel(LinearModel):
+    """A linear classifier that the solver of :mod:`featcache.heads.solver` fits."""
+
+    C: float
+    tol: float
+    max_iter: int
+
+    def _loss(self, k: int) -> Loss:
+        raise NotImplementedError
+
+    def _penalizes_intercept(self) -> bool:
+        return False
+
+    def _check_parameters(self) -> None:
+        if not self.C > 0 or not self.tol > 0 or not self.max_iter > 0:
+            raise ValueError(
+                f"C, tol and max_iter must be positive, got {self.C}, {self.tol}, {self.max_iter}."
+            )
+
+    def _solve(
+        self, X: np.ndarray, codes: np.ndarray, classes: np.ndarray, weight: np.ndarray
+    ) -> IterativeModel:
+        loss = self._loss(len(classes))
+        factors = class_factors(self.class_weight, classes, codes, weight)[None]
+        weights = weight[None].astype(np.float32)
+        in_loss, positive = loss_weights(loss, weights, codes, factors)
+        design = Design.build(X, codes, weights, in_loss, standardize=self.standardize)
+        problems = _problems(loss, [self.C], [0], positive, self._penalizes_intercept())
+        W, b = _zeros(1, len(classes), loss, design.d)
+        solution = minimise(design, problems, W, b, tol=self.tol, max_iter=self.max_iter)
+        return self._keep(design, 0, solution, classes)
+
+    def _keep(
+        self, design: Design, fold: int, solution: Solution, classes: np.ndarray
+    ) -> IterativeModel:
+        self._take(design, fold, solution.W[0], solution.b[0], classes)
+        self.n_iter_ = solution.passes
+        return self
+
+
+class LinearClassifier(IterativeModel):
     """Multinomial logistic regression on standardised features.
 
     Minimises the objective of scikit-learn's `LogisticRegression`, ``C * sum_i s_i loss_i +
@@ -256,6 +282,85 @@ def _zeros(p: int, classes: int, loss: Loss, d: int) -> tuple[Tensor, Tensor]:
     return torch.zeros((p, k, d)), torch.zeros((p, k, 1))
 
 
+def fold_weights(rows: Rows, class_weight: ClassWeight) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weights of all rows in each fold's training, and the folds' class factors.
+
+    Returns
+    -------
+    weights : ndarray of shape (folds + 1, n * views), float32
+        Zero where a fold does not train on a row; the last one is the fit on all rows. An
+        image's weight is shared out among its views.
+    factors : ndarray of shape (folds + 1, k)
+        See `class_factors`.
+    """
+    images = len(rows.codes)
+    masks = np.zeros((len(rows.folds) + 1, images))
+    for fold, (train, _) in enumerate(rows.folds):
+        masks[fold, train] = 1.0
+    masks[-1] = 1.0
+    masks *= (np.ones(images) if rows.weight is None else rows.weight) / rows.views
+    factors = np.stack([class_factors(class_weight, rows.classes, rows.codes, m) for m in masks])
+    return np.repeat(masks, rows.views, axis=1).astype(np.float32), factors
+
+
+def out_of_fold(design: Design, rows: Rows, W: Tensor, b: Tensor) -> Iterator[np.ndarray]:
+    """Yield, for each setting, the scores of each fold's solution on its validation rows.
+
+    Parameters
+    ----------
+    design : Design
+        The rows, with one set of weights a fold and a last one for the fit on all rows.
+    rows : Rows
+        The same rows.
+    W, b : Tensor of shape (settings, folds, k, d) and (settings, folds, k, 1)
+        Solutions in standardised coordinates.
+
+    Yields
+    ------
+    ndarray of shape (images, k), float32
+        Means over the views, and over the folds that validate an image; NaN where none does. One
+        column for two classes becomes two, as in `featcache.heads.logits`.
+    """
+    at_a_time = max(1, _SCORES // (4 * design.n * W.shape[2]))
+    valid = np.zeros((len(rows.folds), len(rows.codes)), dtype=bool)
+    for fold, (_, images) in enumerate(rows.folds):
+        valid[fold, images] = True
+    valid = np.repeat(valid, rows.views, axis=1)[:, design.order]
+    Wg = W * design.ratios[:-1, None]
+    offset = b - (Wg * design.means[:-1, None]).sum(dim=3, keepdim=True)
+    for first in range(0, len(W), at_a_time):
+        some = slice(first, first + at_a_time)
+        yield from _validate(design, rows, valid, Wg[some], offset[some])
+
+
+def _validate(
+    design: Design, rows: Rows, valid: np.ndarray, Wg: Tensor, offset: Tensor
+) -> Iterator[np.ndarray]:
+    settings, _, k, d = Wg.shape
+    total = np.zeros((settings, k, design.n), dtype=np.float32)
+    for block, X in design.blocks(settings * k):
+        for fold in np.flatnonzero(valid[:, block].any(axis=1)).tolist():
+            scores = product(Wg[:, fold].reshape(-1, d), X.T).reshape(settings, k, -1)
+            total[:, :, block] += (scores + offset[:, fold]).numpy() * valid[fold, block]
+    count = valid.sum(axis=0)
+    total[:, :, count == 0] = np.nan
+    total /= np.maximum(count, 1).astype(np.float32)
+    for one in total:
+        values = np.empty((design.n, k), dtype=np.float32)
+        values[design.order] = one.T
+        mean: np.ndarray = values.reshape(len(rows.codes), rows.views, k).mean(axis=1)
+        yield np.concatenate([-mean / 2, mean / 2], axis=1) if k == 1 else mean
+
+
+def with_treatment(treatment: str, estimator: Any, name: str) -> Any:
+    """Return a fitted estimator behind the step of its treatment, if that has one."""
+    step = TREATMENTS[treatment][0]
+    if step is None:
+        return estimator
+    fitted = step().fit(np.zeros((1, estimator.n_features_in_), dtype=np.float32))
+    return Pipeline([("treatment", fitted), (name, estimator)])
+
+
 @dataclass(frozen=True)
 class _Tried:
     """One treatment and C on all folds."""
@@ -279,7 +384,7 @@ class LinearSearch:
     def __init__(
         self,
         rows: Rows,
-        estimator: LinearModel,
+        estimator: IterativeModel,
         *,
         head: str,
         scoring: Scoring = "accuracy",
@@ -292,21 +397,10 @@ class LinearSearch:
         self.memory = memory
         self.loss = estimator._loss(len(rows.classes))
         self.tried: list[_Tried] = []
-        images = len(rows.codes)
-        weight = np.ones(images) if rows.weight is None else rows.weight
-        masks = np.zeros((len(rows.folds) + 1, images))
-        for fold, (train, _) in enumerate(rows.folds):
-            masks[fold, train] = 1.0
-        masks[-1] = 1.0  # the last "fold" is the fit on all rows
-        masks *= weight / rows.views
-        factors = np.stack(
-            [class_factors(estimator.class_weight, rows.classes, rows.codes, m) for m in masks]
-        )
-        codes = np.repeat(rows.codes, rows.views)
-        self._codes = codes
-        self._row_weights = np.repeat(masks, rows.views, axis=1).astype(np.float32)
+        self._codes = np.repeat(rows.codes, rows.views)
+        self._row_weights, factors = fold_weights(rows, estimator.class_weight)
         self._loss_weights, self._positive = loss_weights(
-            self.loss, self._row_weights, codes, factors
+            self.loss, self._row_weights, self._codes, factors
         )
         self._designs: dict[str, Design] = {}
 
@@ -369,41 +463,18 @@ class LinearSearch:
     def _judge(
         self, design: Design, treatment: str, Cs: Sequence[float], solution: Solution
     ) -> list[_Tried]:
-        folds = len(self.rows.folds)
+        rows, folds = self.rows, len(self.rows.folds)
+        W, b = (part.view(len(Cs), folds, *part.shape[1:]) for part in (solution.W, solution.b))
         found = []
-        for number, C in enumerate(Cs):
-            own = slice(number * folds, (number + 1) * folds)
-            W, b = solution.W[own], solution.b[own]
-            values = self._out_of_fold(design, W, b)
-            scores = score_folds(
-                values, self.rows.codes, self.rows.classes, self.rows.folds, self.scoring
+        for number, values in enumerate(out_of_fold(design, rows, W, b)):
+            scores = score_folds(values, rows.codes, rows.classes, rows.folds, self.scoring)
+            params = {"treatment": treatment, "C": Cs[number]}
+            found.append(
+                _Tried(
+                    Candidate(params, scores), values, treatment, Cs[number], W[number], b[number]
+                )
             )
-            params = {"treatment": treatment, "C": C}
-            found.append(_Tried(Candidate(params, scores), values, treatment, C, W, b))
         return found
-
-    def _out_of_fold(self, design: Design, W: Tensor, b: Tensor) -> np.ndarray:
-        """Scores (images, k) of each fold's solution on its validation rows."""
-        rows = self.rows
-        n, k = len(self._codes), W.shape[1]
-        valid = np.zeros((len(rows.folds), len(rows.codes)), dtype=bool)
-        for fold, (_, images) in enumerate(rows.folds):
-            valid[fold, images] = True
-        valid = np.repeat(valid, rows.views, axis=1)[:, design.order]
-        Wg = W * design.ratios[:-1, None]
-        offset = b - (Wg * design.means[:-1, None]).sum(dim=2, keepdim=True)
-        total = np.zeros((n, k), dtype=np.float32)
-        for block, X in design.blocks(k):
-            for fold in np.flatnonzero(valid[:, block].any(axis=1)).tolist():
-                scores = (product(Wg[fold], X.T) + offset[fold]).numpy().T
-                total[block] += scores * valid[fold, block][:, None]
-        count = valid.sum(axis=0)
-        total[count == 0] = np.nan
-        total /= np.maximum(count, 1)[:, None]
-        values = np.empty_like(total)
-        values[design.order] = total
-        mean: np.ndarray = values.reshape(len(rows.codes), rows.views, k).mean(axis=1)
-        return np.concatenate([-mean / 2, mean / 2], axis=1) if k == 1 else mean
 
     def best(self) -> _Tried:
         """Return the best that was tried; the stronger penalty where scores tie."""
@@ -441,11 +512,8 @@ class LinearSearch:
             max_iter=self.estimator.max_iter,
         )
         estimator: Any = self.estimator.set_params(C=chosen.C)
-        estimator._take(design, everything, solution, 0, self.rows.classes)
-        step = TREATMENTS[chosen.treatment][0]
-        if step is not None:
-            treatment = step().fit(np.zeros((1, design.d), dtype=np.float32))
-            estimator = Pipeline([("treatment", treatment), (self.name, estimator)])
+        estimator._keep(design, everything, solution, self.rows.classes)
+        estimator = with_treatment(chosen.treatment, estimator, self.name)
         return SearchResult(
             head=self.name,
             estimator=estimator,
@@ -462,7 +530,7 @@ class LinearSearch:
 
 def search_linear(
     rows: Rows,
-    estimator: LinearModel,
+    estimator: IterativeModel,
     *,
     head: str,
     scoring: Scoring = "accuracy",
@@ -499,6 +567,6 @@ def search_linear(
         search.path(treatment, Cs, stop_early=refine)
     if refine:
         best = search.best()
-        near = [best.C / 10**0.5, best.C * 10**0.5]
+        near = [float(f"{best.C * factor:.2g}") for factor in (10**-0.5, 10**0.5)]
         search.path(best.treatment, near, stop_early=False, start=best)
     return search.finish(time.perf_counter() - start)

@@ -36,6 +36,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -82,8 +83,8 @@ class Design:
         The coordinate system: mean and deviation over all rows.
     means, ratios : Tensor of shape (folds, d), float32
         Mean and inverse deviation of each fold's training rows, in these coordinates.
-    basis, spectrum, rest : Tensor of shape (d, r), Tensor of shape (r,), float
-        Largest eigenvectors and eigenvalues of the covariance, and the mean of the others.
+    sample : ndarray of shape (m, d), float32
+        Some of the rows.
     transform : callable or None
         Row-wise treatment of raw blocks.
     """
@@ -97,9 +98,7 @@ class Design:
     scale: np.ndarray
     means: Tensor
     ratios: Tensor
-    basis: Tensor
-    spectrum: Tensor
-    rest: float
+    sample: np.ndarray
     transform: Transform | None
 
     @classmethod
@@ -136,7 +135,6 @@ class Design:
         if standardize:
             ratios = np.stack([scale / moments.deviation(f) for f in range(len(means))])
         sample = ((moments.sample - moments.centre) / scale).astype(np.float32)
-        basis, spectrum, rest = _principal(sample)
         order = np.arange(len(codes))
         source: Tensor | RowBlocks = blocks
         if isinstance(X, np.ndarray):
@@ -154,16 +152,25 @@ class Design:
             scale=scale,
             means=torch.from_numpy(means.astype(np.float32)),
             ratios=torch.from_numpy(ratios.astype(np.float32)),
-            basis=torch.from_numpy(basis),
-            spectrum=torch.from_numpy(spectrum),
-            rest=rest,
+            sample=sample,
             transform=transform,
         )
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return len(self.codes)
 
     @property
     def d(self) -> int:
         """Number of columns."""
         return len(self.centre)
+
+    @cached_property
+    def principal(self) -> tuple[Tensor, Tensor, float]:
+        """Largest eigenvectors (d, r) and eigenvalues (r,) of the covariance, mean of the rest."""
+        basis, spectrum, rest = _principal(self.sample)
+        return torch.from_numpy(basis), torch.from_numpy(spectrum), rest
 
     def blocks(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, standardised block), sized for scores of `columns` columns."""
@@ -414,10 +421,10 @@ class _Preconditioner:
     """Inverse Hessian of the quadratic with the problems' mean curvatures."""
 
     def __init__(self, design: Design, curvature: Tensor, penalise_intercept: bool) -> None:
-        self._basis = design.basis
+        self._basis, spectrum, rest = design.principal
         # Curvature vanishes when all rows are far on the right side; the penalty then rules.
-        self._rest = 1 / (curvature * design.rest + 1)
-        self._leading = 1 / (curvature * design.spectrum + 1) - self._rest
+        self._rest = 1 / (curvature * rest + 1)
+        self._leading = 1 / (curvature * spectrum + 1) - self._rest
         self._intercept = 1 / (curvature.clamp(min=1e-6) + float(penalise_intercept))
 
     def __call__(self, Q: Tensor, Qb: Tensor) -> tuple[Tensor, Tensor]:

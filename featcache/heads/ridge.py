@@ -1,0 +1,258 @@
+"""Ridge regression on class indicators: the head that is solved in closed form.
+
+One pass over the rows gives the Gram matrix of each part of them that is on the same side in all
+folds. Those of a fold's training rows are a sum of such parts, standardisation is an affine map
+of it, and one Cholesky factorisation gives the weights of every class. So does a path of
+penalties on all folds cost one pass, some factorisations of d x d matrices, and a second pass to
+score the validation rows.
+
+Classic leave-one-out would be cheaper still, but puts the copies of an image, or the members of a
+group, on both sides; the penalty is therefore chosen on the same folds as with all other heads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import cho_factor, cho_solve
+from torch import Tensor
+
+from featcache.heads.linear import (
+    ClassWeight,
+    LinearModel,
+    class_factors,
+    fold_weights,
+    out_of_fold,
+    with_treatment,
+)
+from featcache.heads.search import (
+    Candidate,
+    Rows,
+    Scoring,
+    SearchResult,
+    fit_temperature,
+    score_folds,
+)
+from featcache.heads.solver import Design
+from featcache.heads.treatment import TREATMENTS
+
+ALPHAS: tuple[float, ...] = (100.0, 10.0, 3.0, 1.0, 0.3, 1e-1, 1e-2, 1e-3)
+"""Penalties that are tried, in units of the number of rows; the first wins where scores tie."""
+
+
+class Ridge(LinearModel):
+    """Least squares on class indicators of -1 and 1, with a penalty on the weights.
+
+    Minimises ``sum_i s_i |f(x_i) - t_i|^2 + alpha * ||w||^2`` for standardised features, as
+    scikit-learn's `RidgeClassifier` behind a scaler, with a free intercept.
+
+    Parameters
+    ----------
+    alpha : float
+        Strength of the penalty.
+    class_weight : "balanced", dict or None
+        Weights of the classes.
+    standardize : bool
+        Whether columns are scaled to unit deviation first.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (k,)
+        Labels.
+    coef_ : ndarray of shape (k, d) or (1, d), float64
+        Weights for raw features.
+    intercept_ : ndarray of shape (k,) or (1,), float64
+        Intercepts.
+    n_features_in_ : int
+        Number of columns.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        *,
+        class_weight: ClassWeight = None,
+        standardize: bool = True,
+    ) -> None:
+        self.alpha = alpha
+        self.class_weight = class_weight
+        self.standardize = standardize
+
+    def _check_parameters(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha}.")
+
+    def _solve(
+        self, X: np.ndarray, codes: np.ndarray, classes: np.ndarray, weight: np.ndarray
+    ) -> Ridge:
+        factors = class_factors(self.class_weight, classes, codes, weight)
+        weights = weight[None].astype(np.float32)
+        design = Design.build(
+            X, codes, weights, weights * factors[codes], standardize=self.standardize
+        )
+        W, b = _solutions(design, _sums(design, len(classes))[0], 0, [self.alpha])
+        return self._take(design, 0, W[0], b[0], classes)
+
+
+@dataclass
+class _Sums:
+    """Weighted sums over some rows, in the design's coordinates."""
+
+    weight: float
+    x: np.ndarray  # (d,)
+    t: np.ndarray  # (k,)
+    xx: np.ndarray  # (d, d)
+    xt: np.ndarray  # (d, k)
+
+    def __iadd__(self, other: _Sums) -> _Sums:
+        self.weight += other.weight
+        for mine, yours in (
+            (self.x, other.x),
+            (self.t, other.t),
+            (self.xx, other.xx),
+            (self.xt, other.xt),
+        ):
+            mine += yours
+        return self
+
+    @classmethod
+    def zero(cls, d: int, k: int) -> _Sums:
+        return cls(0.0, np.zeros(d), np.zeros(k), np.zeros((d, d)), np.zeros((d, k)))
+
+    def add(self, X: np.ndarray, T: np.ndarray, weight: np.ndarray) -> None:
+        """Add rows (r, d) with targets (r, k) and weights (r,)."""
+        weighted = X * weight[:, None]
+        self.weight += float(weight.sum(dtype=np.float64))
+        self.x += weighted.sum(axis=0, dtype=np.float64)
+        self.t += weight @ T
+        self.xx += X.T @ weighted
+        self.xt += weighted.T @ T
+
+
+def _sums(design: Design, classes: int) -> list[_Sums]:
+    """Return the sums of each fold's training rows, from one pass.
+
+    Rows with the same weights in all folds up to being left out are summed once.
+    """
+    weights = design.weights.numpy()
+    largest = weights.max(axis=0)
+    used = weights > 0
+    shared = bool(((weights == largest) | ~used).all())
+    k = 1 if classes == 2 else classes
+    d, codes = design.d, design.codes.numpy()
+    if not shared:
+        folds = [_Sums.zero(d, k) for _ in weights]
+        for rows, X in design.blocks(d):
+            T = _targets(codes[rows], k)
+            for one, weight in zip(folds, weights, strict=True):
+                one.add(X.numpy(), T, weight[rows])
+        return folds
+    keys, pattern = np.unique(np.packbits(used, axis=0).T, axis=0, return_inverse=True)
+    parts = [_Sums.zero(d, k) for _ in keys]
+    for rows, X in design.blocks(d):
+        T, inside = _targets(codes[rows], k), pattern[rows]
+        for number in np.unique(inside).tolist():
+            some = inside == number
+            whole = bool(some.all())
+            features = X.numpy() if whole else X.numpy()[some]
+            parts[number].add(features, T[some], largest[rows][some])
+    folds = [_Sums.zero(d, k) for _ in weights]
+    for number, part in enumerate(parts):
+        members = used[:, np.flatnonzero(pattern == number)[0]]
+        for fold in np.flatnonzero(members).tolist():
+            folds[fold] += part
+    return folds
+
+
+def _targets(codes: np.ndarray, k: int) -> np.ndarray:
+    """Return indicators of -1 and 1, (r, k) float32; of the second class where there are two."""
+    own = codes[:, None] == (np.arange(k) if k > 1 else np.array([1]))
+    targets: np.ndarray = (own * 2 - 1).astype(np.float32)
+    return targets
+
+
+def _solutions(
+    design: Design, sums: _Sums, fold: int, alphas: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Return standardised weights (alphas, k, d) and intercepts (alphas, k, 1) of one fold."""
+    ratio = design.ratios[fold].double().numpy()
+    mean, target = sums.x / sums.weight, sums.t / sums.weight
+    gram = sums.xx - sums.weight * np.outer(mean, mean)
+    gram *= np.outer(ratio, ratio)
+    right = (sums.xt - sums.weight * np.outer(mean, target)) * ratio[:, None]
+    away = (mean - design.means[fold].double().numpy()) * ratio
+    W = np.empty((len(alphas), right.shape[1], design.d), dtype=np.float32)
+    b = np.empty((len(alphas), right.shape[1], 1), dtype=np.float32)
+    for number, alpha in enumerate(alphas):
+        penalised = gram.copy()
+        penalised[np.diag_indices_from(penalised)] += alpha
+        found = cho_solve(cho_factor(penalised, overwrite_a=True), right)
+        W[number] = found.T
+        b[number, :, 0] = target - away @ found
+    return torch.from_numpy(W), torch.from_numpy(b)
+
+
+def search_ridge(
+    rows: Rows,
+    *,
+    class_weight: ClassWeight = None,
+    scoring: Scoring = "accuracy",
+    alphas: Sequence[float] = ALPHAS,
+    treatments: Sequence[str] = tuple(TREATMENTS),
+) -> SearchResult:
+    """Choose treatment and penalty by cross-validation and fit on all rows.
+
+    Parameters
+    ----------
+    rows : Rows
+        Training rows with their folds.
+    class_weight, scoring
+        See `featcache.heads.HeadSpec.search`.
+    alphas : list of float
+        Penalties, in units of the number of rows.
+    treatments : list of str
+        Names from `featcache.heads.treatment.TREATMENTS`.
+    """
+    start = time.perf_counter()
+    weights, factors = fold_weights(rows, class_weight)
+    codes = np.repeat(rows.codes, rows.views)
+    in_loss = weights * np.take(factors, codes, axis=1)
+    penalties = [alpha * len(rows.codes) for alpha in alphas]
+    best: tuple[Candidate, np.ndarray, Design, _Sums] | None = None
+    candidates = []
+    for treatment in treatments:
+        design = Design.build(rows.X, codes, weights, in_loss, transform=TREATMENTS[treatment][1])
+        sums = _sums(design, len(rows.classes))
+        solved = [
+            _solutions(design, sums[fold], fold, penalties) for fold in range(len(rows.folds))
+        ]
+        W = torch.stack([part for part, _ in solved], dim=1)
+        b = torch.stack([part for _, part in solved], dim=1)
+        for alpha, values in zip(penalties, out_of_fold(design, rows, W, b), strict=True):
+            scores = score_folds(values, rows.codes, rows.classes, rows.folds, scoring)
+            candidate = Candidate({"treatment": treatment, "alpha": alpha}, scores)
+            candidates.append(candidate)
+            if best is None or candidate.score > best[0].score:
+                best = candidate, values, design, sums[-1]
+    assert best is not None
+    chosen, values, design, everything = best
+    middle = time.perf_counter()
+    last = len(rows.folds)
+    W, b = _solutions(design, everything, last, [chosen.params["alpha"]])
+    estimator = Ridge(chosen.params["alpha"], class_weight=class_weight)
+    estimator._take(design, last, W[0], b[0], rows.classes)
+    return SearchResult(
+        head="ridge",
+        estimator=with_treatment(chosen.params["treatment"], estimator, "ridge"),
+        best=chosen,
+        candidates=tuple(candidates),
+        classes=rows.classes,
+        logits=values,
+        temperature=fit_temperature(values, rows.codes, rows.weight),
+        search_seconds=middle - start,
+        fit_seconds=time.perf_counter() - middle,
+    )
