@@ -95,11 +95,15 @@ def _matrix(
 
 def _tsne(X: npt.NDArray[Any], random_state: int) -> npt.NDArray[Any]:
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(X) - 1) / 3)
-    placed: npt.NDArray[Any] = TSNE(
-        2, perplexity=perplexity, init="pca", random_state=random_state
-    ).fit_transform(X)
+    # Its threads wait for each other a thousand times: on a busy machine, two took three times as
+    # long as one.
+    with threadpool_limits(1):
+        placed: npt.NDArray[Any] = TSNE(
+            2, perplexity=perplexity, init="pca", random_state=random_state
+        ).fit_transform(X)
     return placed
 
 

@@ -1,0 +1,43 @@
+"""What notebooks show: the figures, and no name as markup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import featcache as fc
+from featcache.html_views import evaluation_html, predictor_html, store_html
+from tests.labelled import clusters, make_store
+from tests.reported import CLASSES, Case, case
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return case(tmp_path_factory.mktemp("html"))
+
+
+def test_of_a_store(made: Case) -> None:
+    text = store_html(made.store)
+    assert "<script" not in text and "a &amp; b&#x27;s 20" in text
+    assert "(12,) float32" in text and "resnet18" in text
+
+
+def test_of_an_evaluation(made: Case) -> None:
+    text = evaluation_html(made.evaluation)
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert f"{made.evaluation.accuracy:.3f}" in text
+    assert "30 images are left out" in text
+    assert text.count("<tr>") == 2 + 5 + 3
+
+
+def test_of_a_predictor(made: Case) -> None:
+    text = predictor_html(fc.train(made.store, head="svm"))
+    assert "<script" not in text
+    assert "svm" in text and "60 images" in text and CLASSES[2] in text
+
+
+def test_many_classes_are_cut_short(tmp_path: Path) -> None:
+    y = [f"class {k:02d}" for k in range(25) for _ in range(2)]
+    text = store_html(make_store(tmp_path / "s.h5", clusters(y), y))
+    assert "and 5 more" in text
