@@ -47,7 +47,8 @@ def folds_of(y, cv=3):
 def short_searches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("featcache.heads.mlp._CHECKPOINTS", (1, 3, 6))
-        patch.setattr("featcache.heads.mlp._SETTINGS", ({"dropout": 0.1, "weight_decay": 0.01},))
+        settings = {"dropout": 0.1, "learning_rate": 0.01}
+        patch.setattr("featcache.heads.mlp._SETTINGS", (settings,))
         yield
 
 

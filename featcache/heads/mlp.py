@@ -424,11 +424,10 @@ def search_mlp(
         tried += _judged(rows, estimator, settings, scoring)
     best, values = choose(tried)
     middle = time.perf_counter()
-    params = dict(best.params)
+    chosen: dict[str, Any] = dict(best.params)
     fitted = MLP(
-        dropout=params["dropout"],
-        weight_decay=params["weight_decay"],
-        max_epochs=params["epochs"],
+        max_epochs=chosen.pop("epochs"),
+        **chosen,
         validation_fraction=0.0,
         class_weight=class_weight,
         random_state=random_state,
