@@ -95,7 +95,7 @@ def _matrix(
 
 def _tsne(X: npt.NDArray[Any], random_state: int) -> npt.NDArray[Any]:
     from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     perplexity = min(30.0, (len(X) - 1) / 3)
     # Its threads wait for each other a thousand times: on a busy machine, two took three times as

@@ -255,7 +255,7 @@ def _confusion(content: Content) -> str:
         '<option value="name">name</option><option value="errors">most mistakes</option>'
         '<option value="recall">lowest recall</option><option value="images">most images</option>'
         '</select></label></div><div id="matrix" class="wide matrix"></div>'
-        '<h3 id="cell-title" class="quiet" aria-live="polite"></h3>'
+        '<p id="cell-title" aria-live="polite"></p>'
         f'<ul id="cell-images" class="cards"></ul>{often}'
     )
 
@@ -337,7 +337,7 @@ def _map(content: Content) -> str:
         "<option>split</option></select></label>"
         '<label>Find <input id="find" type="search" placeholder="part of a file name"></label>'
         "</div>"
-        '<div class="map"><div id="map-plot" role="img" aria-label="Map of the images. '
+        '<div class="map"><div id="map-plot" role="group" aria-label="Map of the images. '
         'Type a file name above to pick an image without a pointer."></div>'
         '<div><ul id="legend" class="legend" aria-label="Press to hide or show"></ul>'
         '<div id="picked" class="card" aria-live="polite"></div></div></div>'

@@ -83,6 +83,15 @@ def test_a_map_keeps_classes_together_and_is_repeatable(store: FeatureStore, met
     assert [store.classes[k] for k in nearest_centre] == store.labels.tolist()
 
 
+@pytest.mark.campaign
+def test_umap_keeps_classes_together(store: FeatureStore) -> None:
+    pytest.importorskip("umap", reason="pip install 'featcache[report]'")
+    placed = embed(store, "umap", layers="late")
+    centres = np.array([placed[store.labels == name].mean(axis=0) for name in store.classes])
+    nearest_centre = np.linalg.norm(placed[:, None] - centres[None], axis=2).argmin(axis=1)
+    assert [store.classes[k] for k in nearest_centre] == store.labels.tolist()
+
+
 def test_maps_of_little(tmp_path: Path) -> None:
     assert embed(np.arange(6.0).reshape(6, 1)).shape == (6, 2)
     assert embed(np.random.default_rng(0).normal(size=(4, 2, 3))).shape == (4, 2)  # views
