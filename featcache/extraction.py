@@ -50,6 +50,8 @@ from featcache.writer import FeatureWriter
 
 __all__ = ["Chunk", "Summary", "canary_features", "extract", "features"]
 
+# Images that are replaced again and again during a run are left to the next one.
+_ROUNDS = 3
 # Largest difference of features, relative to the largest, that rounding explains.
 _CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
@@ -359,6 +361,7 @@ class _Job:
                 self._fill_in_parallel(writer, runtime, pending, clock, bar)
             else:
                 self._fill(writer, runtime, pending, clock, bar)
+                self._fill_overtaken(writer, runtime, pending, clock, bar)
         if len(self.devices) == 1:  # what the file says: features may not have been finite
             self.summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
             self.summary.failed = int(np.count_nonzero(writer.status == FAILED))
@@ -398,6 +401,18 @@ class _Job:
                     writer.set_meta("settings", settings.to_dict())
                 recorder.put(chunk)
                 self._advance(bar, len(chunk.rows), chunk.failures)
+
+    def _fill_overtaken(
+        self, writer: FeatureWriter, runtime: Runtime, rows: np.ndarray, clock: Clock, bar: Any
+    ) -> None:
+        """Compute once more what was replaced while the run went on."""
+        for _ in range(_ROUNDS):
+            reuse.forget_overtaken(writer, self.images, rows)
+            rows = writer.pending
+            if not len(rows):
+                return
+            bar.total += len(rows)
+            self._fill(writer, runtime, rows, clock, bar)
 
     def _fill_in_parallel(
         self, writer: FeatureWriter, runtime: Runtime, rows: np.ndarray, clock: Clock, bar: Any

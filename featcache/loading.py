@@ -8,10 +8,12 @@ be read or decoded leaves its slot black and is listed in `Batch.failures`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -414,9 +416,18 @@ class _From(Sequence[Task]):
         return self.tasks[self.start + index]
 
 
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
 def _init_worker(number: int) -> None:
-    """Leave Ctrl-C to the main process, which stops the workers when all is committed."""
+    """Leave Ctrl-C to the main process, which stops the workers when all is committed.
+
+    And die with it: an orphan would hold the lock on the store that it has inherited, for the five
+    seconds after which `DataLoader`'s workers look for their parent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 class _Children:

@@ -147,7 +147,12 @@ class _Hand:
         self.process: BaseProcess = _CONTEXT.Process(
             target=_run, args=(work, device, rows, sender), name=f"featcache-{device}", daemon=False
         )
-        self.process.start()
+        # Inherited: while the process imports torch it could only answer Ctrl-C with a traceback.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
         sender.close()
 
     def next_message(self) -> Clock | Progress | None:
@@ -185,8 +190,8 @@ def _run(work: Work, device: str, rows: np.ndarray, sender: Connection) -> None:
     """Do the work of one process."""
     with sender, contextlib.suppress(Interrupted, BrokenPipeError):
         try:
+            # Ctrl-C reaches the parent, which sends SIGTERM.
             with interruptible(signal.SIGTERM), keep_pages():
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent sends SIGTERM
                 _fill(work, device, rows, sender)
         except FeatcacheError as error:
             if isinstance(error, Interrupted):

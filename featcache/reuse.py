@@ -16,11 +16,19 @@ import numpy as np
 from featcache.errors import DecodeError, StoreError
 from featcache.fingerprint import Fingerprint, RequestKey, canonical_json
 from featcache.images import ImageSet, content_hash
-from featcache.layout import DONE, FAILED, StoreFile
+from featcache.layout import DONE, FAILED, PENDING, StoreFile
 from featcache.store import FeatureStore
 from featcache.writer import FeatureWriter
 
-__all__ = ["Known", "complete_store", "forget_changed", "known", "take_over"]
+__all__ = [
+    "Known",
+    "complete_store",
+    "forget_changed",
+    "forget_overtaken",
+    "known",
+    "same_labels",
+    "take_over",
+]
 
 
 @dataclass(frozen=True)
@@ -140,23 +148,40 @@ def forget_changed(writer: FeatureWriter, images: ImageSet) -> None:
     images : ImageSet
         Its images.
     """
-    settled = np.flatnonzero((writer.status == DONE) | (writer.status == FAILED))
-    if not len(settled):
-        return
-    file = StoreFile(f"{writer.path}.partial")
-    entries = file.read("rows")[settled]
-    file.close()
+    settled = np.flatnonzero(writer.status != PENDING)
     changed = []
-    for row, entry in zip(settled.tolist(), entries, strict=True):
+    for row, entry in _entries(writer, settled):
+        size, mtime_ns = int(entry["size"]), int(entry["mtime_ns"])
         if entry["status"] == FAILED:
-            same = images.stat(row) == (entry["size"], entry["mtime_ns"])
+            same = images.stat(row) == (size, mtime_ns)
         else:
-            same = _is_same(
-                images, row, entry["sha256"].tobytes(), entry["size"], entry["mtime_ns"]
-            )
+            same = _is_same(images, row, entry["sha256"].tobytes(), size, mtime_ns)
         if not same:
             changed.append(row)
     writer.retry(changed)
+
+
+def forget_overtaken(writer: FeatureWriter, images: ImageSet, rows: np.ndarray) -> None:
+    """Count as pending again the files among `rows` that were replaced after they were read.
+
+    Those that are gone keep their features: the next run finds them missing.
+    """
+    overtaken = []
+    for row, entry in _entries(writer, rows[writer.status[rows] == DONE]):
+        now = images.stat(row)
+        if now[0] >= 0 and now != (int(entry["size"]), int(entry["mtime_ns"])):
+            overtaken.append(row)
+    writer.retry(overtaken)
+
+
+def _entries(writer: FeatureWriter, rows: np.ndarray) -> Iterator[tuple[int, np.void]]:
+    """Yield rows with what the partial file holds of them."""
+    if not len(rows):
+        return
+    file = StoreFile(f"{writer.path}.partial")
+    entries = file.read("rows")[rows]
+    file.close()
+    yield from zip(rows.tolist(), entries, strict=True)
 
 
 def take_over(

@@ -1,0 +1,89 @@
+"""A network that computes in a millisecond, and folders of images, for tests of extraction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from featcache.backbone import Backbone
+from featcache.decoding import Preprocessing
+from featcache.images import ImageSet
+
+SIDE = 32
+TAP = "pool:output:flatten"
+
+
+class Network(nn.Module):
+    """Two convolutions with batch normalisation, a pool, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(8, 16, 3)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        x = self.relu(self.norm2(self.body(x)))
+        return self.head(torch.flatten(self.pool(x), 1))
+
+
+def network(kind: type[nn.Module] = Network, seed: int = 0) -> nn.Module:
+    """Return a network with seeded weights, and statistics unlike the initial ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = kind().eval()
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                assert part.running_mean is not None and part.running_var is not None
+                part.running_mean.normal_(0, 0.2)
+                part.running_var.uniform_(0.5, 1.5)
+    return module
+
+
+def backbone(
+    kind: type[nn.Module] = Network, layers: Sequence[str] | None = ("pool",), **options: Any
+) -> Backbone:
+    """Return such a network as a backbone for 32 x 32 images."""
+    preprocessing = Preprocessing(resize=SIDE, crop=SIDE)
+    return Backbone.from_module(network(kind, **options), preprocessing, layers=layers)
+
+
+def photograph(path: Path, seed: int, size: tuple[int, int] = (40, 36)) -> Path:
+    """Write a JPEG that no other seed gives."""
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = rng.integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size).save(path, quality=92)
+    return path
+
+
+def folder(root: Path, n: int, classes: Sequence[str] = ("ant", "bee")) -> Path:
+    """Write `n` photographs into class folders."""
+    for i in range(n):
+        photograph(root / classes[i % len(classes)] / f"{i:04d}.jpg", i)
+    return root
+
+
+def plainest(images: ImageSet, module: nn.Module, layer: str) -> np.ndarray:
+    """Return the flattened output of a layer by the plainest loop: one image at a time."""
+    preprocessing = Preprocessing(resize=SIDE, crop=SIDE)
+    found: list[np.ndarray] = []
+    part = module.get_submodule(layer)
+    hook = part.register_forward_hook(lambda m, i, o: found.append(o.flatten().numpy().copy()))
+    with torch.no_grad():
+        for i in range(len(images)):
+            pixels = torch.from_numpy(preprocessing(images.read(i)))
+            module(preprocessing.normalize(pixels[None]))
+    hook.remove()
+    return np.stack(found)

@@ -1,0 +1,287 @@
+"""Stopped at any moment by anything, an extraction goes on and ends with the same bits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featcache.errors import Interrupted, StoreError, StoreLocked
+from featcache.extraction import extract
+from featcache.images import ImageSet
+from featcache.layout import DONE, StoreFile
+from featcache.runtime import Runtime
+from featcache.store import FeatureStore
+from tests.small import TAP, backbone, folder, photograph
+
+N = 60
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("resume") / "images", N)
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> np.ndarray:
+    """Return the features of an uninterrupted run."""
+    store = run(root, root.parent / "whole.h5")
+    return store.load(TAP)[0].copy()
+
+
+def run(root: Path, path: Path, **options: Any) -> FeatureStore:
+    options = {"batch_size": 4, "workers": 0, "device": "cpu", **options}
+    return extract(ImageSet.from_folder(root), backbone(), path, **options)
+
+
+def done(path: Path) -> int:
+    """Return how many rows of the partial file are done."""
+    try:
+        file = StoreFile(f"{path}.partial")
+    except StoreError:
+        return 0
+    return int(np.count_nonzero(file.read("rows")["status"] == DONE))
+
+
+def slowly(root: Path, path: Path, options: dict[str, Any]) -> None:
+    """Run an extraction that takes its time; ends with the exit status of the command line."""
+    os.setpgid(0, 0)
+    forward = Runtime._forward
+
+    def slow(self: Runtime, batch: Any) -> Any:
+        time.sleep(0.05)
+        return forward(self, batch)
+
+    Runtime._forward = slow  # type: ignore[method-assign]
+    try:
+        run(root, path, **options)
+    except Interrupted as error:
+        sys.exit(error.exit_status)
+
+
+class Child:
+    """An extraction in a process of its own."""
+
+    def __init__(self, root: Path, path: Path, **options: Any) -> None:
+        context = multiprocessing.get_context("fork")
+        self.path = path
+        self.process = context.Process(target=slowly, args=(root, path, options))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    def wait_for(self, rows: int) -> None:
+        """Return when so many rows are done."""
+        deadline = time.monotonic() + 60
+        while done(self.path) < rows:
+            assert time.monotonic() < deadline
+            assert self.process.is_alive()
+            time.sleep(0.01)
+
+    def end(self, number: int, *, everybody: bool = False) -> int | None:
+        """Send a signal and return the exit status."""
+        (os.killpg if everybody else os.kill)(self.pid, number)
+        self.process.join(30)
+        return self.process.exitcode
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "workers"), [(1, 0), (9, 2), (30, 0), (52, 1)])
+def test_killed_and_resumed_it_equals_an_uninterrupted_run(
+    root: Path, whole: np.ndarray, tmp_path: Path, rows: int, workers: int
+) -> None:
+    path = tmp_path / "f.h5"
+    child = Child(root, path, workers=workers)
+    child.wait_for(rows)
+    assert child.end(signal.SIGKILL) == -signal.SIGKILL
+    kept = done(path)
+    store = run(root, path, batch_size=None)  # the recorded batch size
+    np.testing.assert_array_equal(store.load(TAP)[0], whole)
+    assert store.extraction.copied == kept
+    assert store.extraction.computed == N - kept
+    assert store.meta["settings"]["batch_size"] == 4
+    assert store.verify().ok
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_killed_again_and_again_it_gets_there(
+    root: Path, whole: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.h5"
+    for rows in (5, 20, 45):
+        child = Child(root, path, workers=1)
+        child.wait_for(rows)
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+        time.sleep(0.2)  # its workers die with it, and let go of the lock
+    np.testing.assert_array_equal(run(root, path).load(TAP)[0], whole)
+
+
+def test_settings_of_the_first_run_count_in_the_second(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    child = Child(root, path, batch_size=7)
+    child.wait_for(14)
+    child.end(signal.SIGKILL)
+    assert run(root, path, batch_size=None).meta["settings"]["batch_size"] == 7
+
+
+def test_an_image_replaced_between_the_runs_is_computed_again(root: Path, tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", N)
+    child = Child(images, tmp_path / "f.h5")
+    child.wait_for(12)
+    child.end(signal.SIGKILL)
+    photograph(images / "ant" / "0000.jpg", 1234)
+    store = run(images, tmp_path / "f.h5")
+    fresh = run(images, tmp_path / "fresh.h5")
+    np.testing.assert_array_equal(store.load(TAP)[0], fresh.load(TAP)[0])
+    assert store.sha256.tolist() == fresh.sha256.tolist()
+
+
+def test_images_added_between_the_runs_do_not_cost_the_rows_that_are_done(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", N)
+    child = Child(images, tmp_path / "f.h5")
+    child.wait_for(24)
+    child.end(signal.SIGKILL)
+    kept = done(tmp_path / "f.h5")
+    photograph(images / "ant" / "9999.jpg", 1234)
+    store = run(images, tmp_path / "f.h5")
+    assert store.extraction.copied == kept
+    fresh = run(images, tmp_path / "fresh.h5")
+    np.testing.assert_array_equal(store.load(TAP)[0], fresh.load(TAP)[0])
+
+
+def test_what_was_killed_before_finishing_needs_no_network(
+    root: Path, whole: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featcache.writer import FeatureWriter
+
+    path = tmp_path / "f.h5"
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureWriter, "finish", _broken)
+        with pytest.raises(OSError, match="unplugged"):
+            run(root, path)
+    monkeypatch.setattr(Runtime, "_prepare", _broken)
+    store = run(root, path)
+    assert (store.extraction.computed, store.extraction.copied) == (0, N)
+    np.testing.assert_array_equal(store.load(TAP)[0], whole)
+
+
+def _broken(*_: object) -> None:
+    raise OSError("unplugged")
+
+
+# --- stopped --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "workers", "everybody"),
+    [(signal.SIGTERM, 0, False), (signal.SIGINT, 2, True), (signal.SIGTERM, 2, True)],
+)
+def test_a_signal_commits_and_ends_with_status_75(
+    root: Path, whole: np.ndarray, tmp_path: Path, number: int, workers: int, everybody: bool
+) -> None:
+    path = tmp_path / "f.h5"
+    child = Child(root, path, workers=workers)
+    child.wait_for(8)
+    started = time.monotonic()
+    assert child.end(number, everybody=everybody) == 75
+    assert time.monotonic() - started < 5
+    kept = done(path)
+    assert 8 <= kept < N
+    store = run(root, path)
+    assert store.extraction.copied == kept
+    np.testing.assert_array_equal(store.load(TAP)[0], whole)
+
+
+def test_an_interruption_says_how_to_go_on_and_gives_the_handlers_back(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = Runtime._forward, []
+
+    def pressing(self: Runtime, batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, batch)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "_forward", pressing)
+        with pytest.raises(Interrupted, match=r"SIGINT.*same command again") as caught:
+            run(root, tmp_path / "f.h5")
+    assert caught.value.exit_status == 75
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert 0 < done(tmp_path / "f.h5") < N
+
+
+def test_a_thread_may_extract_too(root: Path, whole: np.ndarray, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        store = pool.submit(run, root, tmp_path / "f.h5", workers=1).result()
+    np.testing.assert_array_equal(store.load(TAP)[0], whole)
+
+
+def test_a_second_run_beside_the_first_says_who_holds_the_file(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    child = Child(root, path)
+    child.wait_for(4)
+    with pytest.raises(StoreLocked, match=rf"process {child.pid} on "):
+        run(root, path)
+    child.process.join(60)
+    assert child.process.exitcode == 0
+    assert run(root, path).extraction.skipped
+
+
+# --- a campaign -----------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from featcache.backbone import Backbone
+from featcache.extraction import extract
+from featcache.images import ImageSet
+backbone = Backbone.from_torchvision("mobilenet_v2", weights=None, image_size=96)
+extract(ImageSet.from_folder(sys.argv[1]), backbone, sys.argv[2], device="cpu", batch_size=8)
+"""
+
+
+@pytest.mark.campaign
+def test_fifty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", 400)
+    command = [sys.executable, "-c", SCRIPT, str(images)]
+    started = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole.h5")], check=True)
+    length = time.monotonic() - started
+    whole = FeatureStore.open(tmp_path / "whole.h5").load()[0]
+    draw = random.Random(0)
+    path = tmp_path / "killed.h5"
+    kills = 0
+    finished = 0
+    while kills < 50:
+        process = subprocess.Popen([*command, str(path)], start_new_session=True)
+        try:
+            process.wait(draw.uniform(0.2, 1.1) * length)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+        else:
+            assert process.returncode == 0
+            np.testing.assert_array_equal(FeatureStore.open(path).load()[0], whole)
+            assert FeatureStore.open(path).verify().ok
+            path.unlink()
+            finished += 1
+    subprocess.run([*command, str(path)], check=True)
+    np.testing.assert_array_equal(FeatureStore.open(path).load()[0], whole)
+    print(f"{kills} kills, {finished + 1} stores finished, every bit the same")

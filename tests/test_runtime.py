@@ -1,0 +1,312 @@
+"""How networks run: settings, folding, packing, precision, padding, memory that runs out."""
+
+from __future__ import annotations
+
+import resource
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from featcache import fusion
+from featcache.backbone import Backbone
+from featcache.decoding import Preprocessing
+from featcache.errors import DeviceError
+from featcache.runtime import Runtime, Settings, keep_pages, select_device
+from featcache.taps import Tapped
+from tests.small import SIDE, TAP, Network, backbone, network
+
+
+def pixels(n: int, seed: int = 0, side: int = SIDE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, 3, side, side), dtype=np.uint8)
+
+
+def reference(backbone: Backbone, batch: np.ndarray) -> dict[str, np.ndarray]:
+    with torch.inference_mode():
+        inputs = backbone.preprocessing.normalize(torch.from_numpy(batch))
+        found = Tapped(backbone.module, backbone.points)(inputs)
+    return {tap: value.numpy() for tap, value in found.items()}
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+# --- devices and settings -------------------------------------------------------------------------
+
+
+def test_devices_are_found_by_name() -> None:
+    assert select_device("cpu") == torch.device("cpu")
+    assert select_device("auto").type in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:97", "meta", "cpu:first"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match=name.split(":")[0]):
+        select_device(name)
+
+
+def test_a_precision_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(DeviceError, match="float64"):
+        Runtime(backbone(), device="cpu", precision="float64")
+
+
+def test_settings_survive_a_round_trip_and_refuse_those_of_another_version() -> None:
+    settings = Runtime(backbone(), device="cpu", batch_size=4).settings
+    assert Settings.from_dict(settings.to_dict()) == settings
+    assert Settings.from_dict({**settings.to_dict(), "novelty": 1}) is None
+
+
+def test_recorded_settings_are_used_again() -> None:
+    recorded = Runtime(backbone(), device="cpu", batch_size=3, count=500).settings
+    recorded = Settings.from_dict({**recorded.to_dict(), "folded": False, "threads": 1})
+    again = Runtime(backbone(), device="cpu", settings=recorded, count=500).settings
+    assert again == recorded
+
+
+def test_recorded_settings_of_another_precision_are_not() -> None:
+    recorded = Runtime(backbone(), device="cpu", batch_size=3).settings
+    again = Runtime(backbone(), device="cpu", precision="bfloat16", settings=recorded).settings
+    assert again.precision == "bfloat16"
+    assert again.batch_size != 3
+
+
+# --- the same features ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["stem", "norm", "relu#2:max", "body:input", "pool", "head"])
+def test_features_are_those_of_the_plain_network(layer: str) -> None:
+    taken = backbone(layers=[layer])
+    batch = pixels(5)
+    found = Runtime(taken, device="cpu", batch_size=4)(batch)
+    for tap, expected in reference(taken, batch).items():
+        assert found[tap].dtype == np.float32
+        assert error(found[tap], expected) < 1e-5
+
+
+def test_the_backbones_own_network_is_not_touched() -> None:
+    taken = backbone()
+    before = {name: value.clone() for name, value in taken.module.state_dict().items()}
+    strides = [value.stride() for value in taken.module.state_dict().values()]
+    for precision in ("float32", "bfloat16"):
+        Runtime(taken, device="cpu", precision=precision, batch_size=2)(pixels(2))
+    after = taken.module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [value.stride() for value in after.values()] == strides
+    assert not any(part._forward_hooks for part in taken.module.modules())
+
+
+def test_batch_normalisations_are_folded_but_not_where_a_tap_is() -> None:
+    taken = backbone()
+    example = torch.randn(1, 3, SIDE, SIDE)
+    assert fusion.observe(taken.module, taken.points, example).pairs == [
+        ("stem", "norm"),
+        ("body", "norm2"),
+    ]
+    for layer, left in (("stem", "body"), ("norm2:input", "stem")):
+        taken = backbone(layers=[layer, "pool"])
+        pairs = fusion.observe(taken.module, taken.points, example).pairs
+        assert [convolution for convolution, _ in pairs] == [left]
+
+
+class Shared(nn.Module):
+    """A convolution whose output is used before and after the normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return torch.flatten(self.pool(self.norm(x) + x), 1)
+
+
+def test_folding_that_would_change_features_is_given_up() -> None:
+    taken = backbone(Shared)
+    runtime = Runtime(taken, device="cpu", batch_size=4)
+    assert not runtime.settings.folded
+    batch = pixels(4)
+    assert error(runtime(batch)[TAP], reference(taken, batch)[TAP]) < 1e-5
+
+
+def test_what_lies_behind_the_last_tap_is_neither_run_nor_converted() -> None:
+    taken = backbone()
+    example = torch.randn(1, 3, SIDE, SIDE)
+    unused = fusion.observe(taken.module, taken.points, example).unused
+    assert {id(p) for p in taken.module.head.parameters()} <= unused
+    assert id(taken.module.stem.weight) not in unused
+
+
+class Tokens(nn.Module):
+    """A small transformer encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, stride=8)
+        self.norm = nn.LayerNorm(24)
+        self.attention = nn.MultiheadAttention(24, 3, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_matrix_products_by_onednn_give_the_same_features(
+    packed: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "packing_pays", lambda *_: packed)
+    taken = backbone(Tokens, layers=["mlp.0:input:mean", "head:input"])
+    runtime = Runtime(taken, device="cpu", precision=precision, batch_size=4)
+    assert runtime.settings.packed == packed
+    batch = pixels(6)
+    found = runtime(batch)
+    for tap, expected in reference(taken, batch).items():
+        assert error(found[tap], expected) < (1e-5 if precision == "float32" else 0.03)
+
+
+def test_which_library_multiplies_is_measured() -> None:
+    assert fusion.packing_pays((8, 16, 16), 4, torch.float32) in (True, False)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_is_near_float32(precision: str) -> None:
+    taken = backbone()
+    batch = pixels(8)
+    found = Runtime(taken, device="cpu", precision=precision, batch_size=8)(batch)[TAP]
+    expected = reference(taken, batch)[TAP]
+    assert found.dtype == np.float32
+    assert 0 < error(found, expected) < 0.01
+
+
+class Mixed(nn.Module):
+    """A network that makes float32 tensors itself, and so cannot be converted as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.float())
+        return self.head(torch.flatten(self.pool(x), 1))
+
+
+def test_a_network_that_mixes_types_runs_under_autocast() -> None:
+    taken = backbone(Mixed)
+    runtime = Runtime(taken, device="cpu", precision="bfloat16", batch_size=4)
+    assert runtime.settings.autocast
+    batch = pixels(4)
+    assert error(runtime(batch)[TAP], reference(taken, batch)[TAP]) < 0.02
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def test_an_image_gives_the_same_bits_in_every_batch() -> None:
+    taken = backbone()
+    runtime = Runtime(taken, device="cpu", batch_size=4)
+    batch = pixels(11)
+    together = runtime(batch)[TAP]
+    assert together.shape == (11, 16)
+    alone = np.concatenate([runtime(batch[i : i + 1])[TAP] for i in range(11)])
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_a_long_run_finds_out_whether_places_in_a_batch_matter() -> None:
+    assert Runtime(backbone(), device="cpu", batch_size=4, count=4).settings.aligned
+    assert not Runtime(backbone(), device="cpu", batch_size=4, count=4000).settings.aligned
+
+
+class Uneven(Network):
+    """Adds to every image a little that depends on its place in the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.arange(len(x)).view(-1, 1, 1, 1) * 1e-3)
+
+
+def test_a_network_to_which_places_matter_is_found_out() -> None:
+    assert Runtime(backbone(Uneven), device="cpu", batch_size=4, count=4000).settings.aligned
+
+
+def test_a_batch_for_which_memory_runs_out_is_halved_and_tried_again() -> None:
+    taken = backbone()
+    runtime = Runtime(taken, device="cpu", batch_size=8)
+    batch = pixels(8)
+    expected = runtime(batch)[TAP]
+    tapped, sizes = runtime._tapped, []
+
+    def scarce(inputs: Tensor) -> dict[str, Tensor]:
+        sizes.append(len(inputs))
+        if len(inputs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        assert tapped is not None
+        return tapped(inputs)
+
+    runtime._tapped = scarce  # type: ignore[assignment]
+    found = runtime(batch)[TAP]
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert runtime.settings.batch_size == 2
+    assert error(found, expected) < 1e-5
+
+
+def test_memory_that_does_not_suffice_for_one_image_is_an_error() -> None:
+    runtime = Runtime(backbone(), device="cpu", batch_size=1)
+    assert runtime.settings.batch_size == 1
+
+    def none(inputs: Tensor) -> dict[str, Tensor]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    runtime._tapped = none  # type: ignore[assignment]
+    with pytest.raises(torch.OutOfMemoryError):
+        runtime(pixels(1))
+
+
+def test_torchs_own_settings_are_left_as_they_were() -> None:
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    settings = Runtime(backbone(), device="cpu", batch_size=2).settings
+    other = Settings.from_dict({**settings.to_dict(), "threads": 2})
+    Runtime(backbone(), device="cpu", settings=other)(pixels(2))
+    assert torch.get_num_threads() == threads
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_memory_is_kept_from_batch_to_batch() -> None:
+    taken = Backbone.from_module(network(), Preprocessing(resize=192, crop=192), layers=["pool"])
+    runtime = Runtime(taken, device="cpu", batch_size=16)
+    batch = pixels(16, side=192)
+    with keep_pages() as tuned:
+        for _ in range(2):
+            runtime(batch)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(3):
+            runtime(batch)
+        faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 3
+    if tuned:  # glibc; a batch touches 11,000 pages of input and maps
+        assert faults < 500
+
+
+# --- CUDA -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_cuda_gives_the_features_of_the_cpu(precision: str) -> None:
+    taken = backbone()
+    runtime = Runtime(taken, device="cuda", precision=precision, batch_size=4)
+    batch = pixels(10)
+    pending = runtime.submit(torch.from_numpy(batch).pin_memory())
+    found = pending.result()[TAP]
+    assert error(found, reference(taken, batch)[TAP]) < (1e-4 if precision == "float32" else 0.02)
+    np.testing.assert_array_equal(found, runtime(batch)[TAP])
