@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.pipeline import make_pipeline
 
 from featcache.heads.blocks import RowBlocks
 from featcache.heads.linear import LinearClassifier, search_linear
@@ -34,16 +32,17 @@ from featcache.heads.search import (
     Scoring,
     SearchResult,
     fit_temperature,
-    grid_search,
     logits,
     score_folds,
 )
 from featcache.heads.svm import GaussianSVM, LinearSVM, search_kernel_svm
+from featcache.heads.trees import BoostedTrees, search_boosting, search_forest
 
 __all__ = [
     "CLASSICS",
     "HEADS",
     "MLP",
+    "BoostedTrees",
     "Candidate",
     "CosineNeighbors",
     "GaussianSVM",
@@ -156,23 +155,14 @@ def _search_ridge(rows: Rows, *, class_weight: Any, scoring: Scoring, **_: Any) 
     return search_ridge(rows, class_weight=class_weight, scoring=scoring)
 
 
-def _search_forest(
-    rows: Rows, *, class_weight: Any, scoring: Scoring, random_state: int, n_jobs: int, **_: Any
-) -> SearchResult:
-    estimator = make_pipeline(
-        RandomForestClassifier(300, class_weight=class_weight, random_state=random_state)
-    )
-    grid = [{"randomforestclassifier__min_samples_leaf": leaf} for leaf in (1, 3)]
-    return grid_search("forest", estimator, grid, rows, scoring=scoring, n_jobs=n_jobs)
-
-
 HEADS: dict[str, HeadSpec] = {
     spec.name: spec
     for spec in (
         HeadSpec("linear", "multinomial logistic regression", True, _search_linear),
         HeadSpec("svm", "linear SVM (squared hinge, one against the rest)", True, _search_svm),
         HeadSpec("rbf-svm", "SVM with a Gaussian kernel", False, _search_rbf_svm),
-        HeadSpec("forest", "random forest", False, _search_forest),
+        HeadSpec("forest", "random forest or extra trees", False, search_forest),
+        HeadSpec("boosting", "gradient-boosted trees on discriminants", True, search_boosting),
         HeadSpec("ridge", "ridge regression on class indicators", True, _search_ridge),
         HeadSpec("knn", "nearest neighbours by cosine similarity", True, search_knn),
         HeadSpec("mlp", "network of one hidden layer", False, search_mlp),

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import log_loss
+from sklearn.model_selection import StratifiedKFold
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from featcache import persistence
+from featcache.heads import HEADS, logits
+from featcache.heads.blocks import RowBlocks
+from featcache.heads.trees import Basis, BoostedTrees, discriminants
+from tests.benchmarks.synthetic import features
+
+UNEQUAL = {
+    "check_sample_weight_equivalence_on_dense_data": "leaves count rows, bins their values",
+    "check_sample_weight_equivalence_on_sparse_data": "leaves count rows, bins their values",
+}
+ENGINES = ("lightgbm", "sklearn")
+
+
+@parametrize_with_checks(
+    [BoostedTrees(n_rounds=10, min_samples_leaf=3, engine=engine) for engine in ENGINES],
+    expected_failed_checks=lambda estimator: UNEQUAL,
+)
+def test_it_is_a_scikit_learn_classifier(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_searches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.heads.trees._TREES", 30)
+        patch.setattr("featcache.heads.trees._FIRST_TREES", 15)
+        patch.setattr("featcache.heads.trees._ROUNDS", (5, 15))
+        patch.setattr("featcache.heads.trees._SIZES", (16, 32))
+        yield
+
+
+def network_like(n=600, classes=3, seed=0):
+    X, codes = features(n, 64, classes, rank=16, random_state=seed)
+    return X, np.array([f"class {c}" for c in codes])
+
+
+def folds_of(y, cv=3):
+    split = StratifiedKFold(cv, shuffle=True, random_state=0)
+    return list(split.split(np.zeros(len(y)), y))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_arrays_predict_what_the_engine_predicts(engine, classes):
+    X, y = network_like(classes=classes)
+    model = BoostedTrees(32, n_rounds=7, engine=engine).fit(X, y)
+    Z = Basis(model.mean_, model.components_).project(X)
+    new = X * np.float32(1.01)  # scikit-learn puts thresholds where training rows are
+    Z_new = Basis(model.mean_, model.components_).project(new)
+    codes = np.unique(y, return_inverse=True)[1]
+    if engine == "sklearn":
+        own = HistGradientBoostingClassifier(
+            learning_rate=0.15, max_iter=7, max_leaf_nodes=8, min_samples_leaf=10, max_bins=63
+        ).fit(Z, codes)
+        expected = own.predict_proba(Z_new)
+    else:
+        lightgbm = pytest.importorskip("lightgbm")
+        params = {"objective": "multiclass", "num_class": 3, "learning_rate": 0.15}
+        if classes == 2:
+            params = {"objective": "binary", "learning_rate": 0.15}
+        params |= {"num_leaves": 8, "min_data_in_leaf": 10, "max_bin": 63, "verbosity": -1}
+        params |= {"num_threads": 1, "deterministic": True, "force_col_wise": True}
+        data = lightgbm.Dataset(Z, codes, params=params)
+        expected = lightgbm.train(params, data, 7).predict(Z_new)
+        if classes == 2:
+            expected = np.stack([1 - expected, expected], axis=1)
+    np.testing.assert_allclose(model.predict_proba(new), expected, atol=1e-5)
+
+
+def test_it_learns_curved_boundaries():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(1200, 6)).astype(np.float32)
+    y = (X[:, 0] * X[:, 1] > 0).astype(int)
+    fitted = BoostedTrees(max_leaf_nodes=16).fit(X[:800], y[:800])
+    assert (fitted.predict(X[800:]) == y[800:]).mean() > 0.85
+
+
+def test_discriminants_are_fishers():
+    X, y = network_like()
+    codes = np.unique(y, return_inverse=True)[1]
+    Z = X[:, :10]
+    turn = discriminants(Z, codes, np.ones(len(Z)), 3)
+    assert turn.shape == (10, 2 + 10)
+    reference = LinearDiscriminantAnalysis(solver="eigen", shrinkage=0.05)
+    reference.fit(Z.astype(np.float64), codes)
+    ours, theirs = (Z @ turn)[:, :2], reference.transform(Z)
+    # The same plane, up to how scikit-learn shrinks standardised columns.
+    ours, theirs = (np.linalg.qr(a - a.mean(axis=0))[0] for a in (ours, theirs))
+    assert np.linalg.svd(ours.T @ theirs)[1].min() > 0.95
+
+
+def test_weights_of_rows_and_classes_count():
+    X, y = network_like()
+    wrong = np.random.default_rng(0).random(len(y)) < 0.5
+    given, weight = np.where(wrong, "class 0", y), np.where(wrong, 0.0, 1.0)
+    plain = BoostedTrees(32).fit(X[~wrong], y[~wrong])
+    weighted = BoostedTrees(32).fit(X, given, weight)
+    np.testing.assert_array_equal(weighted.predict(X), plain.predict(X))
+    heavy = BoostedTrees(32, n_rounds=5, class_weight={"class 1": 50.0}).fit(X, y)
+    assert (heavy.predict(X) == "class 1").mean() > (plain.predict(X) == "class 1").mean() + 0.2
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"n_rounds": 0}, {"max_leaf_nodes": 1}, {"engine": "xgboost"}, {"n_components": 0}]
+)
+def test_impossible_parameters_are_refused(wrong):
+    X, y = network_like(60)
+    with pytest.raises(ValueError, match=r"engine|positive"):
+        BoostedTrees(**wrong).fit(X, y)
+
+
+@pytest.mark.parametrize("head", ["boosting", "forest"])
+def test_a_search_keeps_the_best_that_it_tried(head):
+    X, y = network_like()
+    found = HEADS[head].search(X, y, folds_of(y))
+    assert found.score > 0.55
+    assert found.best in found.candidates
+    chosen = found.classes[found.logits.argmax(axis=1)]
+    assert np.mean([(chosen[v] == y[v]).mean() for _, v in folds_of(y)]) == pytest.approx(
+        found.score
+    )
+    again = HEADS[head].search(X, y, folds_of(y))
+    np.testing.assert_array_equal(again.logits, found.logits)
+    new = persistence.load(persistence.dump(found.estimator))
+    np.testing.assert_array_equal(logits(new, X), logits(found.estimator, X))
+
+
+def test_boosting_out_of_fold_is_a_fit_on_the_other_folds(monkeypatch):
+    monkeypatch.setattr("featcache.heads.trees._SIZES", (32,))
+    X, y = network_like()
+    found = HEADS["boosting"].search(X, y, folds_of(y))
+    for train, valid in folds_of(y):
+        fitted = BoostedTrees(32, n_rounds=found.params["rounds"]).fit(X[train], y[train])
+        losses = [
+            log_loss(y[valid], proba)
+            for proba in (
+                fitted.predict_proba(X[valid]),
+                np.exp(found.logits[valid])
+                / np.exp(found.logits[valid]).sum(axis=1, keepdims=True),
+            )
+        ]
+        assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+def test_forests_try_both_kinds():
+    X, y = network_like(200)
+    found = HEADS["forest"].search(X, y, folds_of(y), class_weight="balanced")
+    assert {one.params["splits"] for one in found.candidates} == {"random", "extra"}
+    assert found.params["trees"] == len(found.estimator.estimators_)
+
+
+@pytest.mark.parametrize("head", ["boosting", "forest"])
+def test_views_stay_with_their_image(head):
+    # Random labels, views nearly the same: only a leak could do better than chance.
+    rng = np.random.default_rng(0)
+    X = np.repeat(rng.normal(size=(200, 1, 16)), 3, axis=1).astype(np.float32)
+    X += 1e-3 * rng.normal(size=X.shape).astype(np.float32)
+    y = np.array([f"class {c}" for c in rng.permutation(np.arange(200) % 2)])
+    found = HEADS[head].search(X, y, folds_of(y))
+    assert found.score < 0.65
+    assert logits(found.estimator, X).shape == found.logits.shape == (200, 2)
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_boosting_from_disk_finds_the_same(views):
+    X, y = network_like()
+    if views:
+        X = np.stack([X, X * 0.9], axis=1)
+    inside = HEADS["boosting"].search(X, y, folds_of(y))
+    outside = HEADS["boosting"].search(RowBlocks.of(X), y, folds_of(y), memory=1 << 26)
+    assert outside.params == inside.params
+    np.testing.assert_allclose(outside.logits, inside.logits, atol=1e-4)
+
+
+def test_boosting_with_little_memory_says_that_it_took_a_part():
+    X, y = network_like(3000)
+    found = HEADS["boosting"].search(RowBlocks.of(X), y, folds_of(y), memory=400_000)
+    assert "boosting grew its trees on" in found.notes[0]
+    assert found.score > 0.55
+    assert not np.isnan(found.logits).any()
