@@ -70,6 +70,11 @@ svg { display: block; } svg text { fill: var(--quiet); font-size: 11px; }
   border-color: var(--ink); }
 .few td button, .few td span { min-width: 6.5rem; min-height: 3.6rem; font-size: 1.1rem; }
 .few td span { line-height: 3.6rem; }
+.many td button, .many td span { min-width: 1.6rem; min-height: 1.6rem; line-height: 1.6rem;
+  padding: 0; font-size: .75rem; }
+.matrix.many tbody th { position: sticky; left: 0; background: var(--paper); padding: 0 .4rem; }
+.matrix.many tbody th span { max-width: 14rem; }
+.matrix.many thead th { padding: .3rem 0; }
 button, select, input { font: inherit; color: var(--ink); }
 .plain, select, input[type=search] { background: var(--soft); border: 1px solid var(--line);
   border-radius: 6px; padding: .3rem .7rem; min-height: 2.25rem; max-width: 100%; }
@@ -116,6 +121,7 @@ footer { color: var(--quiet); font-size: .875rem; padding: 1rem 0 3rem; }
   .map { grid-template-columns: minmax(0, 1fr); } #map-plot { height: 24rem; }
   .cards { grid-template-columns: 1fr 1fr; gap: .6rem; } .pairs { grid-template-columns: 1fr; }
   .few td button, .few td span { min-width: 4.6rem; }
+  .matrix.many tbody th span { max-width: 7rem; }
   dl.facts { grid-template-columns: 1fr; } dl.facts dd { margin-bottom: .5rem; } }
 @media print { nav, .top button, .row { display: none; } }
 """
@@ -278,6 +284,7 @@ const drawMatrix = () => {
   $("matrix").className = "wide matrix " + (k > 8 ? "many" : k < 5 ? "few" : "");
   $("matrix").replaceChildren(table);
 };
+if (k > MOST) $("order").value = "errors";
 $("order").addEventListener("change", drawMatrix);
 drawMatrix();
 
