@@ -400,19 +400,27 @@ def train(
 @click.argument("predictor", type=click.Path(path_type=Path))
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html")
+@click.option("--images", help="IMAGES that STORE was extracted from: pictures for the report.")
 @_json
-def evaluate(predictor: Path, store: Path, report: Path | None, as_json: bool) -> None:
+def evaluate(
+    predictor: Path, store: Path, report: Path | None, images: str | None, as_json: bool
+) -> None:
     """Score PREDICTOR on the rows of STORE that it was not trained on."""
     from featcache.evaluation import evaluate as evaluate_predictor
+    from featcache.images import ImageSet
     from featcache.predictor import Predictor
     from featcache.store import FeatureStore
 
     opened = FeatureStore.open(store)
-    evaluation = evaluate_predictor(Predictor.load(predictor), opened)
+    loaded = Predictor.load(predictor)
+    evaluation = evaluate_predictor(loaded, opened)
     if report is not None:
         from featcache.report import write_report
 
-        write_report(evaluation, report)
+        pictures = None if images is None else ImageSet.open(images)
+        write_report(
+            evaluation, report, store=opened, images=pictures, leaderboard=loaded.leaderboard
+        )
     if as_json:
         _print_json(evaluation.to_dict())
     else:

@@ -114,6 +114,9 @@ class FeatureStore:
     """
 
     def __init__(self, sources: Sequence[Source], indices: Sequence[np.ndarray | None]) -> None:
+        # The `featcache.summary.Summary` of the run that gave this store; None where it was opened.
+        # Any: the summary is a matter of extraction, which imports this module.
+        self.extraction: Any = None
         self._sources = list(sources)
         self._indices = list(indices)  # rows of each source; None = all of them in order
         self._columns = {

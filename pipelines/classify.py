@@ -12,19 +12,51 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from featcache.cli import Command
+from featcache.errors import MissingExtra
 from pipelines.study import Study, study_options
 
 
 @click.command(cls=Command)
 @study_options
 @click.option("--head", "heads", multiple=True, help="Left out: linear, svm, rbf-svm, forest.")
-def classify(heads: tuple[str, ...], **options: Any) -> None:
+@click.option("--n-jobs", type=int, default=1, show_default=True)
+def classify(heads: tuple[str, ...], n_jobs: int, **options: Any) -> None:
     """Train and compare heads; keep the best by cross-validation as a predictor."""
     from featcache.training import study as train_study
 
     study = Study(**options)
-    result = train_study([study.store], study.predictor, heads=list(heads), progress=True)
+    result = train_study(
+        [study.store], study.predictor, heads=list(heads), n_jobs=n_jobs, progress=True
+    )
     click.echo(result.to_text())
+    if result.up_to_date and study.leaderboard.exists() and study.report.exists():
+        click.echo(f"leaderboard: {study.leaderboard}\nreport: {study.report}")
+        return
+    study.leaderboard.write_text(result.leaderboard.to_csv(), encoding="utf-8")
+    click.echo(f"leaderboard: {study.leaderboard}")
+    try:
+        write_report(study, result)
+    except MissingExtra as missing:
+        click.echo(f"report: not written. {missing}", err=True)
+    else:
+        click.echo(f"report: {study.report}")
+
+
+def write_report(study: Study, result: Any) -> None:
+    """Write the page that shows the held-out part."""
+    from featcache.evaluation import evaluate
+    from featcache.report import write_report as write_page
+    from featcache.store import FeatureStore
+
+    store = FeatureStore.open(study.store)
+    write_page(
+        evaluate(result.predictor, store),
+        study.report,
+        store=store,
+        images=study.image_set(),
+        leaderboard=result.leaderboard,
+        title=study.name,
+    )
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ class Study:
         return self.out / f"{self.name}.featcache"
 
     @property
+    def leaderboard(self) -> Path:
+        """The comparison of the heads, as CSV."""
+        return self.out / f"{self.name}-leaderboard.csv"
+
+    @property
     def report(self) -> Path:
         """The page that shows the results."""
         return self.out / f"{self.name}.html"
