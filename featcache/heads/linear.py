@@ -338,17 +338,19 @@ def _validate(
 ) -> Iterator[np.ndarray]:
     settings, _, k, d = Wg.shape
     total = np.zeros((settings, k, design.n), dtype=np.float32)
-    for block, X in design.blocks(settings * k):
+    for block, raw in design.blocks(settings * k):
+        X = design.standardised(raw)
         for fold in np.flatnonzero(valid[:, block].any(axis=1)).tolist():
             scores = product(Wg[:, fold].reshape(-1, d), X.T).reshape(settings, k, -1)
-            total[:, :, block] += (scores + offset[:, fold]).numpy() * valid[fold, block]
+            values = scores.numpy() + offset[:, fold].numpy()
+            total[:, :, block] += values * valid[fold, block]
     count = valid.sum(axis=0)
     total[:, :, count == 0] = np.nan
     total /= np.maximum(count, 1).astype(np.float32)
     for one in total:
-        values = np.empty((design.n, k), dtype=np.float32)
-        values[design.order] = one.T
-        mean: np.ndarray = values.reshape(len(rows.codes), rows.views, k).mean(axis=1)
+        ordered = np.empty((design.n, k), dtype=np.float32)
+        ordered[design.order] = one.T
+        mean: np.ndarray = ordered.reshape(len(rows.codes), rows.views, k).mean(axis=1)
         yield np.concatenate([-mean / 2, mean / 2], axis=1) if k == 1 else mean
 
 

@@ -146,14 +146,15 @@ def _sums(design: Design, classes: int) -> list[_Sums]:
     d, codes = design.d, design.codes.numpy()
     if not shared:
         folds = [_Sums.zero(d, k) for _ in weights]
-        for rows, X in design.blocks(d):
-            T = _targets(codes[rows], k)
+        for rows, block in design.blocks(d):
+            X, T = design.standardised(block), _targets(codes[rows], k)
             for one, weight in zip(folds, weights, strict=True):
                 one.add(X.numpy(), T, weight[rows])
         return folds
     keys, pattern = np.unique(np.packbits(used, axis=0).T, axis=0, return_inverse=True)
     parts = [_Sums.zero(d, k) for _ in keys]
-    for rows, X in design.blocks(d):
+    for rows, block in design.blocks(d):
+        X = design.standardised(block)
         T, inside = _targets(codes[rows], k), pattern[rows]
         for number in np.unique(inside).tolist():
             some = inside == number

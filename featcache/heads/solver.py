@@ -28,19 +28,24 @@ factor of about two, and is what `tol` is compared with.
 Scores are (problems, classes, rows): the rows are innermost, so that the softmax runs along
 contiguous memory and finished problems are dropped by a plain slice. Matrix products go through
 numpy, whose OpenBLAS was measured at twice the speed of torch's MKL on AMD processors and at the
-same on Intel's; everything else through torch, whose element-wise kernels use all cores.
+same on Intel's; everything else through torch. Threads work on blocks, not inside operations
+(see `Workers`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, TypeAlias
+from functools import cached_property, partial
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from featcache.heads.blocks import RowBlocks
@@ -48,10 +53,11 @@ from featcache.heads.blocks import RowBlocks
 Loss: TypeAlias = Literal["softmax", "logistic", "squared_hinge"]
 Transform: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
-_CELLS = 1 << 21  # scores computed at a time: 8 MB, which stays in the last-level cache
+_CELLS = 1 << 20  # scores that a thread computes at a time: 4 MB
 _RANK = 256  # directions in which the preconditioner knows the covariance
 _SAMPLE = 4096  # rows that the preconditioner is computed from
-_PAIRS = 8  # history of L-BFGS
+_PAIRS = 6  # history of L-BFGS
+_FLUSH = 16  # blocks that are summed in float32 before they go to a float64 sum
 _ARMIJO = 1e-4
 _NOISE = 3e-7  # relative error of an objective that is computed from float32 scores
 _CONSTANT = 1e-12  # a column with less variance than this, in units of its overall one, is constant
@@ -60,6 +66,51 @@ _CONSTANT = 1e-12  # a column with less variance than this, in units of its over
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return the matrix product of float32 CPU tensors (the module says why through numpy)."""
     return torch.from_numpy(a.numpy() @ b.numpy())
+
+
+class Workers:
+    """Threads that each work on a block of their own, without threads inside.
+
+    The products come from one library and the element-wise operations from another. Left alone,
+    each keeps a pool of threads that wait by spinning, on the cores that the other one's need:
+    that took up to six times the processor time on a busy machine of two cores. Results come in
+    the order of the blocks, so that sums have the same bits whatever the number of threads.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor | None, count: int) -> None:
+        self._pool = pool
+        self.count = count
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls) -> Iterator[Workers]:
+        """Start as many threads as torch would use; stop the libraries' own meanwhile."""
+        count = torch.get_num_threads()
+        with threadpool_limits(1, user_api="blas"):
+            torch.set_num_threads(1)
+            try:
+                if count == 1:
+                    yield cls(None, 1)
+                else:
+                    one = partial(torch.set_num_threads, 1)
+                    with ThreadPoolExecutor(count, "featcache-solver", one) as pool:
+                        yield cls(pool, count)
+            finally:
+                torch.set_num_threads(count)
+
+    def in_order(self, jobs: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+        """Run jobs, few at a time ahead of the one whose result is yielded."""
+        if self._pool is None:
+            for job in jobs:
+                yield job()
+            return
+        running: deque[Future[Any]] = deque()
+        for job in jobs:
+            running.append(self._pool.submit(job))
+            if len(running) > self.count:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 @dataclass(frozen=True)
@@ -172,19 +223,24 @@ class Design:
         basis, spectrum, rest = _principal(self.sample)
         return torch.from_numpy(basis), torch.from_numpy(spectrum), rest
 
-    def blocks(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, standardised block), sized for scores of `columns` columns."""
+    def blocks(self, columns: int) -> Iterator[tuple[slice, Tensor | np.ndarray]]:
+        """Yield (rows, block for `standardised`), sized for scores of `columns` columns."""
         size = int(np.clip(_CELLS // columns, 256, 4096))
         if isinstance(self.source, Tensor):
             for start, stop in _cut(self.edges, size):
                 yield slice(start, stop), self.source[start:stop]
             return
-        centre, scale = self.centre.astype(np.float32), self.scale.astype(np.float32)
         for images, block in self.source.blocks(size):
-            treated = block if self.transform is None else self.transform(block)
-            standard = treated - centre
-            standard /= scale
-            yield self.source.rows_of(images), torch.from_numpy(standard)
+            yield self.source.rows_of(images), block
+
+    def standardised(self, block: Tensor | np.ndarray) -> Tensor:
+        """Return a block of `blocks` in the design's coordinates."""
+        if isinstance(block, Tensor):
+            return block
+        treated = block if self.transform is None else self.transform(block)
+        standard = treated - self.centre.astype(np.float32)
+        standard /= self.scale.astype(np.float32)
+        return torch.from_numpy(standard)
 
 
 def _cut(edges: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
@@ -301,7 +357,20 @@ class Problems:
     positive: Tensor | None = None
     penalise_intercept: bool = False
 
-    def select(self, keep: Tensor) -> Problems:
+    @classmethod
+    def join(cls, some: Sequence[Problems]) -> Problems:
+        """Put problems with the same loss behind each other."""
+        first = some[0]
+        positive = [one.positive for one in some if one.positive is not None]
+        return cls(
+            first.loss,
+            torch.cat([one.C for one in some]),
+            torch.cat([one.fold for one in some]),
+            torch.cat(positive) if positive else None,
+            first.penalise_intercept,
+        )
+
+    def select(self, keep: Tensor | slice) -> Problems:
         """Return the problems numbered `keep`."""
         positive = None if self.positive is None else self.positive[keep]
         return Problems(self.loss, self.C[keep], self.fold[keep], positive, self.penalise_intercept)
@@ -316,7 +385,7 @@ class _Value:
     Gb: Tensor  # (p, k, 1)
     curvature: Tensor  # (p, k, 1)
 
-    def take(self, keep: Tensor) -> _Value:
+    def take(self, keep: Tensor | slice) -> _Value:
         return _Value(self.f[keep], self.G[keep], self.Gb[keep], self.curvature[keep])
 
     def merge(self, accepted: Tensor, other: _Value) -> _Value:
@@ -328,15 +397,23 @@ class _Value:
         )
 
 
+def _thin(L: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Return every few columns, about 256: curvature only has to be known roughly."""
+    step = max(1, L.shape[-1] // 256)
+    return tuple(one[..., ::step] for one in (L, *others))
+
+
 def _softmax(L: Tensor, codes: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (p, 1), residual (p, k, r) and curvature (p, k) of scores (p, k, r)."""
     L = torch.log_softmax(L, dim=1)
     truth = codes.expand(len(L), 1, -1)
     loss = -(L.gather(1, truth) * s).sum(dim=2, dtype=torch.float64)
     P = L.exp_()
-    R = P * s
-    curvature = R.sum(dim=2) - (R * P).sum(dim=2)
-    return loss, R.scatter_add_(1, truth, -s), curvature
+    few, weight = _thin(P, s)
+    share = s.sum(dim=2) / weight.sum(dim=2).clamp(min=1e-30)
+    curvature = (few * (1 - few) * weight).sum(dim=2) * share
+    P *= s
+    return loss, P.scatter_add_(1, truth, -s), curvature
 
 
 def _signed(L: Tensor, codes: Tensor, s: Tensor, positive: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -356,11 +433,11 @@ def _logistic(
     L: Tensor, codes: Tensor, s: Tensor, positive: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     target, s = _signed(L, codes, s, positive)
-    margin = L * target
+    margin = L.mul_(target)
     loss = (torch.nn.functional.softplus(-margin) * s).sum(dim=2, dtype=torch.float64)
-    P = torch.sigmoid(-margin)
+    P = margin.neg_().sigmoid_()
     R = P * s
-    curvature = R.sum(dim=2) - (R * P).sum(dim=2)
+    curvature = (R * (1 - P)).sum(dim=2)
     return loss, R.mul_(-target), curvature
 
 
@@ -368,46 +445,99 @@ def _squared_hinge(
     L: Tensor, codes: Tensor, s: Tensor, positive: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     target, s = _signed(L, codes, s, positive)
-    slack = (1 - L * target).clamp_(min=0)
+    slack = L.mul_(target).neg_().add_(1).clamp_(min=0)
     R = slack * s
     loss = (R * slack).sum(dim=2, dtype=torch.float64)
     curvature = 2 * ((slack > 0) * s).sum(dim=2)
     return loss, R.mul_(-2 * target), curvature
 
 
-def evaluate(design: Design, problems: Problems, W: Tensor, b: Tensor) -> _Value:
+class _Part:
+    """The problems that train on the same rows, and the sums over those rows."""
+
+    def __init__(
+        self, design: Design, problems: Problems, used: Tensor, Wg: Tensor, offset: Tensor
+    ) -> None:
+        self.used = used.nonzero()[:, 0]
+        every = len(self.used) == len(Wg)
+        own = problems if every else problems.select(self.used)
+        self.problems = own
+        self._Wg = (Wg if every else Wg[self.used]).reshape(-1, design.d)
+        self._offset = offset if every else offset[self.used]
+        p, k = self._offset.shape[:2]
+        self.loss = torch.zeros((p, 1 if own.loss == "softmax" else k), dtype=torch.float64)
+        self.curvature = torch.zeros((p, k), dtype=torch.float64)
+        self.Gs = torch.zeros((p, k, 1), dtype=torch.float64)
+        self.Gx = torch.zeros_like(self._Wg)
+        self._exact: Tensor | None = None
+        self._added = 0
+
+    def sums(self, X: Tensor, codes: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """Return the sums over a block of rows (r, d), given its weights (folds, r)."""
+        p, k = self.curvature.shape
+        L = product(self._Wg, X.T).reshape(p, k, -1)
+        L += self._offset
+        s = weights[self.problems.fold][:, None]
+        if self.problems.loss == "softmax":
+            loss, R, curvature = _softmax(L, codes, s)
+        else:
+            rule = _logistic if self.problems.loss == "logistic" else _squared_hinge
+            loss, R, curvature = rule(L, codes, s, self.problems.positive)
+        flat = R.reshape(p * k, -1)
+        return loss, curvature, R.sum(dim=2, keepdim=True), product(flat, X)
+
+    def add(self, loss: Tensor, curvature: Tensor, Gs: Tensor, Gx: Tensor) -> None:
+        """Add the sums over a block."""
+        self.loss += loss
+        self.curvature += curvature
+        self.Gs += Gs
+        self.Gx += Gx
+        self._added += 1
+        if self._added == _FLUSH:
+            # Many small terms on a large sum would lose their digits in float32.
+            self._exact = self.Gx.double() if self._exact is None else self._exact + self.Gx
+            self.Gx.zero_()
+            self._added = 0
+
+    def gradient(self) -> Tensor:
+        """Return the sums of residual times row, (p, k, d)."""
+        total = self.Gx if self._exact is None else (self._exact + self.Gx).float()
+        return total.view(*self.curvature.shape, -1)
+
+
+def evaluate(design: Design, problems: Problems, W: Tensor, b: Tensor, workers: Workers) -> _Value:
     """Return objectives and gradients of all `problems`, in one pass over the rows."""
-    p, k, d = W.shape
+    p, k, _ = W.shape
     ratios, means = design.ratios[problems.fold][:, None], design.means[problems.fold][:, None]
     Wg = W * ratios
     offset = b - (Wg * means).sum(dim=2, keepdim=True)
+    parts: dict[tuple[bool, ...], _Part] = {}
+
+    def jobs() -> Iterator[Callable[[], tuple[_Part, tuple[Tensor, ...]]]]:
+        for rows, block in design.blocks(p * k):
+            weights = design.weights[:, rows]
+            used = (weights > 0).any(dim=1)[problems.fold]
+            if not used.any():
+                continue
+            key = tuple(used.tolist())
+            if key not in parts:
+                parts[key] = _Part(design, problems, used, Wg, offset)
+            yield partial(_job, design, parts[key], block, design.codes[rows], weights)
+
+    for part, sums in workers.in_order(jobs()):
+        part.add(*sums)
     loss = torch.zeros((p, 1 if problems.loss == "softmax" else k), dtype=torch.float64)
     curvature = torch.zeros((p, k), dtype=torch.float64)
-    Gx = torch.zeros((p, k, d), dtype=torch.float64)
-    Gs = torch.zeros((p, k, 1), dtype=torch.float64)
-    for rows, X in design.blocks(p * k):
-        s_all = design.weights[:, rows]
-        used = (s_all > 0).any(dim=1)[problems.fold].nonzero()[:, 0]
-        if not len(used):
-            continue
-        every = len(used) == p
-        part = Wg if every else Wg[used]
-        L = product(part.reshape(-1, d), X.T).reshape(len(used), k, -1)
-        L += offset if every else offset[used]
-        codes, s = design.codes[rows], s_all[problems.fold[used]][:, None]
-        if problems.loss == "softmax":
-            one, R, bend = _softmax(L, codes, s)
-        else:
-            positive = None if problems.positive is None else problems.positive[used]
-            rule = _logistic if problems.loss == "logistic" else _squared_hinge
-            one, R, bend = rule(L, codes, s, positive)
-        loss[used] += one
-        curvature[used] += bend
-        Gs[used] += R.sum(dim=2, keepdim=True)
-        Gx[used] += product(R.reshape(-1, R.shape[2]), X).reshape(len(used), k, d)
+    Gx, Gs = torch.zeros_like(W), torch.zeros((p, k, 1), dtype=torch.float64)
+    for part in parts.values():
+        loss[part.used] += part.loss
+        curvature[part.used] += part.curvature
+        Gs[part.used] += part.Gs
+        Gx[part.used] += part.gradient()
     C = problems.C
-    G = (C * ratios * (Gx - Gs * means)).float() + W
-    Gb = C * Gs.float()
+    Gb = Gs.float()
+    G = Gx.addcmul_(Gb, means, value=-1).mul_(ratios).mul_(C).add_(W)
+    Gb *= C
     size = W.square().sum(dim=2, keepdim=True, dtype=torch.float64)
     if problems.penalise_intercept:
         Gb += b
@@ -415,6 +545,12 @@ def evaluate(design: Design, problems: Problems, W: Tensor, b: Tensor) -> _Value
     if problems.loss == "softmax":
         size = size.sum(dim=1, keepdim=True)
     return _Value(C * loss[:, :, None] + size / 2, G, Gb, C * curvature[:, :, None].float())
+
+
+def _job(
+    design: Design, part: _Part, block: Tensor | np.ndarray, codes: Tensor, weights: Tensor
+) -> tuple[_Part, tuple[Tensor, ...]]:
+    return part, part.sums(design.standardised(block), codes, weights)
 
 
 class _Preconditioner:
@@ -466,7 +602,7 @@ class _State:
 
 def _dot(problems: Problems, A: Tensor, Ab: Tensor, B: Tensor, Bb: Tensor) -> Tensor:
     """Inner product of each problem: over classes and columns, or over columns alone."""
-    inner = (A * B).sum(dim=2, keepdim=True) + Ab * Bb
+    inner: Tensor = torch.linalg.vecdot(A, B)[:, :, None] + Ab * Bb
     return inner.sum(dim=1, keepdim=True) if problems.loss == "softmax" else inner
 
 
@@ -478,8 +614,8 @@ def _direction(design: Design, state: _State) -> tuple[Tensor, Tensor, Tensor]:
     steps = []
     for S, Sb, Y, Yb, rho in reversed(state.pairs):
         a = rho * _dot(problems, S, Sb, Q, Qb)
-        Q -= a * Y
-        Qb -= a * Yb
+        Q.addcmul_(a, Y, value=-1)
+        Qb.addcmul_(a, Yb, value=-1)
         steps.append(a)
     Q, Qb = precondition(Q, Qb)
     if state.pairs:
@@ -490,35 +626,44 @@ def _direction(design: Design, state: _State) -> tuple[Tensor, Tensor, Tensor]:
         Qb *= scaled
     for (S, Sb, Y, Yb, rho), a in zip(state.pairs, reversed(steps), strict=True):
         change = a - rho * _dot(problems, Y, Yb, Q, Qb)
-        Q += change * S
-        Qb += change * Sb
+        Q.addcmul_(change, S)
+        Qb.addcmul_(change, Sb)
     return -Q, -Qb, -_dot(problems, Q, Qb, value.G, value.Gb).double()
 
 
-def _advance(design: Design, state: _State) -> None:
-    """Try the current step of every problem; move where the objective falls enough."""
-    problems, value = state.problems, state.value
+def _trial(state: _State) -> tuple[Tensor, Tensor]:
+    """Return the points that the current steps lead to."""
     step = state.step.float()
-    W, b = state.W + step * state.D, state.b + step * state.Db
-    tried = evaluate(design, problems, W, b)
+    return torch.addcmul(state.W, step, state.D), torch.addcmul(state.b, step, state.Db)
+
+
+def _advance(design: Design, state: _State, W: Tensor, b: Tensor, tried: _Value) -> _State:
+    """Move the problems whose objective fell enough, shorten the steps of the others."""
+    problems, value = state.problems, state.value
     wanted = value.f + _ARMIJO * state.step * state.slope + _NOISE * value.f.abs()
     accepted = tried.f <= wanted
-    S, Sb = torch.where(accepted, W - state.W, 0.0), torch.where(accepted, b - state.b, 0.0)
+    S, Sb = (W - state.W).mul_(accepted), (b - state.b).mul_(accepted)
     Y, Yb = tried.G - value.G, tried.Gb - value.Gb
     bent = _dot(problems, S, Sb, Y, Yb)
     # A problem that did not move, or moved within rounding, leaves an empty pair.
     rho = torch.where(bent > 0, 1 / bent.clamp(min=1e-30), torch.zeros(()))
     state.pairs = [*state.pairs, (S, Sb, Y, Yb, rho)][-_PAIRS:]
-    state.W, state.b = torch.where(accepted, W, state.W), torch.where(accepted, b, state.b)
     # Minimum of the parabola through the value and slope at 0 and the value tried.
     rise = (tried.f - value.f - state.step * state.slope).clamp(min=1e-300)
     shorter = (-state.slope * state.step**2 / (2 * rise)).clamp(0.1 * state.step, 0.5 * state.step)
+    if accepted.all():
+        state.W, state.b, state.value = W, b, tried
+        state.D, state.Db, state.slope = _direction(design, state)
+        state.step = torch.ones_like(shorter)
+        return state
+    state.W, state.b = torch.where(accepted, W, state.W), torch.where(accepted, b, state.b)
     state.value = value.merge(accepted, tried)
     D, Db, slope = _direction(design, state)
     state.D = torch.where(accepted, D, state.D)
     state.Db = torch.where(accepted, Db, state.Db)
     state.slope = torch.where(accepted, slope, state.slope)
     state.step = torch.where(accepted, torch.ones_like(shorter), shorter)
+    return state
 
 
 @dataclass(frozen=True)
@@ -542,6 +687,12 @@ class Solution:
     objective: np.ndarray
     passes: np.ndarray
     converged: np.ndarray
+
+    def keep(self, state: _State, done: Tensor) -> None:
+        """Take over where the problems marked in `done` are."""
+        numbers = state.numbers[done]
+        self.W[numbers], self.b[numbers] = state.W[done], state.b[done]
+        self.objective[numbers] = state.value.f[done, :, 0].numpy()
 
 
 def minimise(
@@ -569,31 +720,77 @@ def minimise(
     max_iter : int
         Passes over the rows at most.
     """
-    value = evaluate(design, problems, W, b)
-    ones = torch.ones_like(value.f)
-    numbers = torch.arange(len(W))
-    state = _State(numbers, problems, W, b, value, W, b, -ones, ones, [])
-    state.D, state.Db, state.slope = _direction(design, state)
-    out_W, out_b, objective = W.clone(), b.clone(), value.f.clone()
-    passes = np.full(len(W), max_iter)
-    converged = np.zeros(len(W), dtype=bool)
+    with Workers.start() as workers:
+        return _minimise(design, problems, W, b, tol, max_iter, workers)
+
+
+def _minimise(
+    design: Design,
+    problems: Problems,
+    W: Tensor,
+    b: Tensor,
+    tol: float,
+    max_iter: int,
+    workers: Workers,
+) -> Solution:
+    value = evaluate(design, problems, W, b, workers)
+    states = _split(problems, W, b, value, workers.count)
+    for state in states:
+        state.D, state.Db, state.slope = _direction(design, state)
+    solution = Solution(
+        W.clone(),
+        b.clone(),
+        value.f[:, :, 0].numpy().copy(),
+        np.full(len(W), max_iter),
+        np.zeros(len(W), dtype=bool),
+    )
     for iteration in range(1, max_iter + 1):
-        close = -state.slope / 2 <= tol * state.value.f.abs()
-        stuck = state.step < 1e-6  # rounding hides any further progress
-        done = (close | stuck).all(dim=2).all(dim=1)
-        if done.any() or iteration == max_iter:
-            over = state.numbers if iteration == max_iter else state.numbers[done]
-            leaving = slice(None) if iteration == max_iter else done
-            out_W[over], out_b[over] = state.W[leaving], state.b[leaving]
-            objective[over] = state.value.f[leaving]
-            passes[state.numbers[done]] = iteration
-            converged[state.numbers[done]] = True
-            keep = (~done).nonzero()[:, 0]
-            if not len(keep) or iteration == max_iter:
-                break
-            state = state.take(keep)
-        _advance(design, state)
-    return Solution(out_W, out_b, objective[:, :, 0].numpy(), passes, converged)
+        states = [rest for state in states if (rest := _retire(state, solution, tol, iteration))]
+        if not states or iteration == max_iter:
+            break
+        trials = [_trial(state) for state in states]
+        W = torch.cat([trial for trial, _ in trials])
+        b = torch.cat([trial for _, trial in trials])
+        everything = Problems.join([state.problems for state in states])
+        tried = evaluate(design, everything, W, b, workers)
+        ends = np.cumsum([len(state.numbers) for state in states]).tolist()
+        own = [
+            slice(end - len(state.numbers), end) for end, state in zip(ends, states, strict=True)
+        ]
+        states = list(
+            workers.in_order(
+                partial(_advance, design, state, W[rows], b[rows], tried.take(rows))
+                for rows, state in zip(own, states, strict=True)
+            )
+        )
+    for state in states:
+        solution.keep(state, torch.ones(len(state.numbers), dtype=torch.bool))
+    return solution
+
+
+def _split(problems: Problems, W: Tensor, b: Tensor, value: _Value, count: int) -> list[_State]:
+    """Deal the problems out to `count` states, which advance independently."""
+    states = []
+    for numbers in torch.arange(len(W)).chunk(count):
+        some = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        mine, own = problems.select(some), value.take(some)
+        unset = torch.ones_like(own.f)
+        states.append(_State(numbers, mine, W[some], b[some], own, W, b, unset, unset, []))
+    return states
+
+
+def _retire(state: _State, solution: Solution, tol: float, iteration: int) -> _State | None:
+    """Write finished problems to `solution` and return the others."""
+    close = -state.slope / 2 <= tol * state.value.f.abs()
+    stuck = state.step < 1e-6  # rounding hides any further progress
+    done = (close | stuck).all(dim=2).all(dim=1)
+    if not done.any():
+        return state
+    solution.keep(state, done)
+    solution.passes[state.numbers[done]] = iteration
+    solution.converged[state.numbers[done]] = True
+    left = (~done).nonzero()[:, 0]
+    return state.take(left) if len(left) else None
 
 
 def unstandardise(design: Design, fold: int, W: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
