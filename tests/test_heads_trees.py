@@ -60,7 +60,12 @@ def test_arrays_predict_what_the_engine_predicts(engine, classes):
     codes = np.unique(y, return_inverse=True)[1]
     if engine == "sklearn":
         own = HistGradientBoostingClassifier(
-            learning_rate=0.15, max_iter=7, max_leaf_nodes=8, min_samples_leaf=10, max_bins=63
+            learning_rate=0.15,
+            max_iter=7,
+            max_leaf_nodes=8,
+            min_samples_leaf=10,
+            max_bins=63,
+            l2_regularization=5.0,
         ).fit(Z, codes)
         expected = own.predict_proba(Z_new)
     else:
@@ -68,7 +73,13 @@ def test_arrays_predict_what_the_engine_predicts(engine, classes):
         params = {"objective": "multiclass", "num_class": 3, "learning_rate": 0.15}
         if classes == 2:
             params = {"objective": "binary", "learning_rate": 0.15}
-        params |= {"num_leaves": 8, "min_data_in_leaf": 10, "max_bin": 63, "verbosity": -1}
+        params |= {
+            "num_leaves": 8,
+            "min_data_in_leaf": 10,
+            "max_bin": 63,
+            "verbosity": -1,
+            "lambda_l2": 5.0,
+        }
         params |= {"num_threads": 1, "deterministic": True, "force_col_wise": True}
         data = lightgbm.Dataset(Z, codes, params=params)
         expected = lightgbm.train(params, data, 7).predict(Z_new)
@@ -83,6 +94,13 @@ def test_it_learns_curved_boundaries():
     y = (X[:, 0] * X[:, 1] > 0).astype(int)
     fitted = BoostedTrees(max_leaf_nodes=16).fit(X[:800], y[:800])
     assert (fitted.predict(X[800:]) == y[800:]).mean() > 0.85
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_many_classes_do_not_diverge(engine):
+    X, y = features(2000, 64, 50, rank=16, separation=12.0)
+    fitted = BoostedTrees(64, n_rounds=20, engine=engine).fit(X[:1500], y[:1500])
+    assert fitted.score(X[1500:], y[1500:]) > 0.4
 
 
 def test_discriminants_are_fishers():
