@@ -21,6 +21,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import Tensor, nn
 
 from featcache.errors import PredictorError
+from featcache.heads.mlp import MLP
 from featcache.heads.treatment import SignedPower
 from featcache.taps import ResolvedTap, Tapped, _Stop
 
@@ -167,7 +168,7 @@ def head_layers(predictor: Predictor) -> nn.Sequential:
             modules += [*map_.flush(), UnitLength()]
         elif isinstance(step, SignedPower):
             modules += [*map_.flush(), Power(step.exponent)]
-        elif step is steps[-1] and hasattr(step, "coefs_"):
+        elif step is steps[-1] and isinstance(step, MLP):
             modules += _perceptron(step, map_, predictor.temperature)
         elif step is steps[-1] and hasattr(step, "coef_") and hasattr(step, "intercept_"):
             weight, bias = _both_classes(step.coef_, step.intercept_)
@@ -184,18 +185,14 @@ def _steps(estimator: Any) -> list[Any]:
     return [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
 
 
-def _perceptron(step: Any, map_: _Affine, temperature: float) -> list[nn.Module]:
-    """Return the layers of a multilayer perceptron, but for the last, which `map_` keeps."""
+def _perceptron(step: MLP, map_: _Affine, temperature: float) -> list[nn.Module]:
+    """Return the layers of a perceptron but for the last, which `map_` keeps: weights (out, in)."""
     modules: list[nn.Module] = []
-    last = len(step.coefs_) - 1
-    for i, (weight, bias) in enumerate(zip(step.coefs_, step.intercepts_, strict=True)):
-        weight, bias = np.asarray(weight, np.float64).T, np.asarray(bias, np.float64)
-        if i == last:
-            weight, bias = _both_classes(weight, bias)
-            map_.matrix(weight / temperature, bias / temperature)
-        else:
-            map_.matrix(weight, bias)
-            modules += [*map_.flush(), nn.ReLU()]
+    *hidden, (weight, bias) = step.layers()
+    for inner in hidden:
+        map_.matrix(*inner)
+        modules += [*map_.flush(), nn.ReLU()]
+    map_.matrix(weight / temperature, bias / temperature)
     return modules
 
 

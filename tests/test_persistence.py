@@ -14,7 +14,6 @@ import skops.io
 from sklearn.decomposition import PCA
 from sklearn.ensemble import (
     ExtraTreesClassifier,
-    HistGradientBoostingClassifier,
     RandomForestClassifier,
 )
 from sklearn.gaussian_process import GaussianProcessClassifier
@@ -26,10 +25,16 @@ from sklearn.svm import SVC, LinearSVC
 
 from featcache import persistence
 from featcache.errors import PredictorError
+from featcache.heads import HEADS as HEAD_KINDS
+from featcache.heads import logits
 from featcache.heads.linear import LinearClassifier
+from featcache.heads.mlp import MLP
 from featcache.heads.neighbors import CosineNeighbors
+from featcache.heads.ridge import Ridge
 from featcache.heads.svm import LinearSVM
 from featcache.heads.treatment import SignedPower
+from featcache.heads.trees import BoostedTrees
+from featcache.splitting import folds
 
 Members = dict[str, bytes]
 
@@ -55,9 +60,11 @@ HEADS: dict[str, Callable[[], Any]] = {
     "ridge": RidgeClassifier,
     "forest": lambda: RandomForestClassifier(5, n_jobs=2, random_state=0),
     "extra": lambda: ExtraTreesClassifier(5, random_state=0),
-    "boosting": lambda: HistGradientBoostingClassifier(max_iter=4, random_state=0),
+    "boosting": lambda: BoostedTrees(n_rounds=4, min_samples_leaf=3, engine="sklearn"),
     "own-linear": lambda: make_pipeline(SignedPower(), LinearClassifier()),
     "own-svm": lambda: LinearSVM(class_weight="balanced"),
+    "own-ridge": Ridge,
+    "own-mlp": lambda: MLP(hidden=5, max_epochs=3),
     "own-neighbours": lambda: CosineNeighbors(5),
 }
 
@@ -139,6 +146,14 @@ def test_the_file_is_plain_skops(files: dict[str, bytes]) -> None:
     back = skops.io.loads(files["forest"], trusted=["sklearn.tree._tree.Tree"])
     X, _ = data()
     np.testing.assert_array_equal(scores(back, X), scores(persistence.load(files["forest"]), X))
+
+
+@pytest.mark.parametrize("name", HEAD_KINDS)
+def test_whatever_a_search_finds_can_be_kept(name: str) -> None:
+    X, y = data()
+    found = HEAD_KINDS[name].search(X, y, folds(y, cv=2))
+    back = persistence.load(persistence.dump(found.estimator))
+    np.testing.assert_array_equal(logits(back, X), logits(found.estimator, X))
 
 
 def test_types_that_are_not_on_the_list_are_refused_when_saving() -> None:
@@ -255,6 +270,47 @@ def test_a_tree_of_another_size_is_refused(files: dict[str, bytes], index: int, 
         persistence.load(edited(files["forest"], put))
 
 
+@pytest.mark.parametrize("count", [0, 10**6, -1, "3", None])
+def test_a_tree_that_claims_more_nodes_is_refused(files: dict[str, bytes], count: Any) -> None:
+    def put(schema: dict[str, Any], members: Members) -> None:
+        tree = next(n for n in nodes_of(schema) if n["__loader__"] == "TreeNode")
+        tree["content"]["content"]["node_count"]["content"] = json.dumps(count)
+
+    with pytest.raises(PredictorError, match="a tree's node count"):
+        persistence.load(edited(files["forest"], put))
+
+
+def test_a_tree_of_several_class_counts_is_refused(files: dict[str, bytes]) -> None:
+    def put(schema: dict[str, Any], members: Members) -> None:
+        tree = next(n for n in nodes_of(schema) if n["__loader__"] == "TreeNode")
+        change(members, tree["__reduce__"]["args"]["content"][1], lambda n: np.repeat(n, 3))
+
+    with pytest.raises(PredictorError, match="a tree's classes"):
+        persistence.load(edited(files["forest"], put))
+
+
+@pytest.mark.parametrize("kind", ["forest", "tree"])
+def test_a_tree_gets_as_many_features_as_it_splits_on(files: dict[str, bytes], kind: str) -> None:
+    def put(schema: dict[str, Any], members: Members) -> None:
+        # What scikit-learn checks the width of X against, before compiled code trusts it.
+        name = {"forest": "RandomForestClassifier", "tree": "DecisionTreeClassifier"}[kind]
+        found = [n for n in nodes_of(schema) if n["__class__"] == name]
+        content = next(n for n in found if "n_features_in_" in n["content"]["content"])
+        content["content"]["content"]["n_features_in_"]["content"] = "2"
+
+    with pytest.raises(PredictorError, match="a tree's number of features"):
+        persistence.load(edited(files["forest"], put))
+
+
+@pytest.mark.parametrize("kernel", ['"precomputed"', '"other"', "null"])
+def test_an_svm_of_another_kernel_is_refused(files: dict[str, bytes], kernel: str) -> None:
+    def put(schema: dict[str, Any], members: Members) -> None:
+        state_of(schema, "SVC")["kernel"]["content"] = kernel
+
+    with pytest.raises(PredictorError, match="an SVM's kernel"):
+        persistence.load(edited(files["svc"], put))
+
+
 def test_a_tree_of_another_number_of_classes_is_refused(files: dict[str, bytes]) -> None:
     def put(schema: dict[str, Any], members: Members) -> None:
         tree = next(n for n in nodes_of(schema) if n["__loader__"] == "TreeNode")
@@ -265,21 +321,28 @@ def test_a_tree_of_another_number_of_classes_is_refused(files: dict[str, bytes])
         persistence.load(edited(files["forest"], put))
 
 
-BOOSTING_EDITS: dict[str, Callable[[np.ndarray], Any]] = {
-    "child does not exist": lambda nodes: nodes["right"].__setitem__(0, len(nodes)),
-    "child is itself": lambda nodes: nodes["left"].__setitem__(0, 0),
-    "feature does not exist": lambda nodes: nodes["feature_idx"].__setitem__(0, 6),
-    "feature is negative": lambda nodes: nodes["feature_idx"].__setitem__(0, -1),
-    "categories": lambda nodes: nodes["is_categorical"].__setitem__(0, 1),
-    "no nodes": lambda nodes: nodes[:0].copy(),
-    "walk without end": lambda nodes: nodes["is_leaf"].__setitem__(slice(None), 0),
+BOOSTING_EDITS: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
+    "child does not exist": ("right_", lambda a: a.__setitem__(0, len(a))),
+    "child is negative": ("left_", lambda a: a.__setitem__(0, -1)),
+    "child stands before": ("left_", lambda a: a.__setitem__(5, 0)),
+    "half a leaf": ("left_", lambda a: a.__setitem__(slice(None), np.arange(len(a)))),
+    "component does not exist": ("feature_", lambda a: a.__setitem__(0, 99)),
+    "component is negative": ("feature_", lambda a: a.__setitem__(0, -1)),
+    "root does not exist": ("roots_", lambda a: a + 10**6),
+    "root is negative": ("roots_", lambda a: a.__setitem__((0, 0), -1)),
+    "fewer thresholds": ("threshold_", lambda a: a[:-1].copy()),
+    "fewer values": ("value_", lambda a: a[:-1].copy()),
+    "fewer children": ("left_", lambda a: a[:-1].copy()),
+    "children are numbers": ("right_", lambda a: a.astype(float)),
 }
 
 
 @pytest.mark.parametrize("what", BOOSTING_EDITS)
 def test_a_broken_boosting_is_refused(files: dict[str, bytes], what: str) -> None:
+    name, edit = BOOSTING_EDITS[what]
+
     def put(schema: dict[str, Any], members: Members) -> None:
-        change(members, state_of(schema, "TreePredictor")["nodes"], BOOSTING_EDITS[what])
+        change(members, state_of(schema, "BoostedTrees")[name], edit)
 
     with pytest.raises(PredictorError, match="tree"):
         persistence.load(edited(files["boosting"], put))
