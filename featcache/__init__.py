@@ -18,13 +18,22 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone, backbones
+    from featcache.curves import LearningCurve, learning_curve
     from featcache.decoding import Augmentation, Preprocessing
     from featcache.errors import FeatcacheError
     from featcache.evaluation import Evaluation, evaluate
     from featcache.extraction import extract
     from featcache.fingerprint import Fingerprint
     from featcache.images import ImageSet
+    from featcache.plots import (
+        plot_confusion,
+        plot_embedding,
+        plot_leaderboard,
+        plot_learning_curve,
+        plot_reliability,
+    )
     from featcache.predictor import Prediction, Predictor
+    from featcache.report import write_report
     from featcache.store import FeatureStore
     from featcache.taps import Tap
     from featcache.training import Leaderboard, compare, train
@@ -38,6 +47,7 @@ _MODULE_OF = {
     "Fingerprint": "fingerprint",
     "ImageSet": "images",
     "Leaderboard": "training",
+    "LearningCurve": "curves",
     "Prediction": "predictor",
     "Predictor": "predictor",
     "Preprocessing": "decoding",
@@ -46,7 +56,14 @@ _MODULE_OF = {
     "compare": "training",
     "evaluate": "evaluation",
     "extract": "extraction",
+    "learning_curve": "curves",
+    "plot_confusion": "plots",
+    "plot_embedding": "plots",
+    "plot_leaderboard": "plots",
+    "plot_learning_curve": "plots",
+    "plot_reliability": "plots",
     "train": "training",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -58,6 +75,7 @@ __all__ = [
     "Fingerprint",
     "ImageSet",
     "Leaderboard",
+    "LearningCurve",
     "Prediction",
     "Predictor",
     "Preprocessing",
@@ -66,7 +84,14 @@ __all__ = [
     "compare",
     "evaluate",
     "extract",
+    "learning_curve",
+    "plot_confusion",
+    "plot_embedding",
+    "plot_leaderboard",
+    "plot_learning_curve",
+    "plot_reliability",
     "train",
+    "write_report",
 ]
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import PredictorError, TrainingError
+from featcache.html_views import evaluation_html
 
 if TYPE_CHECKING:
     from featcache.predictor import Predictor
@@ -396,6 +397,9 @@ class Evaluation:
                 for m in self.mistakes[:5]
             ),
         ]
+
+    def _repr_html_(self) -> str:
+        return evaluation_html(self)
 
     def __str__(self) -> str:
         return self.to_text()

@@ -31,6 +31,7 @@ from featcache import manifest, origins, persistence
 from featcache.errors import FeatcacheError, PredictorError
 from featcache.fingerprint import Fingerprint
 from featcache.heads import logits as head_logits
+from featcache.html_views import predictor_html
 from featcache.leaderboard import Leaderboard
 from featcache.manifest import CanaryRows, is_predictor
 from featcache.origins import Column
@@ -432,6 +433,9 @@ class Predictor:
         return graft(self, self._backbones(backbone), probabilities=probabilities).eval()
 
     # --- files ---------------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        return predictor_html(self)
 
     def save(self, path: str | Path) -> None:
         """Write the predictor to one file, atomically.

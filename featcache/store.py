@@ -34,6 +34,7 @@ from featcache.errors import (
     TrainingError,
 )
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint, RequestKey, canonical_json
+from featcache.html_views import store_html
 from featcache.layout import DONE, StoreFile
 from featcache.rows import Source, convert
 from featcache.upkeep import Canaries, VerifyReport, read_canaries, relabel_file, verify_file
@@ -403,6 +404,9 @@ class FeatureStore:
         return "\n".join(lines)
 
     # --- choosing rows --------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        return store_html(self)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> FeatureStore:
         """Return a store of some rows, in the order given; no features are read.

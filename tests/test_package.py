@@ -1,0 +1,68 @@
+"""The package as a whole: its names, its imports, and what stands in its files."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import featcache
+
+ROOT = Path(featcache.__file__).parent
+
+
+def test_all_is_sorted_and_every_name_is_there() -> None:
+    assert sorted(featcache.__all__) == featcache.__all__
+    for name in featcache.__all__:
+        assert getattr(featcache, name).__name__ == name
+
+
+def test_import_loads_no_heavy_library() -> None:
+    code = (
+        "import featcache, sys\n"
+        "assert not {'torch', 'sklearn', 'numpy', 'h5py'} & set(sys.modules)\n"
+        "try: featcache.nothing\n"
+        "except AttributeError as error: assert 'nothing' in str(error)\n"
+        "else: raise AssertionError"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules of featcache that a module imports when it is imported."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("featcache"):
+            if node.module == "featcache":
+                found |= {f"featcache.{alias.name}" for alias in node.names}
+            else:
+                found.add(str(node.module))
+    return found
+
+
+def test_imports_run_in_no_circle() -> None:
+    graph = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        name = ".".join(parts).removesuffix(".__init__")
+        graph[name] = imports(path) - {name}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def test_no_module_unpickles() -> None:
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = f"{node.value.id}.{node.attr}"
+                assert called not in {"pickle.load", "pickle.loads", "joblib.load"}, path
