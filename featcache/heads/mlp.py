@@ -39,9 +39,8 @@ _CHECKPOINTS = (1, 2, 3, 5, 7, 10, 14, 20, 28)  # epochs at which a search looks
 _STEPS = 16  # ... a multiple of them, so that there are as many steps between two looks
 _PATIENCE = 2  # checkpoints without a better score before a search stops
 _SETTINGS: tuple[dict[str, Any], ...] = (
-    {"dropout": 0.5, "weight_decay": 0.01},
-    {"dropout": 0.75, "weight_decay": 0.01},
     {"dropout": 0.5, "weight_decay": 1.0},
+    {"dropout": 0.75, "weight_decay": 1.0},
 )
 _AVERAGED = 0.99  # part of the average of the weights that is kept at each step
 _BLOCK = 8192  # rows scored at a time
