@@ -428,7 +428,6 @@ def _check_svc(model: Any) -> None:
     pairs = k * (k - 1) // 2
     # A precomputed kernel would be looked up by row numbers that nobody checks.
     _require(model.kernel in ("rbf", "linear", "poly", "sigmoid"), "an SVM's kernel")
-    _require(k >= 2, "an SVM's classes")
     arrays: Iterable[tuple[str, Any, Any, tuple[int, ...]]] = (
         ("support vectors", vectors, np.float64, (m, d)),
         ("support", model.support_, np.int32, (m,)),
@@ -452,16 +451,10 @@ def _check_svc(model: Any) -> None:
 
 def _check_neighbours(model: Any) -> None:
     """Check that the neighbours' classes exist: counting their votes makes room for the largest."""
-    rows, codes = model.rows_, model.codes_
-    _require(isinstance(rows, np.ndarray) and rows.dtype.kind == "f", "the neighbours' rows")
-    _require(rows.shape == (len(codes), model.n_features_in_), "the shape of the neighbours' rows")
-    _require(_is_index(codes, len(model.classes_)), "a neighbour's class")
-    _require(model.factors_.shape == (len(model.classes_),), "the neighbours' class weights")
-    _require(model.weights_.shape == (len(codes),), "the neighbours' weights")
+    _require(_is_index(model.codes_, len(model.classes_)), "a neighbour's class")
 
 
 def _check_pipeline(model: Any) -> None:
-    _require(isinstance(model.steps, list) and model.steps, "a pipeline without steps")
     _require(model.memory is None, "a pipeline with a cache on disk, which would be unpickled")
 
 

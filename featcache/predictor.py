@@ -248,21 +248,21 @@ class Predictor:
         device: str = "auto",
         progress: bool | None = None,
     ) -> Iterator[Prediction]:
-        """Yield what `predict` returns, one image at a time: memory does not grow with images."""
+        """Return what `predict` does, one image at a time: memory does not grow with images.
+
+        What is wrong with the arguments, the images' names or the network is raised at once, not
+        at the first image, so that no output need be begun.
+        """
         if top_k < 1:
             raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
+        image_sets = list(_image_sets(images))
         networks = self._backbones(backbone)
         self._check_networks(networks, device)
-        for image_set in _image_sets(images):
-            yield from self._stream_set(
-                image_set,
-                networks,
-                top_k,
-                batch_size=batch_size,
-                workers=workers,
-                device=device,
-                progress=progress,
-            )
+        settings = {"batch_size": batch_size, "workers": workers, "device": device}
+        return itertools.chain.from_iterable(
+            self._stream_set(image_set, networks, top_k, progress=progress, **settings)
+            for image_set in image_sets
+        )
 
     def rebuild_backbone(
         self, *, backbone: str | None = None, weights: str | Path | None = None

@@ -446,3 +446,22 @@ def test_a_damaged_predictor_is_made_again(store: FeatureStore, tmp_path: Path) 
     target.write_bytes(content)
     assert not study(store.paths, target, heads=["linear"], cv=3).up_to_date
     assert Predictor.load(target).head == "linear"
+
+
+# --- the demo ----------------------------------------------------------------------------------
+
+
+@pytest.mark.campaign
+def test_the_demo_reaches_what_is_promised(elpv_root: Path, tmp_path: Path) -> None:
+    # 0.85 out of fold on the training part of a 25 % hold-out, by one small network, untuned.
+    from featcache import Backbone, extract
+    from pipelines.study import demo_images
+
+    backbone = Backbone.from_torchvision("mobilenet_v2", weights="IMAGENET1K_V1")
+    store = extract(demo_images(tmp_path), backbone, tmp_path / "elpv.h5", progress=False)
+    fit, test = store.split(0.25)
+    best = compare(fit, test, heads=["linear", "rbf-svm"])[0]
+    assert (len(fit), len(test)) == (1968, 656)
+    assert best.cv_accuracy >= 0.85
+    assert best.accuracy is not None
+    assert best.accuracy >= 0.82
