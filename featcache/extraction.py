@@ -355,8 +355,9 @@ class _Job:
             disable=not self.progress,
             file=sys.stderr,
         )
+        self._choose_workers(writer, runtime)
         started = time.perf_counter()
-        with bar:
+        with bar, _marked_as_running(writer):
             if len(self.devices) > 1:
                 self._fill_in_parallel(writer, runtime, pending, clock, bar)
             else:
@@ -365,8 +366,18 @@ class _Job:
         if len(self.devices) == 1:  # what the file says: features may not have been finite
             self.summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
             self.summary.failed = int(np.count_nonzero(writer.status == FAILED))
-        workers = default_workers(runtime) if self.workers is None else self.workers
-        self.summary.measure(clock, time.perf_counter() - started, runtime.settings, workers)
+        elapsed = time.perf_counter() - started
+        self.summary.measure(clock, elapsed, runtime.settings, self.workers or 0)
+
+    def _choose_workers(self, writer: FeatureWriter, runtime: Runtime) -> None:
+        """Say how many processes decode, if the user did not.
+
+        After a run that ended without a word they do in any case: an image that crashes its decoder
+        would take this run down as well, and so every run.
+        """
+        if self.workers is None:
+            crashed = (writer.meta.get("run") or {}).get("state") == "running"
+            self.workers = default_workers(runtime) or (int(crashed) and (os.cpu_count() or 1))
 
     def _runtime(self, count: int, recorded: Settings | None) -> Runtime:
         return Runtime(
@@ -479,6 +490,17 @@ class _Job:
                     )
         if not canaries.features:
             writer.set_canaries(found)
+
+
+@contextlib.contextmanager
+def _marked_as_running(writer: FeatureWriter) -> Iterator[None]:
+    """Leave a mark in the partial file by which the next run sees that this one was killed."""
+    writer.set_meta("run", {"state": "running"})
+    try:
+        yield
+    except BaseException:
+        writer.set_meta("run", {"state": "stopped"})
+        raise
 
 
 def _canary_images(backbone: Backbone) -> list[tuple[str, bytes]]:

@@ -360,41 +360,46 @@ class Loader:
         self, tasks: Tasks, start: int, workers: int, ahead: int
     ) -> Generator[Batch, None, None]:
         """Yield the batches of the tasks from `start` on; raise `_WorkerLost` if one dies."""
-        processes: list[Any] = []
-        try:
-            with warnings.catch_warnings():
-                # More workers than cores, if the user says so; forking beside threads, which
-                # `DataLoader` does everywhere: the children only decode.
-                warnings.filterwarnings("ignore", "This DataLoader will create")
-                warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
-                loader: DataLoader[Batch] = DataLoader(
-                    self.decoder,
-                    sampler=_From(tasks, start),
-                    batch_size=None,
-                    num_workers=workers,
-                    prefetch_factor=ahead,
-                    pin_memory=self.pin,
-                    worker_init_fn=_init_worker,
-                )
-                iterator = iter(loader)
-            processes = getattr(iterator, "_workers", processes)
-            with _Children() as children:
+        with _Children() as children:
+            iterator: Any = None
+            try:
+                iterator = self._iterator(_From(tasks, start), workers, ahead)
                 for _ in range(start, len(tasks)):
                     with children.heard():
-                        if any(process.exitcode is not None for process in processes):
-                            raise _WorkerLost(_how_they_ended(processes))
+                        if any(process.exitcode is not None for process in iterator._workers):
+                            raise _WorkerLost
                         batch = next(iterator)
                     yield batch
-        except RuntimeError as error:
-            if not re.search(r"DataLoader worker \(pid.*(exited|killed)", str(error)):
-                raise
-            raise _WorkerLost(_how_they_ended(processes)) from error
-        finally:
-            # Without this, leaving early waits for whatever they are decoding.
-            for process in processes:
-                process.terminate()
+            except (RuntimeError, _WorkerLost) as error:
+                if isinstance(error, RuntimeError) and not re.search(_LOST, str(error)):
+                    raise
+                raise _WorkerLost(_how_they_ended(iterator)) from error
+            finally:
+                # Without terminating them, leaving early waits for whatever they are decoding.
+                for process in getattr(iterator, "_workers", ()):
+                    process.terminate()
+                if iterator is not None:
+                    iterator._shutdown_workers()
+
+    def _iterator(self, tasks: Sequence[Task], workers: int, ahead: int) -> Any:
+        with warnings.catch_warnings():
+            # More workers than cores, if the user says so; forking beside threads, which
+            # `DataLoader` does everywhere: the children only decode.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+            loader: DataLoader[Batch] = DataLoader(
+                self.decoder,
+                sampler=tasks,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=ahead,
+                pin_memory=self.pin,
+                worker_init_fn=_init_worker,
+            )
+            return iter(loader)
 
 
+_LOST = r"DataLoader worker \(pid.*(exited|killed)"
 _AHEAD = 2  # tasks in the making for each worker
 
 
@@ -440,8 +445,6 @@ class _Children:
     def __enter__(self) -> Self:
         self._theirs: Any = None
         self._waiting = False
-        if threading.current_thread() is threading.main_thread():
-            self._theirs = signal.signal(signal.SIGCHLD, self._handle) or signal.SIG_DFL
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -451,6 +454,8 @@ class _Children:
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
         """Let the handler act within the context."""
+        if self._theirs is None and threading.current_thread() is threading.main_thread():
+            self._theirs = signal.signal(signal.SIGCHLD, self._handle) or signal.SIG_DFL
         self._waiting = True
         try:
             yield
@@ -462,9 +467,9 @@ class _Children:
             self._theirs(number, frame)
 
 
-def _how_they_ended(processes: Sequence[Any]) -> str:
+def _how_they_ended(iterator: Any) -> str:
     """Return in words how worker processes died."""
-    for process in processes:
+    for process in getattr(iterator, "_workers", ()):
         if process.exitcode is not None and process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
             if name != "SIGTERM":

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
@@ -37,8 +39,15 @@ __all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "keep_pages", "select
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _DEFAULT_BATCH = {"cpu": 16, "cuda": 128, "mps": 64}
-# Batches; below, measuring costs more than it can gain.
+_OTHER_BATCHES = {"cpu": (8, 32, 64), "cuda": (64, 256, 512), "mps": (32, 128)}
+# Measuring must pay: the length of a run, in batches, from which on it begins, the share of the run
+# that it may take, the seconds of a run from which on compiling (10 to 30 s) is tried, and what
+# counts as faster. Noise shall not decide: it would give two runs different last bits.
 _WORTH_MEASURING = 32
+_SHARE_FOR_MEASURING = 0.03
+_WORTH_COMPILING = 400.0
+_CLEARLY = 0.93
+_TIMES = 3
 # Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
 _SAME = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
@@ -207,7 +216,7 @@ class Runtime:
         Of an earlier run, to compute the same bits. Not used where they are of another device or
         precision; a `batch_size` or `compile` that is given counts more.
     count : int, optional
-        How many images are to come: choosing may cost more where many are.
+        How many images are to come: more is measured where many are. Left out, nothing is.
     processes : int
         How many processes share the cores of the CPU.
 
@@ -242,7 +251,7 @@ class Runtime:
         self._count = count
         self._processes = processes
         self._settings: Settings | None = None
-        self._tapped: Tapped | None = None
+        self._compute: Callable[[Tensor], dict[str, Tensor]] | None = None
 
     @property
     def settings(self) -> Settings:
@@ -299,7 +308,7 @@ class Runtime:
 
     def release(self) -> None:
         """Give the network's memory back; the settings stay."""
-        self._tapped = None
+        self._compute = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -313,12 +322,12 @@ class Runtime:
     def _forward(self, batch: Tensor) -> dict[str, Tensor]:
         """Run one batch, padded to the batch size."""
         settings, k = self.settings, len(batch)
-        assert self._tapped is not None
+        assert self._compute is not None
         if k < settings.batch_size:
             padding = batch.new_zeros((settings.batch_size - k, *batch.shape[1:]))
             batch = torch.cat([batch, padding])
-        with torch.inference_mode(), self._autocast(settings):
-            features = self._tapped(self._input(batch, settings))
+        with self._without_gradients(settings):
+            features = self._compute(self._input(batch, settings))
             # Without blocking: a GPU copies into pinned memory, and `Pending` waits for the event.
             return {
                 tap: value[:k].to("cpu", torch.float32, non_blocking=True, copy=True)
@@ -330,13 +339,21 @@ class Runtime:
         batch = batch.to(self.device, non_blocking=True)
         if settings.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        dtype = torch.float32 if settings.autocast else PRECISIONS[settings.precision]
-        return self.backbone.preprocessing.normalize(batch, dtype)
+        return self.backbone.preprocessing.normalize(batch, self._dtype(settings))
 
-    def _autocast(self, settings: Settings) -> contextlib.AbstractContextManager[Any]:
-        if not settings.autocast:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, PRECISIONS[settings.precision])
+    def _dtype(self, settings: Settings) -> torch.dtype:
+        """Return the type of the network and of what goes into it."""
+        return torch.float32 if settings.autocast else PRECISIONS[settings.precision]
+
+    @contextlib.contextmanager
+    def _without_gradients(self, settings: Settings) -> Iterator[None]:
+        # torch.compile's freezing knows no_grad, not inference_mode.
+        mode = torch.no_grad() if settings.compiled else torch.inference_mode()
+        with (
+            mode,
+            torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=settings.autocast),
+        ):
+            yield
 
     @contextlib.contextmanager
     def _configured(self, settings: Settings) -> Iterator[None]:
@@ -378,8 +395,8 @@ class Runtime:
                 failure = error
                 continue
             if agrees or not (settings.folded or settings.packed):
-                self._tapped = tapped
-                self._settings = self._measured(settings)
+                self._compute, self._settings = tapped, settings
+                self._measure(seen)
                 return
         raise BackboneError(
             f"The network {self.backbone.name} does not run in {self.precision} on "
@@ -438,7 +455,7 @@ class Runtime:
             module,
             seen.unused,
             device=self.device,
-            dtype=torch.float32 if settings.autocast else PRECISIONS[settings.precision],
+            dtype=self._dtype(settings),
             channels_last=settings.channels_last,
         )
         if settings.packed:
@@ -449,36 +466,127 @@ class Runtime:
         self, tapped: Tapped, settings: Settings, seen: fusion.Observed, example: Tensor
     ) -> bool:
         """Run the copy on one image and compare its features with the original's."""
-        dtype = torch.float32 if settings.autocast else PRECISIONS[settings.precision]
-        batch = example.to(self.device, dtype)
-        with torch.inference_mode(), self._autocast(settings), self._configured(settings):
-            features = {tap: value.float().cpu() for tap, value in tapped(batch).items()}
-        return all(
-            float((features[tap] - value).norm()) <= _SAME[self.precision] * float(value.norm())
-            for tap, value in seen.features.items()
-        )
+        batch = example.to(self.device, self._dtype(settings))
+        with self._without_gradients(settings), self._configured(settings):
+            return _same(tapped(batch), seen.features, self.precision)
 
-    def _measured(self, settings: Settings) -> Settings:
-        """Find out what only running whole batches tells, as far as the run is long enough."""
-        if settings == self._recorded:
-            return settings
-        batches = math.inf if self._count is None else self._count / settings.batch_size
-        if batches < _WORTH_MEASURING:
+    # --- measuring ------------------------------------------------------------------------------
+
+    def _measure(self, seen: fusion.Observed) -> None:
+        """Choose what only running whole batches tells, as far as the run is long enough.
+
+        Batch sizes are tried, then compilation; each is kept if it is clearly faster. Then it is
+        found out whether an image gives the same bits in every place of a batch.
+        """
+        settings = self.settings
+        if settings.compiled:  # as asked, or as recorded
+            settings = self._compiled(settings, seen)
+        if settings != self._recorded:
+            settings = self._measured(settings, seen, self._count or 0)
+        self._settings = settings
+
+    def _measured(self, settings: Settings, seen: fusion.Observed, count: int) -> Settings:
+        if count < _WORTH_MEASURING * settings.batch_size:
             # To keep every image's place is always right, and costs a short run nothing.
             return replace(settings, aligned=True)
+        each = self._seconds_per_image(settings)
+        if self._batch_size is None and not settings.compiled:
+            settings, each = self._best_batch(settings, each, count)
+        if self._compile is None and count * each > _WORTH_COMPILING:
+            settings = self._best_compiled(settings, seen, each)
         return replace(settings, aligned=not self._is_even(settings))
+
+    def _best_batch(self, settings: Settings, each: float, count: int) -> tuple[Settings, float]:
+        """Try other batch sizes as long as that takes no more than a few percent of the run."""
+        best, fastest = settings, each
+        budget = _SHARE_FOR_MEASURING * count * each
+        for size in _OTHER_BATCHES[self.device.type]:
+            budget -= _TIMES * size * each
+            if budget < 0:
+                break
+            other = replace(settings, batch_size=size)
+            try:
+                seconds = self._seconds_per_image(other)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                break
+            if seconds < _CLEARLY * fastest:
+                best, fastest = other, seconds
+        return best, fastest
+
+    def _best_compiled(self, settings: Settings, seen: fusion.Observed, each: float) -> Settings:
+        """Compile; keep that if it is clearly faster."""
+        plain = self._compute
+        compiled = self._compiled(settings, seen)
+        if compiled.compiled and self._seconds_per_image(compiled) >= _CLEARLY * each:
+            self._compute = plain
+            return settings
+        return compiled
+
+    def _seconds_per_image(self, settings: Settings) -> float:
+        """Return the shortest time of a few batches, after one to warm up."""
+        times = []
+        for _ in range(_TIMES):
+            started = time.perf_counter()
+            self._run_on_noise(settings)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - started)
+        return min(times[1:]) / settings.batch_size
 
     def _is_even(self, settings: Settings) -> bool:
         """Say whether an image gives the same bits in every place of a batch."""
-        assert self._tapped is not None
+        features = self._run_on_noise(settings)
+        return all(bool((value == value[:1]).all()) for value in features.values())
+
+    def _run_on_noise(self, settings: Settings) -> dict[str, Tensor]:
         batch = self._example().expand(settings.batch_size, -1, -1, -1)
-        dtype = torch.float32 if settings.autocast else PRECISIONS[settings.precision]
-        batch = batch.to(self.device, dtype)
+        batch = batch.to(self.device, self._dtype(settings))
         if settings.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode(), self._autocast(settings), self._configured(settings):
-            features = self._tapped(batch)
-        return all(bool((value == value[:1]).all()) for value in features.values())
+        assert self._compute is not None
+        with self._without_gradients(settings), self._configured(settings):
+            return self._compute(batch)
+
+    def _compiled(self, settings: Settings, seen: fusion.Observed) -> Settings:
+        """Compile the network; return the settings without that if it cannot be done here."""
+        plain = self._compute
+        assert isinstance(plain, Tapped)
+        plain.__enter__()  # hooks that come after compiling would never fire
+        options: dict[str, Any] = {"freezing": True} if settings.device == "cpu" else {}
+        self._compute = torch.compile(plain.capture, dynamic=False, options=options)
+        try:
+            with _quiet_compiler():
+                found = self._run_on_noise(settings)
+            agrees = _same(found, seen.features, self.precision)
+        except Exception:  # no compiler, an operation it does not know: hundreds of reasons
+            agrees = False
+        if not agrees:
+            plain.__exit__()
+            self._compute = plain
+        return replace(settings, compiled=agrees)
+
+
+@contextlib.contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Keep torch.compile from telling a machine without CUDA that it has none."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: str) -> bool:
+    """Say whether the features of copies of one image are the original's, but for rounding."""
+    return all(
+        float((found[tap].float().cpu() - value).norm())
+        <= _SAME[precision] * float(value.norm()) * math.sqrt(len(found[tap]))
+        for tap, value in expected.items()
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

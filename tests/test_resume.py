@@ -244,6 +244,30 @@ def test_a_second_run_beside_the_first_says_who_holds_the_file(root: Path, tmp_p
     assert run(root, path).extraction.skipped
 
 
+def test_after_a_crash_other_processes_decode(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featcache import loading
+
+    counts: list[int] = []
+    init = loading.Loader.__init__
+
+    def noting(self: loading.Loader, decoder: Any, *, workers: int, pin: bool = False) -> None:
+        counts.append(workers)
+        init(self, decoder, workers=workers, pin=pin)
+
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        path = tmp_path / f"{number}.h5"
+        child = Child(root, path, workers=None)
+        child.wait_for(4)
+        child.end(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(loading.Loader, "__init__", noting)
+            run(root, path, workers=None)
+    assert counts[0] >= 1  # killed: an image may have done it
+    assert counts[1] == 0  # stopped
+
+
 # --- a campaign -----------------------------------------------------------------------------------
 
 SCRIPT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,7 +245,7 @@ def test_a_batch_for_which_memory_runs_out_is_halved_and_tried_again() -> None:
     runtime = Runtime(taken, device="cpu", batch_size=8)
     batch = pixels(8)
     expected = runtime(batch)[TAP]
-    tapped, sizes = runtime._tapped, []
+    tapped, sizes = runtime._compute, []
 
     def scarce(inputs: Tensor) -> dict[str, Tensor]:
         sizes.append(len(inputs))
@@ -253,7 +254,7 @@ def test_a_batch_for_which_memory_runs_out_is_halved_and_tried_again() -> None:
         assert tapped is not None
         return tapped(inputs)
 
-    runtime._tapped = scarce  # type: ignore[assignment]
+    runtime._compute = scarce  # type: ignore[assignment]
     found = runtime(batch)[TAP]
     assert sizes == [8, 4, 2, 2, 2, 2]
     assert runtime.settings.batch_size == 2
@@ -267,7 +268,7 @@ def test_memory_that_does_not_suffice_for_one_image_is_an_error() -> None:
     def none(inputs: Tensor) -> dict[str, Tensor]:
         raise torch.OutOfMemoryError("out of memory")
 
-    runtime._tapped = none  # type: ignore[assignment]
+    runtime._compute = none  # type: ignore[assignment]
     with pytest.raises(torch.OutOfMemoryError):
         runtime(pixels(1))
 
@@ -294,6 +295,89 @@ def test_memory_is_kept_from_batch_to_batch() -> None:
         faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 3
     if tuned:  # glibc; a batch touches 11,000 pages of input and maps
         assert faults < 500
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[Any, float], count: int, **options: Any
+) -> Settings:
+    """Return the settings that are chosen where batches take so long, by size or "compiled"."""
+
+    def pretended(self: Runtime, settings: Settings) -> float:
+        return seconds["compiled" if settings.compiled else settings.batch_size]
+
+    monkeypatch.setattr(Runtime, "_seconds_per_image", pretended)
+    return Runtime(backbone(), device="cpu", count=count, **options).settings
+
+
+SPEEDS = {8: 1.2, 16: 1.0, 32: 0.8, 64: 0.7, "compiled": 0.5}
+
+
+def test_the_batch_size_is_chosen_by_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured(monkeypatch, SPEEDS, 10**6, compile=False).batch_size == 64
+    even = dict.fromkeys(SPEEDS, 1.0) | {64: 0.97}
+    assert measured(monkeypatch, even, 10**6, compile=False).batch_size == 16
+    assert measured(monkeypatch, SPEEDS, 10**6, compile=False, batch_size=8).batch_size == 8
+
+
+def test_what_a_run_is_too_short_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured(monkeypatch, {}, 100, compile=False).batch_size == 16
+    assert measured(monkeypatch, {16: 1.0, 8: 0.5}, 1000, compile=False).batch_size == 8
+
+
+def test_compilation_is_kept_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert measured(monkeypatch, SPEEDS, 10**6).compiled
+    assert not measured(monkeypatch, SPEEDS | {"compiled": 0.69}, 10**6).compiled
+    assert not measured(monkeypatch, SPEEDS, 600, batch_size=16, compile=False).compiled
+    assert measured(monkeypatch, SPEEDS, 5, compile=True).compiled
+
+
+def test_a_network_that_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_compiler(function: Any, **_: Any) -> Any:
+        def fail(batch: Tensor) -> Any:
+            raise RuntimeError("no C++ compiler found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", without_compiler)
+    taken = backbone()
+    runtime = Runtime(taken, device="cpu", batch_size=4, compile=True)
+    assert not runtime.settings.compiled
+    batch = pixels(4)
+    assert error(runtime(batch)[TAP], reference(taken, batch)[TAP]) < 1e-5
+
+
+def test_a_compiled_network_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: lambda x: {tap: 2 * v for tap, v in f(x).items()}
+    )
+    taken = backbone()
+    runtime = Runtime(taken, device="cpu", batch_size=4, compile=True)
+    assert not runtime.settings.compiled
+    batch = pixels(4)
+    assert error(runtime(batch)[TAP], reference(taken, batch)[TAP]) < 1e-5
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_features_are_the_same(precision: str) -> None:
+    taken = backbone(layers=["relu#1:mean", "pool"])
+    options: Any = {"device": "cpu", "precision": precision, "batch_size": 4, "compile": True}
+    runtime = Runtime(taken, **options)
+    assert runtime.settings.compiled
+    batch = pixels(9)
+    found = runtime(batch)
+    for tap, expected in reference(taken, batch).items():
+        assert error(found[tap], expected) < (1e-5 if precision == "float32" else 0.01)
+    again = Runtime(taken, device="cpu", precision=precision, settings=runtime.settings)
+    assert again.settings == runtime.settings
+    for tap, value in again(batch).items():
+        np.testing.assert_array_equal(value, found[tap])
 
 
 # --- CUDA -----------------------------------------------------------------------------------------
