@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+
+def working_dtype(X: np.ndarray) -> np.dtype[Any]:
+    """Return what to compute in: float64 for float64, else float32."""
+    return np.result_type(X.dtype, np.float32)
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,10 @@ class RowBlocks:
         return self.shape[1] if len(self.shape) == 3 else 1
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield (images, float32 block of shape (images * views, d)) with about `rows` rows."""
+        """Yield (images, block of shape (images * views, d)) with about `rows` rows."""
         for images, block in self.read(max(1, rows // self.views)):
             flat = np.asarray(block).reshape(-1, self.shape[-1])
-            yield images, flat.astype(np.float32, copy=False)
+            yield images, flat.astype(working_dtype(flat), copy=False)
 
     def rows_of(self, images: slice) -> slice:
         """Return the numbers of all rows of a slice of images."""

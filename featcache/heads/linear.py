@@ -108,7 +108,7 @@ class LinearModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Parameters
         ----------
         X : array of shape (n, d)
-            Features; float32 is used as it is, anything else is converted.
+            Features. float64 is computed in float64, anything else in float32.
         y : array of shape (n,)
             Labels of at least two classes.
         sample_weight : array of shape (n,), optional
@@ -120,7 +120,7 @@ class LinearModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             A parameter out of range, or data that scikit-learn refuses.
         """
         self._check_parameters()
-        X, y = validate_data(self, X, y, dtype=np.float32)
+        X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
         check_classification_targets(y)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         classes, codes = np.unique(y, return_inverse=True)
@@ -178,11 +178,11 @@ class IterativeModel(LinearModel):
     ) -> IterativeModel:
         loss = self._loss(len(classes))
         factors = class_factors(self.class_weight, classes, codes, weight)[None]
-        weights = weight[None].astype(np.float32)
+        weights = weight[None]
         in_loss, positive = loss_weights(loss, weights, codes, factors)
         design = Design.build(X, codes, weights, in_loss, standardize=self.standardize)
-        problems = _problems(loss, [self.C], [0], positive, self._penalizes_intercept())
-        W, b = _zeros(1, len(classes), loss, design.d)
+        problems = _problems(design, loss, [self.C], [0], positive, self._penalizes_intercept())
+        W, b = _zeros(1, len(classes), loss, design)
         solution = minimise(design, problems, W, b, tol=self.tol, max_iter=self.max_iter)
         return self._keep(design, 0, solution, classes)
 
@@ -234,7 +234,7 @@ class LinearClassifier(IterativeModel):
         *,
         class_weight: ClassWeight = None,
         standardize: bool = True,
-        tol: float = 1e-5,
+        tol: float = 1e-6,
         max_iter: int = 1000,
     ) -> None:
         self.C = C
@@ -264,6 +264,7 @@ class LinearClassifier(IterativeModel):
 
 
 def _problems(
+    design: Design,
     loss: Loss,
     Cs: Sequence[float],
     folds: Sequence[int],
@@ -271,15 +272,18 @@ def _problems(
     penalise_intercept: bool,
 ) -> Problems:
     """All values of C times all folds, the folds running faster."""
+    dtype = design.weights.dtype
     fold = torch.tensor(list(folds) * len(Cs), dtype=torch.int64)
-    C = torch.tensor(np.repeat(np.asarray(Cs, dtype=np.float32), len(folds)))[:, None, None]
-    factors = None if positive is None else torch.from_numpy(positive).float()[fold]
+    C = torch.from_numpy(np.repeat(np.asarray(Cs), len(folds))).to(dtype)[:, None, None]
+    factors = None if positive is None else torch.from_numpy(positive).to(dtype)[fold]
     return Problems(loss, C, fold, factors, penalise_intercept)
 
 
-def _zeros(p: int, classes: int, loss: Loss, d: int) -> tuple[Tensor, Tensor]:
+def _zeros(p: int, classes: int, loss: Loss, design: Design) -> tuple[Tensor, Tensor]:
     k = 1 if classes == 2 and loss != "softmax" else classes
-    return torch.zeros((p, k, d)), torch.zeros((p, k, 1))
+    shape = (p, k, design.d)
+    dtype = design.weights.dtype
+    return torch.zeros(shape, dtype=dtype), torch.zeros((*shape[:2], 1), dtype=dtype)
 
 
 def fold_weights(rows: Rows, class_weight: ClassWeight) -> tuple[np.ndarray, np.ndarray]:
@@ -448,12 +452,10 @@ class LinearSearch:
         for first in range(0, len(ordered), size):
             group = ordered[first : first + size]
             if start is None:
-                W, b = _zeros(len(group) * len(folds), len(self.rows.classes), self.loss, design.d)
+                W, b = _zeros(len(group) * len(folds), len(self.rows.classes), self.loss, design)
             else:
                 W, b = start.W.repeat(len(group), 1, 1), start.b.repeat(len(group), 1, 1)
-            problems = _problems(
-                self.loss, group, folds, self._positive, self.estimator._penalizes_intercept()
-            )
+            problems = self._problems(design, group, folds)
             solution = minimise(design, problems, W, b, tol=tol, max_iter=self.estimator.max_iter)
             for tried in self._judge(design, treatment, group, solution):
                 self.tried.append(tried)
@@ -461,6 +463,10 @@ class LinearSearch:
                 start = tried
             if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
                 break
+
+    def _problems(self, design: Design, Cs: Sequence[float], folds: Sequence[int]) -> Problems:
+        penalized = self.estimator._penalizes_intercept()
+        return _problems(design, self.loss, Cs, folds, self._positive, penalized)
 
     def _judge(
         self, design: Design, treatment: str, Cs: Sequence[float], solution: Solution
@@ -498,13 +504,7 @@ class LinearSearch:
             np.mean([w for w, _ in pairs], axis=0),
             np.mean([c for _, c in pairs], axis=0),
         )
-        problems = _problems(
-            self.loss,
-            [chosen.C],
-            [everything],
-            self._positive,
-            self.estimator._penalizes_intercept(),
-        )
+        problems = self._problems(design, [chosen.C], [everything])
         solution = minimise(
             design,
             problems,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class Ridge(LinearModel):
         self, X: np.ndarray, codes: np.ndarray, classes: np.ndarray, weight: np.ndarray
     ) -> Ridge:
         factors = class_factors(self.class_weight, classes, codes, weight)
-        weights = weight[None].astype(np.float32)
+        weights = weight[None]
         design = Design.build(
             X, codes, weights, weights * factors[codes], standardize=self.standardize
         )
@@ -147,7 +148,8 @@ def _sums(design: Design, classes: int) -> list[_Sums]:
     if not shared:
         folds = [_Sums.zero(d, k) for _ in weights]
         for rows, block in design.blocks(d):
-            X, T = design.standardised(block), _targets(codes[rows], k)
+            X = design.standardised(block)
+            T = _targets(codes[rows], k, X.numpy().dtype)
             for one, weight in zip(folds, weights, strict=True):
                 one.add(X.numpy(), T, weight[rows])
         return folds
@@ -155,7 +157,7 @@ def _sums(design: Design, classes: int) -> list[_Sums]:
     parts = [_Sums.zero(d, k) for _ in keys]
     for rows, block in design.blocks(d):
         X = design.standardised(block)
-        T, inside = _targets(codes[rows], k), pattern[rows]
+        T, inside = _targets(codes[rows], k, X.numpy().dtype), pattern[rows]
         for number in np.unique(inside).tolist():
             some = inside == number
             whole = bool(some.all())
@@ -169,10 +171,10 @@ def _sums(design: Design, classes: int) -> list[_Sums]:
     return folds
 
 
-def _targets(codes: np.ndarray, k: int) -> np.ndarray:
-    """Return indicators of -1 and 1, (r, k) float32; of the second class where there are two."""
+def _targets(codes: np.ndarray, k: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return indicators of -1 and 1, (r, k); of the second class where there are two."""
     own = codes[:, None] == (np.arange(k) if k > 1 else np.array([1]))
-    targets: np.ndarray = (own * 2 - 1).astype(np.float32)
+    targets: np.ndarray = (own * 2 - 1).astype(dtype)
     return targets
 
 
@@ -186,8 +188,9 @@ def _solutions(
     gram *= np.outer(ratio, ratio)
     right = (sums.xt - sums.weight * np.outer(mean, target)) * ratio[:, None]
     away = (mean - design.means[fold].double().numpy()) * ratio
-    W = np.empty((len(alphas), right.shape[1], design.d), dtype=np.float32)
-    b = np.empty((len(alphas), right.shape[1], 1), dtype=np.float32)
+    dtype = design.sample.dtype
+    W = np.empty((len(alphas), right.shape[1], design.d), dtype=dtype)
+    b = np.empty((len(alphas), right.shape[1], 1), dtype=dtype)
     for number, alpha in enumerate(alphas):
         penalised = gram.copy()
         penalised[np.diag_indices_from(penalised)] += alpha

@@ -272,19 +272,22 @@ class Rows:
             raise TrainingError(f"Expected one label per row: {len(X)} rows, {len(y)} labels.")
         classes, codes = np.unique(np.asarray(y), return_inverse=True)
         if len(classes) < 2:
-            raise TrainingError(f"Expected at least two classes, got {list(classes)}.")
+            raise TrainingError(f"Expected at least two classes, got {classes.tolist()}.")
         if not len(folds):
             raise TrainingError("Expected at least one (train, valid) pair of row numbers, got 0.")
         for number, (train, _) in enumerate(folds):
             missing = np.setdiff1d(np.arange(len(classes)), codes[train])
             if len(missing):
                 raise TrainingError(
-                    f"Fold {number} has no training row of class {classes[missing[0]]!r}. "
+                    f"Fold {number} has no training row of class {str(classes[missing[0]])!r}. "
                     "Use fewer folds, or more images of that class."
                 )
         weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         views = X.shape[1] if len(X.shape) == 3 else 1
-        flat = X if isinstance(X, RowBlocks) else X.reshape(-1, X.shape[-1])
+        if isinstance(X, RowBlocks):
+            flat: np.ndarray | RowBlocks = X
+        else:
+            flat = np.asarray(X, dtype=np.float32).reshape(-1, X.shape[-1])
         return cls(flat, codes.astype(np.int64), classes, weight, folds, views)
 
     @property

@@ -48,7 +48,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from featcache.heads.blocks import RowBlocks
+from featcache.heads.blocks import RowBlocks, working_dtype
 
 Loss: TypeAlias = Literal["softmax", "logistic", "squared_hinge"]
 Transform: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -57,14 +57,16 @@ _CELLS = 1 << 20  # scores that a thread computes at a time: 4 MB
 _RANK = 256  # directions in which the preconditioner knows the covariance
 _SAMPLE = 4096  # rows that the preconditioner is computed from
 _PAIRS = 6  # history of L-BFGS
+_STATES = 8  # groups of problems whose directions are computed side by side
+_IDLE = 50  # steps without progress after which rounding is taken to hide any further
 _FLUSH = 16  # blocks that are summed in float32 before they go to a float64 sum
 _ARMIJO = 1e-4
-_NOISE = 3e-7  # relative error of an objective that is computed from float32 scores
+_NOISE = 3  # relative error of an objective, in units of the scores' precision
 _CONSTANT = 1e-12  # a column with less variance than this, in units of its overall one, is constant
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the matrix product of float32 CPU tensors (the module says why through numpy)."""
+    """Return the matrix product of CPU tensors (the module says why through numpy)."""
     return torch.from_numpy(a.numpy() @ b.numpy())
 
 
@@ -126,15 +128,15 @@ class Design:
         Which row of the input stands where in `source`.
     edges : list of int
         Where the sorted rows change their fold.
-    weights : Tensor of shape (folds, n), float32
+    weights : Tensor of shape (folds, n)
         Weight of each row in the loss of each fold's problems.
     codes : Tensor of shape (n,), int64
         Class of each row.
     centre, scale : ndarray of shape (d,), float64
         The coordinate system: mean and deviation over all rows.
-    means, ratios : Tensor of shape (folds, d), float32
+    means, ratios : Tensor of shape (folds, d)
         Mean and inverse deviation of each fold's training rows, in these coordinates.
-    sample : ndarray of shape (m, d), float32
+    sample : ndarray of shape (m, d)
         Some of the rows.
     transform : callable or None
         Row-wise treatment of raw blocks.
@@ -171,12 +173,12 @@ class Design:
             Features. An array is copied, blocks are read anew for each pass.
         codes : ndarray of shape (n,), int64
             Class of each row.
-        row_weights, loss_weights : ndarray of shape (folds, n), float32
+        row_weights, loss_weights : ndarray of shape (folds, n)
             Weights that count for mean and deviation, and for the loss.
         standardize : bool
             Whether the problems' columns have unit deviation.
         transform : callable, optional
-            Row-wise treatment, float32 (k, d) to float32 (k, d).
+            Row-wise treatment, (r, d) to (r, d), in a new array.
         """
         blocks = RowBlocks.of(X) if isinstance(X, np.ndarray) else X
         moments = _Moments.measure(blocks, row_weights, transform)
@@ -185,7 +187,8 @@ class Design:
         ratios = np.ones_like(means)
         if standardize:
             ratios = np.stack([scale / moments.deviation(f) for f in range(len(means))])
-        sample = ((moments.sample - moments.centre) / scale).astype(np.float32)
+        dtype = moments.sample.dtype
+        sample = ((moments.sample - moments.centre) / scale).astype(dtype)
         order = np.arange(len(codes))
         source: Tensor | RowBlocks = blocks
         if isinstance(X, np.ndarray):
@@ -197,12 +200,12 @@ class Design:
             source=source,
             order=order,
             edges=[0, *changes.tolist(), len(codes)],
-            weights=torch.from_numpy(loss_weights[:, order].astype(np.float32)),
+            weights=torch.from_numpy(loss_weights[:, order].astype(dtype)),
             codes=torch.from_numpy(codes[order]),
             centre=moments.centre,
             scale=scale,
-            means=torch.from_numpy(means.astype(np.float32)),
-            ratios=torch.from_numpy(ratios.astype(np.float32)),
+            means=torch.from_numpy(means.astype(dtype)),
+            ratios=torch.from_numpy(ratios.astype(dtype)),
             sample=sample,
             transform=transform,
         )
@@ -238,8 +241,8 @@ class Design:
         if isinstance(block, Tensor):
             return block
         treated = block if self.transform is None else self.transform(block)
-        standard = treated - self.centre.astype(np.float32)
-        standard /= self.scale.astype(np.float32)
+        standard = treated - self.centre.astype(treated.dtype)
+        standard /= self.scale.astype(treated.dtype)
         return torch.from_numpy(standard)
 
 
@@ -257,12 +260,13 @@ def _standardised(
     scale: np.ndarray,
     transform: Transform | None,
 ) -> Tensor:
-    out = np.empty(X.shape, dtype=np.float32)
+    dtype = working_dtype(X)
+    out = np.empty(X.shape, dtype=dtype)
     for start in range(0, len(X), 4096):
-        block = np.asarray(X[order[start : start + 4096]], dtype=np.float32)
+        block = np.asarray(X[order[start : start + 4096]], dtype=dtype)
         treated = block if transform is None else transform(block)
-        np.subtract(treated, centre.astype(np.float32), out=out[start : start + 4096])
-        out[start : start + 4096] /= scale.astype(np.float32)
+        np.subtract(treated, centre.astype(dtype), out=out[start : start + 4096])
+        out[start : start + 4096] /= scale.astype(dtype)
     return torch.from_numpy(out)
 
 
@@ -303,7 +307,7 @@ class _Moments:
             sample.append(block[chosen[rows]])
             shift = block.mean(axis=0) if shift is None else shift
             away = block - shift
-            both = np.vstack([weights[:, rows], np.ones((1, len(away)))]).astype(np.float32)
+            both = np.vstack([weights[:, rows], np.ones((1, len(away)))]).astype(block.dtype)
             total += both @ away
             squares += both @ np.square(away, out=away)
         sums = np.append(weights.sum(axis=1, dtype=np.float64), n)[:, None]
@@ -321,6 +325,7 @@ def _principal(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     n, d = sample.shape
     rank = min(_RANK, n, d)
     start = np.random.default_rng(0).standard_normal((d, min(rank + 16, d)), dtype=np.float32)
+    start = start.astype(sample.dtype)
     basis = np.linalg.qr(sample.T @ (sample @ start))[0]
     basis = np.linalg.qr(sample.T @ (sample @ basis))[0]
     projected = sample @ basis
@@ -329,8 +334,8 @@ def _principal(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     spectrum = np.maximum(values[leading], 0.0)
     energy = float(np.square(sample, dtype=np.float64).sum() / n)
     rest = max(0.0, energy - float(spectrum.sum())) / max(1, d - rank)
-    found = (basis @ vectors[:, leading].astype(np.float32)).astype(np.float32)
-    return np.ascontiguousarray(found), spectrum.astype(np.float32), rest
+    found = basis @ vectors[:, leading].astype(sample.dtype)
+    return np.ascontiguousarray(found), spectrum.astype(sample.dtype), rest
 
 
 @dataclass(frozen=True)
@@ -341,7 +346,7 @@ class Problems:
     ----------
     loss : {"softmax", "logistic", "squared_hinge"}
         Softmax couples the classes of a problem; the two others are one problem a class.
-    C : Tensor of shape (p, 1, 1), float32
+    C : Tensor of shape (p, 1, 1)
         Weight of the loss.
     fold : Tensor of shape (p,), int64
         Row of `Design.weights`.
@@ -425,7 +430,7 @@ def _signed(L: Tensor, codes: Tensor, s: Tensor, positive: Tensor | None) -> tup
     own = torch.arange(k)[:, None] == codes if k > 1 else (codes == 1)[None]
     target = own.to(L.dtype) * 2 - 1
     if positive is not None:
-        s = s * torch.where(own, positive[:, :, None], torch.ones(()))
+        s = s * torch.where(own, positive[:, :, None], 1.0)
     return target, s
 
 
@@ -501,7 +506,7 @@ class _Part:
 
     def gradient(self) -> Tensor:
         """Return the sums of residual times row, (p, k, d)."""
-        total = self.Gx if self._exact is None else (self._exact + self.Gx).float()
+        total = self.Gx if self._exact is None else (self._exact + self.Gx).to(self.Gx.dtype)
         return total.view(*self.curvature.shape, -1)
 
 
@@ -535,7 +540,7 @@ def evaluate(design: Design, problems: Problems, W: Tensor, b: Tensor, workers: 
         Gs[part.used] += part.Gs
         Gx[part.used] += part.gradient()
     C = problems.C
-    Gb = Gs.float()
+    Gb = Gs.to(W.dtype)
     G = Gx.addcmul_(Gb, means, value=-1).mul_(ratios).mul_(C).add_(W)
     Gb *= C
     size = W.square().sum(dim=2, keepdim=True, dtype=torch.float64)
@@ -544,7 +549,7 @@ def evaluate(design: Design, problems: Problems, W: Tensor, b: Tensor, workers: 
         size += b.double().square()
     if problems.loss == "softmax":
         size = size.sum(dim=1, keepdim=True)
-    return _Value(C * loss[:, :, None] + size / 2, G, Gb, C * curvature[:, :, None].float())
+    return _Value(C * loss[:, :, None] + size / 2, G, Gb, C * curvature[:, :, None].to(W.dtype))
 
 
 def _job(
@@ -584,6 +589,8 @@ class _State:
     slope: Tensor  # (p, k or 1, 1) along D
     step: Tensor  # the same shape
     pairs: list[tuple[Tensor, ...]]  # (S, Sb, Y, Yb, rho)
+    lowest: Tensor  # (p,) objective when it last fell by more than rounding
+    idle: Tensor  # (p,) steps since then
 
     def take(self, keep: Tensor) -> _State:
         return _State(
@@ -597,6 +604,8 @@ class _State:
             self.slope[keep],
             self.step[keep],
             [tuple(part[keep] for part in pair) for pair in self.pairs],
+            self.lowest[keep],
+            self.idle[keep],
         )
 
 
@@ -621,7 +630,7 @@ def _direction(design: Design, state: _State) -> tuple[Tensor, Tensor, Tensor]:
     if state.pairs:
         S, Sb, Y, Yb, rho = state.pairs[-1]
         curved = _dot(problems, Y, Yb, *precondition(Y, Yb))
-        scaled = torch.where(rho > 0, 1 / (rho * curved).clamp(min=1e-30), torch.ones(()))
+        scaled = torch.where(rho > 0, 1 / (rho * curved).clamp(min=1e-30), 1.0)
         Q *= scaled
         Qb *= scaled
     for (S, Sb, Y, Yb, rho), a in zip(state.pairs, reversed(steps), strict=True):
@@ -633,20 +642,21 @@ def _direction(design: Design, state: _State) -> tuple[Tensor, Tensor, Tensor]:
 
 def _trial(state: _State) -> tuple[Tensor, Tensor]:
     """Return the points that the current steps lead to."""
-    step = state.step.float()
+    step = state.step.to(state.W.dtype)
     return torch.addcmul(state.W, step, state.D), torch.addcmul(state.b, step, state.Db)
 
 
 def _advance(design: Design, state: _State, W: Tensor, b: Tensor, tried: _Value) -> _State:
     """Move the problems whose objective fell enough, shorten the steps of the others."""
     problems, value = state.problems, state.value
-    wanted = value.f + _ARMIJO * state.step * state.slope + _NOISE * value.f.abs()
+    noise = _NOISE * torch.finfo(W.dtype).eps * value.f.abs()
+    wanted = value.f + _ARMIJO * state.step * state.slope + noise
     accepted = tried.f <= wanted
     S, Sb = (W - state.W).mul_(accepted), (b - state.b).mul_(accepted)
     Y, Yb = tried.G - value.G, tried.Gb - value.Gb
     bent = _dot(problems, S, Sb, Y, Yb)
     # A problem that did not move, or moved within rounding, leaves an empty pair.
-    rho = torch.where(bent > 0, 1 / bent.clamp(min=1e-30), torch.zeros(()))
+    rho = torch.where(bent > 0, 1 / bent.clamp(min=1e-30), 0.0)
     state.pairs = [*state.pairs, (S, Sb, Y, Yb, rho)][-_PAIRS:]
     # Minimum of the parabola through the value and slope at 0 and the value tried.
     rise = (tried.f - value.f - state.step * state.slope).clamp(min=1e-300)
@@ -701,7 +711,7 @@ def minimise(
     W: Tensor,
     b: Tensor,
     *,
-    tol: float = 1e-5,
+    tol: float = 1e-6,
     max_iter: int = 1000,
 ) -> Solution:
     """Solve all `problems` from the starting points `W`, `b`.
@@ -712,7 +722,7 @@ def minimise(
         The rows.
     problems : Problems
         What to solve.
-    W, b : Tensor of shape (p, k, d) and (p, k, 1), float32
+    W, b : Tensor of shape (p, k, d) and (p, k, 1)
         Where to start.
     tol : float
         A problem is done when half its Newton decrement, an estimate of the distance to the
@@ -734,7 +744,7 @@ def _minimise(
     workers: Workers,
 ) -> Solution:
     value = evaluate(design, problems, W, b, workers)
-    states = _split(problems, W, b, value, workers.count)
+    states = _split(problems, W, b, value)
     for state in states:
         state.D, state.Db, state.slope = _direction(design, state)
     solution = Solution(
@@ -765,25 +775,39 @@ def _minimise(
         )
     for state in states:
         solution.keep(state, torch.ones(len(state.numbers), dtype=torch.bool))
+    if problems.loss == "softmax":
+        # The same constant on all classes changes nothing: settle on a sum of zero.
+        solution.b.sub_(solution.b.mean(dim=1, keepdim=True))
     return solution
 
 
-def _split(problems: Problems, W: Tensor, b: Tensor, value: _Value, count: int) -> list[_State]:
-    """Deal the problems out to `count` states, which advance independently."""
+def _split(problems: Problems, W: Tensor, b: Tensor, value: _Value) -> list[_State]:
+    """Deal the problems out to a few states, which advance side by side.
+
+    Their number does not depend on the number of threads: products of other shapes round
+    differently.
+    """
     states = []
-    for numbers in torch.arange(len(W)).chunk(count):
+    for numbers in torch.arange(len(W)).chunk(_STATES):
         some = slice(int(numbers[0]), int(numbers[-1]) + 1)
         mine, own = problems.select(some), value.take(some)
         unset = torch.ones_like(own.f)
-        states.append(_State(numbers, mine, W[some], b[some], own, W, b, unset, unset, []))
+        total = own.f.sum(dim=(1, 2))
+        idle = torch.zeros(len(numbers), dtype=torch.int64)
+        states.append(
+            _State(numbers, mine, W[some], b[some], own, W, b, unset, unset, [], total, idle)
+        )
     return states
 
 
 def _retire(state: _State, solution: Solution, tol: float, iteration: int) -> _State | None:
     """Write finished problems to `solution` and return the others."""
     close = -state.slope / 2 <= tol * state.value.f.abs()
-    stuck = state.step < 1e-6  # rounding hides any further progress
-    done = (close | stuck).all(dim=2).all(dim=1)
+    total = state.value.f.sum(dim=(1, 2))
+    fell = total < state.lowest - torch.finfo(state.W.dtype).eps * state.lowest.abs()
+    state.lowest = torch.where(fell, total, state.lowest)
+    state.idle = torch.where(fell, 0, state.idle + 1)
+    done = close.all(dim=2).all(dim=1) | (state.idle > _IDLE)
     if not done.any():
         return state
     solution.keep(state, done)
@@ -804,8 +828,9 @@ def unstandardise(design: Design, fold: int, W: Tensor, b: Tensor) -> tuple[np.n
 def standardise(
     design: Design, fold: int, weights: np.ndarray, intercept: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Invert `unstandardise`, for a warm start: float32 (k, d) and (k, 1)."""
+    """Invert `unstandardise`, for a warm start: (k, d) and (k, 1)."""
     inner = weights * design.scale
     b = intercept + weights @ design.centre + inner @ design.means[fold].double().numpy()
     W = inner / design.ratios[fold].double().numpy()
-    return torch.from_numpy(W).float(), torch.from_numpy(b).float()[:, None]
+    dtype = design.ratios.dtype
+    return torch.from_numpy(W).to(dtype), torch.from_numpy(b).to(dtype)[:, None]

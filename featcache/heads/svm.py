@@ -67,7 +67,8 @@ class LinearSVM(IterativeModel):
     standardize : bool
         Whether columns are scaled to unit deviation first.
     penalize_intercept : bool
-        Whether ``b^2 / 2`` is added, as liblinear does.
+        Whether ``b^2 / 2`` is added, b being the intercept for centred features: what liblinear
+        does behind a scaler.
     tol : float
         Distance to the minimum, as a part of the objective, at which to stop.
     max_iter : int
@@ -94,7 +95,7 @@ class LinearSVM(IterativeModel):
         class_weight: ClassWeight = None,
         standardize: bool = True,
         penalize_intercept: bool = False,
-        tol: float = 1e-5,
+        tol: float = 1e-6,
         max_iter: int = 1000,
     ) -> None:
         self.C = C
@@ -129,9 +130,11 @@ def _kernel(D: np.ndarray, gamma: float) -> np.ndarray:
     return K
 
 
-def _default_gamma(X: np.ndarray) -> float:
-    """Return what scikit-learn calls ``gamma="scale"``."""
-    variance = float(X.var(dtype=np.float64))
+def _default_gamma(X: np.ndarray, weight: np.ndarray | None = None) -> float:
+    """Return what scikit-learn calls ``gamma="scale"``, of weighted rows."""
+    mean = np.average(X, axis=0, weights=weight)
+    squares = np.average(np.square(X, dtype=np.float64), axis=0, weights=weight)
+    variance = float(squares.mean() - mean.mean() ** 2)
     return 1.0 / (X.shape[1] * variance) if variance > 0 else 1.0
 
 
@@ -266,7 +269,7 @@ class GaussianSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_ = np.unique(y)
         if len(self.classes_) < 2:
             raise ValueError(f"Expected at least two classes, got one class: {y[0]!r}.")
-        self.gamma_ = self.gamma * _default_gamma(X)
+        self.gamma_ = self.gamma * _default_gamma(X, sample_weight)
         machine = _Machine.fit(
             _kernel(_squared_distances(X, X), self.gamma_),
             y,
@@ -326,7 +329,7 @@ def _kernel_fold(
     A, B = prepare.transform(rows.features(train)), prepare.transform(rows.features(valid))
     inner, outer = _squared_distances(A, A), _squared_distances(B, A)
     y, weight = rows.targets(train), rows.weights(train)
-    scale = _default_gamma(A)
+    scale = _default_gamma(A, weight)
     found: list[np.ndarray] = []
     K, held = np.empty((0, 0)), 0.0
     for C, gamma in settings:
