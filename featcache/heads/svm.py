@@ -44,6 +44,7 @@ KERNEL_ROWS = 20_000
 """More training rows than this get Nystroem features and a linear SVM."""
 
 _COMPONENTS = 2000
+_PAIRS = 1 << 23  # (row, support vector) pairs at a time: 64 MB of kernel
 _C = 10.0
 _GAMMAS = (0.25, 0.5, 2.0)
 _CS = (1.0, 3.0, 30.0)
@@ -293,7 +294,7 @@ class GaussianSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         machine = _Machine(self.support_, self.n_support_, self.dual_coef_, self.intercept_)
-        rows = max(1, (1 << 24) // max(1, len(self.support_)))
+        rows = max(1, _PAIRS // max(1, len(self.support_)))
         support = self.support_vectors_.astype(X.dtype, copy=False)
         parts = [
             machine.decide(_kernel(_squared_distances(X[i : i + rows], support), self.gamma_))

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.svm import SVC
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from featcache import persistence
+from featcache.heads import HEADS, GaussianSVM, logits, svm
+from featcache.heads.treatment import SignedPower
+
+
+def as_in_scikit_learn(_):
+    return {
+        "check_sample_weight_equivalence_on_dense_data": (
+            "libsvm's weights are not repetitions: SVC is exempt in scikit-learn, too"
+        )
+    }
+
+
+@parametrize_with_checks([GaussianSVM()], expected_failed_checks=as_in_scikit_learn)
+def test_scikit_learn_contract(estimator, check):
+    check(estimator)
+
+
+def rings(n=240, d=6, classes=3, seed=0):
+    """Classes by distance from the origin, which no linear head can tell apart."""
+    rng = np.random.default_rng(seed)
+    codes = rng.permutation(np.arange(n) % classes)
+    X = rng.normal(size=(n, d))
+    X *= ((1 + codes) / np.linalg.norm(X, axis=1) * rng.uniform(0.85, 1.15, n))[:, None]
+    return X.astype(np.float32), np.array(["in", "mid", "out", "far"])[codes]
+
+
+def folds_of(y, cv=3):
+    split = StratifiedKFold(cv, shuffle=True, random_state=0)
+    return list(split.split(np.zeros(len(y)), y))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("class_weight", [None, "balanced", {"in": 3.0}])
+def test_it_decides_as_svc(classes, class_weight):
+    X, y = rings(classes=classes)
+    X, y = X[40:], y[40:]
+    weight = np.random.default_rng(0).uniform(0.5, 2, len(y))
+    ours = GaussianSVM(5.0, class_weight=class_weight).fit(X, y, weight)
+    theirs = SVC(
+        C=5.0,
+        gamma=ours.gamma_,
+        class_weight=class_weight,
+        break_ties=True,
+        decision_function_shape="ovr",
+    ).fit(X, y, weight)
+    new, _ = rings(100, classes=classes, seed=1)
+    np.testing.assert_allclose(
+        ours.decision_function(new), theirs.decision_function(new), atol=2e-3
+    )
+    np.testing.assert_array_equal(ours.predict(new), theirs.predict(new))
+    np.testing.assert_array_equal(ours.support_, theirs.support_)
+
+
+def test_gamma_is_in_units_of_scikit_learns_scale():
+    X, y = rings()
+    ours, theirs = GaussianSVM(gamma=1.0).fit(X, y), SVC(gamma="scale").fit(X, y)
+    assert ours.gamma_ == pytest.approx(theirs._gamma, rel=1e-5)
+    assert GaussianSVM(gamma=0.5).fit(X, y).gamma_ == pytest.approx(ours.gamma_ / 2)
+
+
+def test_long_predictions_are_cut_into_blocks(monkeypatch):
+    X, y = rings()
+    model = GaussianSVM().fit(X, y)
+    whole = model.decision_function(X)
+    monkeypatch.setattr(svm, "_PAIRS", 1000)
+    np.testing.assert_allclose(model.decision_function(X), whole, rtol=1e-5)
+
+
+def test_the_search_finds_what_is_not_linear():
+    X, y = rings()
+    found = HEADS["rbf-svm"].search(X, y, folds_of(y))
+    assert found.score > 0.9 > 0.6 > HEADS["linear"].search(X, y, folds_of(y)).score
+    assert found.notes == ()
+    assert set(found.params) == {"treatment", "C", "gamma"}
+    back = persistence.load(persistence.dump(found.estimator))
+    np.testing.assert_array_equal(logits(back, X), logits(found.estimator, X))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_out_of_fold_scores_are_those_of_svc_on_each_fold(classes):
+    X, y = rings(classes=classes)
+    folds = folds_of(y)
+    found = HEADS["rbf-svm"].search(X, y, folds, class_weight="balanced")
+    steps = {"l2": [Normalizer()], "power": [SignedPower()], "standard": []}
+    for train, valid in folds:
+        # Standardised columns have unit variance: scikit-learn's scale is 1 / d.
+        gamma = found.params["gamma"] / X.shape[1]
+        rival = SVC(C=found.params["C"], gamma=gamma, class_weight="balanced", break_ties=True)
+        alone = make_pipeline(*steps[found.params["treatment"]], StandardScaler(), rival)
+        theirs = logits(alone.fit(X[train], y[train]), X[valid])
+        np.testing.assert_allclose(found.logits[valid], theirs, atol=5e-3)
+
+
+def test_views_are_trained_on_and_averaged():
+    X, y = rings(120)
+    views = np.stack([X, X * np.float32(1.02)], axis=1)
+    found = HEADS["rbf-svm"].search(views, y, folds_of(y))
+    assert found.logits.shape == (120, 3)
+    each = [logits(found.estimator, views[:, v]) for v in range(2)]
+    np.testing.assert_allclose(
+        logits(found.estimator, views), np.mean(each, axis=0), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("limit", ["rows", "memory"])
+def test_many_rows_get_nystroem_features_and_a_note(limit, monkeypatch):
+    X, y = rings(400)
+    options = {}
+    if limit == "rows":
+        monkeypatch.setattr(svm, "KERNEL_ROWS", 300)
+    else:
+        options["memory"] = 24 * 400**2 - 1
+    found = HEADS["rbf-svm"].search(X, y, folds_of(y), **options)
+    assert "400 rows" in found.notes[0]
+    assert "200 Nystroem features" in found.notes[0]
+    assert found.score > 0.9
+    right = found.estimator.predict(X) == y
+    assert right.mean() > 0.9
+    back = persistence.load(persistence.dump(found.estimator))
+    np.testing.assert_array_equal(logits(back, X), logits(found.estimator, X))
+    again = HEADS["rbf-svm"].search(X, y, folds_of(y), **options)
+    np.testing.assert_array_equal(again.logits, found.logits)
+
+
+def test_parameters_out_of_range_are_refused():
+    X, y = rings(40)
+    with pytest.raises(ValueError, match="must be positive"):
+        GaussianSVM(gamma=0.0).fit(X, y)
+    with pytest.raises(ValueError, match="one class"):
+        GaussianSVM().fit(X, np.full(40, "a"))
