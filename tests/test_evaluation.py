@@ -228,7 +228,7 @@ def test_features_of_another_origin_are_refused_field_by_field(
     other = make_store(
         tmp_path / "b.h5",
         clusters(labels),
-        labels,
+        [label.upper() for label in labels],  # the origin is said first
         ids=[f"new{i:03d}" for i in range(90)],
         backbone="resnet50",
         preprocessing={"resize": 320},

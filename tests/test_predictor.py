@@ -194,6 +194,19 @@ def test_views_are_made_and_averaged_at_prediction(
     )
 
 
+def test_features_are_rounded_as_they_were_stored(
+    images: ImageSet, folder: Path, flower_folder: Path
+) -> None:
+    half = extract(
+        images, own(), folder / "half.h5", store_dtype="float16", workers=0, progress=False
+    )
+    predictor = train(half, cv=3)
+    found = predictor.predict(flower_folder, top_k=3, backbone=own(), workers=0, batch_size=16)
+    np.testing.assert_array_equal(
+        proba_of(found, predictor.classes), predictor.predict_proba_of(half)
+    )
+
+
 def test_two_networks_predict_together(
     images: ImageSet,
     store: FeatureStore,
