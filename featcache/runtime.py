@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache import fusion
+from featcache import fusion, winograd
 from featcache.backbone import Backbone
 from featcache.errors import BackboneError, DeviceError
 from featcache.taps import Tapped
@@ -43,11 +43,11 @@ _OTHER_BATCHES = {"cpu": (8, 32, 64), "cuda": (64, 256, 512), "mps": (32, 128)}
 # Measuring must pay: the length of a run, in batches, from which on it begins, the share of the run
 # that it may take, the seconds of a run from which on compiling (10 to 30 s) is tried, and what
 # counts as faster. Noise shall not decide: it would give two runs different last bits.
-_WORTH_MEASURING = 32
+_WORTH_MEASURING = 64
 _SHARE_FOR_MEASURING = 0.03
 _WORTH_COMPILING = 400.0
+_WORTH_WINOGRAD = 256  # images
 _CLEARLY = 0.93
-_TIMES = 3
 # Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
 _SAME = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
@@ -139,6 +139,8 @@ class Settings:
         Whether batch normalisations are folded into convolutions.
     packed : bool
         Whether oneDNN multiplies the matrices of linear layers.
+    winograd : tuple of str
+        Convolutions that are computed by `featcache.winograd`.
     autocast : bool
         Whether types are chosen operation by operation instead of converting the network.
     compiled : bool
@@ -154,6 +156,7 @@ class Settings:
     channels_last: bool
     folded: bool
     packed: bool
+    winograd: tuple[str, ...]
     autocast: bool
     compiled: bool
     aligned: bool = False
@@ -165,8 +168,9 @@ class Settings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self | None:
         """Return the settings that `to_dict` gave, None where they are of another version."""
-        known = {field.name for field in fields(cls)}
-        return cls(**values) if set(values) == known else None
+        if set(values) != {field.name for field in fields(cls)}:
+            return None
+        return cls(**{**values, "winograd": tuple(values["winograd"])})
 
 
 class Pending:
@@ -394,7 +398,7 @@ class Runtime:
                     raise
                 failure = error
                 continue
-            if agrees or not (settings.folded or settings.packed):
+            if agrees or not (settings.folded or settings.packed or settings.winograd):
                 self._compute, self._settings = tapped, settings
                 self._measure(seen)
                 return
@@ -426,16 +430,25 @@ class Runtime:
             packed=cpu
             and seen.product is not None
             and fusion.packing_pays(seen.product, batch_size, dtype),
+            winograd=self._winograd_layers(seen),
             autocast=False,
             compiled=bool(self._compile),
         )
 
+    def _winograd_layers(self, seen: fusion.Observed) -> tuple[str, ...]:
+        long_enough = (self._count or 0) >= _WORTH_WINOGRAD
+        if self.device.type != "cpu" or self.precision != "float32" or not long_enough:
+            return ()
+        return winograd.faster(self.backbone.module, seen.inputs)
+
     def _attempts(self, wanted: Settings, seen: fusion.Observed) -> Iterator[Settings]:
         """Yield the settings to try, the fastest first."""
+        if wanted.winograd:
+            yield wanted
         for folded, packed in ((True, True), (True, False), (False, True), (False, False)):
             if (folded and not wanted.folded) or (packed and not wanted.packed):
                 continue
-            settings = replace(wanted, folded=folded, packed=packed)
+            settings = replace(wanted, folded=folded, packed=packed, winograd=())
             yield settings
             if self.precision != "float32" and not wanted.autocast:
                 yield replace(settings, autocast=True)
@@ -460,6 +473,9 @@ class Runtime:
         )
         if settings.packed:
             fusion.pack(module, seen.layers)
+        for name in settings.winograd:
+            convolution: Any = module.get_submodule(name)
+            module.set_submodule(name, winograd.WinogradConv2d(convolution))
         return Tapped(module, self.backbone.points)
 
     def _agrees(
@@ -468,7 +484,10 @@ class Runtime:
         """Run the copy on one image and compare its features with the original's."""
         batch = example.to(self.device, self._dtype(settings))
         with self._without_gradients(settings), self._configured(settings):
-            return _same(tapped(batch), seen.features, self.precision)
+            found = tapped(batch)
+        if settings.winograd and not _close(found, seen.features):
+            return False
+        return _same(found, seen.features, self.precision)
 
     # --- measuring ------------------------------------------------------------------------------
 
@@ -489,62 +508,76 @@ class Runtime:
         if count < _WORTH_MEASURING * settings.batch_size:
             # To keep every image's place is always right, and costs a short run nothing.
             return replace(settings, aligned=True)
-        each = self._seconds_per_image(settings)
+        seconds, even = self._tried(settings)
+        chosen = settings
         if self._batch_size is None and not settings.compiled:
-            settings, each = self._best_batch(settings, each, count)
-        if self._compile is None and count * each > _WORTH_COMPILING:
-            settings = self._best_compiled(settings, seen, each)
-        return replace(settings, aligned=not self._is_even(settings))
+            chosen, seconds = self._best_batch(settings, seconds, count)
+        if self._compile is None and count * seconds > _WORTH_COMPILING:
+            chosen = self._best_compiled(chosen, seen)
+        if chosen != settings:
+            _, even = self._tried(chosen)
+        return replace(chosen, aligned=not even)
 
-    def _best_batch(self, settings: Settings, each: float, count: int) -> tuple[Settings, float]:
-        """Try other batch sizes as long as that takes no more than a few percent of the run."""
-        best, fastest = settings, each
-        budget = _SHARE_FOR_MEASURING * count * each
-        for size in _OTHER_BATCHES[self.device.type]:
-            budget -= _TIMES * size * each
+    def _best_batch(self, settings: Settings, seconds: float, count: int) -> tuple[Settings, float]:
+        """Try other batch sizes as long as that takes no more than a few percent of the run.
+
+        Returns
+        -------
+        tuple
+            The settings, and the seconds that an image takes.
+        """
+        sizes = [settings.batch_size, *_OTHER_BATCHES[self.device.type]]
+        budget = _SHARE_FOR_MEASURING * count
+        best, fastest = settings, seconds
+        for size in sizes:
+            budget -= 2 * size
             if budget < 0:
                 break
             other = replace(settings, batch_size=size)
             try:
-                seconds = self._seconds_per_image(other)
+                # The first time it is run, a size is prepared; the second time counts.
+                seconds = min(self._tried(other)[0] for _ in range(2))
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 break
-            if seconds < _CLEARLY * fastest:
+            if other == settings or seconds < _CLEARLY * fastest:
                 best, fastest = other, seconds
         return best, fastest
 
-    def _best_compiled(self, settings: Settings, seen: fusion.Observed, each: float) -> Settings:
+    def _best_compiled(self, settings: Settings, seen: fusion.Observed) -> Settings:
         """Compile; keep that if it is clearly faster."""
         plain = self._compute
+        seconds = min(self._tried(settings)[0] for _ in range(3))
         compiled = self._compiled(settings, seen)
-        if compiled.compiled and self._seconds_per_image(compiled) >= _CLEARLY * each:
+        if compiled.compiled:
+            if min(self._tried(compiled)[0] for _ in range(3)) < _CLEARLY * seconds:
+                return compiled
             self._compute = plain
-            return settings
-        return compiled
+        return settings
 
-    def _seconds_per_image(self, settings: Settings) -> float:
-        """Return the shortest time of a few batches, after one to warm up."""
-        times = []
-        for _ in range(_TIMES):
-            started = time.perf_counter()
-            self._run_on_noise(settings)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            times.append(time.perf_counter() - started)
-        return min(times[1:]) / settings.batch_size
+    def _tried(self, settings: Settings) -> tuple[float, bool]:
+        """Run a batch of one image again and again.
 
-    def _is_even(self, settings: Settings) -> bool:
-        """Say whether an image gives the same bits in every place of a batch."""
-        features = self._run_on_noise(settings)
-        return all(bool((value == value[:1]).all()) for value in features.values())
+        Returns
+        -------
+        tuple
+            The seconds that an image takes, and whether it gives the same bits in every place.
+        """
+        batch = self._noise(settings)
+        started = time.perf_counter()
+        features = self._run(batch, settings)
+        found = {tap: value.cpu() for tap, value in features.items()}
+        seconds = (time.perf_counter() - started) / settings.batch_size
+        return seconds, all(bool((value == value[:1]).all()) for value in found.values())
 
-    def _run_on_noise(self, settings: Settings) -> dict[str, Tensor]:
+    def _noise(self, settings: Settings) -> Tensor:
         batch = self._example().expand(settings.batch_size, -1, -1, -1)
         batch = batch.to(self.device, self._dtype(settings))
-        if settings.channels_last:
-            batch = batch.contiguous(memory_format=torch.channels_last)
+        form = torch.channels_last if settings.channels_last else torch.contiguous_format
+        return batch.contiguous(memory_format=form)
+
+    def _run(self, batch: Tensor, settings: Settings) -> dict[str, Tensor]:
         assert self._compute is not None
         with self._without_gradients(settings), self._configured(settings):
             return self._compute(batch)
@@ -558,7 +591,7 @@ class Runtime:
         self._compute = torch.compile(plain.capture, dynamic=False, options=options)
         try:
             with _quiet_compiler():
-                found = self._run_on_noise(settings)
+                found = self._run(self._noise(settings), settings)
             agrees = _same(found, seen.features, self.precision)
         except Exception:  # no compiler, an operation it does not know: hundreds of reasons
             agrees = False
@@ -566,6 +599,14 @@ class Runtime:
             plain.__exit__()
             self._compute = plain
         return replace(settings, compiled=agrees)
+
+
+def _close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Say whether every feature is well within 1e-5 of the largest one."""
+    return all(
+        float((found[tap].cpu() - value).abs().max()) <= 4e-6 * float(value.abs().max())
+        for tap, value in expected.items()
+    )
 
 
 @contextlib.contextmanager
