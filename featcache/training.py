@@ -222,7 +222,7 @@ def _head_names(heads: Sequence[str]) -> tuple[list[str], frozenset[str]]:
         return list(HEADS), frozenset()
     for name in given:
         if name not in HEADS:
-            near = difflib.get_close_matches(name, HEADS, n=2, cutoff=0.4)
+            near = difflib.get_close_matches(name, HEADS, n=2, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise TrainingError(
                 f"There is no head {name!r}.{hint} Heads: {', '.join(HEADS)}, or all."

@@ -97,7 +97,7 @@ def test_copies_do_not_leak_from_fold_to_fold(folder: Path) -> None:
     known = make_store(folder / "known.h5", X, y, hashes=hashes)
     unknown = make_store(folder / "unknown.h5", X, y)
     honest, leaking = (compare(one, heads=["rbf-svm"], cv=4)[0] for one in (known, unknown))
-    assert honest.cv_accuracy < 0.65
+    assert honest.cv_accuracy < 0.72  # a search over many settings finds a lucky one
     assert leaking.cv_accuracy > 0.85
 
 
