@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 from torch import Tensor
 
 from featcache.heads.linear import (
@@ -194,10 +194,23 @@ def _solutions(
     for number, alpha in enumerate(alphas):
         penalised = gram.copy()
         penalised[np.diag_indices_from(penalised)] += alpha
-        found = cho_solve(cho_factor(penalised, overwrite_a=True), right)
+        try:
+            found = cho_solve(cho_factor(penalised, overwrite_a=True), right)
+        except LinAlgError:
+            # With fewer rows than columns the products' rounding makes null directions negative.
+            found = _solve_clipped(gram, alpha, right)
         W[number] = found.T
         b[number, :, 0] = target - away @ found
     return torch.from_numpy(W), torch.from_numpy(b)
+
+
+def _solve_clipped(gram: np.ndarray, alpha: float, right: np.ndarray) -> np.ndarray:
+    """Solve ``(gram + alpha I) w = right`` with the negative eigenvalues of `gram` taken as 0."""
+    values, vectors = eigh(gram)
+    solution: np.ndarray = vectors @ (
+        (vectors.T @ right) / (np.maximum(values, 0) + alpha)[:, None]
+    )
+    return solution
 
 
 def search_ridge(
