@@ -2,9 +2,7 @@
 
 The copy shares every tensor with the original that needs no change, and the original is never
 touched: a batch normalisation is folded into the convolution before it, weights are brought into
-the wanted type, memory format and device, and on a CPU matrix products may be given to oneDNN
-instead of the BLAS library that PyTorch takes (which on AMD's processors computes float32 at less
-than half of their speed). What runs together is found by watching one forward pass
+the wanted type, memory format and device. What runs together is found by watching one forward pass
 rather than by tracing the graph (`torch.fx` cannot trace every network, and renames what taps
 name); a pair that holds a tap is left alone, and `featcache.runtime` compares the features of copy
 and original before it trusts the copy.
@@ -15,7 +13,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,15 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from featcache.taps import ResolvedTap, Tapped
 
-__all__ = [
-    "Observed",
-    "converted",
-    "fold",
-    "observe",
-    "pack",
-    "packing_pays",
-    "shallow_copy",
-]
+__all__ = ["Observed", "converted", "fold", "observe", "shallow_copy"]
 
 
 @dataclass
@@ -108,7 +97,7 @@ class _Calls:
         self.products: list[tuple[int, int, int]] = []
 
     def product(self, name: str) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             self.layers.add(name)
             rows = args[0].numel() // args[0].shape[-1]
             sizes = args[0].shape[-1], getattr(module, "out_features", args[0].shape[-1])
@@ -154,7 +143,7 @@ def observe(module: nn.Module, points: Sequence[ResolvedTap], example: Tensor) -
         if type(part) is nn.Conv2d:
             handles.append(part.register_forward_hook(calls.convolution(name)))
         elif type(part) in (nn.Linear, nn.MultiheadAttention):
-            handles.append(part.register_forward_pre_hook(calls.product(name)))
+            handles.append(part.register_forward_hook(calls.product(name)))
         elif isinstance(part, nn.BatchNorm2d) and _after_folding(part) is not None:
             handles.append(part.register_forward_pre_hook(calls.normalisation(name)))
     try:
@@ -255,111 +244,3 @@ def _tensors(part: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         for name, tensor in list(holder.items()):
             if tensor is not None:
                 yield holder, name, tensor
-
-
-class _PackedLinear(nn.Module):
-    """A linear layer whose weights lie as oneDNN wants them."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        self.bias = bias
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            inputs, self.weight, self.bias, "none", [], ""
-        )
-        return product
-
-
-class _PackedAttention(nn.Module):
-    """`torch.nn.MultiheadAttention` of packed linear layers, for plain self-attention."""
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__()
-        assert attention.in_proj_weight is not None
-        self.attention = attention
-        self.heads = attention.num_heads
-        self.inward = _PackedLinear(attention.in_proj_weight, attention.in_proj_bias)
-        self.outward = _PackedLinear(attention.out_proj.weight, attention.out_proj.bias)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        plain = options == {"need_weights": False} and not args and query.ndim == 3
-        if not (plain and query is key and key is value):
-            output: tuple[Tensor, Tensor | None] = self.attention(
-                query, key, value, *args, **options
-            )
-            return output
-        b, t, d = query.shape
-        parts = self.inward(query).view(b, t, 3, self.heads, d // self.heads)
-        q, k, v = parts.permute(2, 0, 3, 1, 4)  # each (b, heads, t, d / heads)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.outward(mixed.transpose(1, 2).reshape(b, t, d)), None
-
-    @staticmethod
-    def fits(attention: nn.MultiheadAttention) -> bool:
-        """Say whether it is of the kind that `forward` computes."""
-        return (
-            attention.batch_first
-            and attention.in_proj_weight is not None
-            and attention.bias_k is None
-            and not attention.add_zero_attn
-        )
-
-
-def packing_pays(product: tuple[int, int, int], images: int, dtype: torch.dtype) -> bool:
-    """Measure whether oneDNN multiplies faster than what `torch.nn.Linear` uses.
-
-    Parameters
-    ----------
-    product : (int, int, int)
-        Rows for one image, inputs, outputs; from `observe`.
-    images : int
-        Images a batch.
-    dtype : torch.dtype
-        Of the forward pass.
-    """
-    if not torch.backends.mkldnn.is_available() or not all(  # type: ignore[no-untyped-call]
-        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
-    ):
-        return False
-    rows, inputs, outputs = product
-    layer = nn.Linear(inputs, outputs, dtype=dtype, device="meta").to_empty(device="cpu")
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    batch = torch.zeros(min(rows * images, 4096), inputs, dtype=dtype)
-    with torch.inference_mode():
-        packed = _PackedLinear(layer.weight, layer.bias)
-        return _fastest(packed, batch) < _PAYS * _fastest(layer, batch)
-
-
-_PAYS = 0.75  # less is not worth the risk that noise decides
-
-
-def _fastest(layer: nn.Module, batch: Tensor) -> float:
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
-        layer(batch)
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def pack(module: nn.Module, layers: set[str]) -> None:
-    """Have oneDNN compute linear and attention layers of a `shallow_copy`, in place.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        After `converted`.
-    layers : set of str
-        From `observe`.
-    """
-    for name in layers:
-        part = module.get_submodule(name)
-        if isinstance(part, nn.Linear):
-            module.set_submodule(name, _PackedLinear(part.weight, part.bias))
-        elif isinstance(part, nn.MultiheadAttention) and _PackedAttention.fits(part):
-            module.set_submodule(name, _PackedAttention(part))

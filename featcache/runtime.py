@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache import fusion, winograd
+from featcache import fusion, packing, winograd
 from featcache.backbone import Backbone
 from featcache.errors import BackboneError, DeviceError
 from featcache.taps import Tapped
@@ -48,6 +48,7 @@ _SHARE_FOR_MEASURING = 0.03
 _WORTH_COMPILING = 400.0
 _WORTH_WINOGRAD = 256  # images
 _CLEARLY = 0.93
+_SPEED_UPS = ("folded", "packed", "packed_products")
 # Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
 _SAME = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
@@ -138,6 +139,9 @@ class Settings:
     folded : bool
         Whether batch normalisations are folded into convolutions.
     packed : bool
+        Whether the weights of convolutions are brought into oneDNN's layout, and activations
+        computed with them.
+    packed_products : bool
         Whether oneDNN multiplies the matrices of linear layers.
     winograd : tuple of str
         Convolutions that are computed by `featcache.winograd`.
@@ -156,6 +160,7 @@ class Settings:
     channels_last: bool
     folded: bool
     packed: bool
+    packed_products: bool
     winograd: tuple[str, ...]
     autocast: bool
     compiled: bool
@@ -389,7 +394,7 @@ class Runtime:
         example = self._example()
         seen = fusion.observe(self.backbone.module, self.backbone.points, example)
         failure: Exception | None = None
-        for settings in self._attempts(self._wanted(seen), seen):
+        for settings in self._attempts(self._wanted(seen)):
             try:
                 tapped = self._network(settings, seen)
                 agrees = self._agrees(tapped, settings, seen, example)
@@ -398,7 +403,8 @@ class Runtime:
                     raise
                 failure = error
                 continue
-            if agrees or not (settings.folded or settings.packed or settings.winograd):
+            plain = not any(getattr(settings, name) for name in ("winograd", *_SPEED_UPS))
+            if agrees or plain:
                 self._compute, self._settings = tapped, settings
                 self._measure(seen)
                 return
@@ -427,9 +433,10 @@ class Runtime:
             threads=max(1, torch.get_num_threads() // self._processes) if cpu else 1,
             channels_last=True,
             folded=bool(seen.pairs),
-            packed=cpu
+            packed=cpu and hasattr(torch.ops.mkldnn, "_convolution_pointwise"),
+            packed_products=cpu
             and seen.product is not None
-            and fusion.packing_pays(seen.product, batch_size, dtype),
+            and packing.products_pay(seen.product, batch_size, dtype),
             winograd=self._winograd_layers(seen),
             autocast=False,
             compiled=bool(self._compile),
@@ -441,17 +448,17 @@ class Runtime:
             return ()
         return winograd.faster(self.backbone.module, seen.inputs)
 
-    def _attempts(self, wanted: Settings, seen: fusion.Observed) -> Iterator[Settings]:
-        """Yield the settings to try, the fastest first."""
-        if wanted.winograd:
-            yield wanted
-        for folded, packed in ((True, True), (True, False), (False, True), (False, False)):
-            if (folded and not wanted.folded) or (packed and not wanted.packed):
-                continue
-            settings = replace(wanted, folded=folded, packed=packed, winograd=())
+    def _attempts(self, wanted: Settings) -> Iterator[Settings]:
+        """Yield the settings to try: all that is wanted, all but one thing, nothing of it."""
+        nothing: dict[str, Any] = {"winograd": (), **dict.fromkeys(_SPEED_UPS, False)}
+        enabled = {name: off for name, off in nothing.items() if getattr(wanted, name)}
+        steps = [{}, *({name: off} for name, off in enabled.items()), nothing]
+        for step in steps:
+            settings = replace(wanted, **step)
             yield settings
             if self.precision != "float32" and not wanted.autocast:
-                yield replace(settings, autocast=True)
+                # autocast does not know the operations of packed layers
+                yield replace(settings, autocast=True, packed=False, packed_products=False)
 
     def _example(self) -> Tensor:
         """Return one normalised image of noise, the same every time."""
@@ -464,6 +471,9 @@ class Runtime:
         module = fusion.shallow_copy(self.backbone.module)
         if settings.folded:
             fusion.fold(module, seen.pairs)
+        convolutions = {}
+        if settings.packed:
+            convolutions = packing.observe(module, self.backbone.points, self._example())
         fusion.converted(
             module,
             seen.unused,
@@ -471,11 +481,12 @@ class Runtime:
             dtype=self._dtype(settings),
             channels_last=settings.channels_last,
         )
-        if settings.packed:
-            fusion.pack(module, seen.layers)
         for name in settings.winograd:
             convolution: Any = module.get_submodule(name)
             module.set_submodule(name, winograd.WinogradConv2d(convolution))
+            convolutions.pop(name, None)
+        products = seen.layers if settings.packed_products else set()
+        packing.pack(module, products, convolutions, settings.batch_size)
         return Tapped(module, self.backbone.points)
 
     def _agrees(
@@ -584,21 +595,24 @@ class Runtime:
 
     def _compiled(self, settings: Settings, seen: fusion.Observed) -> Settings:
         """Compile the network; return the settings without that if it cannot be done here."""
-        plain = self._compute
-        assert isinstance(plain, Tapped)
-        plain.__enter__()  # hooks that come after compiling would never fire
+        before = self._compute
+        # The compiler packs by itself, and does not see through layers that are packed already.
+        compiled = replace(
+            settings, compiled=True, packed=False, packed_products=False, winograd=()
+        )
+        tapped = self._network(compiled, seen)
+        tapped.__enter__()  # hooks that come after compiling would never fire
         options: dict[str, Any] = {"freezing": True} if settings.device == "cpu" else {}
-        self._compute = torch.compile(plain.capture, dynamic=False, options=options)
+        self._compute = torch.compile(tapped.capture, dynamic=False, options=options)
         try:
             with _quiet_compiler():
-                found = self._run(self._noise(settings), settings)
-            agrees = _same(found, seen.features, self.precision)
+                found = self._run(self._noise(compiled), compiled)
+            if _same(found, seen.features, self.precision):
+                return compiled
         except Exception:  # no compiler, an operation it does not know: hundreds of reasons
-            agrees = False
-        if not agrees:
-            plain.__exit__()
-            self._compute = plain
-        return replace(settings, compiled=agrees)
+            pass
+        self._compute = before
+        return replace(settings, compiled=False)
 
 
 def _close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
