@@ -350,7 +350,8 @@ def train_from_disk(path: str, memory: int) -> None:
 
 def disk(sizes: tuple[int, ...]) -> None:
     say(
-        f"linear from a store on disk, n x {WIDTH:,} float16, {CLASSES} classes: 3 C x 5 folds + refit"
+        f"linear from a store on disk, n x {WIDTH:,} float16, {CLASSES} classes: "
+        "3 C x 5 folds + refit"
     )
     times = {}
     for n in sizes:
