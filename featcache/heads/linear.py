@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,6 +35,7 @@ from featcache.heads.solver import (
     Loss,
     Problems,
     Solution,
+    Workers,
     minimise,
     product,
     standardise,
@@ -48,7 +50,7 @@ CS: tuple[float, ...] = tuple(float(10.0**power) for power in range(-5, 3))
 
 _COLUMNS = 128  # scores that fill a matrix product; more problems at a time bring nothing
 _SEARCH_TOL = 1e-4
-_SCORES = 1 << 28  # bytes of out-of-fold scores computed in one pass
+_SCORES = 1 << 26  # bytes of out-of-fold scores computed in one pass
 
 
 def class_factors(
@@ -80,10 +82,11 @@ def loss_weights(
     As liblinear does, one-vs-rest with more than two classes weights only the rows of the class
     that a problem is about.
     """
+    if (factors == 1.0).all():
+        return row_weights, None
     if loss == "squared_hinge" and factors.shape[1] > 2:
-        plain = bool((factors == 1.0).all())
-        return row_weights, None if plain else factors
-    return row_weights * np.take(factors, codes, axis=1), None
+        return row_weights, factors
+    return row_weights * np.take(factors.astype(row_weights.dtype), codes, axis=1), None
 
 
 class LinearModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -298,13 +301,16 @@ def fold_weights(rows: Rows, class_weight: ClassWeight) -> tuple[np.ndarray, np.
         See `class_factors`.
     """
     images = len(rows.codes)
-    masks = np.zeros((len(rows.folds) + 1, images))
+    masks = np.zeros((len(rows.folds) + 1, images), dtype=np.float32)
     for fold, (train, _) in enumerate(rows.folds):
         masks[fold, train] = 1.0
     masks[-1] = 1.0
-    masks *= (np.ones(images) if rows.weight is None else rows.weight) / rows.views
+    if rows.weight is not None or rows.views > 1:
+        masks *= ((1.0 if rows.weight is None else rows.weight) / np.float32(rows.views)).astype(
+            np.float32
+        )
     factors = np.stack([class_factors(class_weight, rows.classes, rows.codes, m) for m in masks])
-    return np.repeat(masks, rows.views, axis=1).astype(np.float32), factors
+    return masks if rows.views == 1 else np.repeat(masks, rows.views, axis=1), factors
 
 
 def out_of_fold(design: Design, rows: Rows, W: Tensor, b: Tensor) -> Iterator[np.ndarray]:
@@ -342,12 +348,17 @@ def _validate(
 ) -> Iterator[np.ndarray]:
     settings, _, k, d = Wg.shape
     total = np.zeros((settings, k, design.n), dtype=np.float32)
-    for block, raw in design.blocks(settings * k):
+
+    def add(block: slice, raw: Tensor | np.ndarray) -> None:
         X = design.standardised(raw)
         for fold in np.flatnonzero(valid[:, block].any(axis=1)).tolist():
             scores = product(Wg[:, fold].reshape(-1, d), X.T).reshape(settings, k, -1)
             values = scores.numpy() + offset[:, fold].numpy()
             total[:, :, block] += values * valid[fold, block]
+
+    with Workers.start() as workers:
+        for _ in workers.in_order(partial(add, *pair) for pair in design.blocks(settings * k)):
+            pass
     count = valid.sum(axis=0)
     total[:, :, count == 0] = np.nan
     total /= np.maximum(count, 1).astype(np.float32)

@@ -54,6 +54,7 @@ Loss: TypeAlias = Literal["softmax", "logistic", "squared_hinge"]
 Transform: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 _CELLS = 1 << 20  # scores that a thread computes at a time: 4 MB
+_FLOATS = 1 << 20  # features in a block that is read from disk: 4 MB
 _RANK = 256  # directions in which the preconditioner knows the covariance
 _SAMPLE = 4096  # rows that the preconditioner is computed from
 _PAIRS = 6  # history of L-BFGS
@@ -75,7 +76,8 @@ class Workers:
 
     The products come from one library and the element-wise operations from another. Left alone,
     each keeps a pool of threads that wait by spinning, on the cores that the other one's need:
-    that took up to six times the processor time on a busy machine of two cores. Results come in
+    that took up to six times the processor time on a busy machine of two cores. Freed memory is
+    kept for the next block: clearing new pages took longer than reading a block. Results come in
     the order of the blocks, so that sums have the same bits whatever the number of threads.
     """
 
@@ -87,8 +89,10 @@ class Workers:
     @contextlib.contextmanager
     def start(cls) -> Iterator[Workers]:
         """Start as many threads as torch would use; stop the libraries' own meanwhile."""
+        from featcache.runtime import keep_pages
+
         count = torch.get_num_threads()
-        with threadpool_limits(1, user_api="blas"):
+        with keep_pages(), threadpool_limits(1, user_api="blas"):
             torch.set_num_threads(1)
             try:
                 if count == 1:
@@ -180,28 +184,44 @@ class Design:
         transform : callable, optional
             Row-wise treatment, (r, d) to (r, d), in a new array.
         """
+        with Workers.start() as workers:
+            return cls._build(X, codes, row_weights, loss_weights, standardize, transform, workers)
+
+    @classmethod
+    def _build(
+        cls,
+        X: np.ndarray | RowBlocks,
+        codes: np.ndarray,
+        row_weights: np.ndarray,
+        loss_weights: np.ndarray,
+        standardize: bool,
+        transform: Transform | None,
+        workers: Workers,
+    ) -> Design:
         blocks = RowBlocks.of(X) if isinstance(X, np.ndarray) else X
-        moments = _Moments.measure(blocks, row_weights, transform)
+        moments = _Moments.measure(blocks, row_weights, transform, workers)
         scale = moments.deviation(-1) if standardize else np.ones(len(moments.centre))
         means = (moments.mean[:-1] - moments.centre) / scale
         ratios = np.ones_like(means)
         if standardize:
             ratios = np.stack([scale / moments.deviation(f) for f in range(len(means))])
         dtype = moments.sample.dtype
-        sample = ((moments.sample - moments.centre) / scale).astype(dtype)
-        order = np.arange(len(codes))
+        sample = (moments.sample - moments.centre.astype(dtype)) / scale.astype(dtype)
+        order, edges = np.arange(len(codes)), [0, len(codes)]
         source: Tensor | RowBlocks = blocks
         if isinstance(X, np.ndarray):
             order = np.lexsort(row_weights > 0)
-            source = _standardised(X, order, moments.centre, scale, transform)
-        used = row_weights[:, order] > 0
-        changes = np.flatnonzero((used[:, 1:] != used[:, :-1]).any(axis=0)) + 1
+            source = _standardised(X, order, moments.centre, scale, transform, workers)
+            loss_weights, codes = loss_weights[:, order], codes[order]
+            used = row_weights[:, order] > 0
+            changes = np.flatnonzero((used[:, 1:] != used[:, :-1]).any(axis=0)) + 1
+            edges = [0, *changes.tolist(), len(codes)]
         return cls(
             source=source,
             order=order,
-            edges=[0, *changes.tolist(), len(codes)],
-            weights=torch.from_numpy(loss_weights[:, order].astype(dtype)),
-            codes=torch.from_numpy(codes[order]),
+            edges=edges,
+            weights=torch.from_numpy(loss_weights.astype(dtype, copy=False)),
+            codes=torch.from_numpy(codes),
             centre=moments.centre,
             scale=scale,
             means=torch.from_numpy(means.astype(dtype)),
@@ -223,7 +243,8 @@ class Design:
     @cached_property
     def principal(self) -> tuple[Tensor, Tensor, float]:
         """Largest eigenvectors (d, r) and eigenvalues (r,) of the covariance, mean of the rest."""
-        basis, spectrum, rest = _principal(self.sample)
+        with threadpool_limits(1, user_api="blas"):
+            basis, spectrum, rest = _principal(self.sample)
         return torch.from_numpy(basis), torch.from_numpy(spectrum), rest
 
     def blocks(self, columns: int) -> Iterator[tuple[slice, Tensor | np.ndarray]]:
@@ -233,7 +254,7 @@ class Design:
             for start, stop in _cut(self.edges, size):
                 yield slice(start, stop), self.source[start:stop]
             return
-        for images, block in self.source.blocks(size):
+        for images, block in self.source.blocks(min(size, max(256, _FLOATS // self.d))):
             yield self.source.rows_of(images), block
 
     def standardised(self, block: Tensor | np.ndarray) -> Tensor:
@@ -259,14 +280,20 @@ def _standardised(
     centre: np.ndarray,
     scale: np.ndarray,
     transform: Transform | None,
+    workers: Workers,
 ) -> Tensor:
     dtype = working_dtype(X)
     out = np.empty(X.shape, dtype=dtype)
-    for start in range(0, len(X), 4096):
-        block = np.asarray(X[order[start : start + 4096]], dtype=dtype)
+
+    def fill(start: int) -> None:
+        some = slice(start, start + 1024)
+        block = np.asarray(X[order[some]], dtype=dtype)
         treated = block if transform is None else transform(block)
-        np.subtract(treated, centre.astype(dtype), out=out[start : start + 4096])
-        out[start : start + 4096] /= scale.astype(dtype)
+        np.subtract(treated, centre.astype(dtype), out=out[some])
+        out[some] /= scale.astype(dtype)
+
+    for _ in workers.in_order(partial(fill, start) for start in range(0, len(X), 1024)):
+        pass
     return torch.from_numpy(out)
 
 
@@ -292,28 +319,40 @@ class _Moments:
 
     @classmethod
     def measure(
-        cls, blocks: RowBlocks, weights: np.ndarray, transform: Transform | None
+        cls,
+        blocks: RowBlocks,
+        weights: np.ndarray,
+        transform: Transform | None,
+        workers: Workers,
     ) -> _Moments:
-        """Read all blocks once; deviations are from a row near the mean, to lose no digits."""
+        """Read all blocks once; deviations are from the first block's mean, to lose no digits."""
         n, d = len(blocks) * blocks.views, blocks.shape[-1]
         chosen = np.zeros(n, dtype=bool)
         chosen[np.random.default_rng(0).permutation(n)[:_SAMPLE]] = True
-        total, squares = np.zeros((2, len(weights) + 1, d))
-        shift: np.ndarray | None = None
-        sample = []
-        for images, block in blocks.blocks(4096):
+        shifts: list[np.ndarray] = []
+
+        def sums(images: slice, block: np.ndarray) -> tuple[np.ndarray, ...]:
             rows = blocks.rows_of(images)
-            block = block if transform is None else transform(block)
-            sample.append(block[chosen[rows]])
-            shift = block.mean(axis=0) if shift is None else shift
-            away = block - shift
-            both = np.vstack([weights[:, rows], np.ones((1, len(away)))]).astype(block.dtype)
-            total += both @ away
-            squares += both @ np.square(away, out=away)
-        sums = np.append(weights.sum(axis=1, dtype=np.float64), n)[:, None]
-        total /= sums
-        variance = np.maximum(squares / sums - total**2, 0.0)
-        return cls(np.asarray(shift, dtype=np.float64) + total, variance, np.concatenate(sample))
+            treated = block if transform is None else transform(block)
+            if not shifts:
+                shifts.append(treated.mean(axis=0))
+            away = treated - shifts[0]
+            ones = np.ones((1, len(away)), dtype=away.dtype)
+            both = np.concatenate([weights[:, rows].astype(away.dtype), ones])
+            kept = treated[chosen[rows]]
+            return both @ away, both @ np.square(away, out=away), kept
+
+        stream = blocks.blocks(max(256, _FLOATS // d))
+        total, squares, kept = sums(*next(stream))
+        total, squares, sample = total.astype(np.float64), squares.astype(np.float64), [kept]
+        for one, two, kept in workers.in_order(partial(sums, *pair) for pair in stream):
+            total += one
+            squares += two
+            sample.append(kept)
+        size = np.append(weights.sum(axis=1, dtype=np.float64), n)[:, None]
+        total /= size
+        variance = np.maximum(squares / size - total**2, 0.0)
+        return cls(shifts[0].astype(np.float64) + total, variance, np.concatenate(sample))
 
 
 def _principal(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
