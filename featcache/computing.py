@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from featcache.decoding import Augmentation
 from featcache.errors import ExtractionError
 from featcache.images import ImageSet
 from featcache.loading import Batch, Decoder, Failed, Loader, Tasks
-from featcache.runtime import Pending, Runtime
+from featcache.runtime import Pending, Runtime, Settings
 
 __all__ = ["Chunk", "Clock", "checked_augmentation", "compute", "default_workers", "of_canaries"]
 
@@ -115,31 +116,47 @@ def compute(
     if not len(rows):
         return
     clock = clock or Clock()
-    settings = runtime.settings
-    tasks = Tasks(rows, max(1, settings.batch_size // views), aligned=settings.aligned)
-    decoder = Decoder(images, runtime.backbone.preprocessing, augmentation, views)
     count = default_workers(runtime) if workers is None else workers
-    batches = Loader(decoder, workers=count, pin=runtime.device.type == "cuda").batches(tasks)
-    before: tuple[Batch, Pending] | None = None
+    size = _images_a_task(runtime.settings, views, threads=count == 0)
+    tasks = Tasks(rows, size, aligned=runtime.settings.aligned)
+    decoder = Decoder(images, runtime.backbone.preprocessing, augmentation, views)
+    on_gpu = runtime.device.type == "cuda"
+    batches = Loader(decoder, workers=count, pin=on_gpu).batches(tasks)
+    computing: deque[tuple[Batch, Pending]] = deque()
     try:
         while True:
             started = time.perf_counter()
             batch = next(batches, None)
             loaded = time.perf_counter()
             clock.waited += loaded - started
-            # On a GPU this returns at once: the next batch is decoded, and the one before is
-            # fetched and written, while it computes.
-            pending = None if batch is None else runtime.submit(_flat(batch))
-            chunk = None if before is None else _chunk(*before, views)
+            if batch is not None:
+                clock.decode += batch.seconds
+                computing.append((batch, runtime.submit(_flat(batch))))
+            # A GPU goes on by itself: one batch is decoded, and the one before fetched and written,
+            # while it computes.
+            ready = len(computing) > (on_gpu and batch is not None)
+            chunk = _chunk(*computing.popleft(), views) if ready else None
             clock.forward += time.perf_counter() - loaded
             if chunk is not None:
                 yield chunk
-            if batch is None or pending is None:
+            elif batch is None:
                 return
-            clock.decode += batch.seconds
-            before = batch, pending
     finally:
         batches.close()
+
+
+def _images_a_task(settings: Settings, views: int, *, threads: bool) -> int:
+    """Return how many images are decoded together: a batch, or several.
+
+    Threads that decode between forward passes need enough of them to end at the same time. It is
+    always a multiple of what fits a batch, so that an image keeps its place in the batch.
+    """
+    batch = max(1, settings.batch_size // views)
+    wanted = _IMAGES_A_THREAD * (os.cpu_count() or 1) if threads else batch
+    return batch * max(1, -(-wanted // (batch * views)))
+
+
+_IMAGES_A_THREAD = 16
 
 
 def _flat(batch: Batch) -> Tensor:

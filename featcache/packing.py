@@ -262,7 +262,7 @@ def products_pay(product: tuple[int, int, int], images: int, dtype: torch.dtype)
         return False
     rows, inputs, outputs = product
     layer = nn.Linear(inputs, outputs, dtype=dtype).requires_grad_(False)
-    batch = torch.zeros(min(rows * images, 4096), inputs, dtype=dtype)
+    batch = torch.zeros(min(rows * images, 1024), inputs, dtype=dtype)
     layers = layer, _PackedLinear(layer.weight, layer.bias)
     times = [math.inf, math.inf]
     with torch.inference_mode():

@@ -38,8 +38,11 @@ __all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "keep_pages", "select
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_DEFAULT_BATCH = {"cpu": 16, "cuda": 128, "mps": 64}
-_OTHER_BATCHES = {"cpu": (8, 32, 64), "cuda": (64, 256, 512), "mps": (32, 128)}
+# Images a forward pass, to begin with. On a CPU more than a few for each thread are no faster, and
+# take memory.
+_DEFAULT_BATCH = {"cpu": 8, "cuda": 128, "mps": 64}
+_IMAGES_A_THREAD = 4
+_OTHER_BATCHES = {"cpu": (16, 32, 64), "cuda": (64, 256, 512), "mps": (32, 128)}
 # Measuring must pay: the length of a run, in batches, from which on it begins, the share of the run
 # that it may take, the seconds of a run from which on compiling (10 to 30 s) is tried, and what
 # counts as faster. Noise shall not decide: it would give two runs different last bits.
@@ -107,17 +110,22 @@ def keep_pages() -> Iterator[bool]:
     bool
         Whether this C library could be told (glibc; others are left alone).
     """
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+    library = _glibc()
+    if library is None:
         yield False
         return
-    assert library is not None
     tuned = bool(library.mallopt(_M_TRIM_THRESHOLD, _NEVER))
     tuned &= bool(library.mallopt(_M_MMAP_THRESHOLD, _NEVER) or library.mallopt(_M_MMAP_MAX, 0))
     try:
         yield tuned
     finally:
         library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    known = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
+    return library if known else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,6 +415,8 @@ class Runtime:
             if agrees or plain:
                 self._compute, self._settings = tapped, settings
                 self._measure(seen)
+                if library := _glibc():
+                    library.malloc_trim(0)  # what choosing took need not stay beside the batches
                 return
         raise BackboneError(
             f"The network {self.backbone.name} does not run in {self.precision} on "
@@ -421,16 +431,18 @@ class Runtime:
                 batch_size=self._batch_size or recorded.batch_size,
                 compiled=recorded.compiled if self._compile is None else self._compile,
             )
-        batch_size = self._batch_size or _DEFAULT_BATCH[self.device.type]
+        cpu = self.device.type == "cpu"
+        threads = max(1, torch.get_num_threads() // self._processes) if cpu else 1
+        default = max(_DEFAULT_BATCH[self.device.type], _IMAGES_A_THREAD * threads)
+        batch_size = self._batch_size or default
         if self._batch_size is None and self._count is not None:
             batch_size = max(1, min(batch_size, self._count))
         dtype = PRECISIONS[self.precision]
-        cpu = self.device.type == "cpu"
         return Settings(
             device=self.device.type,
             precision=self.precision,
             batch_size=batch_size,
-            threads=max(1, torch.get_num_threads() // self._processes) if cpu else 1,
+            threads=threads,
             channels_last=True,
             folded=bool(seen.pairs),
             packed=cpu and hasattr(torch.ops.mkldnn, "_convolution_pointwise"),
@@ -537,7 +549,8 @@ class Runtime:
         tuple
             The settings, and the seconds that an image takes.
         """
-        sizes = [settings.batch_size, *_OTHER_BATCHES[self.device.type]]
+        others = _OTHER_BATCHES[self.device.type]
+        sizes = [settings.batch_size, *(n for n in others if n != settings.batch_size)]
         budget = _SHARE_FOR_MEASURING * count
         best, fastest = settings, seconds
         for size in sizes:

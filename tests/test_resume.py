@@ -211,7 +211,7 @@ def test_an_interruption_says_how_to_go_on_and_gives_the_handlers_back(
 
     def pressing(self: Runtime, batch: Any) -> Any:
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 14:
             os.kill(os.getpid(), signal.SIGINT)
         return forward(self, batch)
 
