@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import ProcessError
 from typing import Any, Self
 
 import numpy as np
@@ -365,15 +366,16 @@ class Loader:
             try:
                 iterator = self._iterator(_From(tasks, start), workers, ahead)
                 for _ in range(start, len(tasks)):
-                    with children.heard():
-                        if any(process.exitcode is not None for process in iterator._workers):
-                            raise _WorkerLost
-                        batch = next(iterator)
+                    try:
+                        with children.heard():
+                            if _have_ended(iterator):
+                                raise _WorkerLost
+                            batch = next(iterator)
+                    except Exception as error:
+                        if not _is_loss(error, iterator):
+                            raise
+                        raise _WorkerLost(_how_they_ended(iterator)) from error
                     yield batch
-            except (RuntimeError, _WorkerLost) as error:
-                if isinstance(error, RuntimeError) and not re.search(_LOST, str(error)):
-                    raise
-                raise _WorkerLost(_how_they_ended(iterator)) from error
             finally:
                 # Without terminating them, leaving early waits for whatever they are decoding.
                 for process in getattr(iterator, "_workers", ()):
@@ -465,6 +467,24 @@ class _Children:
     def _handle(self, number: int, frame: Any) -> None:
         if self._waiting and callable(self._theirs):
             self._theirs(number, frame)
+
+
+def _have_ended(iterator: Any) -> bool:
+    """Say whether a worker has ended; none does by itself before the last batch."""
+    return any(process.exitcode is not None for process in iterator._workers)
+
+
+def _is_loss(error: Exception, iterator: Any) -> bool:
+    """Say whether an error is that of a worker's end, not one of its work."""
+    if isinstance(error, _WorkerLost) or re.search(_LOST, str(error)):
+        return True
+    if not isinstance(error, (OSError, EOFError, ProcessError)):
+        return False
+    # A batch that could not be fetched from a worker: it may be dying this very moment.
+    deadline = time.monotonic() + 1
+    while not _have_ended(iterator) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return _have_ended(iterator)
 
 
 def _how_they_ended(iterator: Any) -> str:

@@ -1,74 +1,82 @@
-"""Peak memory of an extraction of few images and of ten times as many: it must not grow.
+"""Peak memory of an extraction of 2,000 and of 20,000 images: it does not grow with their number.
 
-    python tests/benchmarks/memory.py [--images 2000]
+The images are drawn when they are asked for, so that nothing but the extraction takes memory. Each
+size runs in a fresh process.
 
-Each extraction runs in a process of its own, over small synthetic JPEG files. The peak is that of
-the process plus the largest of its decoding workers, as the operating system accounts for them.
+    python tests/benchmarks/memory.py [--images 2000 20000] [--workers 0]
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import json
+import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-EXTRACT = """
-import resource, sys
-from featcache.backbone import Backbone
-from featcache.extraction import extract
-from featcache.images import ImageSet
-backbone = Backbone.from_torchvision("mobilenet_v2", weights=None, image_size=64)
-extract(ImageSet.from_folder(sys.argv[1]), backbone, sys.argv[2], device="cpu", batch_size=16)
-whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-print(sum(resource.getrusage(who).ru_maxrss for who in whose) * unit / 1024**2)
-"""
+
+class Drawn:
+    """A data set of grey noise, made image by image."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        return Image.fromarray(pixels).resize((100, 75)), index % 10
 
 
-def make_images(root: Path, count: int) -> Path:
-    """Write `count` different JPEG files of 80 x 64 pixels in two class folders."""
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (200, 200, 3), np.uint8)
-    for k in range(count):
-        folder = root / ("even", "odd")[k % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        top, left = divmod(k, 120)
-        Image.fromarray(noise[top % 120 : top % 120 + 64, left : left + 80]).save(
-            folder / f"{k:06d}.jpg", quality=60 + k // 14400
+def extraction(count: int, workers: int | None) -> dict[str, Any]:
+    """Extract in this process and return its peak in MB."""
+    import featcache as fc
+
+    images = fc.ImageSet.from_torchvision(Drawn(count))
+    backbone = fc.Backbone.from_torchvision("mobilenet_v2", weights=None, image_size=64)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "features.h5"
+        # A batch size of one's own: what is measured to choose one depends on the length of a run.
+        store = fc.extract(
+            images, backbone, path, device="cpu", batch_size=32, workers=workers, compile=False
         )
-    return root
+        assert len(store) == count
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
+    return {"images": count, "peak": own, "workers": children}
 
 
-def peak(images: Path, store: Path) -> float:
-    """Return the peak memory of one extraction, in MiB."""
-    done = subprocess.run(
-        [sys.executable, "-c", EXTRACT, str(images), str(store)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return float(done.stdout.split()[-1])
+def measured(count: int, workers: int | None) -> dict[str, Any]:
+    """Extract in a fresh process."""
+    command = [sys.executable, __file__, "--one", str(count)]
+    if workers is not None:
+        command += ["--workers", str(workers)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def main() -> None:
-    """Print both peaks and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2000)
-    count = parser.parse_args().images
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
-    peaks = []
-    for n in (count, 10 * count):
-        with tempfile.TemporaryDirectory() as folder:
-            peaks.append(peak(make_images(Path(folder) / "images", n), Path(folder) / "f.h5"))
-        print(f"{n:,} images: peak {peaks[-1]:,.0f} MiB", flush=True)
-    print(f"ratio {peaks[1] / peaks[0]:.3f}")
+    """Print the peaks and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, nargs=2, default=(2_000, 20_000))
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(extraction(options.one, options.workers)))
+        return
+    few, many = (measured(count, options.workers) for count in options.images)
+    for result in (few, many):
+        print(f"{result['images']:>7,} images: {result['peak']:.0f} MB")
+    print(f"ratio {many['peak'] / few['peak']:.3f}")
 
 
 if __name__ == "__main__":
