@@ -50,7 +50,7 @@ CS: tuple[float, ...] = tuple(float(10.0**power) for power in range(-5, 3))
 
 _COLUMNS = 128  # scores that fill a matrix product; more problems at a time bring nothing
 _SEARCH_TOL = 1e-4
-_SCORES = 1 << 26  # bytes of out-of-fold scores computed in one pass
+_SCORES = 1 << 25  # bytes of out-of-fold scores computed in one pass
 
 
 def class_factors(
@@ -413,7 +413,8 @@ class LinearSearch:
         self.scoring = scoring
         self.memory = memory
         self.loss = estimator._loss(len(rows.classes))
-        self.tried: list[_Tried] = []
+        self.candidates: list[Candidate] = []
+        self.best: _Tried | None = None
         self._codes = np.repeat(rows.codes, rows.views)
         self._row_weights, factors = fold_weights(rows, estimator.class_weight)
         self._loss_weights, self._positive = loss_weights(
@@ -454,7 +455,7 @@ class LinearSearch:
         stop_early: bool = True,
         start: _Tried | None = None,
     ) -> None:
-        """Try all `Cs`, smallest first; results are appended to `tried`."""
+        """Try all `Cs`, smallest first, and keep the best; the smaller one where scores tie."""
         design = self._design(treatment)
         size = self._group_size(design.d)
         ordered = sorted(Cs)
@@ -468,10 +469,11 @@ class LinearSearch:
                 W, b = start.W.repeat(len(group), 1, 1), start.b.repeat(len(group), 1, 1)
             problems = self._problems(design, group, folds)
             solution = minimise(design, problems, W, b, tol=tol, max_iter=self.estimator.max_iter)
-            for tried in self._judge(design, treatment, group, solution):
-                self.tried.append(tried)
-                scores.append(tried.candidate.score)
-                start = tried
+            for start in self._judge(design, treatment, group, solution):
+                self.candidates.append(start.candidate)
+                scores.append(start.candidate.score)
+                if self.best is None or scores[-1] > self.best.candidate.score:
+                    self.best = start
             if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
                 break
 
@@ -481,28 +483,19 @@ class LinearSearch:
 
     def _judge(
         self, design: Design, treatment: str, Cs: Sequence[float], solution: Solution
-    ) -> list[_Tried]:
+    ) -> Iterator[_Tried]:
         rows, folds = self.rows, len(self.rows.folds)
         W, b = (part.view(len(Cs), folds, *part.shape[1:]) for part in (solution.W, solution.b))
-        found = []
         for number, values in enumerate(out_of_fold(design, rows, W, b)):
             scores = score_folds(values, rows.codes, rows.classes, rows.folds, self.scoring)
-            params = {"treatment": treatment, "C": Cs[number]}
-            found.append(
-                _Tried(
-                    Candidate(params, scores), values, treatment, Cs[number], W[number], b[number]
-                )
-            )
-        return found
-
-    def best(self) -> _Tried:
-        """Return the best that was tried; the stronger penalty where scores tie."""
-        return max(self.tried, key=lambda one: (one.candidate.score, -one.C))
+            candidate = Candidate({"treatment": treatment, "C": Cs[number]}, scores)
+            yield _Tried(candidate, values, treatment, Cs[number], W[number], b[number])
 
     def finish(self, search_seconds: float, notes: Sequence[str] = ()) -> SearchResult:
         """Fit the best on all rows, starting from the mean of its folds' solutions."""
         begin = time.perf_counter()
-        chosen = self.best()
+        chosen = self.best
+        assert chosen is not None, "nothing was tried"
         design = self._design(chosen.treatment)
         everything = len(self.rows.folds)
         pairs = [
@@ -531,7 +524,7 @@ class LinearSearch:
             head=self.name,
             estimator=estimator,
             best=chosen.candidate,
-            candidates=tuple(one.candidate for one in self.tried),
+            candidates=tuple(self.candidates),
             classes=self.rows.classes,
             logits=chosen.logits,
             temperature=fit_temperature(chosen.logits, self.rows.codes, self.rows.weight),
@@ -571,15 +564,19 @@ def search_linear(
     treatments : list of str
         Names from `featcache.heads.treatment.TREATMENTS`.
     refine : bool
-        Whether to stop early on the way up, and to try half a decade either side of the best.
-        Otherwise exactly `Cs` are tried.
+        Whether to stop early on the way up, to try other treatments than the first only within
+        a decade of the best so far, and at the end half a decade either side of the best.
+        Otherwise exactly `Cs` are tried with every treatment.
     """
     start = time.perf_counter()
     search = LinearSearch(rows, estimator, head=head, scoring=scoring, memory=memory)
-    for treatment in treatments:
-        search.path(treatment, Cs, stop_early=refine)
-    if refine:
-        best = search.best()
+    for number, treatment in enumerate(treatments):
+        near = Cs
+        if refine and number and search.best is not None:
+            near = [C for C in Cs if 0.09 < C / search.best.C < 11]
+        search.path(treatment, near, stop_early=refine)
+    if refine and search.best is not None:
+        best = search.best
         near = [float(f"{best.C * factor:.2g}") for factor in (10**-0.5, 10**0.5)]
         search.path(best.treatment, near, stop_early=False, start=best)
     return search.finish(time.perf_counter() - start)
