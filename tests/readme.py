@@ -105,7 +105,9 @@ def make_photographs(folder: Path) -> None:
 def run(command: str, folder: Path) -> str:
     """Run one command as the reader would; return what it prints on standard output."""
     # Under `make test` the variables of that make would have an inner one announce its folders.
-    inherited = {k: v for k, v in os.environ.items() if k not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")
+    }
     environment = {
         **inherited,
         "PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}",
