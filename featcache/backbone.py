@@ -321,6 +321,14 @@ class Backbone:
         """The network: in evaluation mode, frozen, on the CPU. Loads the weights."""
         return self._load()[0]
 
+    def skeleton(self) -> nn.Module:
+        """Return the network in evaluation mode, without weights (on the meta device) where it can.
+
+        Else with them: a module or a callable has its weights anyway.
+        """
+        built = self._source.skeleton()
+        return self.module if built is None else built.eval()
+
     @property
     def partial(self) -> PartialReport | None:
         """What a checkpoint left out that fitted in part, else None. Loads the weights."""

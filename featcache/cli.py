@@ -137,6 +137,37 @@ _layers = click.option(
     ":patches]. May be repeated. Left out: the pooling layer, or the head's input.",
 )
 
+_suffix_options = _options(
+    click.option(
+        "--from", "first", metavar="LAYER", help="suffix: first layer to train. Left out: all."
+    ),
+    click.option("--epochs", type=click.IntRange(min=1), help="suffix: at most so many.  [20]"),
+    click.option("--batch-size", type=click.IntRange(min=2), help="suffix: images a step.  [32]"),
+    click.option(
+        "--lr", type=float, help="suffix: highest learning rate of the new layer.  [1e-3]"
+    ),
+    click.option(
+        "--schedule",
+        type=click.Choice(["one-cycle", "cosine"]),
+        help="suffix: of the learning rate.  [one-cycle]",
+    ),
+    click.option(
+        "--unfreeze-every",
+        type=click.IntRange(min=0),
+        metavar="EPOCHS",
+        help="suffix: unfreeze one block more every so many epochs.  [0: all at once]",
+    ),
+    click.option(
+        "--patience",
+        type=click.IntRange(min=0),
+        metavar="EPOCHS",
+        help="suffix: stop after so many without a better validation loss.  [5; 0: never]",
+    ),
+    click.option("--device", help=f"suffix: {DEVICES}.  [auto]"),
+    click.option("--backbone", help="suffix: the network, where it is package.module:callable."),
+    click.option("--weights", help="suffix: the network's checkpoint file, where it has one."),
+)
+
 
 @click.group(
     cls=Commands,
@@ -338,8 +369,8 @@ def verify(store: Path, as_json: bool) -> None:
     "--head",
     "heads",
     multiple=True,
-    help="linear, svm, rbf-svm, forest, boosting, knn, mlp, ridge, or all. May be repeated.  "
-    "[linear, svm, rbf-svm, forest]",
+    help="linear, svm, rbf-svm, forest, boosting, knn, mlp, ridge, all, or suffix: the rest of the "
+    "network. May be repeated.  [linear, svm, rbf-svm, forest]",
 )
 @click.option("--cv", type=click.IntRange(min=2), default=5, show_default=True, help="Folds.")
 @click.option(
@@ -353,6 +384,7 @@ def verify(store: Path, as_json: bool) -> None:
 @click.option("--memory", type=Memory(), help="Train in blocks within this much: 1GB.")
 @click.option("--n-jobs", type=int, default=1, show_default=True)
 @click.option("--random-state", type=int, default=0, show_default=True)
+@_suffix_options
 @_json
 def train(
     stores: tuple[Path, ...],
@@ -367,12 +399,23 @@ def train(
     memory: int | None,
     n_jobs: int,
     random_state: int,
+    backbone: str | None,
+    weights: str | None,
     as_json: bool,
+    **suffix: Any,
 ) -> None:
     """Stage two: train and compare heads on the features in STORE, keep the best as PREDICTOR.
 
     Several stores are joined: by rows where they share a fingerprint, else by image id.
+
+    With --head suffix the rest of the network is trained, on maps that STORE keeps (extract with
+    --layer LAYER:input:map). Interrupted, it resumes from its last epoch by the same command.
     """
+    given = {name: value for name, value in suffix.items() if value is not None}
+    if "suffix" not in heads and (given or backbone or weights):
+        name = next(iter(given), "backbone" if backbone else "weights")
+        option = {"first": "from"}.get(name, name).replace("_", "-")
+        raise click.UsageError(f"--{option} is for --head suffix.")
     from featcache import training
 
     result = training.study(
@@ -388,6 +431,8 @@ def train(
         memory=memory,
         n_jobs=n_jobs,
         random_state=random_state,
+        suffix=training.SuffixSettings(**given),
+        backbone=None if backbone is None else _backbone(backbone, weights, (), None),
         progress=True,
     )
     if as_json:

@@ -9,6 +9,7 @@ powers) become layers without weights.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from featcache.errors import PredictorError
 from featcache.heads.mlp import MLP
+from featcache.heads.suffix import SuffixClassifier
 from featcache.heads.treatment import SignedPower
 from featcache.taps import ResolvedTap, Tapped, _Stop
 
@@ -114,6 +116,18 @@ class UnitLength(nn.Module):
         return x / torch.where(length == 0, 1.0, length)
 
 
+class Divide(nn.Module):
+    """Divide by a number: the temperature, behind layers that it cannot be folded into."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x / by``."""
+        return x / self.by
+
+
 class Power(nn.Module):
     """Raise absolute values to a power and keep the signs."""
 
@@ -153,6 +167,10 @@ def head_layers(predictor: Predictor) -> nn.Sequential:
     PredictorError
         It is not made of layers (trees, kernels, neighbours).
     """
+    if isinstance(predictor.estimator, SuffixClassifier):
+        suffix = copy.deepcopy(predictor.estimator.suffix).requires_grad_(True).cpu()
+        shape = nn.Unflatten(1, suffix.shape)
+        return nn.Sequential(shape, suffix, Divide(predictor.temperature))
     modules: list[nn.Module] = []
     map_ = _Affine(predictor.n_features)
     steps = _steps(predictor.estimator)
@@ -176,7 +194,8 @@ def head_layers(predictor: Predictor) -> nn.Sequential:
         else:
             raise PredictorError(
                 f"A {predictor.head} head ({type(step).__name__}) is not made of layers and cannot "
-                "be part of a network. Heads that can: linear, svm, ridge, mlp; train with --head."
+                "be part of a network. Heads that can: linear, svm, ridge, mlp, suffix; train with "
+                "--head."
             )
     return nn.Sequential(*modules, *map_.flush())
 

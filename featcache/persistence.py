@@ -26,6 +26,7 @@ import ast
 import importlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -50,6 +51,7 @@ _TYPES: dict[str, tuple[str, str]] = {
         "featcache.heads.mlp": "MLP",
         "featcache.heads.neighbors": "CosineNeighbors",
         "featcache.heads.ridge": "Ridge",
+        "featcache.heads.suffix": "SuffixClassifier",
         "featcache.heads.svm": "LinearSVM GaussianSVM",
         "featcache.heads.treatment": "SignedPower",
         "featcache.heads.trees": "BoostedTrees",
@@ -454,6 +456,28 @@ def _check_neighbours(model: Any) -> None:
     _require(_is_index(model.codes_, len(model.classes_)), "a neighbour's class")
 
 
+def _check_suffix(model: Any) -> None:
+    """Check that the weights of a network's end are arrays, and those that were saved.
+
+    What they are arrays of is compared with the network's layers when the head is bound to one.
+    """
+    from featcache.heads.suffix import state_digest
+
+    state = model.state_
+    _require(isinstance(state, dict) and state, "a network's weights")
+    for name, array in state.items():
+        _require(isinstance(name, str) and isinstance(array, np.ndarray), "a network's weights")
+        _require(array.dtype.kind in "fiub", "the type of a network's weights")
+    _require(state_digest(state) == model.sha256_, "weights that do not match their SHA-256")
+    _require(isinstance(model.tap_, str) and isinstance(model.head_, str), "where a network is cut")
+    shape = model.shape_
+    _require(
+        isinstance(shape, tuple) and all(type(n) is int and 0 < n < 2**31 for n in shape),
+        "the shape of a network's features",
+    )
+    _require(model.n_features_in_ == math.prod(shape), "a network's number of features")
+
+
 def _check_pipeline(model: Any) -> None:
     _require(model.memory is None, "a pipeline with a cache on disk, which would be unpickled")
 
@@ -461,6 +485,7 @@ def _check_pipeline(model: Any) -> None:
 _CHECKS: dict[str, Callable[[Any], None]] = {
     "CosineNeighbors": _check_neighbours,
     "Pipeline": _check_pipeline,
+    "SuffixClassifier": _check_suffix,
     "SVC": _check_svc,
     "RandomForestClassifier": _check_forest,
     "ExtraTreesClassifier": _check_forest,

@@ -148,6 +148,7 @@ class Predictor:
             )
         if not len(X):
             return np.zeros((0, len(self.classes)))
+        self._bind()
         scores = head_logits(self.estimator, np.ascontiguousarray(X, dtype=np.float32))
         proba: Floats = softmax(scores.astype(np.float64) / self.temperature, axis=1)
         return proba
@@ -257,6 +258,7 @@ class Predictor:
             raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
         image_sets = list(_image_sets(images))
         networks = self._backbones(backbone)
+        self._bind(networks, device)
         self._check_networks(networks, device)
         settings = {"batch_size": batch_size, "workers": workers, "device": device}
         return itertools.chain.from_iterable(
@@ -297,6 +299,39 @@ class Predictor:
         if self._networks is None:
             self._networks = origins.choose(self.fingerprints, given)
         return self._networks
+
+    def attach(self, backbone: Backbone | Sequence[Backbone]) -> None:
+        """Use these networks from now on.
+
+        For a predictor whose network no public name leads to, and whose head is the rest of that
+        network (``suffix``): without it the head cannot compute, on features of a store either.
+
+        Raises
+        ------
+        FingerprintMismatch
+            It is another network than that of training.
+        """
+        self._bind(self._backbones(backbone))
+
+    def _bind(self, networks: Sequence[Backbone] | None = None, device: str | None = None) -> None:
+        """Give a head that is the rest of a network the network's code; others need none."""
+        head = self.estimator
+        if not hasattr(head, "bind"):
+            return
+        if not head.is_bound:
+            known = networks or self._networks or [origins.rebuild(self.fingerprints[0])]
+            shape = known[0].preprocessing.output_shape
+            try:
+                head.bind(known[0].skeleton(), shape)
+                self._check_head()
+            except (FeatcacheError, RuntimeError, NotImplementedError):
+                # A few networks compute with their weights when they are built.
+                head.bind(known[0].module, shape)
+                self._check_head()
+        if device is not None:
+            from featcache.runtime import select_device
+
+            head.to(select_device(device))
 
     def _check_networks(self, networks: Sequence[Backbone], device: str) -> None:
         """Compare, once, the features of the canary images with those of training.
@@ -426,11 +461,13 @@ class Predictor:
         Raises
         ------
         PredictorError
-            The head is not made of linear layers: only linear, svm, ridge and mlp are.
+            The head is not made of layers: linear, svm, ridge, mlp and suffix are.
         """
         from featcache.grafting import graft
 
-        return graft(self, self._backbones(backbone), probabilities=probabilities).eval()
+        networks = self._backbones(backbone)
+        self._bind(networks)
+        return graft(self, networks, probabilities=probabilities).eval()
 
     # --- files ---------------------------------------------------------------------------------
 
@@ -580,8 +617,8 @@ class Predictor:
     def _check_head(self) -> None:
         """Refuse a head that does not compute what it computed when it was saved."""
         expected = self.canaries.logits
-        if not len(expected):
-            return
+        if not len(expected) or not getattr(self.estimator, "is_bound", True):
+            return  # a head without its network is checked when it gets one
         with np.errstate(all="ignore"):
             found = head_logits(self.estimator, self.canaries.x)
         if found.shape != expected.shape or not origins.distance(found, expected) <= _SAME:

@@ -586,14 +586,21 @@ class FeatureStore:
             if not direct:
                 convert(piece.reshape(target.shape), target)
 
-    def _names(self, layers: str | Sequence[str] | None) -> list[str]:
+    def resolve(self, layers: str | Sequence[str] | None) -> list[str]:
+        """Return the full names of taps, given as for `load`; None: of all.
+
+        Raises
+        ------
+        MissingFeatures
+            No such tap; near names are given.
+        """
         if layers is None:
             return list(self.taps)
         return [self._resolve(tap) for tap in ([layers] if isinstance(layers, str) else layers)]
 
     def width(self, layers: str | Sequence[str] | None = None) -> int:
         """Return the number of columns of `matrix`."""
-        return sum(self.taps[name].width for name in self._names(layers))
+        return sum(self.taps[name].width for name in self.resolve(layers))
 
     def matrix(
         self, layers: str | Sequence[str] | None = None, dtype: str = "float32"
@@ -612,7 +619,7 @@ class FeatureStore:
         ndarray, shape (n, d) or (n, views, d)
             d is the sum of the taps' widths. Mapped where one tap in its own type is asked for.
         """
-        names = self._names(layers)
+        names = self.resolve(layers)
         if len(names) == 1:
             shape = (*self._head(len(self)), self.width(names))
             return self._array(names[0], np.dtype(dtype)).reshape(shape)
@@ -649,7 +656,7 @@ class FeatureStore:
             Rows of this store.
         block : ndarray, shape (m, d) or (m, views, d), float32
         """
-        names = self._names(layers)
+        names = self.resolve(layers)
         width = self.width(names)
         bytes_of_row = 4 * math.prod(self._head(1)) * width
         step = rows or max(1, min(8192, _BLOCK_BYTES // max(bytes_of_row, 1)))
@@ -678,6 +685,27 @@ class FeatureStore:
             width = self.taps[name].width
             self._read(name, part, out[..., column : column + width])
             column += width
+
+    def take(self, rows: np.ndarray, tap: str | None = None) -> np.ndarray:
+        """Return some rows of one tap as stored: (m, ...), or (m, views, ...) with views.
+
+        Parameters
+        ----------
+        rows : ndarray of int, shape (m,)
+            Rows of this store; ascending ones are read fastest.
+        tap : str, optional
+            As for `load`.
+        """
+        name = self._resolve(tap)
+        column = self._columns[name]
+        source, index = self._sources[column.source], self._indices[column.source]
+        chosen = np.asarray(rows, np.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"Rows go from 0 to {len(self) - 1}.")
+        info = self.taps[name]
+        out = np.empty((len(chosen), *info.shape), info.dtype)
+        source.fetch(column.tap, chosen if index is None else index[chosen], out)
+        return out
 
     def stored_blocks(self, tap: str | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield one tap's rows as stored, (slice, (m, ...)), block by block."""

@@ -16,18 +16,23 @@ is what to quote.
 **Memory.** Training copies parts of the features (folds, scaled rows): about three times the
 array. Where that does not fit into `memory` (left out: most of what the machine has available),
 the heads that can read the store in blocks do so, and the others are left out.
+
+**The rest of the network** is a head as well, ``suffix`` (see `featcache.suffix_search`): trained
+on maps that the store keeps, under the same folds. It is never among "all", as it costs minutes
+where the others cost seconds. Where both are asked for, it reads the maps and the others the rest.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +43,7 @@ from featcache import heads as head_kinds
 from featcache import splitting
 from featcache.errors import PredictorError, TrainingError
 from featcache.evaluation import Evaluation, evaluate, groups_of
+from featcache.finetuning import SuffixSettings
 from featcache.heads import CLASSICS, HEADS, score_folds
 from featcache.heads import logits as head_logits
 from featcache.leaderboard import Leaderboard, Row
@@ -46,14 +52,19 @@ from featcache.predictions import refuse_foreign
 from featcache.predictor import CanaryRows, Predictor, is_predictor
 from featcache.splitting import Fold
 from featcache.store import FeatureStore
+from featcache.suffix_search import SUFFIX, SuffixSearch
 
-__all__ = ["Leaderboard", "Study", "compare", "study", "train"]
+if TYPE_CHECKING:
+    from featcache.backbone import Backbone
+
+__all__ = ["Leaderboard", "Study", "SuffixSettings", "compare", "study", "train"]
 
 Scoring = str | Callable[..., float]
 
 _COPIES = 3  # times the features' own size, that training them in memory takes
 _CANARY_ROWS = 8  # kept where the store has no canary images
 _TIMED_ROWS = 1000
+_TIMED_BYTES = 8 << 20
 
 
 def train(
@@ -69,6 +80,10 @@ def train(
     memory: int | None = None,
     n_jobs: int = 1,
     random_state: int = 0,
+    suffix: SuffixSettings | None = None,
+    backbone: Backbone | None = None,
+    checkpoints: str | Path | None = None,
+    progress: bool = False,
 ) -> Predictor:
     """Choose a head's hyper-parameters by cross-validation and fit it on all rows of a store.
 
@@ -77,8 +92,8 @@ def train(
     store : FeatureStore
         What to train on; several networks' features by `FeatureStore.join`.
     head : str or list of str
-        ``linear``, ``svm``, ``rbf-svm``, ``forest``, ``boosting``, ``knn``, ``mlp``, ``ridge``.
-        Of several, the best by cross-validation.
+        ``linear``, ``svm``, ``rbf-svm``, ``forest``, ``boosting``, ``knn``, ``mlp``, ``ridge``, or
+        ``suffix``, the rest of the network. Of several, the best by cross-validation.
     layers : str or list of str, optional
         Taps to use, side by side. None: all.
     cv : int
@@ -97,6 +112,15 @@ def train(
         Fits at a time; -1: one a core.
     random_state : int
         Seed: the same call gives the same predictor.
+    suffix : SuffixSettings, optional
+        How the head ``suffix`` is trained: the first layer, epochs, learning rate ...
+    backbone : Backbone, optional
+        For the head ``suffix``: needed where the store's network is one's own, or has weights from
+        a checkpoint.
+    checkpoints : path, optional
+        Folder that the head ``suffix`` writes to after every epoch, and resumes from.
+    progress : bool
+        Show a progress bar on standard error.
 
     Returns
     -------
@@ -122,6 +146,10 @@ def train(
         memory=memory,
         n_jobs=n_jobs,
         random_state=random_state,
+        suffix=suffix,
+        backbone=backbone,
+        checkpoints=checkpoints,
+        progress=progress,
     ).best
 
 
@@ -139,6 +167,9 @@ def compare(
     memory: int | None = None,
     n_jobs: int = 1,
     random_state: int = 0,
+    suffix: SuffixSettings | None = None,
+    backbone: Backbone | None = None,
+    checkpoints: str | Path | None = None,
     progress: bool = False,
 ) -> Leaderboard:
     """Train several heads under the same folds and rank them by cross-validation.
@@ -153,8 +184,8 @@ def compare(
         See `train`; the classics are linear, svm, rbf-svm and forest. ``["all"]``: every one.
     layers, cv, scoring, class_weight, group, nested, memory, n_jobs, random_state
         As in `train`.
-    progress : bool
-        Show a progress bar on standard error.
+    suffix, backbone, checkpoints, progress
+        As in `train`.
 
     Returns
     -------
@@ -181,6 +212,14 @@ def compare(
         n_jobs=n_jobs,
         random_state=random_state,
     )
+    if SUFFIX in names:
+        task = task.with_suffix(
+            suffix or SuffixSettings(),
+            apart=layers is None,
+            backbone=backbone,
+            checkpoints=None if checkpoints is None else Path(checkpoints),
+            progress=progress,
+        )
     rows, predictors = [], {}
     left_out = {}
     bar = tqdm(names, disable=not progress, unit="head", leave=False)
@@ -192,7 +231,7 @@ def compare(
         if why:
             left_out[name] = why
             continue
-        row, predictor = _compete(task, name, test)
+        row, predictor = _compete(task.of_head(name), name, test)
         rows.append(row)
         predictors[name] = predictor
     if not rows:
@@ -220,12 +259,13 @@ def _head_names(heads: Sequence[str]) -> tuple[list[str], frozenset[str]]:
         return list(CLASSICS), frozenset()
     if given == ["all"]:
         return list(HEADS), frozenset()
+    known = [*HEADS, SUFFIX]
     for name in given:
-        if name not in HEADS:
-            near = difflib.get_close_matches(name, HEADS, n=2, cutoff=0.6)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise TrainingError(
-                f"There is no head {name!r}.{hint} Heads: {', '.join(HEADS)}, or all."
+                f"There is no head {name!r}.{hint} Heads: {', '.join(known)}, or all."
             )
     named = list(dict.fromkeys(given))
     return named, frozenset() if tuple(named) == CLASSICS else frozenset(named)
@@ -243,9 +283,9 @@ class _Task:
     nested: bool
     cv: int
     memory: int
-    in_memory: bool
     notes: tuple[str, ...]
     options: Mapping[str, Any]
+    suffix: SuffixSearch | None = None
 
     @classmethod
     def of(
@@ -270,8 +310,6 @@ class _Task:
         groups = fit.groups if group else None
         folds, text = _folds(fit, groups, cv, options["random_state"])
         names = _layer_names(fit, layers)
-        budget = memory if memory is not None else _available_memory()
-        size = len(fit) * fit.views * fit.width(names) * 4
         notes = []
         if not group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
             notes.append(
@@ -286,15 +324,40 @@ class _Task:
             groups=None if groups is None else groups_of(groups),
             nested=nested,
             cv=cv,
-            memory=budget,
-            in_memory=size * _COPIES <= budget,
+            memory=memory if memory is not None else _available_memory(),
             notes=tuple(notes),
             options=options,
         )
 
+    def with_suffix(self, settings: SuffixSettings, *, apart: bool, **options: Any) -> _Task:
+        """Return the task with what the rest of the network needs.
+
+        The other heads then use the other taps, unless there are none or taps were named
+        (`apart` is False).
+        """
+        suffix = SuffixSearch.of(self.store, layers=self.layers, settings=settings, **options)
+        others = [name for name in self.layers if name != suffix.maps.tap]
+        return replace(self, suffix=suffix, layers=others if apart and others else self.layers)
+
+    def of_head(self, head: str) -> _Task:
+        """Return the task with the taps that a head uses."""
+        if head != SUFFIX or self.suffix is None:
+            return self
+        return replace(self, layers=[self.suffix.maps.tap])
+
     @cached_property
     def y(self) -> npt.NDArray[Any]:
         return self.store.labels
+
+    @property
+    def size(self) -> int:
+        """Bytes of the features as float32."""
+        return len(self.store) * self.store.views * self.store.width(self.layers) * 4
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether they can be trained on in memory."""
+        return self.size * _COPIES <= self.memory
 
     @cached_property
     def X(self) -> Any:
@@ -310,19 +373,21 @@ class _Task:
 
     def impossible(self, head: str) -> str:
         """Say why a head cannot be trained on these features; empty if it can."""
-        if self.in_memory:
+        if head == SUFFIX or self.in_memory:
             return ""
-        size = len(self.store) * self.store.views * self.store.width(self.layers) * 4
         if not HEADS[head].out_of_core:
             return (
-                f"training on {_bytes(size)} of features takes about {_COPIES} times that, more "
-                f"than the {_bytes(self.memory)} of memory, and it cannot read them in blocks"
+                f"training on {_bytes(self.size)} of features takes about {_COPIES} times that, "
+                f"more than the {_bytes(self.memory)} of memory, and it cannot read them in blocks"
             )
         if self.nested:
             return "nested cross-validation needs the features in memory"
         return ""
 
     def search(self, head: str) -> Any:
+        if self.suffix is not None and head == SUFFIX:
+            options = {k: v for k, v in self.options.items() if k != "n_jobs"}
+            return self.suffix.search(self.y, self.folds, groups=self.groups, **options)
         return HEADS[head].search(self.X, self.y, self.folds, memory=self.memory, **self.options)
 
 
@@ -341,7 +406,7 @@ def _folds(
 
 def _layer_names(store: FeatureStore, layers: str | Sequence[str] | None) -> list[str]:
     """Return full names of taps, each once, in the order of the store's columns."""
-    chosen = set(store._names(layers))
+    chosen = set(store.resolve(layers))
     return [name for name in store.taps if name in chosen]
 
 
@@ -376,7 +441,8 @@ def _compete(task: _Task, head: str, test: FeatureStore | None) -> tuple[Row, Pr
     """Search, fit and score one head."""
     with _PeakMemory() as peak:
         found = task.search(head)
-    cross = _nested(task, head) if task.nested else None
+    # The folds of a suffix choose nothing: nested or not, it is the same.
+    cross = _nested(task, head) if task.nested and head != SUFFIX else None
     out_of_fold = _out_of_fold(task, found) if cross is None else cross.evaluation
     predictor = _predictor(task, found, out_of_fold)
     held_out = None if test is None else evaluate(predictor, test)
@@ -528,7 +594,8 @@ def _canaries(task: _Task, estimator: Any, columns: Sequence[Column]) -> CanaryR
 
 def _predict_us(task: _Task, predictor: Predictor) -> float:
     """Time predictions of one block of rows: microseconds an image, the better of two runs."""
-    _, block = next(iter(task.store.blocks(task.layers, _TIMED_ROWS)))
+    rows = max(1, min(_TIMED_ROWS, _TIMED_BYTES // (4 * task.store.width(task.layers))))
+    _, block = next(iter(task.store.blocks(task.layers, rows)))
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
@@ -668,6 +735,8 @@ def study(
     memory: int | None = None,
     n_jobs: int = 1,
     random_state: int = 0,
+    suffix: SuffixSettings | None = None,
+    backbone: Backbone | None = None,
     progress: bool = False,
 ) -> Study:
     """Open stores, hold some images out, compare heads, and save the best: ``featcache train``.
@@ -684,6 +753,9 @@ def study(
         Share to hold out. None: what the split column holds out, else a quarter.
     layers, cv, group, scoring, class_weight, nested, memory, n_jobs, random_state, progress
         As in `compare`.
+    suffix, backbone
+        As in `train`. The checkpoints of the head ``suffix`` are in the folder
+        ``OUTPUT.checkpoints`` until the predictor is saved; the same call resumes from them.
 
     Returns
     -------
@@ -700,7 +772,7 @@ def study(
     """
     target = Path(output)
     refuse_foreign(target, is_predictor, "a featcache predictor")
-    request = {
+    request: dict[str, Any] = {
         "featcache": featcache.__version__,
         "stores": [FeatureStore.open(path).digest for path in stores],
         "heads": list(_head_names(heads)[0]),
@@ -713,11 +785,14 @@ def study(
         "nested": nested,
         "random_state": random_state,
     }
+    if SUFFIX in request["heads"]:
+        request["suffix"] = asdict(suffix or SuffixSettings())
     done = _up_to_date(target, request)
     if done is not None and done.leaderboard is not None:
         return Study(done, done.leaderboard, target, up_to_date=True)
     store = _open_stores(stores)
     fit, test = _split(store, test_size, group=group, random_state=random_state)
+    checkpoints = target.with_name(f"{target.name}.checkpoints")
     leaderboard = compare(
         fit,
         test,
@@ -731,11 +806,15 @@ def study(
         memory=memory,
         n_jobs=n_jobs,
         random_state=random_state,
+        suffix=suffix,
+        backbone=backbone,
+        checkpoints=checkpoints,
         progress=progress,
     )
     predictor = leaderboard.best
     predictor.request = request
     predictor.save(target)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return Study(predictor, leaderboard, target, up_to_date=False)
 
 
