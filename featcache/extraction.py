@@ -17,7 +17,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -490,6 +490,8 @@ class _Job:
                     )
         if not canaries.features:
             writer.set_canaries(found)
+        if self.key.precision != "float32":
+            self.summary.rounding = _rounding(self.backbone, canaries.images, found)
 
 
 @contextlib.contextmanager
@@ -511,6 +513,20 @@ def _canary_images(backbone: Backbone) -> list[tuple[str, bytes]]:
             backbone.preprocessing(image)
             usable.append((name, image))
     return usable
+
+
+def _rounding(
+    backbone: Backbone, images: Sequence[bytes], found: Mapping[str, np.ndarray]
+) -> float:
+    """Return how far features (k, ...) are from float32 ones: see `Summary`."""
+    plain = of_canaries(Runtime(backbone, device="cpu"), images)
+    worst = 0.0
+    for tap, value in found.items():
+        expected = plain[tap].reshape(len(images), -1)
+        distance = np.linalg.norm(value.reshape(len(images), -1) - expected, axis=1)
+        length = np.maximum(np.linalg.norm(expected, axis=1), np.finfo(np.float32).tiny)
+        worst = max(worst, float(np.median(distance / length)))
+    return worst
 
 
 def _versions() -> dict[str, str]:

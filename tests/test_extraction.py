@@ -342,6 +342,20 @@ def test_the_summary_says_what_was_done_and_what_limits_the_speed(root: Path) ->
     assert json.loads(json.dumps(summary.to_dict()))["settings"] == store.meta["settings"]
 
 
+def test_a_run_in_less_than_float32_says_what_rounding_costs(root: Path, tmp_path: Path) -> None:
+    full, half = run(root), run(root, path=tmp_path / "half.h5", precision="bfloat16")
+    assert full.extraction is not None and half.extraction is not None
+    assert full.extraction.rounding is None and "float32 ones" not in str(full.extraction)
+    images = [image for _, image in canary_images()]
+    plain = canary_features(backbone(), images, device="cpu")[TAP]
+    rounded = canary_features(backbone(), images, device="cpu", precision="bfloat16")[TAP]
+    distance = np.linalg.norm(rounded - plain, axis=1) / np.linalg.norm(plain, axis=1)
+    assert half.extraction.rounding == pytest.approx(np.median(distance), rel=0.2)
+    assert 0 < half.extraction.rounding < 0.01
+    said = f"{half.extraction.rounding:.1%} from their float32 ones"
+    assert said in str(half.extraction)
+
+
 def test_what_decides_bits_is_recorded(root: Path) -> None:
     store = run(root, batch_size=5)
     assert store.meta["settings"]["batch_size"] == 5
