@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from featcache.errors import FeatcacheError
     from featcache.evaluation import Evaluation, evaluate
     from featcache.extraction import extract
+    from featcache.finetuning import SuffixSettings
     from featcache.fingerprint import Fingerprint
     from featcache.images import ImageSet
     from featcache.plots import (
@@ -51,6 +52,7 @@ _MODULE_OF = {
     "Prediction": "predictor",
     "Predictor": "predictor",
     "Preprocessing": "decoding",
+    "SuffixSettings": "finetuning",
     "Tap": "taps",
     "backbones": "backbone",
     "compare": "training",
@@ -79,6 +81,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "Preprocessing",
+    "SuffixSettings",
     "Tap",
     "backbones",
     "compare",

@@ -375,8 +375,10 @@ class _Training:
         with torch.no_grad():
             for name, value in self.best_state.items():
                 own[name].copy_(value)
-        self.suffix.requires_grad_(False)
-        return Finetuned(self.suffix.cpu().eval(), tuple(self.history), self.best)
+        self.suffix.requires_grad_(False).cpu().eval()
+        # As a head that is loaded again lies in memory: torch.export wants no other.
+        self.suffix.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return Finetuned(self.suffix, tuple(self.history), self.best)
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,12 +10,11 @@ To save time, use fewer folds, or a store with a validation split, which is one.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +109,8 @@ class SuffixSearch:
                 "The rest of a network is trained on the features of that network alone; these "
                 f"stores hold those of {len(store.fingerprints)}. Name one store."
             )
-        (chosen,) = origins.choose(store.fingerprints, backbone)
+        # Whatever taps a network was given with: its weights and preprocessing count.
+        (chosen,) = origins.choose([replace(store.fingerprint, taps=())], backbone)
         shape = chosen.preprocessing.output_shape
         traced = trace(chosen.module, torch.zeros((2, *shape)))
         tap = choose_tap(store, layers, chosen.module, traced, settings.first)
@@ -272,7 +272,7 @@ class _Run:
         if self.task.checkpoints is None:
             return None
         digest = hashlib.sha256()
-        settings = dataclasses.asdict(self.task.settings)
+        settings = asdict(self.task.settings)
         request = {
             **settings,
             "featcache": featcache.__version__,

@@ -306,3 +306,28 @@ def test_one_image_of_another_size(predictor: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader(succeed("predict", predictor, tmp_path / "strip.png").splitlines()))
     assert rows[0]["id"].endswith("strip.png")
     assert rows[0]["label"]
+
+
+def test_the_rest_of_the_network_is_trained_from_its_maps(
+    store: Path, flower_folder: Path, tmp_path: Path
+) -> None:
+    message = fail("train", store, "-o", tmp_path / "p", "--head", "suffix", "--from", "layer4")
+    assert "--layer layer4:input:map" in message
+    maps, target = tmp_path / "maps.h5", tmp_path / "p.featcache"
+    extract(flower_folder, maps, "--layer", "layer4:input:map", "--store-dtype", "float16")
+    options = ["--head", "suffix", "--from", "layer4.1", "--cv", "2", "--device", "cpu"]
+    options += ["--epochs", "2", "--batch-size", "8", "--lr", "0.01", "--unfreeze-every", "1"]
+    assert "suffix (from layer4.1" in succeed("train", maps, "-o", target, *options)
+    assert "nothing to do" in succeed("train", maps, "-o", target, *options)
+    assert "accuracy" in succeed("evaluate", target, maps)
+    lines = succeed("predict", target, flower_folder / "rose", "--workers", "0").splitlines()
+    assert len(lines) == 13 and lines[0] == "id,label,probability,error"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["maps.h5", "p.featcache"]
+
+
+@pytest.mark.parametrize("option", [["--from", "layer4"], ["--lr", "0.1"], ["--backbone", "a:b"]])
+def test_options_of_the_suffix_are_refused_for_other_heads(
+    store: Path, tmp_path: Path, option: list[str]
+) -> None:
+    message = fail("train", store, "-o", tmp_path / "p", "--head", "linear", *option, status=2)
+    assert f"{option[0]} is for --head suffix" in message

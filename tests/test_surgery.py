@@ -9,8 +9,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from featcache.decoding import Preprocessing
+from featcache.backbone import Backbone
+from featcache.decoding import Augmentation, Preprocessing
 from featcache.errors import BackboneError, WeightsError
+from featcache.extraction import extract
+from featcache.finetuning import SuffixSettings
+from featcache.images import ImageSet
 from featcache.surgery import (
     adapt_input,
     blocks,
@@ -30,6 +34,8 @@ from featcache.surgery import (
     unfreeze_gradually,
 )
 from featcache.taps import Tapped, resolve
+from featcache.training import compare
+from tests.small import network as small_network
 
 META = torch.device("meta")
 
@@ -306,6 +312,66 @@ def test_recipe_8_densenet121_unfrozen_from_the_top_down() -> None:
         assert trained(network) == expected
     assert unfreeze_gradually(network, 9, order=["classifier"]) == ["classifier"]
     assert trained(network) == {"classifier.weight", "classifier.bias"}
+
+
+def test_recipe_9_csv_of_breeds_by_hand_and_from_the_cache(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = ["id,breed"]
+    for k in range(60):
+        breed = ("beagle", "collie", "whippet")[k % 3]
+        pixels = rng.normal(90, 40, (40, 44, 3))
+        pixels[..., k % 3] += 30
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{k:03d}.jpg")
+        lines.append(f"{k:03d},{breed}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    images = ImageSet.from_csv(
+        tmp_path / "labels.csv", tmp_path, label_column="breed", suffix=".jpg"
+    )
+    prepare = Preprocessing(resize=32, crop=32)
+    augment = Augmentation(scale=(0.6, 1.0))
+    pretrained = small_network()
+    network = Backbone.from_module(pretrained, prepare, layers=["pool:input:map", "pool"])
+    store = extract(
+        images,
+        network,
+        tmp_path / "breeds.h5",
+        views=3,
+        augmentation=augment,
+        workers=0,
+        progress=False,
+    )
+    fit, validation = store.split(0.1, stratify=True, random_state=0)
+    assert sorted(np.unique(validation.labels, return_counts=True)[1]) == [2, 2, 2]
+
+    # By hand: nine epochs of augmented images through the whole frozen network.
+    breeds = store.classes
+    freeze(pretrained)
+    head = replace_head(pretrained, len(breeds))
+    optimizer = torch.optim.Adam(trainable_parameters(pretrained), lr=0.03)
+    rows = {name: row for row, name in enumerate(images.ids)}
+    truth = torch.tensor([breeds.index(label) for label in fit.labels])
+    losses = []
+    for epoch in range(9):
+        train_mode(pretrained)
+        views = [
+            prepare.views(images.read(rows[name]), augment, name, epoch + 1)[-1] for name in fit.ids
+        ]
+        scores = pretrained(prepare.normalize(torch.from_numpy(np.stack(views))))
+        loss = nn.functional.cross_entropy(scores, truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and isinstance(head, nn.Linear)
+
+    # From the cache of the pooling layer's input, and SVM and trees on what it pools.
+    nine = SuffixSettings(first="head", epochs=9, lr=0.03, batch_size=16, patience=0)
+    board = compare(
+        fit, validation, heads=["suffix", "svm", "forest"], cv=2, suffix=nine, backbone=network
+    )
+    assert {row.head for row in board.rows} == {"suffix", "svm", "forest"}
+    assert all(row.accuracy is not None and row.cv_accuracy > 0.6 for row in board.rows)
+    assert board.predictors["suffix"].estimator.suffix.trained() == ["head.weight", "head.bias"]
 
 
 def test_recipe_9_pretrained_layers_learn_ten_times_slower_than_new_ones(small: Small) -> None:

@@ -1,0 +1,634 @@
+"""The rest of a network as a head: the cut, the training from the cache, the predictor."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer, get_model
+
+import featcache as fc
+from featcache import manifest, persistence
+from featcache.backbone import Backbone
+from featcache.checkpoints import Checkpoint
+from featcache.cutting import Suffix, check, cut
+from featcache.decoding import Augmentation, Preprocessing
+from featcache.errors import (
+    FeatcacheError,
+    FingerprintMismatch,
+    Interrupted,
+    PredictorError,
+    TapError,
+    TrainingError,
+)
+from featcache.export_model import export_model
+from featcache.extraction import extract
+from featcache.finetuning import Epoch, Finetuned, Maps, SuffixSettings, finetune, minibatches
+from featcache.finetuning import rate as rate_of
+from featcache.heads.suffix import SuffixClassifier
+from featcache.images import ImageSet
+from featcache.predictor import Predictor
+from featcache.store import FeatureStore
+from featcache.suffix_search import SuffixSearch, choose_tap
+from featcache.surgery import (
+    parameter_groups,
+    replace_head,
+    train_mode,
+    unfreeze,
+)
+from featcache.taps import Tapped, resolve
+from featcache.tracing import trace
+from featcache.training import compare, study, train
+from tests.small import SIDE, Network, network
+
+SHAPE = (3, SIDE, SIDE)
+BODY = "body:input:map"
+POOL = "pool:output:flatten"
+FAST = SuffixSettings(epochs=2, batch_size=8, lr=1e-2)
+
+
+class Unbiased(Network):
+    """The network without a bias before a normalisation.
+
+    Such a bias changes nothing and has no gradient but rounding errors; AdamW makes steps of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(8, 16, 3, bias=False)
+
+
+class Residual(nn.Module):
+    """A network with a path around its second convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.tail = nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.block(x)
+        return self.head(self.tail(x).mean((2, 3)))
+
+
+class Sideways(Residual):
+    """A network whose head also sees the images themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.tail(self.block(self.stem(x).relu()))
+        return self.head(maps.mean((2, 3)) + x.mean((1, 2, 3))[:, None])
+
+
+def backbone(*layers: str, kind: type[nn.Module] | None = None) -> Backbone:
+    module = network() if kind is None else network(kind)
+    return Backbone.from_module(module, Preprocessing(resize=SIDE, crop=SIDE), layers=layers)
+
+
+def images(each: int = 16) -> ImageSet:
+    """Return images of three colours, with much noise."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["blue", "green", "red"], each)
+    pixels = rng.normal(90, 45, (len(labels), SIDE, SIDE, 3))
+    for k, name in enumerate(labels):
+        pixels[k, ..., ["red", "green", "blue"].index(name)] += 30
+    return ImageSet.from_arrays(pixels.clip(0, 255).astype(np.uint8), labels.tolist())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("suffix")
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> FeatureStore:
+    return extract(images(), backbone(BODY, "pool"), folder / "a.h5", workers=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def predictor(store: FeatureStore) -> Predictor:
+    return train(store, head="suffix", cv=2, suffix=FAST, backbone=backbone(BODY, "pool"))
+
+
+def codes_of(store: FeatureStore) -> np.ndarray:
+    return np.unique(store.labels, return_inverse=True)[1].astype(np.int64)
+
+
+def tune(store: FeatureStore, settings: SuffixSettings, **options: Any) -> Finetuned:
+    """Train on all rows but the first nine, which say when to stop."""
+    rows = np.random.default_rng(0).permutation(len(store))
+    suffix = cut(network(), BODY, SHAPE)
+    maps, codes = Maps(store, BODY), codes_of(store)
+    return finetune(suffix, 3, maps, codes, rows[9:], rows[:9], settings, **options)
+
+
+# --- the cut -----------------------------------------------------------------------------------
+
+
+def assert_cuts(module: nn.Module, tap: str, shape: tuple[int, ...]) -> Suffix:
+    """Assert that the network behind a tap gives on its features what the whole one gives."""
+    suffix = cut(module, tap, shape)
+    check(module, suffix)
+    batch = torch.rand(3, *shape)
+    with torch.inference_mode():
+        features = Tapped(module, resolve(module, [tap], batch))(batch)[suffix.tap]
+        torch.testing.assert_close(suffix(features), module(batch), rtol=1e-4, atol=1e-5)
+    return suffix
+
+
+@pytest.mark.parametrize(
+    "tap", [BODY, "body:output:map", "norm2:output:map", "pool:map", "head:input"]
+)
+def test_the_suffix_gives_what_the_whole_network_gives(tap: str) -> None:
+    module = network()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    suffix = assert_cuts(module, tap, SHAPE)
+    names = [name for name, _ in suffix.network.named_parameters()]
+    assert not any(name.startswith(("stem", "norm.")) for name in names)
+    assert set(names) <= before.keys()
+    torch.testing.assert_close(module.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "tap"),
+    [
+        ("resnet18", "layer4:input:map"),
+        ("mobilenet_v2", "features.17:input:map"),
+        ("densenet121", "features.denseblock4:input:map"),
+        ("squeezenet1_1", "features.10:input:map"),
+    ],
+)
+def test_networks_of_torchvision(name: str, tap: str) -> None:
+    torch.manual_seed(0)
+    suffix = assert_cuts(get_model(name, weights=None).eval(), tap, (3, 96, 96))
+    assert suffix.head in suffix.order
+
+
+def test_transformers() -> None:
+    torch.manual_seed(0)
+    vit = VisionTransformer(32, 8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32)
+    nn.init.normal_(vit.heads.head.weight)
+    suffix = assert_cuts(vit.eval(), "encoder.layers.encoder_layer_2:input:map", (3, 32, 32))
+    assert not any("class_token" in name or "_0." in name for name in suffix.trained())
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+    ("name", "tap"),
+    [
+        ("vgg11", "features.15:input:map"),
+        ("alexnet", "features.8:input:map"),
+        ("vit_b_32", "encoder.layers.encoder_layer_11:input:map"),
+        ("swin_t", "features.7:input:map"),
+        ("convnext_tiny", "features.7:input:map"),
+        ("efficientnet_b0", "features.7:input:map"),
+        ("maxvit_t", "blocks.3:input:map"),
+        ("googlenet", "inception5a:input:map"),
+        ("timm/vit_tiny_patch16_224", "blocks.11:input:map"),
+        ("timm/swin_tiny_patch4_window7_224", "layers.3:input:map"),
+        ("timm/mixer_s32_224", "blocks.7:input:map"),
+    ],
+)
+def test_more_networks(name: str, tap: str) -> None:
+    torch.manual_seed(0)
+    if name.startswith("timm/"):
+        module = pytest.importorskip("timm").create_model(name.removeprefix("timm/"))
+    else:
+        options = {"init_weights": False} if name == "googlenet" else {}
+        module = get_model(name, weights=None, **options)
+    assert_cuts(module.eval(), tap, (3, 224, 224))
+
+
+@pytest.mark.parametrize(
+    ("tap", "hint"),
+    [
+        ("block.0:output:map", "--layer block:input:map"),
+        ("block:output:map", "--layer block:input:map"),
+    ],
+)
+def test_a_path_around_the_cut_is_refused(tap: str, hint: str) -> None:
+    module = network(Residual)
+    with pytest.raises(TapError, match="path around") as error:
+        check(module, cut(module, tap, SHAPE))
+    # x + block(x): what goes into the block goes around it as well, outside of any layer.
+    assert hint not in str(error.value)
+    assert "Cut between two blocks" in str(error.value)
+    check(module, cut(module, "tail:input:map", SHAPE))
+
+
+def test_the_refusal_names_the_block_to_cut_at() -> None:
+    module = get_model("resnet18", weights=None).eval()
+    with pytest.raises(TapError, match=r"--layer layer4\.1:input:map"):
+        check(module, cut(module, "layer4.1.conv2:input:map", (3, 64, 64)))
+
+
+def test_a_head_that_sees_the_images_is_refused() -> None:
+    module = network(Sideways)
+    with pytest.raises(TapError, match="path around"):
+        check(module, cut(module, "tail:input:map", SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("tap", "message"),
+    [
+        ("body:input:mean", "--layer body:input:map"),
+        ("pool", "--layer pool:output:map"),
+        ("relu#1:output:map", "runs 2 times"),
+        ("head:output", "Nothing can be trained behind"),
+    ],
+)
+def test_taps_that_a_network_cannot_be_cut_at(tap: str, message: str) -> None:
+    with pytest.raises(TapError, match=message):
+        cut(network(), tap, SHAPE)
+
+
+# --- which tap ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "first", "expected"),
+    [
+        (["stem:output:map", BODY, POOL], "body", BODY),
+        (["stem:output:map", BODY, POOL], "norm2", BODY),
+        (["stem:output:map", BODY, "body:output:map"], "norm2", "body:output:map"),
+        (["stem:output:map", BODY], "norm", "stem:output:map"),
+        ([BODY, POOL], None, BODY),
+        (["head:input:flatten"], "head", "head:input:flatten"),
+    ],
+)
+def test_the_last_tap_before_the_first_trained_layer_is_taken(
+    folder: Path, layers: list[str], first: str | None, expected: str
+) -> None:
+    path = folder / f"{abs(hash((*layers, first)))}.h5"
+    made = extract(images(2), backbone(*layers), path, workers=0, progress=False)
+    module = network()
+    traced = trace(module, torch.zeros(2, *SHAPE))
+    assert choose_tap(made, list(made.taps), module, traced, first) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"first": "stem"}, TrainingError, r"featcache extract IMAGES .*--layer stem:input:map"),
+        ({"first": "nothing"}, TapError, "no layer 'nothing'"),
+        ({"epochs": 0}, TrainingError, "epochs counts from 1"),
+        ({"schedule": "steps"}, TrainingError, "one-cycle or cosine"),
+        ({"validation": 1.0}, TrainingError, "validation"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(
+    store: FeatureStore, settings: dict[str, Any], error: type[FeatcacheError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(store, head="suffix", suffix=SuffixSettings(**settings), backbone=backbone(BODY))
+
+
+def test_a_store_without_maps_says_what_to_type(folder: Path) -> None:
+    made = extract(images(6), backbone("pool"), folder / "pool.h5", workers=0, progress=False)
+    with pytest.raises(TrainingError, match="--layer LAYER:input:map"):
+        train(made, head="suffix", backbone=backbone("pool"))
+
+
+def test_another_network_is_refused(store: FeatureStore) -> None:
+    other = Backbone.from_module(
+        network(seed=1), Preprocessing(resize=SIDE, crop=SIDE), layers=[BODY, "pool"]
+    )
+    with pytest.raises(FingerprintMismatch):
+        train(store, head="suffix", backbone=other)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def test_rows_are_read_in_any_order(store: FeatureStore) -> None:
+    whole = store.load(BODY)[0]
+    rows = np.array([7, 3, 3, 40, 12])
+    np.testing.assert_array_equal(store.take(rows, BODY), whole[rows])
+    part = store.select(np.arange(47, 20, -2))
+    np.testing.assert_array_equal(part.take(np.array([2, 0]), BODY), whole[[43, 47]])
+    with pytest.raises(IndexError):
+        part.take(np.array([14]), BODY)
+
+
+def test_each_epoch_deals_all_rows_once_in_another_order() -> None:
+    rows = np.arange(100, 121)
+    first, second = (list(minibatches(rows, 8, (0, epoch))) for epoch in (0, 1))
+    assert [len(batch) for batch in first] == [7, 7, 7]
+    assert all((np.diff(batch) > 0).all() for batch in first)
+    assert sorted(np.concatenate(first)) == sorted(np.concatenate(second)) == rows.tolist()
+    assert [b.tolist() for b in first] != [b.tolist() for b in second]
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def test_the_same_updates_as_inside_the_whole_frozen_network(folder: Path) -> None:
+    """Twenty steps from the cache, and twenty through all layers: the same weights."""
+    store = extract(
+        images(), backbone(BODY, kind=Unbiased), folder / "same.h5", workers=0, progress=False
+    )
+    settings = SuffixSettings(first="body", epochs=4, batch_size=8, patience=0)
+    codes, rows = codes_of(store), np.arange(40)
+    valid = np.arange(40, 48)
+    suffix = cut(network(Unbiased), BODY, SHAPE)
+    inside = network(Unbiased).requires_grad_(False)
+    tuned = finetune(suffix, 3, Maps(store, BODY), codes, rows, valid, settings)
+
+    torch.manual_seed(0)
+    replace_head(inside, 3)
+    start = cut(network(Unbiased), BODY, SHAPE)
+    fresh = finetune(
+        start, 3, Maps(store, BODY), codes, rows, valid, SuffixSettings(epochs=1, lr=1e-30)
+    )
+    inside.head.load_state_dict(fresh.suffix.classifier.state_dict())  # the same new layer
+    unfreeze(inside, "body", "norm2", "head")
+    groups = parameter_groups(inside, settings.lr, factor=0.1, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups)
+    highest = [group["lr"] for group in optimizer.param_groups]
+    prepare = Preprocessing(resize=SIDE, crop=SIDE)
+    listed = images()
+    pixels = torch.stack([torch.from_numpy(prepare(listed.read(i))) for i in range(len(listed))])
+    best, at_best = np.inf, {}
+    step = 0
+    for epoch in range(4):
+        train_mode(inside)
+        for batch in minibatches(rows, 8, (0, epoch)):
+            for group, top in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = top * rate_of(settings.schedule, step, 20)
+            scores = inside(prepare.normalize(pixels[batch]))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(scores, torch.from_numpy(codes[batch])).backward()
+            optimizer.step()
+            step += 1
+        inside.eval()
+        with torch.no_grad():
+            scores = inside(prepare.normalize(pixels[valid])).double()
+        loss = float(nn.functional.cross_entropy(scores, torch.from_numpy(codes[valid])))
+        assert loss == pytest.approx(tuned.history[epoch].validation_loss, abs=1e-4)
+        if loss < best:
+            best, at_best = loss, {k: v.clone() for k, v in inside.state_dict().items()}
+    assert step == 20
+    own = tuned.suffix.network.state_dict()
+    assert {"body.weight", "norm2.running_mean", "head.bias"} <= own.keys()
+    for name, value in own.items():
+        torch.testing.assert_close(value, at_best[name], rtol=0, atol=1e-4)
+
+
+def changed(tuned: Finetuned) -> set[str]:
+    """Name the layers that a training changed, statistics included."""
+    before = network().state_dict()
+    after = tuned.suffix.network.state_dict()
+    return {
+        name.partition(".")[0]
+        for name, value in after.items()
+        if value.shape != before[name].shape or not torch.equal(value, before[name])
+    }
+
+
+def test_layers_between_the_cut_and_the_first_trained_one_stay(store: FeatureStore) -> None:
+    assert changed(tune(store, FAST)) == {"body", "norm2", "head"}
+    assert changed(tune(store, SuffixSettings(first="norm2", epochs=1))) == {"norm2", "head"}
+    assert changed(tune(store, SuffixSettings(first="head", epochs=1))) == {"head"}
+
+
+def test_unfreezing_step_by_step_down_to_the_first_layer(store: FeatureStore) -> None:
+    for epochs, expected in [(2, {"head"}), (3, {"norm2", "head"}), (5, {"body", "norm2", "head"})]:
+        settings = SuffixSettings(epochs=epochs, unfreeze_every=2, lr=1e-2, patience=0)
+        tuned = tune(store, settings)
+        assert changed(tuned) <= expected
+        if tuned.best == epochs:
+            assert changed(tuned) == expected
+    gentle = SuffixSettings(epochs=4, unfreeze_every=1, first="norm2")
+    assert changed(tune(store, gentle)) <= {"norm2", "head"}
+
+
+def test_the_best_weights_are_kept_and_patience_ends_the_training(store: FeatureStore) -> None:
+    tuned = tune(store, SuffixSettings(epochs=40, batch_size=8, lr=0.3, factor=1.0, patience=3))
+    losses = [epoch.validation_loss for epoch in tuned.history]
+    assert tuned.best == int(np.argmin(losses)) + 1
+    assert len(losses) == tuned.best + 3 < 40
+    rows = np.random.default_rng(0).permutation(len(store))[:9]
+    with torch.inference_mode():
+        scores = tuned.suffix(Maps(store, BODY).read(rows)).double()
+    truth = torch.from_numpy(codes_of(store)[rows])
+    assert float(nn.functional.cross_entropy(scores, truth)) == pytest.approx(min(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+def test_rates_end_near_zero(schedule: str) -> None:
+    rates = [rate_of(schedule, step, 100) for step in range(100)]
+    assert max(rates) == pytest.approx(1.0)
+    assert 0 < rates[-1] < 0.01
+    assert int(np.argmax(rates)) == (25 if schedule == "one-cycle" else 0)
+
+
+def test_a_loss_that_is_not_finite_is_said(store: FeatureStore) -> None:
+    with pytest.raises(TrainingError, match="smaller learning rate"):
+        tune(store, SuffixSettings(epochs=3, lr=1e30, factor=1.0))
+
+
+class Stop(Exception):
+    """Ends a training in the middle, as a kill would."""
+
+
+def test_a_resumed_training_gives_the_weights_of_an_uninterrupted_one(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    settings = SuffixSettings(epochs=5, batch_size=8, lr=1e-2)
+    expected = tune(store, settings)
+    checkpoint = Checkpoint(tmp_path / "run" / "final.pt", "this")
+
+    def stop(step: int, epoch: Epoch | None) -> None:
+        if step == 13:  # in the middle of the third epoch
+            raise Stop
+
+    with pytest.raises(Stop):
+        tune(store, settings, checkpoint=checkpoint, progress=stop)
+    state = checkpoint.read()
+    assert state is not None and len(state["history"]) == 2
+    seen: list[int] = []
+    resumed = tune(
+        store, settings, checkpoint=checkpoint, progress=lambda step, _: seen.append(step)
+    )
+    assert min(seen) == 11
+    assert resumed.history == expected.history
+    torch.testing.assert_close(
+        resumed.suffix.network.state_dict(), expected.suffix.network.state_dict(), rtol=0, atol=0
+    )
+    seen.clear()
+    again = tune(store, settings, checkpoint=checkpoint, progress=lambda step, _: seen.append(step))
+    assert not seen and again.history == expected.history
+
+
+def test_a_damaged_or_foreign_checkpoint_counts_as_none(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "a.pt", "this")
+    assert checkpoint.read() is None
+    checkpoint.write({"best": 3})
+    assert checkpoint.read() == {"best": 3}
+    assert Checkpoint(checkpoint.path, "that").read() is None
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:-40])
+    assert checkpoint.read() is None
+    torch.save({"format": Path("no plain data")}, checkpoint.path)
+    assert checkpoint.read() is None
+
+
+def test_interrupted_by_the_keyboard_the_same_call_resumes(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"head": "suffix", "cv": 2, "suffix": FAST, "backbone": backbone(BODY, "pool")}
+    expected = train(store, **options)
+    write = Checkpoint.write
+    written: list[str] = []
+
+    def interrupting(self: Checkpoint, state: Any) -> None:
+        write(self, state)
+        written.append(self.path.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "write", interrupting)
+    with pytest.raises(Interrupted, match="same command again") as error:
+        train(store, **options, checkpoints=tmp_path / "run")
+    assert error.value.exit_status == 75
+    resumed = train(store, **options, checkpoints=tmp_path / "run")
+    assert written == ["fold-1.pt"] * 2 + ["fold-2.pt"] * 2 + ["final.pt"] * 2
+    np.testing.assert_array_equal(resumed.predict_proba_of(store), expected.predict_proba_of(store))
+
+
+def test_seeds_decide(store: FeatureStore) -> None:
+    once, twice = tune(store, FAST), tune(store, FAST)
+    assert once.history == twice.history
+    assert tune(store, FAST, random_state=1).history != once.history
+
+
+# --- views -------------------------------------------------------------------------------------
+
+
+def test_views_are_drawn_in_training_and_averaged_in_prediction(folder: Path) -> None:
+    network_ = backbone(BODY)
+    made = extract(
+        images(),
+        network_,
+        folder / "views.h5",
+        views=3,
+        augmentation=Augmentation(scale=(0.6, 1.0)),
+        store_dtype="float16",
+        workers=0,
+        progress=False,
+    )
+    predictor = train(made, head="suffix", cv=2, suffix=FAST, backbone=network_)
+    X = made.matrix([BODY])
+    assert X.shape == (48, 3, 8 * 15 * 15)
+    scores = np.mean([predictor.estimator.decision_function(X[:, k]) for k in range(3)], axis=0)
+    np.testing.assert_array_equal(
+        predictor.predict_features(X), np.array(predictor.classes)[scores.argmax(axis=1)]
+    )
+    view = Maps(made, BODY).read(np.array([4, 9]), np.array([2, 0]))
+    np.testing.assert_array_equal(view[1].numpy(), made.load(BODY, dtype="float16")[0][9, 0])
+
+
+# --- as a predictor ----------------------------------------------------------------------------
+
+
+def test_it_is_compared_with_the_other_heads_under_the_same_folds(store: FeatureStore) -> None:
+    fit, test = store.split(0.25)
+    board = compare(
+        fit, test, heads=["linear", "suffix"], cv=2, suffix=FAST, backbone=backbone(BODY, "pool")
+    )
+    rows = {row.head: row for row in board.rows}
+    assert rows.keys() == {"linear", "suffix"}
+    assert rows["suffix"].params["from"] == "body"
+    assert 0 <= rows["suffix"].cv_accuracy <= 1 and rows["suffix"].accuracy is not None
+    assert [c.tap for c in board.predictors["linear"].columns] == [POOL]
+    assert [c.tap for c in board.predictors["suffix"].columns] == [BODY]
+    assert board.predictors["suffix"].temperature > 0
+    assert "suffix" not in fc.compare(fit, heads=["knn"], layers=["pool"], cv=2).to_text()
+
+
+def test_saved_loaded_and_used_on_images_and_stores(
+    predictor: Predictor, store: FeatureStore, tmp_path: Path
+) -> None:
+    expected = predictor.predict_proba_of(store)
+    predictor.save(tmp_path / "a.featcache")
+    loaded = Predictor.load(tmp_path / "a.featcache")
+    with pytest.raises(PredictorError, match="was given as a module"):
+        loaded.predict_proba_of(store)
+    loaded.attach(backbone(BODY))
+    np.testing.assert_allclose(loaded.predict_proba_of(store), expected, atol=1e-6)
+    loaded = Predictor.load(tmp_path / "a.featcache")
+    found = loaded.predict(images(), backbone=backbone(BODY), top_k=3)
+    proba = [dict(one.top)[name] for one in found for name in predictor.classes]
+    np.testing.assert_allclose(np.reshape(proba, (48, 3)), expected, atol=1e-4)
+    names = zipfile.ZipFile(tmp_path / "a.featcache").namelist()
+    assert tuple(names) == manifest.MEMBERS
+
+
+def test_as_a_network_and_exported(
+    predictor: Predictor, store: FeatureStore, tmp_path: Path
+) -> None:
+    grafted = predictor.to_torch(backbone=backbone(BODY))
+    listed, prepare = images(), Preprocessing(resize=SIDE, crop=SIDE)
+    pixels = torch.stack([torch.from_numpy(prepare(listed.read(i))) for i in range(5)])
+    with torch.inference_mode():
+        found = grafted(prepare.normalize(pixels)).numpy()
+    np.testing.assert_allclose(found, predictor.predict_proba_of(store)[:5], atol=1e-5)
+    trainable = {name for name, p in grafted.named_parameters() if p.requires_grad}
+    assert trainable and all(name.startswith("head.") for name in trainable)
+    export_model(predictor, tmp_path / "a.pt2", backbone=backbone(BODY))
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    np.testing.assert_allclose(program(pixels).detach().numpy(), found, atol=1e-5)
+
+
+def test_damaged_weights_are_refused(predictor: Predictor, store: FeatureStore) -> None:
+    head = predictor.estimator
+    assert isinstance(head, SuffixClassifier)
+    before = head.state_["body.weight"].copy()
+    head.state_["body.weight"][0, 0, 0, 0] += 1
+    try:
+        with pytest.raises(PredictorError, match="SHA-256"):
+            persistence.dump(head)
+    finally:
+        head.state_["body.weight"] = before
+    loaded = persistence.load(persistence.dump(head))
+    assert not loaded.is_bound
+    with pytest.raises(PredictorError, match="has not been given one"):
+        loaded.predict(store.matrix([BODY]))
+    with pytest.raises(PredictorError, match="does not fit the network"):
+        loaded.bind(network(Residual), SHAPE)
+    loaded.bind(network(seed=3), SHAPE)
+    np.testing.assert_array_equal(
+        loaded.predict(store.matrix([BODY])), predictor.predict_features(store.matrix([BODY]))
+    )
+
+
+def test_class_weights_and_groups_are_heeded(store: FeatureStore) -> None:
+    search = SuffixSearch.of(
+        store, layers=list(store.taps), settings=FAST, backbone=backbone(BODY, "pool")
+    )
+    folds = [(np.arange(0, 48, 2), np.arange(1, 48, 2))]
+    options = {"groups": np.repeat(np.arange(24), 2).astype(str)}
+    plain = search.search(store.labels, folds, **options)
+    weighted = search.search(store.labels, folds, class_weight={"red": 50.0}, **options)
+    assert np.isnan(plain.logits[::2]).all() and not np.isnan(plain.logits[1::2]).any()
+    red = [softmax(found.logits[1::2], axis=1)[:, 2].mean() for found in (plain, weighted)]
+    assert red[1] > red[0]
+
+
+def test_the_study_keeps_checkpoints_only_until_it_is_saved(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    target = tmp_path / "a.featcache"
+    options = {"heads": ["suffix"], "cv": 2, "suffix": FAST, "backbone": backbone(BODY, "pool")}
+    study(store.paths, target, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.featcache"]
+    assert study(store.paths, target, **options).up_to_date
+    other = {**options, "suffix": SuffixSettings(epochs=1)}
+    assert not study(store.paths, target, **other).up_to_date
