@@ -20,11 +20,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from featcache.checkpoints import Checkpoint
 from featcache.cutting import Suffix
 from featcache.errors import TrainingError
+from featcache.heads import fit_temperature
 from featcache.runtime import keep_pages, select_device
 from featcache.store import FeatureStore
 from featcache.surgery import (
@@ -131,7 +133,7 @@ class Epoch:
     loss : float
         Mean training loss over its steps.
     validation_loss, validation_accuracy : float
-        On the inner validation images.
+        On the inner validation images; the loss after calibration by temperature.
     """
 
     number: int
@@ -323,13 +325,19 @@ class _Training:
         return (losses * weight).sum() / weight.sum()
 
     def judge(self, rows: np.ndarray) -> tuple[float, float]:
-        """Return loss and accuracy on some images."""
-        scores = torch.from_numpy(scores_of(self.suffix, self.maps, rows, self.device))
-        losses = nn.functional.cross_entropy(
-            scores.double(), torch.from_numpy(self.codes[rows]), reduction="none"
-        ).numpy()
-        right = scores.numpy().argmax(axis=1) == self.codes[rows]
-        return float(np.average(losses, weights=self.weight[rows])), float(right.mean())
+        """Return loss and accuracy on some images.
+
+        The loss is that of calibrated probabilities, as a predictor gives them: scores that are
+        merely too large, which training makes them in the end, do not count against an epoch.
+        """
+        scores = scores_of(self.suffix, self.maps, rows, self.device).astype(np.float64)
+        truth, weight = self.codes[rows], self.weight[rows].astype(np.float64)
+        if not np.isfinite(scores).all():
+            return math.inf, 0.0
+        temperature = fit_temperature(scores, truth, weight)
+        losses = -log_softmax(scores / temperature, axis=1)[np.arange(len(rows)), truth]
+        right = scores.argmax(axis=1) == truth
+        return float(np.average(losses, weights=weight)), float(right.mean())
 
     def note(self, epoch: Epoch) -> None:
         """Keep an epoch's figures, and its weights if they are the best yet."""
@@ -377,7 +385,7 @@ class _Training:
                 own[name].copy_(value)
         self.suffix.requires_grad_(False).cpu().eval()
         # As a head that is loaded again lies in memory: torch.export wants no other.
-        self.suffix.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.suffix.to(memory_format=torch.contiguous_format)
         return Finetuned(self.suffix, tuple(self.history), self.best)
 
 
