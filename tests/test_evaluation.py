@@ -79,6 +79,44 @@ def test_intervals_are_those_of_resampling_the_images() -> None:
         assert interval == pytest.approx((low[i], high[i]), abs=0.015)
 
 
+@pytest.mark.parametrize(("classes", "each"), [(200, 2), (100, 1), (30, 3), (2, 4)])
+def test_intervals_hold_the_estimate_with_many_small_classes(classes: int, each: int) -> None:
+    rng = np.random.default_rng(classes)
+    for _ in range(5):
+        y = np.repeat(np.arange(classes), each)
+        guess = np.where(rng.random(len(y)) < 0.5, y, rng.integers(0, classes, len(y)))
+        got = Evaluation(
+            ids=np.arange(len(y)).astype(str),
+            y_true=y,
+            proba=np.eye(classes)[guess],
+            classes=tuple(map(str, range(classes))),
+        )
+        for value, (low, high) in (
+            (got.accuracy, got.accuracy_interval),
+            (got.balanced_accuracy, got.balanced_accuracy_interval),
+            (got.macro_f1, got.macro_f1_interval),
+        ):
+            assert 0 <= low <= value <= high <= 1
+            # The estimate stands somewhere inside, not at an end that it was moved to.
+            assert value in (0.0, 1.0) or low < value < high
+
+
+def test_the_interval_of_macro_f1_covers_the_truth_with_many_small_classes() -> None:
+    k, each, rng = 50, 4, np.random.default_rng(5)
+    share = np.full((k, k), 0.4 / (k - 1))
+    np.fill_diagonal(share, 0.6)
+    truth = 0.6  # every class has this precision and recall
+    covered = []
+    for _ in range(20):
+        y = rng.integers(0, k, k * each)
+        guess = np.array([rng.choice(k, p=share[c]) for c in y])
+        names = tuple(map(str, range(k)))
+        got = Evaluation(np.arange(len(y)).astype(str), y, np.eye(k)[guess], names)
+        low, high = got.macro_f1_interval
+        covered.append(low <= truth <= high)
+    assert np.mean(covered) >= 0.8
+
+
 def test_intervals_do_not_change_from_call_to_call() -> None:
     y, proba = scores()
     assert evaluation(y, proba).accuracy_interval == evaluation(y, proba).accuracy_interval

@@ -48,7 +48,9 @@ ClassWeight: TypeAlias = str | dict[Any, float] | None
 CS: tuple[float, ...] = tuple(float(10.0**power) for power in range(-5, 3))
 """Coarse values of C; `search_linear` refines around the best by half a decade."""
 
-_COLUMNS = 128  # scores that fill a matrix product; more problems at a time bring nothing
+# Scores to compute at a time (values of C x folds x classes). More fill a matrix product better,
+# fewer start nearer to their solutions; the squared hinge gains most from a near start.
+_COLUMNS: dict[Loss, int] = {"softmax": 100, "logistic": 100, "squared_hinge": 50}
 _SEARCH_TOL = 1e-4
 _SCORES = 1 << 25  # bytes of out-of-fold scores computed in one pass
 
@@ -394,8 +396,13 @@ class LinearSearch:
     """Cross-validated choice of treatment and C for one of the linear classifiers.
 
     Values of C are solved from the smallest (which converges in a few passes) upwards, as many at
-    a time as fill a matrix product, each from the solution before it. The search goes no further
+    a time as fill a matrix product, each from the solutions before it. The search goes no further
     upwards once two values of C in a row have scored below the best.
+
+    The weights of a logistic regression grow nearly linearly with log C where it separates the
+    classes well, so its path is started from the line through the two solutions before: on 10,000
+    x 2,048 features of 100 classes, the path of 8 values took 45 passes instead of 117. The squared
+    hinge's weights stop growing, and from such starts take longer.
     """
 
     def __init__(
@@ -415,6 +422,7 @@ class LinearSearch:
         self.loss = estimator._loss(len(rows.classes))
         self.candidates: list[Candidate] = []
         self.best: _Tried | None = None
+        self._before_best: _Tried | None = None
         self._codes = np.repeat(rows.codes, rows.views)
         self._row_weights, factors = fold_weights(rows, estimator.class_weight)
         self._loss_weights, self._positive = loss_weights(
@@ -440,7 +448,7 @@ class LinearSearch:
         """Values of C to solve at a time."""
         folds, k = len(self.rows.folds), len(self.rows.classes)
         if not isinstance(self.rows.X, RowBlocks):
-            return max(1, round(_COLUMNS / (folds * k)))
+            return max(1, round(_COLUMNS[self.loss] / (folds * k)))
         # From disk a pass is dear: as many as the solver's state (about 30 copies of the
         # weights) leaves room for.
         room = (self.memory or 1 << 30) // 2
@@ -461,21 +469,31 @@ class LinearSearch:
         ordered = sorted(Cs)
         folds = range(len(self.rows.folds))
         scores: list[float] = []
+        before: _Tried | None = None
         for first in range(0, len(ordered), size):
             group = ordered[first : first + size]
             if start is None:
                 W, b = _zeros(len(group) * len(folds), len(self.rows.classes), self.loss, design)
             else:
-                W, b = start.W.repeat(len(group), 1, 1), start.b.repeat(len(group), 1, 1)
+                starts = [self._start(C, start, before) for C in group]
+                W, b = (torch.cat(parts) for parts in zip(*starts, strict=True))
             problems = self._problems(design, group, folds)
             solution = minimise(design, problems, W, b, tol=tol, max_iter=self.estimator.max_iter)
-            for start in self._judge(design, treatment, group, solution):
+            for tried in self._judge(design, treatment, group, solution):
+                before, start = start, tried
                 self.candidates.append(start.candidate)
                 scores.append(start.candidate.score)
                 if self.best is None or scores[-1] > self.best.candidate.score:
-                    self.best = start
+                    self.best, self._before_best = start, before
             if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
                 break
+
+    def _start(self, C: float, last: _Tried, before: _Tried | None) -> tuple[Tensor, Tensor]:
+        """Return where to start for C: the last solution, or the line through the last two."""
+        if before is None or before.C == last.C or self.loss == "squared_hinge":
+            return last.W, last.b
+        ahead = float(np.log(C / last.C) / np.log(last.C / before.C))
+        return torch.lerp(before.W, last.W, 1 + ahead), torch.lerp(before.b, last.b, 1 + ahead)
 
     def _problems(self, design: Design, Cs: Sequence[float], folds: Sequence[int]) -> Problems:
         penalized = self.estimator._penalizes_intercept()
@@ -498,10 +516,11 @@ class LinearSearch:
         assert chosen is not None, "nothing was tried"
         design = self._design(chosen.treatment)
         everything = len(self.rows.folds)
-        pairs = [
-            unstandardise(design, fold, chosen.W[fold], chosen.b[fold])
-            for fold in range(everything)
-        ]
+        # More rows at the same C are a weaker penalty: as a larger C is on a fold's rows.
+        mass = design.weights.sum(dim=1)
+        more = float(mass[-1] / mass[:-1].mean())
+        starts = zip(*self._start(chosen.C * more, chosen, self._before_best), strict=True)
+        pairs = [unstandardise(design, fold, W, b) for fold, (W, b) in enumerate(starts)]
         W, b = standardise(
             design,
             everything,

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit
 from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
@@ -38,6 +37,8 @@ from featcache.heads.search import (
 _CHECKPOINTS = (1, 2, 3, 5, 7, 10, 14, 20, 28)  # epochs at which a search looks, or ...
 _STEPS = 16  # ... a multiple of them, so that there are as many steps between two looks
 _PATIENCE = 2  # checkpoints without a better score before a search stops
+# Two amounts of dropout. The weight decay is not searched: it stands here because the optimiser's
+# default is that of `MLP`, which stops early on held-out rows instead of by the folds.
 _SETTINGS: tuple[dict[str, Any], ...] = (
     {"dropout": 0.5, "weight_decay": 1.0},
     {"dropout": 0.75, "weight_decay": 1.0},
@@ -190,6 +191,8 @@ class MLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         size = int(self.validation_fraction * len(codes))
         if size < len(counts):
             return everything, nothing
+        from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit
+
         if groups is not None:
             if len(np.unique(groups)) < 2:
                 return everything, nothing
@@ -397,7 +400,7 @@ def search_mlp(
     random_state: int = 0,
     **_: Any,
 ) -> SearchResult:
-    """Choose dropout, weight decay and the number of epochs by cross-validation.
+    """Choose dropout and the number of epochs by cross-validation.
 
     All folds are trained side by side and scored on their validation rows as they go; training
     stops where the score does. The network that is kept is trained on all rows for as many

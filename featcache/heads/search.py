@@ -8,18 +8,15 @@ calibration of probabilities and the audit all come from them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
-from joblib import Parallel, delayed
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
-from sklearn.metrics import get_scorer
+from sklearn.base import BaseEstimator, ClassifierMixin
 
 from featcache.errors import TrainingError
 from featcache.heads.blocks import RowBlocks
@@ -152,6 +149,9 @@ def fit_temperature(
     As in Platt's method, one part in n + 2 of each target goes to the other classes: scores
     without a single mistake would otherwise call for a temperature of zero.
 
+    The search is bounded in units of the scores' own spread: a strong penalty makes scores of any
+    smallness, and they are as good as larger ones. Scores that are all the same get 1.
+
     Parameters
     ----------
     logits : ndarray of shape (n, k)
@@ -165,6 +165,10 @@ def fit_temperature(
     # One parameter needs no more than some thousand rows, spread evenly.
     known = known[:: max(1, len(known) * logits.shape[1] // _TEMPERATURE_CELLS)]
     values, truth = logits[known].astype(np.float64), y[known]
+    spread = float(values.std(axis=1).mean()) if len(values) else 0.0
+    if not spread > 0:
+        return 1.0
+    values /= spread
     weight = np.ones(len(truth)) if sample_weight is None else sample_weight[known]
     n, k = values.shape
     others = 1 / ((n + 2) * (k - 1))
@@ -176,7 +180,7 @@ def fit_temperature(
         return -float(np.average(likelihood, weights=weight))
 
     found = minimize_scalar(loss, bounds=(-7.0, 7.0), method="bounded", options={"xatol": 1e-4})
-    return float(np.exp(found.x))
+    return spread * float(np.exp(found.x))
 
 
 class _Scored(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -232,6 +236,8 @@ def score_folds(
     if scoring == "accuracy":  # the usual one, without sorting a million labels
         right = logits.argmax(axis=1) == y
         return tuple(float(right[valid].mean()) for _, valid in folds)
+    from sklearn.metrics import get_scorer
+
     scorer = get_scorer(scoring)
     known = _Scored(logits, classes, y)
     labels = classes[y]
@@ -340,27 +346,14 @@ class Rows:
         return targets
 
 
-def fit_estimator(
-    estimator: Any, rows: Rows, images: np.ndarray | None = None, *, weighted: bool = True
-) -> Any:
+def fit_estimator(estimator: Any, rows: Rows, images: np.ndarray | None = None) -> Any:
     """Fit a pipeline (or a bare estimator) on `images`, weights going to its last step."""
-    weight = rows.weights(images) if weighted else None
+    weight = rows.weights(images)
     fit_params: dict[str, Any] = {}
     if weight is not None:
         last = estimator.steps[-1][0] + "__" if hasattr(estimator, "steps") else ""
         fit_params[f"{last}sample_weight"] = weight
     return estimator.fit(rows.features(images), rows.targets(images), **fit_params)
-
-
-def _fold_logits(
-    estimator: Any, params: Params, rows: Rows, fold: int, weighted: bool
-) -> np.ndarray:
-    train, valid = rows.folds[fold]
-    fitted = fit_estimator(
-        clone(estimator).set_params(**params), rows, np.asarray(train), weighted=weighted
-    )
-    X = rows.features(np.asarray(valid))
-    return logits(fitted, X.reshape(len(valid), rows.views, -1))
 
 
 def gather(rows: Rows, per_fold: Sequence[np.ndarray]) -> np.ndarray:
@@ -378,66 +371,3 @@ def gather(rows: Rows, per_fold: Sequence[np.ndarray]) -> np.ndarray:
 def choose(tried: Sequence[tuple[Candidate, np.ndarray]]) -> tuple[Candidate, np.ndarray]:
     """Return the best candidate; the earlier (simpler) one where scores tie."""
     return max(tried, key=lambda one: one[0].score)
-
-
-def grid_search(
-    head: str,
-    estimator: Any,
-    grid: Sequence[Params],
-    rows: Rows,
-    *,
-    scoring: Scoring,
-    n_jobs: int = 1,
-    weighted: bool = True,
-    notes: Sequence[str] = (),
-    finish: Callable[[Any], Any] | None = None,
-) -> SearchResult:
-    """Fit every setting of `grid` on every fold, choose, and fit the best on all rows.
-
-    Parameters
-    ----------
-    head : str
-        Name of the head.
-    estimator : estimator
-        Cloned for every fit.
-    grid : list of mapping
-        Settings for `estimator.set_params`, the simplest first.
-    rows : Rows
-        The training rows.
-    scoring : str or callable
-        See `score_folds`.
-    n_jobs : int
-        Fits at a time.
-    weighted : bool
-        Whether the last step takes sample weights.
-    notes : list of str
-        Passed on to the result.
-    finish : callable, optional
-        Applied to the last fitted estimator.
-    """
-    start = time.perf_counter()
-    work = [(params, fold) for params in grid for fold in range(len(rows.folds))]
-    values = Parallel(n_jobs=n_jobs)(
-        delayed(_fold_logits)(estimator, params, rows, fold, weighted) for params, fold in work
-    )
-    tried = []
-    for i, params in enumerate(grid):
-        per_fold = values[i * len(rows.folds) : (i + 1) * len(rows.folds)]
-        together = gather(rows, per_fold)
-        scores = score_folds(together, rows.codes, rows.classes, rows.folds, scoring)
-        tried.append((Candidate(dict(params), scores), together))
-    best, chosen = choose(tried)
-    middle = time.perf_counter()
-    fitted = fit_estimator(clone(estimator).set_params(**best.params), rows, weighted=weighted)
-    return SearchResult(
-        head=head,
-        estimator=fitted if finish is None else finish(fitted),
-        best=best,
-        candidates=tuple(one for one, _ in tried),
-        classes=rows.classes,
-        logits=chosen,
-        temperature=fit_temperature(chosen, rows.codes, rows.weight),
-        search_seconds=middle - start,
-        fit_seconds=time.perf_counter() - middle,
-        notes=tuple(notes),
-    )

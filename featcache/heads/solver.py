@@ -59,7 +59,9 @@ _RANK = 256  # directions in which the preconditioner knows the covariance
 _SAMPLE = 4096  # rows that the preconditioner is computed from
 _PAIRS = 6  # history of L-BFGS
 _STATES = 8  # groups of problems whose directions are computed side by side
-_IDLE = 50  # steps without progress after which rounding is taken to hide any further
+# Steps without progress beyond rounding, after which there is none to come: a thousand more would
+# bring less than 1e-4 in float32. The weights of a float64 fit gain digits when its value does not.
+_IDLE = {torch.float32: 10, torch.float64: 50}
 _FLUSH = 16  # blocks that are summed in float32 before they go to a float64 sum
 _ARMIJO = 1e-4
 _NOISE = 3  # relative error of an objective, in units of the scores' precision
@@ -843,10 +845,11 @@ def _retire(state: _State, solution: Solution, tol: float, iteration: int) -> _S
     """Write finished problems to `solution` and return the others."""
     close = -state.slope / 2 <= tol * state.value.f.abs()
     total = state.value.f.sum(dim=(1, 2))
-    fell = total < state.lowest - torch.finfo(state.W.dtype).eps * state.lowest.abs()
+    noise = _NOISE * torch.finfo(state.W.dtype).eps
+    fell = total < state.lowest - noise * state.lowest.abs()
     state.lowest = torch.where(fell, total, state.lowest)
     state.idle = torch.where(fell, 0, state.idle + 1)
-    done = close.all(dim=2).all(dim=1) | (state.idle > _IDLE)
+    done = close.all(dim=2).all(dim=1) | (state.idle > _IDLE[state.W.dtype])
     if not done.any():
         return state
     solution.keep(state, done)

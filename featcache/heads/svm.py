@@ -4,9 +4,13 @@ The linear one minimises the primal squared hinge loss with the solver of the lo
 
 The kernel one solves what scikit-learn's `SVC` solves, by libsvm, but hands it the kernel as a
 matrix. libsvm computes a kernel pair by pair in double precision; as one matrix product it is 20
-to 30 times faster on 2,048 features (and three times faster than scikit-learn-intelex, measured
-on 2,000 and 3,000 rows, which is why that is not used here), and all values of C share it. The
-same holds for prediction. The price is memory: 8 bytes for each pair of rows.
+to 30 times faster on 2,048 features, and all values of C share it. The same holds for prediction.
+The price is memory: 8 bytes for each pair of rows.
+
+scikit-learn-intelex is not used, because it is slower: 8,000 rows x 2,048, 10 classes, fit and
+2,000 predictions on two cores of an EPYC took 97 s with `SVC`, 7.3 s with scikit-learn-intelex, and
+4.3 s with this, at the same accuracy (``tests/benchmarks/heads.py --only rbf-svm --classes 10``).
+It could not share the kernel between values of C either.
 """
 
 from __future__ import annotations
@@ -19,10 +23,8 @@ from typing import Any
 import numpy as np
 from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.kernel_approximation import Nystroem
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
@@ -159,6 +161,8 @@ class _Machine:
         class_weight: ClassWeight,
         tol: float,
     ) -> _Machine:
+        from sklearn.svm import SVC  # here, because loading a predictor must not wait for it
+
         machine = SVC(
             C=C, kernel="precomputed", class_weight=class_weight, tol=tol, cache_size=500
         ).fit(K, y, sample_weight=weight)
@@ -435,6 +439,8 @@ def _search_nystroem(
     The landmarks are rows of all folds, without their labels: nothing about a validation row's
     class reaches the fit.
     """
+    from sklearn.kernel_approximation import Nystroem
+
     X = rows.features()
     before = Pipeline(
         [

@@ -8,6 +8,8 @@ the classes. They are learnt inside each fold.
 The trees are grown by LightGBM where it is installed, by scikit-learn where it is not, and kept
 as plain arrays that numpy walks: a fitted head is the same thing either way, and no file of one
 is ever parsed by LightGBM, whose reader trusts what it reads.
+
+scikit-learn's ensembles are imported where trees are grown: loading a predictor needs none of them.
 """
 
 from __future__ import annotations
@@ -22,11 +24,6 @@ from joblib import Parallel, delayed
 from scipy.linalg import eigh
 from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.ensemble import (
-    ExtraTreesClassifier,
-    HistGradientBoostingClassifier,
-    RandomForestClassifier,
-)
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.extmath import randomized_svd
 from sklearn.utils.multiclass import check_classification_targets
@@ -448,6 +445,8 @@ def _grow_sklearn(
     settings: BoostedTrees, Z: np.ndarray, codes: np.ndarray, weight: np.ndarray, k: int
 ) -> Trees:
     """Grow trees with scikit-learn's histogram gradient boosting."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
     model = HistGradientBoostingClassifier(
         learning_rate=settings.learning_rate,
         max_iter=settings.n_rounds,
@@ -662,6 +661,8 @@ def search_forest(
     n_jobs : int
         Trees at a time.
     """
+    from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
+
     start = time.perf_counter()
     shared = {"class_weight": class_weight, "random_state": random_state, "n_jobs": n_jobs}
     kinds = {
