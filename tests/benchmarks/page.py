@@ -1,0 +1,120 @@
+"""How fluid the report's map is with 20,000 images: ``python tests/benchmarks/page.py``.
+
+The page is opened in headless chromium from the disk. Measured are the seconds until its map is
+ready, the milliseconds between frames while the map is moved a little at each of them, and those
+from a pointer's arrival over a point to the thumbnail beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+# Moves the map by a thousandth of its width at every frame; the last argument is told the times.
+MOVE = """
+const done = arguments[arguments.length - 1], frames = arguments[0];
+const view = [...Bokeh.index.roots][0], range = view.model.x_range;
+const step = (range.end - range.start) / 1000, times = [];
+function next(now) {
+  times.push(now);
+  if (times.length > frames) { done(times); return; }
+  range.setv({start: range.start + step, end: range.end + step});
+  requestAnimationFrame(next);
+}
+requestAnimationFrame(next);
+"""
+
+
+def page(folder: Path, n: int) -> Path:
+    """Write the report of a store of n images of noise."""
+    from featcache.images import ImageSet
+    from featcache.report import write_report
+    from tests.labelled import make_store
+    from tests.reported import CLASSES, evaluation
+
+    labels = [CLASSES[i % len(CLASSES)] for i in range(n)]
+    ids = [f"images/{i:06d}.png" for i in range(n)]
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(n, 4)).astype(np.float32)
+    store = make_store(folder / "store.h5", features, labels, ids=ids)
+    pixels = rng.integers(0, 256, (n, 24, 24, 3), dtype=np.uint8)
+    images = ImageSet.from_arrays(pixels, ids=ids)
+    path = folder / "report.html"
+    write_report(evaluation(store), path, store=store, images=images, maps=("pca",))
+    return path
+
+
+def opened(profile: Path) -> Any:
+    """Start the browser."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.add_argument("--window-size=1200,1000")
+    options.add_argument(f"--user-data-dir={profile}")
+    return webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
+
+
+def main() -> None:
+    """Measure, and print a line a figure."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--frames", type=int, default=120)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        path = page(Path(temporary), options.images)
+        driver = opened(Path(temporary) / "profile")
+        try:
+            measure(driver, path, options.images, options.frames)
+        finally:
+            driver.quit()
+
+
+def measure(driver: Any, path: Path, images: int, frames: int) -> None:
+    """Open the page and time it."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    from tests.test_report_browser import to_point
+
+    started = time.perf_counter()
+    driver.get(path.as_uri())
+    WebDriverWait(driver, 120, poll_frequency=0.05).until(
+        lambda d: d.execute_script("return document.documentElement.dataset.map") == "ready"
+    )
+    ready = time.perf_counter() - started
+    version = driver.capabilities["browserVersion"]
+    print(f"chromium {version}, {os.cpu_count()} cores, no GPU; {images:,} images")
+    print(f"page of {path.stat().st_size / 1e6:.1f} MB; map ready after {ready:.1f} s")
+    driver.set_script_timeout(120)
+    gaps = np.diff(driver.execute_async_script(MOVE, frames))
+    print(
+        f"moving the map: {np.median(gaps):.0f} ms a frame (median), "
+        f"{np.quantile(gaps, 0.95):.0f} ms (95 %)"
+    )
+    waits = []
+    tip = driver.find_element(By.CSS_SELECTOR, "#tip")
+    for k in range(0, 200, 20):
+        to_point(driver, k).perform()
+        started = time.perf_counter()
+        WebDriverWait(driver, 20, poll_frequency=0.01).until(lambda _: tip.is_displayed())
+        waits.append(time.perf_counter() - started)
+    print(f"pointing at an image: {np.median(waits) * 1000:.0f} ms until it is shown (median)")
+
+
+if __name__ == "__main__":
+    main()
