@@ -141,10 +141,10 @@ _suffix_options = _options(
     click.option(
         "--from", "first", metavar="LAYER", help="suffix: first layer to train. Left out: all."
     ),
-    click.option("--epochs", type=click.IntRange(min=1), help="suffix: at most so many.  [20]"),
+    click.option("--epochs", type=click.IntRange(min=1), help="suffix: at most so many.  [10]"),
     click.option("--batch-size", type=click.IntRange(min=2), help="suffix: images a step.  [32]"),
     click.option(
-        "--lr", type=float, help="suffix: highest learning rate of the new layer.  [1e-3]"
+        "--lr", type=float, help="suffix: highest learning rate of the new layer.  [3e-3]"
     ),
     click.option(
         "--schedule",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import BackboneError, TapError
-from featcache.surgery import head_name
+from featcache.surgery import head_name, replace_head
 from featcache.taps import Tap, Tapped, resolve_traced
 from featcache.tracing import Trace, trace
 
@@ -183,6 +183,15 @@ class Suffix(nn.Module):
         """The layer that gives the classes."""
         return self.network.get_submodule(self.head)
 
+    def new_classifier(self, classes: int) -> nn.Module:
+        """Put a new layer for so many classes in the place of the last one, and return it."""
+        old = self.classifier
+        new = replace_head(self.network, classes, name=self.head)
+        for hook in old._forward_pre_hooks.values():
+            if isinstance(hook, _Given):  # the cut is at this layer's input
+                new.register_forward_pre_hook(hook, with_kwargs=True)
+        return new
+
     def trained(self, first: str | None = None) -> list[str]:
         """Return the names of the parameters that lie behind the cut, or from a layer on.
 
@@ -285,7 +294,13 @@ def cut(
             "network cannot be cut there. Cut at the block around it"
         )
     position = _position_of(traced, point.tap)
-    head = head_name(network)
+    try:
+        head = head_name(network)
+    except BackboneError as error:
+        raise TapError(
+            f"The rest of {type(network).__name__} cannot be trained to classify: it has several "
+            "layers that give classes, or none."
+        ) from error
     calls = traced.calls[position:]
     order = [call.layer for call in calls]
     if head not in order:

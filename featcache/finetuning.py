@@ -8,6 +8,28 @@ with the store. Of stored views each epoch takes one at random, predictions aver
 Everything that is drawn (new layer, order, views, dropout) follows from `random_state` and the
 epoch's number alone. So a training resumed from its checkpoint (`featcache.checkpoints`), which
 is written after every epoch, gives the same weights as one that was never interrupted.
+
+Examples
+--------
+The ninth recipe, from the cache: images of breeds that a CSV names, the new last layer trained for
+nine epochs on four augmented views of the pooling layer's input, then SVM and trees beside it.
+
+>>> import featcache as fc
+>>> images = fc.ImageSet.from_csv(
+...     "labels.csv", "train", label_column="breed", suffix=".jpg"
+... )  # doctest: +SKIP
+>>> backbone = fc.Backbone.from_torchvision(
+...     "resnet50", layers=["avgpool:input:map", "avgpool"]
+... )  # doctest: +SKIP
+>>> store = fc.extract(images, backbone, "breeds.h5", views=4)  # doctest: +SKIP
+>>> fit, validation = store.split(0.1, stratify=True)  # doctest: +SKIP
+>>> nine = fc.SuffixSettings(first="fc", epochs=9)
+>>> print(
+...     fc.compare(fit, validation, heads=["suffix", "svm", "forest"], suffix=nine)
+... )  # doctest: +SKIP
+
+To train the last stage as well, keep its input (``layers=["layer4:input:map"]``) and name it:
+``SuffixSettings(first="layer4")``. Its learning rates are a tenth of the new layer's.
 """
 
 from __future__ import annotations
@@ -32,7 +54,6 @@ from featcache.store import FeatureStore
 from featcache.surgery import (
     blocks,
     parameter_groups,
-    replace_head,
     train_mode,
     unfreeze_gradually,
 )
@@ -90,9 +111,9 @@ class SuffixSettings:
     """
 
     first: str | None = None
-    epochs: int = 20
+    epochs: int = 10
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-3
     factor: float = 0.1
     decay: float = 1.0
     weight_decay: float = 0.01
@@ -454,7 +475,7 @@ def finetune(
     """
     device = select_device(settings.device)
     with _seeded(random_state, device):
-        replace_head(suffix.network, classes, name=suffix.head)
+        suffix.new_classifier(classes)
     training = _start(suffix, maps, codes, fit, settings, weight, random_state, device)
     state = None if checkpoint is None else checkpoint.read()
     if state is not None:

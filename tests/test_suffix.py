@@ -518,6 +518,38 @@ def test_seeds_decide(store: FeatureStore) -> None:
     assert tune(store, FAST, random_state=1).history != once.history
 
 
+def test_features_are_read_a_minibatch_at_a_time(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = 0
+    take = FeatureStore.take
+
+    def taking(self: FeatureStore, rows: np.ndarray, tap: str | None = None) -> np.ndarray:
+        nonlocal largest
+        largest = max(largest, len(rows))
+        return take(self, rows, tap)
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("the whole array was asked for")
+
+    monkeypatch.setattr(FeatureStore, "take", taking)
+    monkeypatch.setattr(FeatureStore, "load", refused)
+    monkeypatch.setattr(FeatureStore, "matrix", refused)
+    tune(store, FAST)
+    train(store, head="suffix", cv=2, suffix=FAST, backbone=backbone(BODY), layers=[BODY])
+    assert 0 < largest <= 24  # of a fold, to be scored; of a training, 8
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_as_the_cpu_does(store: FeatureStore) -> None:
+    slow = tune(store, SuffixSettings(epochs=2, batch_size=8, device="cpu"))
+    fast = tune(store, SuffixSettings(epochs=2, batch_size=8, device="cuda"))
+    assert fast.suffix.classifier.weight.device.type == "cpu"
+    for one, other in zip(slow.history, fast.history, strict=True):
+        assert one.validation_loss == pytest.approx(other.validation_loss, abs=0.1)
+
+
 # --- views -------------------------------------------------------------------------------------
 
 
@@ -616,6 +648,20 @@ def test_damaged_weights_are_refused(predictor: Predictor, store: FeatureStore) 
     np.testing.assert_array_equal(
         loaded.predict(store.matrix([BODY])), predictor.predict_features(store.matrix([BODY]))
     )
+
+
+def test_the_last_layer_alone_is_trained_on_its_own_input(folder: Path) -> None:
+    network_ = backbone("head:input")
+    made = extract(images(), network_, folder / "head.h5", workers=0, progress=False)
+    predictor = train(made, head="suffix", cv=2, suffix=FAST, backbone=network_)
+    assert predictor.estimator.suffix.trained() == ["head.weight", "head.bias"]
+    state = predictor.estimator.state_
+    scores = made.matrix() @ state["head.weight"].T + state["head.bias"]
+    np.testing.assert_allclose(
+        predictor.estimator.decision_function(made.matrix()), scores, atol=1e-5
+    )
+    loaded = persistence.load(persistence.dump(predictor.estimator)).bind(network(), SHAPE)
+    np.testing.assert_allclose(loaded.decision_function(made.matrix()), scores, atol=1e-5)
 
 
 def test_class_weights_and_groups_are_heeded(store: FeatureStore) -> None:

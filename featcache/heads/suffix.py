@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from featcache.cutting import Suffix, cut
 from featcache.errors import FeatcacheError, PredictorError
 from featcache.runtime import keep_pages
-from featcache.surgery import replace_head
 
 __all__ = ["SuffixClassifier", "load_tensors"]
 
@@ -110,13 +109,13 @@ class SuffixClassifier:
         """
         try:
             suffix = cut(network, self.tap_, image_shape)
-            replace_head(suffix.network, len(self.classes_), name=self.head_)
+            suffix.new_classifier(len(self.classes_))
         except (FeatcacheError, ValueError) as error:
             raise PredictorError(f"The head does not fit the network: {error}") from error
-        if suffix.shape != self.shape_:
+        if (suffix.shape, suffix.head) != (self.shape_, self.head_):
             raise PredictorError(
-                f"The head takes features of shape {self.shape_}; at {self.tap_} the network gives "
-                f"{suffix.shape}."
+                f"The head takes features of shape {self.shape_} and ends in {self.head_!r}; the "
+                f"network gives {suffix.shape} at {self.tap_} and ends in {suffix.head!r}."
             )
         load_tensors(suffix, {n: torch.from_numpy(a) for n, a in self.state_.items()})
         self._suffix = suffix.eval().requires_grad_(False).to(self._device)
