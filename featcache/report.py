@@ -292,7 +292,7 @@ def _suspects(
     return cards, (
         f"{len(ranked):,} of the {len(evaluation):,} evaluated images, judged by confident "
         "learning (cleanlab). The figure is the probability of the label it has. "
-        "`featcache audit` looks at the training images too."
+        "The command featcache audit looks at the training images too."
     )
 
 
@@ -323,7 +323,7 @@ def _pairs(
     if store is None:
         return [], "Needs the features: give the store."
     if len(store) > _NEAR_LIMIT:
-        return [], f"Not looked for among {len(store):,} images; `featcache audit` does."
+        return [], f"Not looked for among {len(store):,} images; featcache audit does."
     mine = _lookup(store.ids, np.asarray(evaluation.ids))
     mine = mine[mine >= 0]
     others = np.setdiff1d(np.arange(len(store)), mine)
