@@ -163,6 +163,12 @@ _suffix_options = _options(
         metavar="EPOCHS",
         help="suffix: stop after so many without a better validation loss.  [5; 0: never]",
     ),
+    click.option(
+        "--validation",
+        type=Percent(),
+        metavar="SHARE",
+        help="suffix: images set aside to stop by.  [10%; 0: train on all, to the last epoch]",
+    ),
     click.option("--device", help=f"suffix: {DEVICES}.  [auto]"),
     click.option("--backbone", help="suffix: the network, where it is package.module:callable."),
     click.option("--weights", help="suffix: the network's checkpoint file, where it has one."),
@@ -446,9 +452,17 @@ def train(
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html")
 @click.option("--images", help="IMAGES that STORE was extracted from: pictures for the report.")
+@click.option("--backbone", help="Needed by a suffix of a network that is package.module:callable.")
+@_weights
 @_json
 def evaluate(
-    predictor: Path, store: Path, report: Path | None, images: str | None, as_json: bool
+    predictor: Path,
+    store: Path,
+    report: Path | None,
+    images: str | None,
+    backbone: str | None,
+    weights: str | None,
+    as_json: bool,
 ) -> None:
     """Score PREDICTOR on the rows of STORE that it was not trained on."""
     from featcache.evaluation import evaluate as evaluate_predictor
@@ -458,6 +472,8 @@ def evaluate(
 
     opened = FeatureStore.open(store)
     loaded = Predictor.load(predictor)
+    if backbone is not None or weights is not None:
+        loaded.attach(loaded.rebuild_backbone(backbone=backbone, weights=weights))
     evaluation = evaluate_predictor(loaded, opened)
     if report is not None:
         from featcache.report import write_report

@@ -45,7 +45,7 @@ def export_model(
     Parameters
     ----------
     predictor : Predictor
-        With a head made of layers: linear, svm, ridge or mlp.
+        With a head made of layers: linear, svm, ridge, mlp or suffix.
     path : path
         Ending in ``.onnx`` (for onnxruntime and others) or ``.pt2`` (for ``torch.export.load``).
     backbone : Backbone, optional

@@ -67,6 +67,7 @@ __all__ = [
     "minibatches",
     "rate",
     "scores_of",
+    "seeded",
 ]
 
 _WARM_UP = 0.25  # of a one-cycle training
@@ -105,7 +106,9 @@ class SuffixSettings:
     patience : int
         Stop after so many epochs without a better validation loss. 0: never.
     validation : float
-        Share of the training images that early stopping looks at and nothing is trained on.
+        Share of the training images that early stopping looks at and nothing is trained on. 0:
+        train on all images to the last epoch, whose weights are kept. Where images are few, those
+        set aside are too few to tell one epoch from another, and are missed in training.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
     """
@@ -129,7 +132,7 @@ class SuffixSettings:
             (self.batch_size >= 2, f"batch_size counts from 2, got {self.batch_size}"),
             (self.lr > 0, f"lr must be over 0, got {self.lr}"),
             (self.factor > 0 and self.decay > 0, "factor and decay must be over 0"),
-            (0 < self.validation < 1, f"validation is a share of 1, got {self.validation}"),
+            (0 <= self.validation < 1, f"validation is a share of 1, got {self.validation}"),
             (
                 self.schedule in ("one-cycle", "cosine"),
                 f"schedule is one-cycle or cosine, got {self.schedule!r}",
@@ -154,7 +157,8 @@ class Epoch:
     loss : float
         Mean training loss over its steps.
     validation_loss, validation_accuracy : float
-        On the inner validation images; the loss after calibration by temperature.
+        On the inner validation images; the loss after calibration by temperature. NaN where there
+        are none.
     """
 
     number: int
@@ -293,6 +297,7 @@ class _Training:
     random_state: int
     device: torch.device
     trained: list[str]
+    order: list[str]
     optimizer: torch.optim.Optimizer
     history: list[Epoch] = field(default_factory=list)
     best: int = 0
@@ -331,8 +336,8 @@ class _Training:
         """Let those parameters be trained whose turn has come."""
         network = self.suffix.network
         if self.settings.unfreeze_every:
-            order = _top_down(self.suffix)
-            unfreeze_gradually(network, number, every=self.settings.unfreeze_every, order=order)
+            every = self.settings.unfreeze_every
+            unfreeze_gradually(network, number, every=every, order=self.order)
         else:
             network.requires_grad_(True)
         chosen = set(self.trained)
@@ -351,6 +356,8 @@ class _Training:
         The loss is that of calibrated probabilities, as a predictor gives them: scores that are
         merely too large, which training makes them in the end, do not count against an epoch.
         """
+        if not len(rows):
+            return math.nan, math.nan
         scores = scores_of(self.suffix, self.maps, rows, self.device).astype(np.float64)
         truth, weight = self.codes[rows], self.weight[rows].astype(np.float64)
         if not np.isfinite(scores).all():
@@ -364,7 +371,8 @@ class _Training:
         """Keep an epoch's figures, and its weights if they are the best yet."""
         self.history.append(epoch)
         best = self.history[self.best - 1].validation_loss if self.best else math.inf
-        if epoch.validation_loss < best or not self.best:
+        # Without validation images (NaN) each epoch takes the place of the one before it.
+        if not epoch.validation_loss >= best or not self.best:
             self.best = epoch.number
             self.best_state = _copied(self.suffix.tensors())
 
@@ -372,7 +380,7 @@ class _Training:
     def is_over(self) -> bool:
         """Whether the last epoch is done, or patience is."""
         done, patience = len(self.history), self.settings.patience
-        thawing = self.settings.unfreeze_every * len(_top_down(self.suffix))
+        thawing = self.settings.unfreeze_every * len(self.order)
         waited = done - max(self.best, min(thawing, self.settings.epochs))
         return done >= self.settings.epochs or bool(patience and waited >= patience)
 
@@ -414,12 +422,11 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: one.detach().cpu().clone() for name, one in tensors.items()}
 
 
-def _top_down(suffix: Suffix) -> list[str]:
-    """Return the blocks behind the cut in the order of unfreezing: the head is the first."""
-    used = suffix.trained()
+def _top_down(suffix: Suffix, trained: Sequence[str]) -> list[str]:
+    """Return the blocks to train in the order of unfreezing: the head is the first."""
     names = [suffix.head]
     for name in blocks(suffix.network):
-        inside = any(one == name or one.startswith(f"{name}.") for one in used)
+        inside = any(one == name or one.startswith(f"{name}.") for one in trained)
         if inside and name != suffix.head:
             names.append(name)
     return names
@@ -452,7 +459,7 @@ def finetune(
     codes : ndarray of int64, shape (n,)
         Class of each row of the store.
     fit, valid : ndarray of int
-        Rows to train on, and rows to stop by.
+        Rows to train on, and rows to stop by (none: train to the end).
     settings : SuffixSettings
         How.
     weight : ndarray of shape (n,), optional
@@ -474,7 +481,7 @@ def finetune(
         The loss is no longer finite.
     """
     device = select_device(settings.device)
-    with _seeded(random_state, device):
+    with seeded(random_state, device):
         suffix.new_classifier(classes)
     training = _start(suffix, maps, codes, fit, settings, weight, random_state, device)
     state = None if checkpoint is None else checkpoint.read()
@@ -492,7 +499,7 @@ def finetune(
                 if progress is not None:
                     progress(step, None)
 
-            with _seeded(random_state, device, number):
+            with seeded(random_state, device, number):
                 loss = training.epoch(number, tick)
             if not math.isfinite(loss):
                 raise TrainingError(
@@ -544,12 +551,13 @@ def _start(
         random_state=random_state,
         device=device,
         trained=trained,
+        order=_top_down(suffix, trained),
         optimizer=optimizer,
     )
 
 
 @contextlib.contextmanager
-def _seeded(random_state: int, device: torch.device, epoch: int = -1) -> Iterator[None]:
+def seeded(random_state: int, device: torch.device, epoch: int = -1) -> Iterator[None]:
     """Draw from a seed of its own, and leave the caller's generators as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed = np.random.SeedSequence([random_state, epoch + 1]).generate_state(1)[0]

@@ -25,7 +25,7 @@ from featcache.errors import PredictorError
 from featcache.heads.mlp import MLP
 from featcache.heads.suffix import SuffixClassifier
 from featcache.heads.treatment import SignedPower
-from featcache.taps import ResolvedTap, Tapped, _Stop
+from featcache.taps import ResolvedTap, StopForward, Tapped
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
@@ -96,7 +96,7 @@ class _ToTheEnd(Tapped):
     """
 
     def _read(self, layer: str, side: str, taps: Sequence[ResolvedTap], value: Any) -> None:
-        with contextlib.suppress(_Stop):
+        with contextlib.suppress(StopForward):
             super()._read(layer, side, taps, value)
         for name in {str(tap) for tap in taps} & self._captured.keys():
             # Layers still to come may write into what a view shows.

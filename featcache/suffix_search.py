@@ -4,12 +4,13 @@ The settings are given, nothing is searched; what the folds are for is an accura
 temperature that can be compared with those of the other heads. So with k folds there are k + 1
 trainings: one on each fold's training part, whose scores of the fold's other part are the
 out-of-fold scores, and one on all rows, which is kept. Each sets its own inner validation part
-aside, and stops by that: no image decides when to stop a training that it is then used to judge.
-To save time, use fewer folds, or a store with a validation split, which is one.
+aside (unless told not to), and stops by that: no image decides when to stop a training that it is
+then used to judge. To save time, use fewer folds, or a store with a validation split, which is one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -37,7 +38,7 @@ from featcache.tracing import Trace, trace
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
 
-__all__ = ["SUFFIX", "SuffixSearch", "choose_tap"]
+__all__ = ["SUFFIX", "SuffixSearch", "choose_tap", "remove_checkpoints"]
 
 SUFFIX = "suffix"
 
@@ -235,21 +236,15 @@ class _Run:
     def train(self, rows: np.ndarray, name: str) -> Finetuned:
         """Train on some rows, part of which only says when to stop."""
         settings = self.task.settings
-        fit, valid = splitting.holdout(
-            self.y[rows],
-            groups=None if self.groups is None else self.groups[rows],
-            sha256=self.sha256[rows],
-            test_size=settings.validation,
-            random_state=self.random_state,
-        )
+        fit, valid = self._set_aside(rows)
         self.bar.set_description(name)
         trained = finetune(
             self.task.suffix(),
             len(self.classes),
             self.task.maps,
             self.codes,
-            rows[np.sort(fit)],
-            rows[np.sort(valid)],
+            fit,
+            valid,
             settings,
             weight=self.weight,
             random_state=self.random_state,
@@ -260,6 +255,19 @@ class _Run:
         self.bar.n = self.done * settings.epochs  # early stopping leaves some out
         self.bar.refresh()
         return trained
+
+    def _set_aside(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Split rows into those to train on and those that say when to stop."""
+        if not self.task.settings.validation:
+            return rows, rows[:0]
+        fit, valid = splitting.holdout(
+            self.y[rows],
+            groups=None if self.groups is None else self.groups[rows],
+            sha256=self.sha256[rows],
+            test_size=self.task.settings.validation,
+            random_state=self.random_state,
+        )
+        return rows[np.sort(fit)], rows[np.sort(valid)]
 
     def _show(self, step: int, epoch: Epoch | None) -> None:
         if epoch is not None:
@@ -287,6 +295,15 @@ class _Run:
         if self.weight is not None:
             digest.update(self.weight.astype(np.float64).tobytes())
         return Checkpoint(self.task.checkpoints / f"{name}.pt", digest.hexdigest())
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a search, and their folder if nothing else is in it."""
+    for pattern in ("fold-*.pt", "final.pt"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def choose_tap(

@@ -52,7 +52,15 @@ from torch import Tensor, nn
 from featcache.errors import TapError
 from featcache.tracing import Call, Trace, Value, first_argument, trace
 
-__all__ = ["ResolvedTap", "Tap", "Tapped", "default_tap", "resolve", "resolve_traced"]
+__all__ = [
+    "ResolvedTap",
+    "StopForward",
+    "Tap",
+    "Tapped",
+    "default_tap",
+    "resolve",
+    "resolve_traced",
+]
 
 Side = Literal["input", "output"]
 SIDES: tuple[str, ...] = ("input", "output")
@@ -452,7 +460,7 @@ def resolve_traced(traced: Trace, texts: Iterable[str] | None) -> list[ResolvedT
     return _Resolver(traced).resolve(texts)
 
 
-class _Stop(Exception):
+class StopForward(Exception):
     """Raised by the hook that reads the last tap, to skip the rest of the network."""
 
 
@@ -538,7 +546,7 @@ class Tapped:
         self._runs = Counter()
         try:  # noqa: SIM105 (what torch.compile traces)
             self.module(batch)
-        except _Stop:
+        except StopForward:
             pass
         captured, self._captured = self._captured, {}
         if len(captured) != len(self.taps):
@@ -575,7 +583,7 @@ class Tapped:
             if tap.tap.call in (None, self._runs[layer, side]):
                 self._captured[str(tap)] = tap.reduce(value)
         if len(self._captured) == len(self.taps):
-            raise _Stop
+            raise StopForward
         # Layers still to come may write into `value`: what is a view of it must be copied now.
         for tap in taps:
             name = str(tap)

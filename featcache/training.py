@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,7 +51,7 @@ from featcache.predictions import refuse_foreign
 from featcache.predictor import CanaryRows, Predictor, is_predictor
 from featcache.splitting import Fold
 from featcache.store import FeatureStore
-from featcache.suffix_search import SUFFIX, SuffixSearch
+from featcache.suffix_search import SUFFIX, SuffixSearch, remove_checkpoints
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
@@ -814,7 +813,7 @@ def study(
     predictor = leaderboard.best
     predictor.request = request
     predictor.save(target)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    remove_checkpoints(checkpoints)
     return Study(predictor, leaderboard, target, up_to_date=False)
 
 

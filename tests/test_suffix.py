@@ -431,6 +431,23 @@ def test_the_best_weights_are_kept_and_patience_ends_the_training(store: Feature
     assert loss == pytest.approx(min(losses), rel=1e-4)
 
 
+def test_without_validation_images_all_are_trained_on_to_the_last_epoch(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    settings = SuffixSettings(epochs=3, batch_size=8, patience=1, validation=0)
+    suffix, rows = cut(network(), BODY, SHAPE), np.arange(len(store))
+    tuned = finetune(suffix, 3, Maps(store, BODY), codes_of(store), rows, rows[:0], settings)
+    assert tuned.best == len(tuned.history) == 3
+    assert np.isnan(tuned.history[0].validation_loss)
+    predictor = train(store, head="suffix", cv=2, suffix=settings, backbone=backbone(BODY))
+    assert predictor.params["best_epoch"] == 3
+    predictor.save(tmp_path / "a.featcache")
+    assert Predictor.load(tmp_path / "a.featcache").params == predictor.params
+    state = tuned.suffix.network.state_dict()
+    for name, value in predictor.estimator.suffix.network.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
 def test_rates_end_near_zero(schedule: str) -> None:
     rates = [rate_of(schedule, step, 100) for step in range(100)]
@@ -684,6 +701,11 @@ def test_the_study_keeps_checkpoints_only_until_it_is_saved(
     options = {"heads": ["suffix"], "cv": 2, "suffix": FAST, "backbone": backbone(BODY, "pool")}
     study(store.paths, target, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["a.featcache"]
+    foreign = tmp_path / "b.featcache.checkpoints" / "notes.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("mine")
+    study(store.paths, tmp_path / "b.featcache", **options)
+    assert list(foreign.parent.iterdir()) == [foreign]
     assert study(store.paths, target, **options).up_to_date
     other = {**options, "suffix": SuffixSettings(epochs=1)}
     assert not study(store.paths, target, **other).up_to_date
