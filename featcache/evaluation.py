@@ -496,7 +496,8 @@ def _unbiased(drawn: Floats, estimates: Floats) -> Floats:
     low = np.minimum(ends[0] - bias, ends[0] - 2 * bias)
     high = np.maximum(ends[1] - bias, ends[1] - 2 * bias)
     # What is at the middle of many resamples lies between their percentiles, but for rounding.
-    return np.clip([np.minimum(low, estimates), np.maximum(high, estimates)], 0.0, 1.0)
+    held: Floats = np.stack([np.minimum(low, estimates), np.maximum(high, estimates)])
+    return held.clip(0.0, 1.0)
 
 
 def _cell_counts(cells: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -408,6 +408,63 @@ def _check_boosting(model: Any) -> None:
     _check_children(inner, left[inner], right[inner], n)
     _require(_is_index(model.feature_, len(model.components_)), "a tree splits on no component")
     _require(_is_index(model.roots_, n), "a tree's root does not exist")
+    k = _outputs(model)
+    _require(np.ndim(model.roots_) == 2 and model.roots_.shape[1] == k, "the boosted trees' rounds")
+    _check_numbers(
+        model,
+        mean_=(model.n_features_in_,),
+        components_=(len(model.components_), model.n_features_in_),
+        baseline_=(k,),
+        threshold_=(n,),
+        value_=(n,),
+    )
+
+
+def _outputs(model: Any) -> int:
+    """Return how many scores a model gives: one for two classes."""
+    classes = len(model.classes_)
+    return 1 if classes == 2 else classes
+
+
+def _check_numbers(model: Any, **shapes: tuple[int, ...]) -> None:
+    """Check that attributes are arrays of floats of these shapes."""
+    for name, shape in shapes.items():
+        array = getattr(model, name)
+        _require(
+            isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.shape == shape,
+            f"the shape of a {type(model).__name__}'s {name}: expected {shape}",
+        )
+
+
+def _check_linear(model: Any) -> None:
+    k = _outputs(model)
+    _check_numbers(model, coef_=(k, model.n_features_in_), intercept_=(k,))
+
+
+def _check_gaussian_svm(model: Any) -> None:
+    """Check that support vectors, counts and coefficients fit each other."""
+    k, m = len(model.classes_), len(model.support_vectors_)
+    _check_numbers(
+        model,
+        support_vectors_=(m, model.n_features_in_),
+        dual_coef_=(k - 1, m),
+        intercept_=(k * (k - 1) // 2,),
+    )
+    counts = model.n_support_
+    _require(np.shape(counts) == (k,) and _is_index(counts, m + 1), "an SVM's support counts")
+    _require(int(counts.sum()) == m == len(model.support_), "an SVM's support counts")
+
+
+def _check_network(model: Any) -> None:
+    """Check that the two layers of a network fit each other, its classes and its columns."""
+    for parts in (model.coefs_, model.intercepts_):
+        _require(isinstance(parts, list) and len(parts) == 2, "a network of two layers")
+        for part in parts:
+            _require(isinstance(part, np.ndarray) and part.dtype.kind == "f", "a network's weights")
+    width, k = len(model.coefs_[0]), len(model.classes_)
+    shapes = [part.shape for part in (*model.coefs_, *model.intercepts_)]
+    wanted = [(width, model.n_features_in_), (k, width), (width,), (k,)]
+    _require(shapes == wanted, f"the shapes of a network's layers: {shapes}, expected {wanted}")
 
 
 def _check_forest(model: Any) -> None:
@@ -454,6 +511,11 @@ def _check_svc(model: Any) -> None:
 def _check_neighbours(model: Any) -> None:
     """Check that the neighbours' classes exist: counting their votes makes room for the largest."""
     _require(_is_index(model.codes_, len(model.classes_)), "a neighbour's class")
+    n, k = len(model.rows_), len(model.classes_)
+    _require(n > 0 and model.codes_.shape == (n,), "the number of neighbours")
+    _check_numbers(model, rows_=(n, model.n_features_in_), weights_=(n,), factors_=(k,))
+    # How many neighbours to look at follows from the smallest weight.
+    _require(np.all(model.weights_ > 0), "a neighbour's weight")
 
 
 def _check_suffix(model: Any) -> None:
@@ -492,4 +554,9 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "DecisionTreeClassifier": _check_decision_tree,
     "ExtraTreeClassifier": _check_decision_tree,
     "BoostedTrees": _check_boosting,
+    "GaussianSVM": _check_gaussian_svm,
+    "LinearClassifier": _check_linear,
+    "LinearSVM": _check_linear,
+    "MLP": _check_network,
+    "Ridge": _check_linear,
 }

@@ -14,14 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import BackboneError, TapError
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Call", "Trace", "Value", "first_argument", "trace"]
 
@@ -140,7 +142,12 @@ def trace(module: nn.Module, example: Tensor, *, flops: bool = False) -> Trace:
         If the network cannot run on that example.
     """
     result = Trace(module)
-    counter = FlopCounterMode(display=False) if flops else None
+    counter = None
+    if flops:
+        # Imported here because it brings Triton along where that is installed: 70 MB.
+        from torch.utils.flop_counter import FlopCounterMode
+
+        counter = FlopCounterMode(display=False)
     recorder = _Recorder(result, counter)
     handles = [
         handle

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.special import softmax
 
-from featcache.heads import fit_temperature
-from featcache.heads.linear import LinearClassifier, search_linear
+from featcache.errors import TrainingError
+from featcache.heads import HEADS, fit_temperature, linear
+from featcache.heads.linear import LinearClassifier, LinearSearch, search_linear
 from featcache.heads.search import Rows
+from featcache.heads.solver import minimise
 from featcache.splitting import folds
 
 
@@ -51,11 +54,49 @@ def test_probabilities_stay_calibrated_under_a_strong_penalty() -> None:
     assert losses[0] < losses[1] + 0.05
 
 
+def test_an_unknown_scoring_is_refused_with_near_names() -> None:
+    y = np.arange(30) % 3
+    X = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    with pytest.raises(TrainingError, match=r"no scoring 'acuracy'. Did you mean accuracy"):
+        HEADS["ridge"].search(X, y, folds(y.astype(str), cv=3), scoring="acuracy")
+
+
+def test_a_path_reaches_the_minimum_of_every_problem() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(300) % 5
+    X = (rng.normal(size=(300, 40)) + 1.5 * np.eye(5, 40)[y]).astype(np.float32)
+    rows = Rows.check(X, y, folds(y.astype(str), cv=2), None)
+    Cs = [1e-3, 1e-2, 1e-1, 1.0, 10.0]
+    search = LinearSearch(rows, LinearClassifier(), head="linear")
+    reached = {}
+
+    def kept(design: Any, problems: Any, W: Any, b: Any, **options: Any) -> Any:
+        solution = minimise(design, problems, W, b, **options)
+        reached.update(
+            zip(
+                zip(problems.C.ravel().tolist(), problems.fold.tolist(), strict=True),
+                solution.objective[:, 0],
+                strict=True,
+            )
+        )
+        return solution
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.heads.linear.minimise", kept)
+        patch.setitem(linear._COLUMNS, "softmax", 10)  # one C at a time
+        search.path("standard", Cs, stop_early=False)
+        near = dict(reached)
+        search.path("standard", Cs, tol=1e-7, stop_early=False)
+    assert len(near) == 10
+    for problem, value in near.items():
+        assert value == pytest.approx(reached[problem], rel=2e-3)
+
+
 def test_loading_a_predictor_waits_for_no_trees() -> None:
     code = (
         "import sys, featcache.predictor; "
         "print([name for name in ('sklearn.ensemble', 'sklearn.svm', 'sklearn.model_selection', "
-        "'lightgbm', 'matplotlib', 'torchvision') if name in sys.modules])"
+        "'lightgbm', 'matplotlib', 'torchvision', 'triton') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

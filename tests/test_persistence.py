@@ -31,7 +31,7 @@ from featcache.heads.linear import LinearClassifier
 from featcache.heads.mlp import MLP
 from featcache.heads.neighbors import CosineNeighbors
 from featcache.heads.ridge import Ridge
-from featcache.heads.svm import LinearSVM
+from featcache.heads.svm import GaussianSVM, LinearSVM
 from featcache.heads.treatment import SignedPower
 from featcache.heads.trees import BoostedTrees
 from featcache.splitting import folds
@@ -63,6 +63,7 @@ HEADS: dict[str, Callable[[], Any]] = {
     "boosting": lambda: BoostedTrees(n_rounds=4, min_samples_leaf=3, engine="sklearn"),
     "own-linear": lambda: make_pipeline(SignedPower(), LinearClassifier()),
     "own-svm": lambda: LinearSVM(class_weight="balanced"),
+    "own-rbf": lambda: make_pipeline(StandardScaler(), GaussianSVM(10.0)),
     "own-ridge": Ridge,
     "own-mlp": lambda: MLP(hidden=5, max_epochs=3),
     "own-neighbours": lambda: CosineNeighbors(5),
@@ -334,6 +335,8 @@ BOOSTING_EDITS: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
     "fewer values": ("value_", lambda a: a[:-1].copy()),
     "fewer children": ("left_", lambda a: a[:-1].copy()),
     "children are numbers": ("right_", lambda a: a.astype(float)),
+    "roots of one class": ("roots_", lambda a: a[:, :1].copy()),
+    "roots in a row": ("roots_", lambda a: a.ravel()),
 }
 
 
@@ -346,6 +349,48 @@ def test_a_broken_boosting_is_refused(files: dict[str, bytes], what: str) -> Non
 
     with pytest.raises(PredictorError, match="tree"):
         persistence.load(edited(files["boosting"], put))
+
+
+SHAPE_EDITS: dict[str, tuple[str, str, str, Callable[[np.ndarray], Any]]] = {
+    "fewer components": ("boosting", "BoostedTrees", "components_", lambda a: a[:, :3].copy()),
+    "another mean": ("boosting", "BoostedTrees", "mean_", lambda a: a[:2].copy()),
+    "a longer baseline": ("boosting", "BoostedTrees", "baseline_", lambda a: np.repeat(a, 2)),
+    "texts": ("boosting", "BoostedTrees", "value_", lambda a: a.astype("U8")),
+    "narrow weights": ("own-svm", "LinearSVM", "coef_", lambda a: a[:, :2].copy()),
+    "one intercept": ("own-linear", "LinearClassifier", "intercept_", lambda a: a[:1].copy()),
+    "a vector": ("own-ridge", "Ridge", "coef_", lambda a: a[0].copy()),
+    "fewer vectors": ("own-rbf", "GaussianSVM", "support_vectors_", lambda a: a[:3].copy()),
+    "narrow vectors": ("own-rbf", "GaussianSVM", "support_vectors_", lambda a: a[:, :2].copy()),
+    "other coefficients": ("own-rbf", "GaussianSVM", "dual_coef_", lambda a: a[:1].copy()),
+    "other counts": ("own-rbf", "GaussianSVM", "n_support_", lambda a: a * 1000),
+    "negative counts": ("own-rbf", "GaussianSVM", "n_support_", lambda a: a * [-1, 1, 1]),
+    "narrow neighbours": ("own-neighbours", "CosineNeighbors", "rows_", lambda a: a[:, :2].copy()),
+    "no neighbours": ("own-neighbours", "CosineNeighbors", "rows_", lambda a: a[:0].copy()),
+    "weights of none": ("own-neighbours", "CosineNeighbors", "weights_", lambda a: a * 0),
+    "negative weights": ("own-neighbours", "CosineNeighbors", "weights_", lambda a: -a),
+}
+
+
+@pytest.mark.parametrize("what", SHAPE_EDITS)
+def test_arrays_that_do_not_fit_are_refused(files: dict[str, bytes], what: str) -> None:
+    file, kind, name, edit = SHAPE_EDITS[what]
+
+    def put(schema: dict[str, Any], members: Members) -> None:
+        change(members, state_of(schema, kind)[name], edit)
+
+    with pytest.raises(PredictorError, match=r"damaged: (the|an|a) "):
+        persistence.load(edited(files[file], put))
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_layers_that_do_not_fit_are_refused(files: dict[str, bytes], number: int) -> None:
+    def put(schema: dict[str, Any], members: Members) -> None:
+        state = state_of(schema, "MLP")
+        layers = [*state["coefs_"]["content"], *state["intercepts_"]["content"]]
+        change(members, layers[number], lambda array: array[:-1].copy())
+
+    with pytest.raises(PredictorError, match="network's layers"):
+        persistence.load(edited(files["own-mlp"], put))
 
 
 SVC_EDITS: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {

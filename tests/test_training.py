@@ -259,19 +259,31 @@ def test_scoring_decides(folder: Path) -> None:
 # --- larger than memory ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("views", [1, 3])
-def test_features_that_do_not_fit_are_read_in_blocks(folder: Path, views: int) -> None:
+@pytest.mark.parametrize(
+    ("head", "views"),
+    [("linear", 1), ("linear", 3), ("svm", 1), ("ridge", 1), ("knn", 1)],
+)
+def test_features_that_do_not_fit_are_read_in_blocks(folder: Path, head: str, views: int) -> None:
     X = clusters(LABELS, d=64, spread=6.0, views=views)
-    wide = make_store(folder / f"wide{views}.h5", X, LABELS, views=views)
+    wide = make_store(folder / f"wide-{head}{views}.h5", X, LABELS, views=views)
     size = X.nbytes
     one, other = (
-        compare(wide, heads=["linear"], cv=3, memory=memory) for memory in (100 * size, 2 * size)
+        compare(wide, heads=[head], cv=3, memory=memory) for memory in (100 * size, 2 * size)
     )
     assert one[0].params == other[0].params
     assert one[0].cv_accuracy == pytest.approx(other[0].cv_accuracy, abs=0.02)
     np.testing.assert_allclose(
         one.best.predict_proba_of(wide), other.best.predict_proba_of(wide), atol=0.02
     )
+
+
+def test_boosting_takes_what_fits_and_says_so(folder: Path) -> None:
+    X = clusters(LABELS, d=64, spread=6.0)
+    wide = make_store(folder / "wide-boosting.h5", X, LABELS)
+    board = compare(wide, heads=["boosting"], cv=3, memory=2 * X.nbytes)
+    assert "boosting grew its trees on" in str(board)
+    whole = compare(wide, heads=["boosting"], cv=3)
+    assert board[0].cv_accuracy == pytest.approx(whole[0].cv_accuracy, abs=0.2)
 
 
 def test_heads_that_cannot_read_blocks_are_left_out_or_refused(folder: Path) -> None:

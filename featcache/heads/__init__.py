@@ -31,6 +31,7 @@ from featcache.heads.search import (
     Rows,
     Scoring,
     SearchResult,
+    check_scoring,
     fit_temperature,
     logits,
     score_folds,
@@ -120,8 +121,9 @@ class HeadSpec:
         Raises
         ------
         TrainingError
-            Labels, classes or folds that cannot be trained on.
+            Labels, classes or folds that cannot be trained on, or an unknown scoring.
         """
+        check_scoring(scoring)
         rows = Rows.check(X, y, folds, sample_weight)
         return self._search(
             rows,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -480,11 +480,12 @@ class LinearSearch:
             problems = self._problems(design, group, folds)
             solution = minimise(design, problems, W, b, tol=tol, max_iter=self.estimator.max_iter)
             for tried in self._judge(design, treatment, group, solution):
-                before, start = start, tried
-                self.candidates.append(start.candidate)
-                scores.append(start.candidate.score)
+                # Of the solutions that the next ones start from, the scores are not needed.
+                before, start = start, replace(tried, logits=tried.logits[:0].copy())
+                self.candidates.append(tried.candidate)
+                scores.append(tried.candidate.score)
                 if self.best is None or scores[-1] > self.best.candidate.score:
-                    self.best, self._before_best = start, before
+                    self.best, self._before_best = tried, before
             if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
                 break
 

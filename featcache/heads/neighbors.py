@@ -43,6 +43,7 @@ _MOST = 4096  # neighbours that are looked at
 _VOTES = 1 << 22  # neighbours whose votes are counted at a time
 _WORK = 1e14  # multiplications and additions that a search may take: minutes
 _FEWEST_QUERIES = 10_000
+_SOME_QUERIES = 1000  # however little memory there is: every fold must have some
 _SMALLEST_PROBABILITY = 1e-4  # as in `featcache.heads.search.logits`
 
 
@@ -265,7 +266,8 @@ class _Plan:
         if on_disk:
             room = memory or 1 << 30
             kept = min(n, room // 2 // (2 * d * views) - len(rows.classes))
-            judged = min(n, room // 4 // (16 * max(NEIGHBORS) * views * views))
+            judged = room // 4 // (16 * max(NEIGHBORS) * views * views)
+            judged = min(n, max(judged, _SOME_QUERIES))
         judged = int(min(judged, max(_FEWEST_QUERIES, _WORK / (2.0 * kept * d * views**2))))
         notes = []
         if kept < n:
@@ -390,7 +392,7 @@ class _Search:
                         (codes, weights, factors, n_neighbors, temperature),
                     )
                     logs = np.log(np.maximum(proba, _SMALLEST_PROBABILITY))
-                    per_fold.append(logs.reshape(len(one), rows.views, -1).mean(axis=1))
+                    per_fold.append(logs.reshape(len(one), rows.views, len(factors)).mean(axis=1))
                 values = gather(_judged_rows(rows, folds), per_fold)
                 scores = score_folds(values, rows.codes, rows.classes, folds, scoring)
                 params = {"treatment": name, "k": n_neighbors, "temperature": temperature}

@@ -8,6 +8,7 @@ calibration of probabilities and the audit all come from them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -214,6 +215,24 @@ class _Scored(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return fit_temperature(self.logits, self.codes)
 
 
+def check_scoring(scoring: Scoring) -> Callable[..., float]:
+    """Return the scorer of a name.
+
+    Raises
+    ------
+    TrainingError
+        scikit-learn knows no such name.
+    """
+    from sklearn.metrics import get_scorer, get_scorer_names
+
+    if isinstance(scoring, str) and scoring not in get_scorer_names():
+        near = difflib.get_close_matches(scoring, get_scorer_names(), n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "Try accuracy."
+        raise TrainingError(f"scikit-learn has no scoring {scoring!r}. {hint}")
+    scorer: Callable[..., float] = get_scorer(scoring)
+    return scorer
+
+
 def score_folds(
     logits: np.ndarray, y: np.ndarray, classes: np.ndarray, folds: Folds, scoring: Scoring
 ) -> tuple[float, ...]:
@@ -236,9 +255,7 @@ def score_folds(
     if scoring == "accuracy":  # the usual one, without sorting a million labels
         right = logits.argmax(axis=1) == y
         return tuple(float(right[valid].mean()) for _, valid in folds)
-    from sklearn.metrics import get_scorer
-
-    scorer = get_scorer(scoring)
+    scorer = check_scoring(scoring)
     known = _Scored(logits, classes, y)
     labels = classes[y]
     return tuple(float(scorer(known, valid, labels[valid])) for _, valid in folds)
