@@ -271,9 +271,9 @@ class _Run:
 
     def _show(self, step: int, epoch: Epoch | None) -> None:
         if epoch is not None:
-            self.bar.set_postfix(
-                loss=f"{epoch.loss:.3f}", validation=f"{epoch.validation_accuracy:.3f}"
-            )
+            found = {"loss": epoch.loss, "validation": epoch.validation_accuracy}
+            shown = {name: f"{value:.3f}" for name, value in found.items() if value == value}
+            self.bar.set_postfix(shown)
             self.bar.update()
 
     def _checkpoint(self, name: str, rows: np.ndarray) -> Checkpoint | None:
