@@ -31,13 +31,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import PredictorError, TrainingError
-from featcache.html_views import evaluation_html
+from featcache.html_tables import SHOWN, table
 
 if TYPE_CHECKING:
     from featcache.predictor import Predictor
@@ -408,7 +409,26 @@ class Evaluation:
         ]
 
     def _repr_html_(self) -> str:
-        return evaluation_html(self)
+        def line(name: str, value: float, ends: tuple[float, float]) -> tuple[str, str, str]:
+            return name, f"{value:.3f}", f"{ends[0]:.3f} to {ends[1]:.3f}"
+
+        figures = [
+            line("accuracy", self.accuracy, self.accuracy_interval),
+            line("balanced accuracy", self.balanced_accuracy, self.balanced_accuracy_interval),
+            line("macro F1", self.macro_f1, self.macro_f1_interval),
+            ("log loss", f"{self.log_loss:.3f}", ""),
+            ("calibration error", f"{self.ece:.3f}", ""),
+        ]
+        worst = sorted(self.per_class, key=lambda score: score.f1)[:SHOWN]
+        classes = [
+            (s.label, f"{s.precision:.3f}", f"{s.recall:.3f}", f"{s.f1:.3f}", f"{s.support:,}")
+            for s in (self.per_class if len(self.per_class) <= SHOWN else worst)
+        ]
+        return (
+            table([f"{len(self):,} images", "", "95 % interval"], figures)
+            + table(["class", "precision", "recall", "F1", "images"], classes)
+            + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        )
 
     def __str__(self) -> str:
         return self.to_text()

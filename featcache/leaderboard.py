@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import PredictorError
+from featcache.html_tables import table
 
 if TYPE_CHECKING:
     from featcache.predictor import Predictor
@@ -217,15 +218,7 @@ class Leaderboard(Sequence[Row]):
 
     def _repr_html_(self) -> str:
         header, *cells = self._cells()
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in cells
-        )
-        return (
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-            f"<p>{html.escape(self._caption())}</p>"
-        )
+        return f"{table(header, cells)}<p>{html.escape(self._caption())}</p>"
 
     def __str__(self) -> str:
         return self.to_text()

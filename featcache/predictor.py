@@ -31,7 +31,7 @@ from featcache import manifest, origins, persistence
 from featcache.errors import FeatcacheError, PredictorError
 from featcache.fingerprint import Fingerprint
 from featcache.heads import logits as head_logits
-from featcache.html_views import predictor_html
+from featcache.html_tables import some, table
 from featcache.leaderboard import Leaderboard
 from featcache.manifest import CanaryRows, is_predictor
 from featcache.origins import Column
@@ -472,7 +472,16 @@ class Predictor:
     # --- files ---------------------------------------------------------------------------------
 
     def _repr_html_(self) -> str:
-        return predictor_html(self)
+        rows = [
+            ("parameters", ", ".join(f"{k} {v}" for k, v in self.params.items())),
+            *(
+                ("backbone", f"{one.source}/{one.backbone} {one.weights}: {', '.join(one.taps)}")
+                for one in self.fingerprints
+            ),
+            ("classes", some(self.classes)),
+            ("trained on", f"{len(self.train_sha256):,} images"),
+        ]
+        return table([self.head, ""], rows)
 
     def save(self, path: str | Path) -> None:
         """Write the predictor to one file, atomically.

@@ -34,7 +34,7 @@ from featcache.errors import (
     TrainingError,
 )
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint, RequestKey, canonical_json
-from featcache.html_views import store_html
+from featcache.html_tables import some, table
 from featcache.layout import DONE, StoreFile
 from featcache.rows import Source, convert
 from featcache.upkeep import Canaries, VerifyReport, read_canaries, relabel_file, verify_file
@@ -406,7 +406,21 @@ class FeatureStore:
     # --- choosing rows --------------------------------------------------------------------------
 
     def _repr_html_(self) -> str:
-        return store_html(self)
+        facts = self.describe()
+        classes = [f"{name or '(no label)'} {n:,}" for name, n in facts["classes"].items()]
+        taps = facts["taps"].items()
+        rows = [
+            ("images", f"{len(self):,}"),
+            ("classes", some(classes)),
+            *(("tap", f"{name} {tuple(tap['shape'])} {tap['dtype']}") for name, tap in taps),
+            *(
+                ("backbone", f"{one.source}/{one.backbone} {one.weights}, {one.digest[:16]}")
+                for one in self.fingerprints
+            ),
+            ("size", f"{facts['bytes'] / 1e6:,.1f} MB"),
+            ("failures", f"{len(facts['failures']):,}"),
+        ]
+        return table([", ".join(self.paths), ""], rows)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> FeatureStore:
         """Return a store of some rows, in the order given; no features are read.

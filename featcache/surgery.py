@@ -24,7 +24,6 @@ Linear(in_features=512, out_features=21, bias=True)
 from __future__ import annotations
 
 import difflib
-import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 
 from featcache import weights as checkpoints
 from featcache.errors import BackboneError
+from featcache.html_tables import table
 from featcache.tracing import trace
 from featcache.weights import KeyMap, PartialReport
 
@@ -682,12 +682,7 @@ class LayerTable(Sequence[LayerState]):
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{text}</th>" for text in self.HEADER)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
-            for row in self._cells()
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return table(self.HEADER, self._cells())
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [

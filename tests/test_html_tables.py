@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import featcache as fc
-from featcache.html_views import evaluation_html, predictor_html, store_html
 from tests.labelled import clusters, make_store
 from tests.reported import CLASSES, Case, case
 
@@ -18,13 +17,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_of_a_store(made: Case) -> None:
-    text = store_html(made.store)
+    text = made.store._repr_html_()
     assert "<script" not in text and "a &amp; b&#x27;s 20" in text
     assert "(12,) float32" in text and "resnet18" in text
 
 
 def test_of_an_evaluation(made: Case) -> None:
-    text = evaluation_html(made.evaluation)
+    text = made.evaluation._repr_html_()
     assert "<script" not in text and "&lt;script&gt;" in text
     assert f"{made.evaluation.accuracy:.3f}" in text
     assert "30 images are left out" in text
@@ -32,12 +31,12 @@ def test_of_an_evaluation(made: Case) -> None:
 
 
 def test_of_a_predictor(made: Case) -> None:
-    text = predictor_html(fc.train(made.store, head="svm"))
+    text = fc.train(made.store, head="svm")._repr_html_()
     assert "<script" not in text
     assert "svm" in text and "60 images" in text and CLASSES[2] in text
 
 
 def test_many_classes_are_cut_short(tmp_path: Path) -> None:
     y = [f"class {k:02d}" for k in range(25) for _ in range(2)]
-    text = store_html(make_store(tmp_path / "s.h5", clusters(y), y))
+    text = make_store(tmp_path / "s.h5", clusters(y), y)._repr_html_()
     assert "and 5 more" in text
