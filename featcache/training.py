@@ -298,6 +298,10 @@ class _Task:
         memory: int | None,
         **options: Any,
     ) -> _Task:
+        if memory is not None and memory < 1:
+            raise TrainingError(f"memory is a number of bytes, at least 1, not {memory}")
+        if options["n_jobs"] == 0:
+            raise TrainingError("n_jobs is the number of fits at a time, or -1: one a core; not 0")
         labelled = store.labels != ""
         # Where no row has a label, the folds' own message says so.
         fit = store.select(labelled) if labelled.any() and not labelled.all() else store

@@ -198,6 +198,12 @@ def test_labels_that_cannot_be_trained_on(labels: list[str], message: str, tmp_p
         train(bad)
 
 
+@pytest.mark.parametrize("options", [{"memory": 0}, {"memory": -5}, {"n_jobs": 0}])
+def test_impossible_amounts_are_refused(store: FeatureStore, options: dict[str, int]) -> None:
+    with pytest.raises(TrainingError, match=next(iter(options))):
+        fc.train(store, **options)  # type: ignore[arg-type]
+
+
 def test_unknown_heads_get_near_names(store: FeatureStore) -> None:
     with pytest.raises(TrainingError, match=r"no head 'forrest'\. Did you mean forest\?"):
         train(store, head="forrest")
