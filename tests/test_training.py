@@ -201,7 +201,7 @@ def test_labels_that_cannot_be_trained_on(labels: list[str], message: str, tmp_p
 @pytest.mark.parametrize("options", [{"memory": 0}, {"memory": -5}, {"n_jobs": 0}])
 def test_impossible_amounts_are_refused(store: FeatureStore, options: dict[str, int]) -> None:
     with pytest.raises(TrainingError, match=next(iter(options))):
-        fc.train(store, **options)  # type: ignore[arg-type]
+        train(store, **options)  # type: ignore[arg-type]
 
 
 def test_unknown_heads_get_near_names(store: FeatureStore) -> None:
