@@ -49,6 +49,8 @@ campaign: $(VENV)/.dev ## Run the long tests: 50 kills, every backbone, memory, 
 benchmark: $(VENV)/.dev ## Measure against the alternatives; the tables of the README
 	$(BIN)/python tests/benchmarks/extraction.py
 	$(BIN)/python tests/benchmarks/heads.py
+	$(BIN)/python tests/benchmarks/recipes.py
+	$(BIN)/python tests/benchmarks/page.py
 
 check: $(VENV)/.dev ## Lint, check the format, check the types
 	$(BIN)/ruff check .
