@@ -59,7 +59,7 @@ def best(out: Path, cv: int) -> None:
     for name, image_size in LOOKS:
         path = out / f"{DEMO}-best-{name.rpartition('/')[2]}-{image_size}.h5"
         backbone = Backbone.from_name(name, layers=TAPS[name], image_size=image_size)
-        store = extract(images, backbone, path, progress=True)
+        store = extract(images, backbone, path)
         click.echo(f"{path}: {store.extraction}")
         stores.append(path)
     result = study(
@@ -68,7 +68,7 @@ def best(out: Path, cv: int) -> None:
         heads=["rbf-svm"],
         cv=cv,
         nested=True,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     click.echo(result.to_text())
 

@@ -26,7 +26,11 @@ def classify(heads: tuple[str, ...], n_jobs: int, **options: Any) -> None:
 
     study = Study(**options)
     result = train_study(
-        [study.store], study.predictor, heads=list(heads), n_jobs=n_jobs, progress=True
+        [study.store],
+        study.predictor,
+        heads=list(heads),
+        n_jobs=n_jobs,
+        progress=sys.stderr.isatty(),
     )
     click.echo(result.to_text())
     if result.up_to_date and study.leaderboard.exists() and study.report.exists():

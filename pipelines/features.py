@@ -27,7 +27,7 @@ def features(**options: Any) -> None:
     backbone = Backbone.from_name(
         study.backbone, weights=study.weights or "auto", layers=list(study.layers) or None
     )
-    store = extract(images, backbone, study.store, progress=True)
+    store = extract(images, backbone, study.store)
     click.echo(f"{study.store}: {store.extraction}")
 
 
