@@ -439,7 +439,7 @@ def train(
         random_state=random_state,
         suffix=training.SuffixSettings(**given),
         backbone=None if backbone is None else _backbone(backbone, weights, (), None),
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     if as_json:
         _print_json(result.to_dict())

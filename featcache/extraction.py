@@ -52,6 +52,7 @@ __all__ = ["Chunk", "Summary", "canary_features", "extract", "features"]
 
 # Images that are replaced again and again during a run are left to the next one.
 _ROUNDS = 3
+_LOG_INTERVAL = 30.0  # seconds between two lines of progress that go to a file, not to a terminal
 # Largest difference of features, relative to the largest, that rounding explains.
 _CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
@@ -354,6 +355,7 @@ class _Job:
             desc=self.backbone.name,
             disable=not self.progress,
             file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else _LOG_INTERVAL,
         )
         self._choose_workers(writer, runtime)
         started = time.perf_counter()
