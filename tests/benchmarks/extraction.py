@@ -30,19 +30,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 
+PACKAGES = ("torch", "torchvision", "timm", "img2vec-pytorch", "embetter", "pillow", "numpy")
 NETWORKS = ("resnet50", "mobilenet_v2", "vgg16", "vit_b_16")
 LAYERS = {"resnet50": ["avgpool"], "vgg16": ["avgpool:mean"]}
 IN_TIMM = {
@@ -304,23 +304,6 @@ def show(network: str, name: str, result: Speed, best: float) -> None:
     print(line, flush=True)
 
 
-def machine() -> str:
-    """Return what the figures depend on."""
-    names = ("torch", "torchvision", "timm", "img2vec-pytorch", "embetter", "pillow", "numpy")
-    versions = []
-    for name in names:
-        try:
-            versions.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{name} not installed")
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return f"{model}, {os.cpu_count()} cores; {', '.join(versions)}"
-
-
 def main() -> None:
     """Run all contestants on all networks, interleaved, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -340,7 +323,8 @@ def main() -> None:
         )
         print(json.dumps({"peak": peak(), **result}))
         return
-    print(machine(), flush=True)
+    described = machine(*PACKAGES)
+    print(described, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         if options.precision:
             precisions(Path(temporary))
@@ -362,7 +346,7 @@ def main() -> None:
         if not options.network:
             precisions(Path(temporary))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+        options.json.write_text(json.dumps({"machine": described, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

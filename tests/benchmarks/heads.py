@@ -16,20 +16,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from scipy.special import logsumexp
 from sklearn.ensemble import (
     ExtraTreesClassifier,
@@ -41,9 +40,8 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
-from synthetic import features
+from synthetic import FINGERPRINT, TAP, Images, features
 
-from featcache.fingerprint import Fingerprint
 from featcache.heads import BoostedTrees, GaussianSVM, LinearClassifier, LinearSVM
 from featcache.heads.linear import search_linear
 from featcache.heads.search import Rows
@@ -63,21 +61,6 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def say(*parts: str) -> None:
     print(*parts, flush=True)
-
-
-def machine() -> None:
-    """Print what the figures were taken on."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        model = names[0].split(":")[1].strip() if names else model
-    packages = ("featcache", "scikit-learn", "numpy", "scipy", "torch", "lightgbm")
-    versions = [f"{p} {metadata.version(p)}" for p in packages if find_spec(p.split("-")[0])]
-    versions.insert(2, f"scikit-learn {metadata.version('scikit-learn')}")
-    forced = {k: v for k, v in os.environ.items() if k.startswith(("OPENBLAS", "OMP", "MKL"))}
-    say(f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    say(f"Python {platform.python_version()}, " + ", ".join(dict.fromkeys(versions)))
-    say(f"torch threads {torch.get_num_threads()}; thread settings in the environment: {forced}")
 
 
 def folds_of(y: np.ndarray, cv: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -282,40 +265,17 @@ def boosting(X: np.ndarray, y: np.ndarray, name: str) -> None:
 
 # --- larger than memory --------------------------------------------------------------------------
 
-TAP = "avgpool:output:flatten"
 WIDTH = 1024
 CLASSES = 4
 
 
-class Images:
-    """The part of an `ImageSet` that a store reads."""
-
-    source = "a benchmark"
-    groups = splits = None
-
-    def __init__(self, n: int) -> None:
-        self.ids = [f"{i:08d}.jpg" for i in range(n)]
-        self.labels = [f"class {i % CLASSES}" for i in range(n)]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
 def write_store(path: Path, n: int) -> None:
     """Write n rows x 1,024 of float16, the ReLU of a mixture as in `synthetic`."""
-    fingerprint = Fingerprint(
-        source="torchvision",
-        backbone="resnet50",
-        weights="none",
-        state_sha256="ab" * 32,
-        taps=(TAP,),
-        preprocessing={},
-        store_dtype="float16",
-    )
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(32, WIDTH)).astype(np.float32) / 6
     centres = 0.25 * rng.normal(size=(CLASSES, 32)).astype(np.float32)
-    with FeatureWriter.open(path, Images(n), {TAP: (WIDTH,)}, fingerprint=fingerprint) as writer:
+    images = Images(n, CLASSES)
+    with FeatureWriter.open(path, images, {TAP: (WIDTH,)}, fingerprint=FINGERPRINT) as writer:
         for start in range(0, n, 8192):
             rows = np.arange(start, min(start + 8192, n))
             latent = centres[rows % CLASSES] + rng.normal(size=(len(rows), 32)).astype(np.float32)
@@ -361,7 +321,9 @@ def main() -> None:
     parser.add_argument("--random-state", type=int, default=1, help="of the synthetic features")
     parser.add_argument("--store", help="also on the features of this store")
     options = parser.parse_args()
-    machine()
+    say(machine("featcache", "scikit-learn", "numpy", "scipy", "torch", "lightgbm"))
+    forced = {k: v for k, v in os.environ.items() if k.startswith(("OPENBLAS", "OMP", "MKL"))}
+    say(f"torch threads {torch.get_num_threads()}; thread settings in the environment: {forced}")
     parts = options.only or SECTIONS
     n, d = (1200, 256) if options.quick else (10_000, 2_048)
     data = []

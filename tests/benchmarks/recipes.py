@@ -23,18 +23,17 @@ import argparse
 import copy
 import itertools
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -73,21 +72,6 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     begin = time.perf_counter()
     result = call()
     return time.perf_counter() - begin, result
-
-
-def machine(device: torch.device) -> None:
-    """Print what the figures were taken on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    packages = ("torch", "torchvision", "scikit-learn", "numpy")
-    say(
-        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, device {device}"
-    )
-    say(
-        f"Python {platform.python_version()}, "
-        + ", ".join(f"{p} {metadata.version(p)}" for p in packages)
-    )
 
 
 def pretrained() -> nn.Module:
@@ -412,7 +396,8 @@ def main() -> None:
             subprocess.run(command, check=True)
         return
     device = select_device(arguments.device)
-    machine(device)
+    say(machine("torch", "torchvision", "scikit-learn", "numpy"))
+    say(f"{torch.get_num_threads()} threads, device {device}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,35 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch  # converts types; here, so that importing it is not timed
+from synthetic import FINGERPRINT, TAP, Images
 
 from featcache import disk
-from featcache.fingerprint import Fingerprint
 from featcache.store import FeatureStore
 from featcache.writer import FeatureWriter
-
-TAP = "avgpool:output:flatten"
-FINGERPRINT = Fingerprint(
-    source="torchvision",
-    backbone="resnet50",
-    weights="none",
-    state_sha256="ab" * 32,
-    taps=(TAP,),
-    preprocessing={},
-    store_dtype="float16",
-)
-
-
-class Images:
-    """The part of an `ImageSet` that a store reads."""
-
-    source = "a benchmark"
-    labels = groups = splits = None
-
-    def __init__(self, n: int) -> None:
-        self.ids = [f"{i:08d}.jpg" for i in range(n)]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 def timed(what: str, size: int, call: Callable[[], Any]) -> Any:

@@ -1,12 +1,40 @@
 """Features shaped like a pooled network's: the ReLU of a low-rank mixture, with labels.
 
 A pooled ReLU layer gives non-negative, sparse, correlated columns of very different scale, whose
-spectrum decays; classes differ along a few directions of it. So do these.
+spectrum decays; classes differ along a few directions of it. So do these. `Images` and
+`FINGERPRINT` are what a store wants to know of images and a network that there are not.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+from featcache.fingerprint import Fingerprint
+
+TAP = "avgpool:output:flatten"
+FINGERPRINT = Fingerprint(
+    source="torchvision",
+    backbone="resnet50",
+    weights="none",
+    state_sha256="ab" * 32,
+    taps=(TAP,),
+    preprocessing={},
+    store_dtype="float16",
+)
+
+
+class Images:
+    """The part of an `ImageSet` that a store reads: n names, and labels if there are classes."""
+
+    source = "a benchmark"
+    groups = splits = None
+
+    def __init__(self, n: int, classes: int = 0) -> None:
+        self.ids = [f"{i:08d}.jpg" for i in range(n)]
+        self.labels = [f"class {i % classes}" for i in range(n)] if classes else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def features(
