@@ -6,12 +6,17 @@
 >>> store = fc.extract(images, backbone, "flowers.h5")  # doctest: +SKIP
 
 Names are imported when they are first used, so that ``import featcache`` and
-``featcache --help`` load neither torch nor scikit-learn.
+``featcache --help`` load neither torch nor scikit-learn. Meanwhile Python's garbage collector
+rests: it would go through all that torch and scikit-learn define, several times, and free nothing
+of it, which was a quarter of the start of every command.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -37,7 +42,7 @@ if TYPE_CHECKING:
     from featcache.report import write_report
     from featcache.store import FeatureStore
     from featcache.taps import Tap
-    from featcache.training import Leaderboard, compare, train
+    from featcache.training import Leaderboard, compare, study, train
 
 _MODULE_OF = {
     "Augmentation": "decoding",
@@ -64,6 +69,7 @@ _MODULE_OF = {
     "plot_leaderboard": "plots",
     "plot_learning_curve": "plots",
     "plot_reliability": "plots",
+    "study": "training",
     "train": "training",
     "write_report": "report",
 }
@@ -93,16 +99,29 @@ __all__ = [
     "plot_leaderboard",
     "plot_learning_curve",
     "plot_reliability",
+    "study",
     "train",
     "write_report",
 ]
+
+
+@contextmanager
+def _collector_resting() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module 'featcache' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"featcache.{module}"), name)
+    with _collector_resting():
+        value = getattr(importlib.import_module(f"featcache.{module}"), name)
     globals()[name] = value
     return value
 

@@ -1,27 +1,27 @@
 """The `featcache` command: flags become arguments, errors become messages.
 
-Nothing is computed here. Heavy imports stand inside the commands, so that ``featcache --help`` is
-instant. Results go to standard output, progress and messages to standard error; ``--json`` prints
-one JSON object and nothing else. Exit status: 0 done, 1 a `FeatcacheError`, 2 wrong usage,
-75 interrupted with everything committed (run the same command again to resume).
+Nothing is computed here. Heavy imports stand inside the commands, or happen at the first use of
+one of featcache's public names, so that ``featcache --help`` is instant. Results go to standard
+output, progress and messages to standard error; ``--json`` prints one JSON object and nothing
+else. Exit status: 0 done, 1 a `FeatcacheError`, 2 wrong usage, 75 interrupted with everything
+committed (run the same command again to resume).
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
-from featcache import __version__
+import featcache
 from featcache.errors import FeatcacheError
-
-if TYPE_CHECKING:
-    from featcache.backbone import Backbone
 
 DEVICES = "auto, cpu, cuda, cuda:1, mps"
 
@@ -179,7 +179,7 @@ _suffix_options = _options(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(__version__, prog_name="featcache")
+@click.version_option(featcache.__version__, prog_name="featcache")
 def main() -> None:
     r"""Compute image features once with a frozen network; train on them in seconds.
 
@@ -188,6 +188,9 @@ def main() -> None:
     featcache train flowers.h5 -o flowers.featcache
     featcache predict flowers.featcache new_photos
     """
+    # As the process ends, Python would look through all that torch has defined for garbage: a
+    # second after every command.
+    atexit.register(gc.freeze)
 
 
 @main.command()
@@ -300,10 +303,7 @@ def extract(
     (CIFAR10, FashionMNIST, OxfordIIITPet, Flowers102) with --root, or WebDataset tars. Run the same
     command again to resume, or to bring the file up to date with a changed folder.
     """
-    from featcache import extraction
-    from featcache.images import ImageSet
-
-    image_set = ImageSet.open(
+    image_set = featcache.ImageSet.open(
         images,
         labels_csv=labels,
         id_column=id_column,
@@ -314,7 +314,7 @@ def extract(
         root=root,
         download=download,
     )
-    store = extraction.extract(
+    store = featcache.extract(
         image_set,
         _backbone(backbone, weights, layers, image_size, partial=partial),
         output,
@@ -341,9 +341,7 @@ def extract(
 @_json
 def info(store: Path, as_json: bool) -> None:
     """Say what STORE holds: images, classes, taps and shapes, size, fingerprint, failures."""
-    from featcache.store import FeatureStore
-
-    opened = FeatureStore.open(store)
+    opened = featcache.FeatureStore.open(store)
     if as_json:
         _print_json(opened.describe())
     else:
@@ -356,9 +354,8 @@ def info(store: Path, as_json: bool) -> None:
 def verify(store: Path, as_json: bool) -> None:
     """Read every byte of STORE again and check it against its checksums."""
     from featcache.errors import CorruptStore
-    from featcache.store import FeatureStore
 
-    report = FeatureStore.open(store).verify()
+    report = featcache.FeatureStore.open(store).verify()
     if as_json:
         _print_json({"store": str(store), **report.to_dict()})
     elif report.ok:
@@ -422,9 +419,7 @@ def train(
         name = next(iter(given), "backbone" if backbone else "weights")
         option = {"first": "from"}.get(name, name).replace("_", "-")
         raise click.UsageError(f"--{option} is for --head suffix.")
-    from featcache import training
-
-    result = training.study(
+    result = featcache.study(
         list(stores),
         output,
         heads=list(heads),
@@ -437,7 +432,7 @@ def train(
         memory=memory,
         n_jobs=n_jobs,
         random_state=random_state,
-        suffix=training.SuffixSettings(**given),
+        suffix=featcache.SuffixSettings(**given),
         backbone=None if backbone is None else _backbone(backbone, weights, (), None),
         progress=sys.stderr.isatty(),
     )
@@ -465,21 +460,14 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Score PREDICTOR on the rows of STORE that it was not trained on."""
-    from featcache.evaluation import evaluate as evaluate_predictor
-    from featcache.images import ImageSet
-    from featcache.predictor import Predictor
-    from featcache.store import FeatureStore
-
-    opened = FeatureStore.open(store)
-    loaded = Predictor.load(predictor)
+    opened = featcache.FeatureStore.open(store)
+    loaded = featcache.Predictor.load(predictor)
     if backbone is not None or weights is not None:
         loaded.attach(loaded.rebuild_backbone(backbone=backbone, weights=weights))
-    evaluation = evaluate_predictor(loaded, opened)
+    evaluation = featcache.evaluate(loaded, opened)
     if report is not None:
-        from featcache.report import write_report
-
-        pictures = None if images is None else ImageSet.open(images)
-        write_report(
+        pictures = None if images is None else featcache.ImageSet.open(images)
+        featcache.write_report(
             evaluation, report, store=opened, images=pictures, leaderboard=loaded.leaderboard
         )
     if as_json:
@@ -517,9 +505,9 @@ def predict(
 
     An image that cannot be read has an empty label and its reason in the column 'error'.
     """
-    from featcache.predictor import Predictor, write_predictions
+    from featcache.predictions import write_predictions
 
-    loaded = Predictor.load(predictor)
+    loaded = featcache.Predictor.load(predictor)
     network = None
     if backbone is not None or weights is not None:
         network = loaded.rebuild_backbone(backbone=backbone, weights=weights)
@@ -540,10 +528,10 @@ def predict(
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.csv")
 def audit(store: Path, output: Path) -> None:
     """List the images of STORE whose label, copies or features look wrong."""
+    opened = featcache.FeatureStore.open(store)
     from featcache.audit import audit as audit_store
-    from featcache.store import FeatureStore
 
-    findings = audit_store(FeatureStore.open(store))
+    findings = audit_store(opened)
     findings.to_csv(output)
     click.echo(f"{output}: {findings}")
 
@@ -554,9 +542,8 @@ def audit(store: Path, output: Path) -> None:
 def export(store: Path, output: Path) -> None:
     """Write the features of STORE as .npz, .npy, .parquet or .csv."""
     from featcache.export import export_store
-    from featcache.store import FeatureStore
 
-    export_store(FeatureStore.open(store), output)
+    export_store(featcache.FeatureStore.open(store), output)
     click.echo(str(output))
 
 
@@ -567,13 +554,12 @@ def export(store: Path, output: Path) -> None:
 @_weights
 def export_model(predictor: Path, output: Path, backbone: str | None, weights: str | None) -> None:
     """Write network and head as one model for serving: .onnx or .pt2."""
-    from featcache.export_model import export_model as export_predictor
-    from featcache.predictor import Predictor
-
-    loaded = Predictor.load(predictor)
+    loaded = featcache.Predictor.load(predictor)
     network = None
     if backbone is not None or weights is not None:
         network = loaded.rebuild_backbone(backbone=backbone, weights=weights)
+    from featcache.export_model import export_model as export_predictor
+
     export_predictor(loaded, output, backbone=network)
     click.echo(str(output))
 
@@ -585,10 +571,8 @@ def _backbone(
     image_size: int | None,
     *,
     partial: bool = False,
-) -> Backbone:
-    from featcache.backbone import Backbone
-
-    return Backbone.from_name(
+) -> featcache.Backbone:
+    return featcache.Backbone.from_name(
         spec,
         weights={"none": None, None: "auto"}.get(weights, weights),
         layers=list(layers) or None,

@@ -10,9 +10,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from featcache.decoding import Augmentation
@@ -117,7 +118,8 @@ def compute(
         return
     clock = clock or Clock()
     count = default_workers(runtime) if workers is None else workers
-    size = _images_a_task(runtime.settings, views, threads=count == 0)
+    group = max(1, runtime.settings.batch_size // views)
+    size = _images_a_task(group, views, threads=count == 0)
     tasks = Tasks(rows, size, aligned=runtime.settings.aligned)
     decoder = Decoder(images, runtime.backbone.preprocessing, augmentation, views)
     on_gpu = runtime.device.type == "cuda"
@@ -131,6 +133,7 @@ def compute(
             clock.waited += loaded - started
             if batch is not None:
                 clock.decode += batch.seconds
+                batch = _without_gaps(batch, group)
                 computing.append((batch, runtime.submit(_flat(batch))))
             # A GPU goes on by itself: one batch is decoded, and the one before fetched and written,
             # while it computes.
@@ -145,18 +148,30 @@ def compute(
         batches.close()
 
 
-def _images_a_task(settings: Settings, views: int, *, threads: bool) -> int:
-    """Return how many images are decoded together: a batch, or several.
+def _images_a_task(group: int, views: int, *, threads: bool) -> int:
+    """Return how many images are decoded together: a group that fits a batch, or several.
 
     Threads that decode between forward passes need enough of them to end at the same time. It is
     always a multiple of what fits a batch, so that an image keeps its place in the batch.
     """
-    batch = max(1, settings.batch_size // views)
-    wanted = _IMAGES_A_THREAD * (os.cpu_count() or 1) if threads else batch
-    return batch * max(1, -(-wanted // (batch * views)))
+    wanted = _IMAGES_A_THREAD * (os.cpu_count() or 1) if threads else group
+    return group * max(1, -(-wanted // (group * views)))
 
 
 _IMAGES_A_THREAD = 16
+
+
+def _without_gaps(batch: Batch, group: int) -> Batch:
+    """Leave out the groups of slots that hold no image; one stays where none does.
+
+    A few images, or those that are left of a resumed run, would else wait for dozens of black ones.
+    """
+    groups = np.unique(batch.slots // group) if len(batch.slots) else np.zeros(1, np.int64)
+    if len(groups) * group >= len(batch.pixels):
+        return batch
+    kept = (groups[:, None] * group + np.arange(group)).ravel()
+    pixels = batch.pixels[torch.from_numpy(kept)]
+    return replace(batch, pixels=pixels, slots=np.searchsorted(kept, batch.slots))
 
 
 def _flat(batch: Batch) -> Tensor:

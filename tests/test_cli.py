@@ -269,13 +269,12 @@ def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
 def test_an_interrupted_run_exits_with_75(
     monkeypatch: pytest.MonkeyPatch, flower_folder: Path, tmp_path: Path
 ) -> None:
-    from featcache import extraction
     from featcache.errors import Interrupted
 
     def interrupted(*_: object, **__: object) -> None:
         raise Interrupted("interrupted after 8 of 36 images; run the same command again to resume")
 
-    monkeypatch.setattr(extraction, "extract", interrupted)
+    monkeypatch.setattr("featcache.extract", interrupted)
     message = fail("extract", flower_folder, "-o", tmp_path / "s.h5", *NETWORK, status=75)
     assert "resume" in message
 

@@ -123,6 +123,26 @@ def test_no_rows_give_no_chunks(root: Path) -> None:
     assert list(features(images, backbone(), rows=np.array([], np.int64), device="cpu")) == []
 
 
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_few_images_wait_for_no_black_ones(tmp_path: Path, views: int) -> None:
+    images = ImageSet.open(folder(tmp_path, 40))
+    batches: list[int] = []
+
+    def computed(rows: list[int]) -> np.ndarray:
+        one = backbone()
+        one.module.body.register_forward_pre_hook(lambda *_: batches.append(1))
+        batches.clear()
+        chunks = features(images, one, rows=np.array(rows), device="cpu", batch_size=4, views=views)
+        return np.concatenate([chunk.features[TAP] for chunk in chunks])
+
+    every = computed(list(range(40)))
+    ready = len(batches) - 40 * views // 4
+    assert computed([6]).tobytes() == every[[6]].tobytes()
+    assert len(batches) == ready + 1
+    assert computed([5, 30, 31]).tobytes() == every[[5, 30, 31]].tobytes()
+    assert len(batches) == ready + 2
+
+
 # --- views ----------------------------------------------------------------------------------------
 
 
