@@ -20,7 +20,7 @@ from featcache.decoding import Augmentation
 from featcache.errors import ExtractionError
 from featcache.images import ImageSet
 from featcache.loading import Batch, Decoder, Failed, Loader, Tasks
-from featcache.runtime import Pending, Runtime, Settings
+from featcache.runtime import Pending, Runtime
 
 __all__ = ["Chunk", "Clock", "checked_augmentation", "compute", "default_workers", "of_canaries"]
 
