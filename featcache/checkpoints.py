@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from featcache.errors import TrainingError
+from featcache.interruption import put_off
 from featcache.predictions import replacing
 
 __all__ = ["Checkpoint"]
@@ -53,7 +54,7 @@ class Checkpoint:
         return state
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Put a state in the place of the last one.
+        """Put a state in the place of the last one; a signal meanwhile waits until it is there.
 
         Raises
         ------
@@ -66,6 +67,6 @@ class Checkpoint:
             raise TrainingError(
                 f"The checkpoint folder {self.path.parent} cannot be made: {error.strerror}."
             ) from error
-        with replacing(self.path) as file:
+        with put_off(), replacing(self.path) as file:
             content = {"format": _FORMAT, "request": self.request, "state": dict(state)}
             torch.save(content, file)

@@ -3,8 +3,9 @@
 Nothing is computed here. Heavy imports stand inside the commands, or happen at the first use of
 one of featcache's public names, so that ``featcache --help`` is instant. Results go to standard
 output, progress and messages to standard error; ``--json`` prints one JSON object and nothing
-else. Exit status: 0 done, 1 a `FeatcacheError`, 2 wrong usage, 75 interrupted with everything
-committed (run the same command again to resume).
+else. Exit status: 0 done, 1 a `FeatcacheError` or an end by Ctrl-C or SIGTERM ("Aborted!") where
+nothing is kept, 2 wrong usage, 75 interrupted with everything committed (run the same command again
+to resume).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import click
 
 import featcache
 from featcache.errors import FeatcacheError
+from featcache.interruption import as_ctrl_c
 
 DEVICES = "auto, cpu, cuda, cuda:1, mps"
 
@@ -44,9 +46,10 @@ class Command(click.Command):
     """A command that turns what featcache raises into messages."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a `FeatcacheError` becomes a `Message`."""
+        """Run the command; a `FeatcacheError` becomes a `Message`, SIGTERM click's "Aborted!"."""
         try:
-            return super().invoke(ctx)
+            with as_ctrl_c():
+                return super().invoke(ctx)
         except FeatcacheError as error:
             raise Message(error) from error
 

@@ -40,9 +40,10 @@ from featcache.decoding import Augmentation
 from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
 from featcache.fingerprint import Fingerprint, RequestKey
 from featcache.images import ImageSet
+from featcache.interruption import interruptible
 from featcache.layout import DONE, FAILED
 from featcache.loading import Failed
-from featcache.recording import Recorder, interruptible
+from featcache.recording import Recorder
 from featcache.runtime import Runtime, Settings, keep_pages
 from featcache.store import FeatureStore
 from featcache.summary import Summary

@@ -24,8 +24,9 @@ from featcache.computing import Clock, compute
 from featcache.decoding import Augmentation
 from featcache.errors import ExtractionError, FeatcacheError, Interrupted
 from featcache.images import ImageSet
+from featcache.interruption import interruptible
 from featcache.loading import Failed
-from featcache.recording import Recorder, interruptible
+from featcache.recording import Recorder
 from featcache.runtime import Runtime, Settings, keep_pages
 from featcache.writer import FeatureWriter
 

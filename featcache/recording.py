@@ -1,23 +1,17 @@
-"""What happens to chunks of features: a thread writes them while the next are computed.
-
-And what a signal does: SIGINT and SIGTERM stop the computing, never the writing.
-"""
+"""What happens to chunks of features: a thread writes them while the next are computed."""
 
 from __future__ import annotations
 
-import contextlib
 import queue
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Self
 
 from featcache.computing import Chunk, Clock
-from featcache.errors import Interrupted
 from featcache.writer import FeatureWriter
 
-__all__ = ["Recorder", "interruptible"]
+__all__ = ["Recorder"]
 
 _IN_LINE = 4  # chunks that may wait for the disk
 
@@ -90,48 +84,3 @@ class Recorder:
             stat = {"size": failed.size, "mtime_ns": failed.mtime_ns}
             self._writer.fail(failed.row, failed.stage, failed.reason, **stat)
         self._clock.write += time.perf_counter() - started
-
-
-class _Stopped(BaseException):
-    """Raised by the signal handler; no library catches it."""
-
-
-@contextlib.contextmanager
-def interruptible(
-    *numbers: signal.Signals,
-) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted`, when everything within is wound up.
-
-    The first of them raises an exception where the main thread is; further ones are ignored while
-    rows are committed. Outside the main thread Python delivers no signals, and nothing changes.
-
-    Parameters
-    ----------
-    numbers : signal.Signals
-        Other signals than these two.
-
-    Raises
-    ------
-    Interrupted
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = numbers or (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int, frame: object) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise _Stopped(signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    except _Stopped as stopped:
-        raise Interrupted(
-            f"Stopped by {stopped}. Everything computed is kept: run the same command again to "
-            "go on."
-        ) from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -27,7 +27,7 @@ import featcache
 from featcache import origins, splitting
 from featcache.checkpoints import Checkpoint
 from featcache.cutting import Suffix, check, cut, suggest, taps_before
-from featcache.errors import Interrupted, TapError, TrainingError
+from featcache.errors import TapError, TrainingError
 from featcache.finetuning import Epoch, Finetuned, Maps, SuffixSettings, finetune, scores_of
 from featcache.heads import Candidate, SearchResult, fit_temperature, score_folds
 from featcache.heads.suffix import SuffixClassifier
@@ -148,11 +148,6 @@ class SuffixSearch:
         Returns
         -------
         SearchResult
-
-        Raises
-        ------
-        Interrupted
-            By Ctrl-C, where there are checkpoints.
         """
         run = _Run(self, y, groups, class_weight, random_state, len(folds) + 1)
         start = time.perf_counter()
@@ -160,13 +155,6 @@ class SuffixSearch:
             logits = run.out_of_fold(folds)
             middle = time.perf_counter()
             final = run.train(np.arange(len(y)), "final")
-        except KeyboardInterrupt as error:
-            if self.checkpoints is None:
-                raise
-            raise Interrupted(
-                f"Interrupted. Every finished epoch is in {self.checkpoints}: run the same command "
-                "again to resume."
-            ) from error
         finally:
             run.bar.close()
         scores = score_folds(logits, run.codes, run.classes, folds, scoring)

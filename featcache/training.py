@@ -24,6 +24,7 @@ where the others cost seconds. Where both are asked for, it reads the maps and t
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import time
@@ -45,6 +46,7 @@ from featcache.evaluation import Evaluation, evaluate, groups_of
 from featcache.finetuning import SuffixSettings
 from featcache.heads import CLASSICS, HEADS, score_folds
 from featcache.heads import logits as head_logits
+from featcache.interruption import interruptible
 from featcache.leaderboard import Leaderboard, Row
 from featcache.origins import Column, source_taps
 from featcache.predictions import refuse_foreign
@@ -117,7 +119,8 @@ def train(
         For the head ``suffix``: needed where the store's network is one's own, or has weights from
         a checkpoint.
     checkpoints : path, optional
-        Folder that the head ``suffix`` writes to after every epoch, and resumes from.
+        Folder that the head ``suffix`` writes to after every epoch, and resumes from: with one,
+        SIGINT and SIGTERM become `Interrupted`.
     progress : bool
         Show a progress bar on standard error.
 
@@ -131,6 +134,8 @@ def train(
     TrainingError
         Labels, classes, folds or a head that cannot be trained on; the message names the class
         and the count.
+    Interrupted
+        The head ``suffix`` was stopped by a signal; the same call goes on from its checkpoints.
     """
     heads = [head] if isinstance(head, str) else list(head)
     return compare(
@@ -193,53 +198,41 @@ def compare(
 
     Raises
     ------
-    TrainingError
+    TrainingError, Interrupted
         As in `train`.
     """
-    from tqdm import tqdm
-
     names, asked = _head_names(heads)
-    task = _Task.of(
-        store,
-        layers=layers,
-        cv=cv,
-        scoring=scoring,
-        class_weight=class_weight,
-        group=group,
-        nested=nested,
-        memory=memory,
-        n_jobs=n_jobs,
-        random_state=random_state,
-    )
-    if SUFFIX in names:
-        task = task.with_suffix(
-            suffix or SuffixSettings(),
-            apart=layers is None,
-            backbone=backbone,
-            checkpoints=None if checkpoints is None else Path(checkpoints),
-            progress=progress,
+    folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
+    with _resumable(folder):
+        task = _Task.of(
+            store,
+            layers=layers,
+            cv=cv,
+            scoring=scoring,
+            class_weight=class_weight,
+            group=group,
+            nested=nested,
+            memory=memory,
+            n_jobs=n_jobs,
+            random_state=random_state,
         )
-    rows, predictors = [], {}
-    left_out = {}
-    bar = tqdm(names, disable=not progress, unit="head", leave=False)
-    for name in bar:
-        bar.set_description(name)
-        why = task.impossible(name)
-        if why and name in asked:
-            raise TrainingError(f"{name} cannot be trained here: {why}.")
-        if why:
-            left_out[name] = why
-            continue
-        row, predictor = _compete(task.of_head(name), name, test)
-        rows.append(row)
-        predictors[name] = predictor
-    if not rows:
+        if SUFFIX in names:
+            task = task.with_suffix(
+                suffix or SuffixSettings(),
+                apart=layers is None,
+                backbone=backbone,
+                checkpoints=folder,
+                progress=progress,
+            )
+        found, left_out = _compete_all(task, names, asked, test, progress=progress)
+    if not found:
         raise TrainingError("No head is left: " + "; ".join(map(": ".join, left_out.items())))
+    predictors = {row.head: predictor for row, predictor in found}
     leaderboard = Leaderboard(
-        rows=tuple(sorted(rows, key=lambda row: -row.cv_score)),
+        rows=tuple(sorted((row for row, _ in found), key=lambda row: -row.cv_score)),
         scoring=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
         n_fit=len(task.store),
-        n_test=0 if test is None else _n_scored(predictors[rows[0].head], test),
+        n_test=0 if test is None else _n_scored(found[0][1], test),
         n_unlabelled=len(store) - len(task.store),
         folds=task.folds_text,
         notes=task.notes,
@@ -249,6 +242,39 @@ def compare(
     for predictor in predictors.values():
         predictor.leaderboard = leaderboard
     return leaderboard
+
+
+def _resumable(checkpoints: Path | None) -> contextlib.AbstractContextManager[None]:
+    """Turn a signal into `Interrupted` where there is something to go on from."""
+    if checkpoints is None:
+        return contextlib.nullcontext()
+    return interruptible(kept=f"The finished epochs are kept in {checkpoints}")
+
+
+def _compete_all(
+    task: _Task,
+    names: Sequence[str],
+    asked: frozenset[str],
+    test: FeatureStore | None,
+    *,
+    progress: bool,
+) -> tuple[list[tuple[Row, Predictor]], dict[str, str]]:
+    """Train each head that can be; and say why the others cannot."""
+    from tqdm import tqdm
+
+    found = []
+    left_out = {}
+    with tqdm(names, disable=not progress, unit="head", leave=False) as bar:
+        for name in bar:
+            bar.set_description(name)
+            why = task.impossible(name)
+            if why and name in asked:
+                raise TrainingError(f"{name} cannot be trained here: {why}.")
+            if why:
+                left_out[name] = why
+                continue
+            found.append(_compete(task.of_head(name), name, test))
+    return found, left_out
 
 
 def _head_names(heads: Sequence[str]) -> tuple[list[str], frozenset[str]]:
@@ -768,7 +794,7 @@ def study(
     ------
     StoreError
         A store cannot be opened or joined.
-    TrainingError
+    TrainingError, Interrupted
         As in `train`.
     PredictorError
         The output is there and is not a predictor; found before anything is trained.
@@ -793,30 +819,31 @@ def study(
     done = _up_to_date(target, request)
     if done is not None and done.leaderboard is not None:
         return Study(done, done.leaderboard, target, up_to_date=True)
-    store = _open_stores(stores)
-    fit, test = _split(store, test_size, group=group, random_state=random_state)
     checkpoints = target.with_name(f"{target.name}.checkpoints")
-    leaderboard = compare(
-        fit,
-        test,
-        heads=heads,
-        layers=layers,
-        cv=cv,
-        scoring=scoring,
-        class_weight=class_weight,
-        group=group,
-        nested=nested,
-        memory=memory,
-        n_jobs=n_jobs,
-        random_state=random_state,
-        suffix=suffix,
-        backbone=backbone,
-        checkpoints=checkpoints,
-        progress=progress,
-    )
-    predictor = leaderboard.best
-    predictor.request = request
-    predictor.save(target)
+    with _resumable(checkpoints if SUFFIX in request["heads"] else None):
+        store = _open_stores(stores)
+        fit, test = _split(store, test_size, group=group, random_state=random_state)
+        leaderboard = compare(
+            fit,
+            test,
+            heads=heads,
+            layers=layers,
+            cv=cv,
+            scoring=scoring,
+            class_weight=class_weight,
+            group=group,
+            nested=nested,
+            memory=memory,
+            n_jobs=n_jobs,
+            random_state=random_state,
+            suffix=suffix,
+            backbone=backbone,
+            checkpoints=checkpoints,
+            progress=progress,
+        )
+        predictor = leaderboard.best
+        predictor.request = request
+        predictor.save(target)
     remove_checkpoints(checkpoints)
     return Study(predictor, leaderboard, target, up_to_date=False)
 

@@ -51,6 +51,11 @@ def network(kind: type[nn.Module] = Network, seed: int = 0) -> nn.Module:
     return module
 
 
+def own() -> tuple[nn.Module, Preprocessing]:
+    """Return the network for ``--backbone tests.small:own``."""
+    return network(), Preprocessing(resize=SIDE, crop=SIDE)
+
+
 def backbone(
     kind: type[nn.Module] = Network, layers: Sequence[str] | None = ("pool",), **options: Any
 ) -> Backbone:

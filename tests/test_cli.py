@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -277,6 +278,17 @@ def test_an_interrupted_run_exits_with_75(
     monkeypatch.setattr("featcache.extract", interrupted)
     message = fail("extract", flower_folder, "-o", tmp_path / "s.h5", *NETWORK, status=75)
     assert "resume" in message
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_where_nothing_is_kept_a_command_says_one_word(
+    monkeypatch: pytest.MonkeyPatch, store: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr("featcache.study", lambda *_, **__: signal.raise_signal(number))
+    message = fail("train", store, "-o", tmp_path / "p", "--head", "forest")
+    assert message.strip() == "Aborted!"
+    assert signal.getsignal(number) is before
 
 
 def test_a_predictor_never_replaces_a_file_of_another_kind(store: Path, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 from torch import Tensor, nn
@@ -18,6 +23,7 @@ import featcache as fc
 from featcache import manifest, persistence
 from featcache.backbone import Backbone
 from featcache.checkpoints import Checkpoint
+from featcache.cli import main
 from featcache.cutting import Suffix, check, cut
 from featcache.decoding import Augmentation, Preprocessing
 from featcache.errors import (
@@ -35,6 +41,7 @@ from featcache.finetuning import rate as rate_of
 from featcache.heads import fit_temperature
 from featcache.heads.suffix import SuffixClassifier
 from featcache.images import ImageSet
+from featcache.interruption import interruptible
 from featcache.predictor import Predictor
 from featcache.store import FeatureStore
 from featcache.suffix_search import SuffixSearch, choose_tap
@@ -506,8 +513,26 @@ def test_a_damaged_or_foreign_checkpoint_counts_as_none(tmp_path: Path) -> None:
     assert checkpoint.read() is None
 
 
-def test_interrupted_by_the_keyboard_the_same_call_resumes(
-    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_signal_waits_until_the_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "a.pt", "this")
+    save = torch.save
+
+    def interrupted(content: Any, file: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
+        checkpoint.write({"best": 3})
+        raise AssertionError("went on")
+    assert checkpoint.read() == {"best": 3}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_the_same_call_resumes(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     options = {"head": "suffix", "cv": 2, "suffix": FAST, "backbone": backbone(BODY, "pool")}
     expected = train(store, **options)
@@ -518,15 +543,44 @@ def test_interrupted_by_the_keyboard_the_same_call_resumes(
         write(self, state)
         written.append(self.path.name)
         if len(written) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
     monkeypatch.setattr(Checkpoint, "write", interrupting)
-    with pytest.raises(Interrupted, match="same command again") as error:
+    with pytest.raises(Interrupted, match="same command again"):
         train(store, **options, checkpoints=tmp_path / "run")
-    assert error.value.exit_status == 75
     resumed = train(store, **options, checkpoints=tmp_path / "run")
     assert written == ["fold-1.pt"] * 2 + ["fold-2.pt"] * 2 + ["final.pt"] * 2
     np.testing.assert_array_equal(resumed.predict_proba_of(store), expected.predict_proba_of(store))
+
+
+def test_a_command_stopped_by_a_signal_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    network_ = Backbone.from_callable("tests.small:own", layers=[BODY])
+    extract(images(), network_, tmp_path / "a.h5", workers=0, progress=False)
+    command = ["train", str(tmp_path / "a.h5"), "--head", "suffix", "--cv", "2", "--device", "cpu"]
+    command += ["--backbone", "tests.small:own", "--epochs", "60", "--patience", "0"]
+    whole, target = tmp_path / "whole.featcache", tmp_path / "a.featcache"
+    assert CliRunner().invoke(main, [*command, "-o", str(whole)]).exit_code == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "featcache.cli", *command, "-o", str(target)],
+        cwd=Path(__file__).parent.parent,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first = tmp_path / "a.featcache.checkpoints" / "fold-1.pt"
+    while not first.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.terminate()
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert message.count("\n") == 1 and "Stopped by SIGTERM." in message
+    assert f"{first.parent}: run the same command again" in message
+    assert first.exists() and not target.exists()
+    assert CliRunner().invoke(main, [*command, "-o", str(target)]).exit_code == 0
+    assert not first.parent.exists()
+    made, expected = Predictor.load(target), Predictor.load(whole)
+    assert made.estimator.sha256_ == expected.estimator.sha256_
+    assert made.temperature == expected.temperature
 
 
 def test_seeds_decide(store: FeatureStore) -> None:
