@@ -437,7 +437,6 @@ def train(
         random_state=random_state,
         suffix=featcache.SuffixSettings(**given),
         backbone=None if backbone is None else _backbone(backbone, weights, (), None),
-        progress=sys.stderr.isatty(),
     )
     if as_json:
         _print_json(result.to_dict())
@@ -521,7 +520,7 @@ def predict(
         batch_size=batch_size,
         workers=workers,
         device=device,
-        progress=output is not None,
+        progress=output is not None,  # not between predictions that go to the terminal
     )
     write_predictions(predictions, output, file_format=file_format, top_k=top_k)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from featcache import splitting
 from featcache.errors import TrainingError
 from featcache.evaluation import evaluate
+from featcache.progress import progress_bar
 from featcache.store import FeatureStore
 from featcache.training import train
 
@@ -91,6 +93,7 @@ def learning_curve(
     layers: str | Sequence[str] | None = None,
     cv: int = 5,
     random_state: int = 0,
+    progress: bool | None = None,
 ) -> LearningCurve:
     """Train heads on more and more images, and score each on the same others.
 
@@ -112,6 +115,8 @@ def learning_curve(
         Folds; fewer where a class has fewer images.
     random_state : int
         Seed.
+    progress : bool, optional
+        Show a progress bar on standard error; left out, if that is a terminal.
 
     Raises
     ------
@@ -129,12 +134,19 @@ def learning_curve(
             f"{len(order):,} labelled ones to train on."
         )
     n_test = 0
-    for head in heads:
-        for size in chosen:
+    steps = list(itertools.product(heads, chosen))
+    with progress_bar(progress, steps, unit="fit", leave=False) as bar:
+        for head, size in bar:
+            bar.set_description(f"{head}, {size:,} images")
             part = store.select(np.sort(order[:size]))
             folds = min(cv, splitting.most_folds(part.labels, sha256=part.sha256))
             predictor = train(
-                part, head=head, layers=layers, cv=max(2, folds), random_state=random_state
+                part,
+                head=head,
+                layers=layers,
+                cv=max(2, folds),
+                random_state=random_state,
+                progress=False,
             )
             scored = evaluate(predictor, test)
             n_test = len(scored)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from featcache import canary, parallel, reuse
 from featcache.backbone import Backbone
@@ -43,6 +42,7 @@ from featcache.images import ImageSet
 from featcache.interruption import interruptible
 from featcache.layout import DONE, FAILED
 from featcache.loading import Failed
+from featcache.progress import progress_bar
 from featcache.recording import Recorder
 from featcache.runtime import Runtime, Settings, keep_pages
 from featcache.store import FeatureStore
@@ -53,7 +53,6 @@ __all__ = ["Chunk", "Summary", "canary_features", "extract", "features"]
 
 # Images that are replaced again and again during a run are left to the next one.
 _ROUNDS = 3
-_LOG_INTERVAL = 30.0  # seconds between two lines of progress that go to a file, not to a terminal
 # Largest difference of features, relative to the largest, that rounding explains.
 _CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
@@ -240,7 +239,7 @@ def extract(
         on_error=on_error,
         max_failures=max_failures,
         retry_failed=retry_failed,
-        progress=sys.stderr.isatty() if progress is None else progress,
+        progress=progress,
     )
     with interruptible(), keep_pages():
         return job.run()
@@ -281,7 +280,7 @@ class _Job:
     on_error: str
     max_failures: float
     retry_failed: bool
-    progress: bool
+    progress: bool | None
 
     def __post_init__(self) -> None:
         self.summary = Summary(len(self.images))
@@ -349,14 +348,12 @@ class _Job:
         runtime = self._runtime(len(pending) * self.key.views, self._recorded(writer))
         writer.set_meta("settings", runtime.settings.to_dict())
         self._check_canaries(writer, runtime)
-        bar = tqdm(
+        bar = progress_bar(
+            self.progress,
             total=len(self.images),
             initial=len(self.images) - len(pending),
             unit="img",
             desc=self.backbone.name,
-            disable=not self.progress,
-            file=sys.stderr,
-            mininterval=0.1 if sys.stderr.isatty() else _LOG_INTERVAL,
         )
         self._choose_workers(writer, runtime)
         started = time.perf_counter()

@@ -27,6 +27,7 @@ from featcache import weights as checkpoints
 from featcache.decoding import Preprocessing
 from featcache.errors import BackboneError, MissingExtra, UnknownBackbone, WeightsError
 from featcache.fingerprint import state_sha256
+from featcache.progress import is_shown
 from featcache.weights import KeyMap, PartialReport
 
 #: Seed of weights that are drawn at random.
@@ -223,7 +224,7 @@ class Torchvision(Source):
 
         entry = get_model_weights(self.name)[pinned]
         try:
-            module: nn.Module = get_model(self.name, weights=entry, progress=sys.stderr.isatty())
+            module: nn.Module = get_model(self.name, weights=entry, progress=is_shown(None))
         except Exception as error:
             raise WeightsError(
                 f"The weights {pinned} of {self.name} could not be loaded: {error}. They come "

@@ -16,7 +16,6 @@ import datetime
 import itertools
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from featcache.leaderboard import Leaderboard
 from featcache.manifest import CanaryRows, is_predictor
 from featcache.origins import Column
 from featcache.predictions import Prediction, refuse_foreign, replacing, write_predictions
+from featcache.progress import progress_bar
 from featcache.splitting import hash_keys
 
 if TYPE_CHECKING:
@@ -253,6 +253,13 @@ class Predictor:
 
         What is wrong with the arguments, the images' names or the network is raised at once, not
         at the first image, so that no output need be begun.
+
+        Parameters
+        ----------
+        images, top_k, backbone, batch_size, workers, device
+            As in `predict`.
+        progress : bool, optional
+            Show a progress bar on standard error; left out, if that is a terminal.
         """
         if top_k < 1:
             raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
@@ -391,8 +398,6 @@ class Predictor:
         **settings: Any,
     ) -> Iterator[Prediction]:
         """Yield the predictions of one image set; rows of all networks go hand in hand."""
-        from tqdm import tqdm
-
         with contextlib.ExitStack() as stack:
             streams = [
                 stack.enter_context(
@@ -400,9 +405,8 @@ class Predictor:
                 )
                 for network, fingerprint in zip(networks, self.fingerprints, strict=True)
             ]
-            hidden = not (sys.stderr.isatty() if progress is None else progress)
             bar = stack.enter_context(
-                tqdm(total=len(images), disable=hidden, unit="image", smoothing=0.05)
+                progress_bar(progress, total=len(images), unit="img", smoothing=0.05)
             )
             rows = zip(*streams, strict=True)
             while block := list(itertools.islice(rows, _ROWS_AT_ONCE)):

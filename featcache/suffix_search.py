@@ -31,6 +31,7 @@ from featcache.errors import TapError, TrainingError
 from featcache.finetuning import Epoch, Finetuned, Maps, SuffixSettings, finetune, scores_of
 from featcache.heads import Candidate, SearchResult, fit_temperature, score_folds
 from featcache.heads.suffix import SuffixClassifier
+from featcache.progress import progress_bar
 from featcache.runtime import select_device
 from featcache.store import FeatureStore
 from featcache.tracing import Trace, trace
@@ -59,8 +60,8 @@ class SuffixSearch:
         How to train.
     checkpoints : Path or None
         Folder of the checkpoints.
-    progress : bool
-        Show a progress bar on standard error.
+    progress : bool or None
+        Show a progress bar on standard error; None: if that is a terminal.
     """
 
     maps: Maps
@@ -68,7 +69,7 @@ class SuffixSearch:
     image_shape: tuple[int, int, int]
     settings: SuffixSettings
     checkpoints: Path | None = None
-    progress: bool = False
+    progress: bool | None = None
 
     @classmethod
     def of(
@@ -79,7 +80,7 @@ class SuffixSearch:
         settings: SuffixSettings,
         backbone: Backbone | None = None,
         checkpoints: Path | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> SuffixSearch:
         """Find the tap to cut at, load the network and check that the cut is true.
 
@@ -95,8 +96,8 @@ class SuffixSearch:
             Needed where the store's network is one's own, or has weights from a checkpoint.
         checkpoints : Path, optional
             Folder to resume from.
-        progress : bool
-            Show a progress bar.
+        progress : bool, optional
+            Show a progress bar on standard error; left out, if that is a terminal.
 
         Raises
         ------
@@ -198,7 +199,6 @@ class _Run:
         count: int,
     ) -> None:
         from sklearn.utils.class_weight import compute_sample_weight
-        from tqdm import tqdm
 
         self.task, self.y, self.groups = task, y, groups
         self.random_state = random_state
@@ -210,7 +210,7 @@ class _Run:
         self.sha256 = task.maps.store.sha256
         self.count, self.done = count, 0
         epochs = count * task.settings.epochs
-        self.bar = tqdm(total=epochs, disable=not task.progress, unit="epoch", leave=False)
+        self.bar = progress_bar(task.progress, total=epochs, unit="epoch", leave=False)
 
     def out_of_fold(self, folds: Sequence[splitting.Fold]) -> np.ndarray:
         """Train on each fold and return the scores of the others, NaN where no fold validates."""

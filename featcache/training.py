@@ -51,6 +51,7 @@ from featcache.leaderboard import Leaderboard, Row
 from featcache.origins import Column, source_taps
 from featcache.predictions import refuse_foreign
 from featcache.predictor import CanaryRows, Predictor, is_predictor
+from featcache.progress import progress_bar
 from featcache.splitting import Fold
 from featcache.store import FeatureStore
 from featcache.suffix_search import SUFFIX, SuffixSearch, remove_checkpoints
@@ -84,7 +85,7 @@ def train(
     suffix: SuffixSettings | None = None,
     backbone: Backbone | None = None,
     checkpoints: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Predictor:
     """Choose a head's hyper-parameters by cross-validation and fit it on all rows of a store.
 
@@ -121,8 +122,8 @@ def train(
     checkpoints : path, optional
         Folder that the head ``suffix`` writes to after every epoch, and resumes from: with one,
         SIGINT and SIGTERM become `Interrupted`.
-    progress : bool
-        Show a progress bar on standard error.
+    progress : bool, optional
+        Show a progress bar on standard error; left out, if that is a terminal.
 
     Returns
     -------
@@ -174,7 +175,7 @@ def compare(
     suffix: SuffixSettings | None = None,
     backbone: Backbone | None = None,
     checkpoints: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Leaderboard:
     """Train several heads under the same folds and rank them by cross-validation.
 
@@ -257,14 +258,12 @@ def _compete_all(
     asked: frozenset[str],
     test: FeatureStore | None,
     *,
-    progress: bool,
+    progress: bool | None,
 ) -> tuple[list[tuple[Row, Predictor]], dict[str, str]]:
     """Train each head that can be; and say why the others cannot."""
-    from tqdm import tqdm
-
     found = []
     left_out = {}
-    with tqdm(names, disable=not progress, unit="head", leave=False) as bar:
+    with progress_bar(progress, names, unit="head", leave=False) as bar:
         for name in bar:
             bar.set_description(name)
             why = task.impossible(name)
@@ -766,7 +765,7 @@ def study(
     random_state: int = 0,
     suffix: SuffixSettings | None = None,
     backbone: Backbone | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Study:
     """Open stores, hold some images out, compare heads, and save the best: ``featcache train``.
 

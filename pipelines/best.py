@@ -62,14 +62,7 @@ def best(out: Path, cv: int) -> None:
         store = extract(images, backbone, path)
         click.echo(f"{path}: {store.extraction}")
         stores.append(path)
-    result = study(
-        stores,
-        out / f"{DEMO}-best.featcache",
-        heads=["rbf-svm"],
-        cv=cv,
-        nested=True,
-        progress=sys.stderr.isatty(),
-    )
+    result = study(stores, out / f"{DEMO}-best.featcache", heads=["rbf-svm"], cv=cv, nested=True)
     click.echo(result.to_text())
 
 

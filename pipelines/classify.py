@@ -25,13 +25,7 @@ def classify(heads: tuple[str, ...], n_jobs: int, **options: Any) -> None:
     from featcache.training import study as train_study
 
     study = Study(**options)
-    result = train_study(
-        [study.store],
-        study.predictor,
-        heads=list(heads),
-        n_jobs=n_jobs,
-        progress=sys.stderr.isatty(),
-    )
+    result = train_study([study.store], study.predictor, heads=list(heads), n_jobs=n_jobs)
     click.echo(result.to_text())
     if result.up_to_date and study.leaderboard.exists() and study.report.exists():
         click.echo(f"leaderboard: {study.leaderboard}\nreport: {study.report}")

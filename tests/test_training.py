@@ -3,12 +3,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from featcache import compare, train
+from featcache import compare, learning_curve, train
 from featcache.errors import (
     MissingFeatures,
     PredictorError,
@@ -483,3 +485,38 @@ def test_the_demo_reaches_what_is_promised(elpv_root: Path, tmp_path: Path) -> N
     assert best.cv_accuracy >= 0.85
     assert best.accuracy is not None
     assert best.accuracy >= 0.82
+
+
+# --- progress ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [train, compare, learning_curve])
+@pytest.mark.parametrize(
+    ("progress", "terminal"), [(None, True), (None, False), (True, False), (False, True)]
+)
+def test_progress_is_shown_on_a_terminal_or_as_asked(
+    store: FeatureStore,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    function: Callable[..., object],
+    progress: bool | None,
+    terminal: bool,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    options = {"sizes": [60]} if function is learning_curve else {}
+    options |= {} if progress is None else {"progress": progress}
+    function(store, **{"head" if function is train else "heads": ["knn"]}, cv=2, **options)
+    captured = capsys.readouterr()
+    assert ("knn" in captured.err) is (terminal if progress is None else progress)
+    assert captured.out == ""
+
+
+def test_the_study_shows_progress_on_a_terminal(
+    store: FeatureStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    study(store.paths, tmp_path / "a.featcache", heads=["knn"], cv=2)
+    assert "knn" in capsys.readouterr().err
