@@ -49,6 +49,7 @@ from featcache.checkpoints import Checkpoint
 from featcache.cutting import Suffix
 from featcache.errors import TrainingError
 from featcache.heads import fit_temperature
+from featcache.heads.suffix import SCORED_AT_ONCE, block_scores, moved
 from featcache.runtime import keep_pages, select_device
 from featcache.store import FeatureStore
 from featcache.surgery import (
@@ -72,7 +73,6 @@ __all__ = [
 
 _WARM_UP = 0.25  # of a one-cycle training
 _START = 1 / 25  # of the highest rate, where one cycle begins
-_PREDICTED_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,19 +242,8 @@ def scores_of(suffix: Suffix, maps: Maps, rows: np.ndarray, device: torch.device
         Where to compute.
     """
     suffix.eval()
-    found = []
-    with torch.inference_mode():
-        for start in range(0, len(rows), _PREDICTED_AT_ONCE):
-            block = maps.read(rows[start : start + _PREDICTED_AT_ONCE])
-            flat = block.flatten(0, 1) if maps.views > 1 else block
-            out = suffix(_moved(flat, device)).float()
-            found.append(out.reshape(len(block), maps.views, -1).mean(dim=1).cpu().numpy())
-    return np.concatenate(found)
-
-
-def _moved(maps: Tensor, device: torch.device) -> Tensor:
-    moved = maps.to(device).float()
-    return moved.contiguous(memory_format=torch.channels_last) if moved.ndim == 4 else moved
+    blocks = np.split(rows, range(SCORED_AT_ONCE, len(rows), SCORED_AT_ONCE))
+    return np.concatenate([block_scores(suffix, maps.read(block), device) for block in blocks])
 
 
 def minibatches(rows: np.ndarray, size: int, seed: Sequence[int]) -> Iterator[np.ndarray]:
@@ -323,7 +312,7 @@ class _Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = relative * group["highest"]
             view = rng.integers(self.maps.views, size=len(rows)) if self.maps.views > 1 else None
-            scores = self.suffix(_moved(self.maps.read(rows, view), self.device))
+            scores = self.suffix(moved(self.maps.read(rows, view), self.device))
             loss = self._loss(scores, rows)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -36,7 +36,15 @@ from featcache.errors import (
 )
 from featcache.export_model import export_model
 from featcache.extraction import extract
-from featcache.finetuning import Epoch, Finetuned, Maps, SuffixSettings, finetune, minibatches
+from featcache.finetuning import (
+    Epoch,
+    Finetuned,
+    Maps,
+    SuffixSettings,
+    finetune,
+    minibatches,
+    scores_of,
+)
 from featcache.finetuning import rate as rate_of
 from featcache.heads import fit_temperature
 from featcache.heads.suffix import SuffixClassifier
@@ -663,6 +671,15 @@ def test_it_is_compared_with_the_other_heads_under_the_same_folds(store: Feature
     assert [c.tap for c in board.predictors["suffix"].columns] == [BODY]
     assert board.predictors["suffix"].temperature > 0
     assert "suffix" not in fc.compare(fit, heads=["knn"], layers=["pool"], cv=2).to_text()
+
+
+def test_scores_while_training_are_those_that_the_head_gives(
+    predictor: Predictor, store: FeatureStore
+) -> None:
+    head, rows = predictor.estimator, np.arange(len(store))
+    while_training = scores_of(head.suffix, Maps(store, BODY), rows, torch.device("cpu"))
+    np.testing.assert_array_equal(head.decision_function(store.matrix([BODY])), while_training)
+    assert head.decision_function(np.zeros((0, head.n_features_in_))).shape == (0, 3)
 
 
 def test_saved_loaded_and_used_on_images_and_stores(

@@ -20,9 +20,9 @@ from featcache.cutting import Suffix, cut
 from featcache.errors import FeatcacheError, PredictorError
 from featcache.runtime import keep_pages
 
-__all__ = ["SuffixClassifier", "load_tensors"]
+__all__ = ["SCORED_AT_ONCE", "SuffixClassifier", "block_scores", "load_tensors", "moved"]
 
-_BATCH = 64
+SCORED_AT_ONCE = 64
 
 
 class SuffixClassifier:
@@ -131,19 +131,42 @@ class SuffixClassifier:
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Return scores (n, k), float32, for flattened features (n, d)."""
         suffix = self.suffix
-        scores = np.empty((len(X), len(self.classes_)), np.float32)
+        scores = [np.empty((0, len(self.classes_)), np.float32)]
         pages = keep_pages() if self._device.type == "cpu" else nullcontext()
-        with torch.inference_mode(), pages:
-            for start in range(0, len(X), _BATCH):
-                block = np.ascontiguousarray(X[start : start + _BATCH], dtype=np.float32)
-                maps = torch.from_numpy(block.reshape(len(block), *self.shape_))
-                scores[start : start + len(block)] = suffix(maps.to(self._device)).float().cpu()
-        return scores
+        with pages:
+            for start in range(0, len(X), SCORED_AT_ONCE):
+                block = np.ascontiguousarray(X[start : start + SCORED_AT_ONCE], dtype=np.float32)
+                scores.append(block_scores(suffix, torch.from_numpy(block), self._device))
+        return np.concatenate(scores)
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         """Return the class of each row of features (n, d)."""
         chosen: np.ndarray = self.classes_[self.decision_function(X).argmax(axis=1)]
         return chosen
+
+
+def block_scores(suffix: Suffix, maps: Tensor, device: torch.device) -> np.ndarray:
+    """Return scores (b, k), float32, of a few images, averaged over their views.
+
+    Parameters
+    ----------
+    suffix : Suffix
+        On `device`, in evaluation mode.
+    maps : torch.Tensor
+        Features at the cut: b times as many numbers as an image's views have, in whatever shape.
+    device : torch.device
+        Where to compute.
+    """
+    with torch.inference_mode():
+        out = suffix(moved(maps.reshape(-1, *suffix.shape), device)).float()
+        scores: np.ndarray = out.reshape(len(maps), -1, out.shape[1]).mean(dim=1).cpu().numpy()
+    return scores
+
+
+def moved(maps: Tensor, device: torch.device) -> Tensor:
+    """Return features as float32 on a device, maps as convolutions take them fastest."""
+    found = maps.to(device).float()
+    return found.contiguous(memory_format=torch.channels_last) if found.ndim == 4 else found
 
 
 def load_tensors(suffix: Suffix, tensors: Mapping[str, Tensor]) -> None:
