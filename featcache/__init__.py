@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from featcache.errors import FeatcacheError
     from featcache.evaluation import Evaluation, evaluate
     from featcache.extraction import extract
-    from featcache.finetuning import SuffixSettings
     from featcache.fingerprint import Fingerprint
     from featcache.images import ImageSet
     from featcache.plots import (
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from featcache.predictor import Prediction, Predictor
     from featcache.report import write_report
     from featcache.store import FeatureStore
+    from featcache.suffix_settings import SuffixSettings
     from featcache.taps import Tap
     from featcache.training import Leaderboard, compare, study, train
 
@@ -57,7 +57,7 @@ _MODULE_OF = {
     "Prediction": "predictor",
     "Predictor": "predictor",
     "Preprocessing": "decoding",
-    "SuffixSettings": "finetuning",
+    "SuffixSettings": "suffix_settings",
     "Tap": "taps",
     "backbones": "backbone",
     "compare": "training",

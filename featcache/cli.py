@@ -24,6 +24,7 @@ import click
 import featcache
 from featcache.errors import FeatcacheError
 from featcache.interruption import as_ctrl_c
+from featcache.suffix_settings import SCHEDULES, SuffixSettings
 
 DEVICES = "auto, cpu, cuda, cuda:1, mps"
 
@@ -144,35 +145,48 @@ _suffix_options = _options(
     click.option(
         "--from", "first", metavar="LAYER", help="suffix: first layer to train. Left out: all."
     ),
-    click.option("--epochs", type=click.IntRange(min=1), help="suffix: at most so many.  [10]"),
-    click.option("--batch-size", type=click.IntRange(min=2), help="suffix: images a step.  [32]"),
     click.option(
-        "--lr", type=float, help="suffix: highest learning rate of the new layer.  [3e-3]"
+        "--epochs",
+        type=click.IntRange(min=1),
+        help=f"suffix: at most so many.  [{SuffixSettings.epochs}]",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=2),
+        help=f"suffix: images a step.  [{SuffixSettings.batch_size}]",
+    ),
+    click.option(
+        "--lr",
+        type=float,
+        help=f"suffix: highest learning rate of the new layer.  [{SuffixSettings.lr:g}]",
     ),
     click.option(
         "--schedule",
-        type=click.Choice(["one-cycle", "cosine"]),
-        help="suffix: of the learning rate.  [one-cycle]",
+        type=click.Choice(SCHEDULES),
+        help=f"suffix: of the learning rate.  [{SuffixSettings.schedule}]",
     ),
     click.option(
         "--unfreeze-every",
         type=click.IntRange(min=0),
         metavar="EPOCHS",
-        help="suffix: unfreeze one block more every so many epochs.  [0: all at once]",
+        help="suffix: unfreeze one block more every so many epochs; 0: all at once.  "
+        f"[{SuffixSettings.unfreeze_every}]",
     ),
     click.option(
         "--patience",
         type=click.IntRange(min=0),
         metavar="EPOCHS",
-        help="suffix: stop after so many without a better validation loss.  [5; 0: never]",
+        help="suffix: stop after so many without a better validation loss; 0: never.  "
+        f"[{SuffixSettings.patience}]",
     ),
     click.option(
         "--validation",
         type=Percent(),
         metavar="SHARE",
-        help="suffix: images set aside to stop by.  [10%; 0: train on all, to the last epoch]",
+        help="suffix: images set aside to stop by; 0: train on all, to the last epoch.  "
+        f"[{SuffixSettings.validation:.0%}]",
     ),
-    click.option("--device", help=f"suffix: {DEVICES}.  [auto]"),
+    click.option("--device", help=f"suffix: {DEVICES}.  [{SuffixSettings.device}]"),
     click.option("--backbone", help="suffix: the network, where it is package.module:callable."),
     click.option("--weights", help="suffix: the network's checkpoint file, where it has one."),
 )
@@ -435,7 +449,7 @@ def train(
         memory=memory,
         n_jobs=n_jobs,
         random_state=random_state,
-        suffix=featcache.SuffixSettings(**given),
+        suffix=SuffixSettings(**given),
         backbone=None if backbone is None else _backbone(backbone, weights, (), None),
     )
     if as_json:

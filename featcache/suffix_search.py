@@ -28,12 +28,13 @@ from featcache import origins, splitting
 from featcache.checkpoints import Checkpoint
 from featcache.cutting import Suffix, check, cut, suggest, taps_before
 from featcache.errors import TapError, TrainingError
-from featcache.finetuning import Epoch, Finetuned, Maps, SuffixSettings, finetune, scores_of
+from featcache.finetuning import Epoch, Finetuned, Maps, finetune, scores_of
 from featcache.heads import Candidate, SearchResult, fit_temperature, score_folds
 from featcache.heads.suffix import SuffixClassifier
 from featcache.progress import progress_bar
 from featcache.runtime import select_device
 from featcache.store import FeatureStore
+from featcache.suffix_settings import SuffixSettings
 from featcache.tracing import Trace, trace
 
 if TYPE_CHECKING:

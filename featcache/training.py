@@ -43,7 +43,6 @@ from featcache import heads as head_kinds
 from featcache import splitting
 from featcache.errors import PredictorError, TrainingError
 from featcache.evaluation import Evaluation, evaluate, groups_of
-from featcache.finetuning import SuffixSettings
 from featcache.heads import CLASSICS, HEADS, score_folds
 from featcache.heads import logits as head_logits
 from featcache.interruption import interruptible
@@ -55,11 +54,12 @@ from featcache.progress import progress_bar
 from featcache.splitting import Fold
 from featcache.store import FeatureStore
 from featcache.suffix_search import SUFFIX, SuffixSearch, remove_checkpoints
+from featcache.suffix_settings import SuffixSettings
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
 
-__all__ = ["Leaderboard", "Study", "SuffixSettings", "compare", "study", "train"]
+__all__ = ["Leaderboard", "Study", "compare", "study", "train"]
 
 Scoring = str | Callable[..., float]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from featcache.cli import main
+from featcache.suffix_settings import SuffixSettings
 
 NETWORK = ["--backbone", "resnet18", "--weights", "none", "--image-size", "64"]
 FAST = ["--batch-size", "8", "--workers", "0", "--no-compile", "--device", "cpu"]
@@ -57,7 +59,9 @@ def predictor(store: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["extract", "--help"], ["train", "--help"], ["--version"]]
+)
 def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom featcache.cli import main\n"
@@ -67,6 +71,14 @@ def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_help_shows_the_defaults_of_the_suffix() -> None:
+    text = " ".join(succeed("train", "--help").split())
+    settings = vars(SuffixSettings())
+    for name in ["epochs", "batch_size", "lr", "schedule", "unfreeze_every", "patience", "device"]:
+        assert re.search(rf"--{name.replace('_', '-')} .*? \[{settings[name]}\] ", text), name
+    assert f"to the last epoch. [{settings['validation']:.0%}]" in text
 
 
 def test_layers_lists_every_layer_with_its_cost() -> None:

@@ -40,7 +40,6 @@ from featcache.finetuning import (
     Epoch,
     Finetuned,
     Maps,
-    SuffixSettings,
     finetune,
     minibatches,
     scores_of,
@@ -53,6 +52,7 @@ from featcache.interruption import interruptible
 from featcache.predictor import Predictor
 from featcache.store import FeatureStore
 from featcache.suffix_search import SuffixSearch, choose_tap
+from featcache.suffix_settings import SuffixSettings
 from featcache.surgery import (
     parameter_groups,
     replace_head,

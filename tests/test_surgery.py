@@ -13,8 +13,8 @@ from featcache.backbone import Backbone
 from featcache.decoding import Augmentation, Preprocessing
 from featcache.errors import BackboneError, WeightsError
 from featcache.extraction import extract
-from featcache.finetuning import SuffixSettings
 from featcache.images import ImageSet
+from featcache.suffix_settings import SuffixSettings
 from featcache.surgery import (
     adapt_input,
     blocks,
