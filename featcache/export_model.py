@@ -86,6 +86,9 @@ class _Served(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return probabilities (b, k) for uint8 images (b, c, h, w)."""
+        # The program is for rows of pixels that lie as the example's do; `Preprocessing` gives
+        # images whose channels lie side by side. `contiguous` would be left out of the program.
+        images = images.clone(memory_format=torch.contiguous_format)
         probabilities: Tensor = self.network(self.preprocessing.normalize(images))
         return probabilities
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import make_pipeline
@@ -17,6 +18,7 @@ from sklearn.svm import LinearSVC
 from torch import nn
 
 from featcache import Backbone, ImageSet, Preprocessing, extract, train
+from featcache.cli import main
 from featcache.errors import MissingExtra, PredictorError
 from featcache.export_model import METADATA, export_model
 from featcache.grafting import head_layers
@@ -26,6 +28,7 @@ from featcache.manifest import CanaryRows
 from featcache.origins import Column
 from featcache.predictor import Predictor
 from featcache.store import FeatureStore
+from featcache.suffix_settings import SuffixSettings
 
 PREPARE = Preprocessing(resize=36, crop=32, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 LAYERED = ["linear", "svm", "ridge", "mlp"]
@@ -215,6 +218,36 @@ def test_onnx_gives_the_predictors_probabilities(
     with pytest.raises(PredictorError, match="is not a model that featcache exported"):
         export_model(predictor, target, backbone=small())
     assert target.read_bytes() == b"\x08\x07mine"
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+def test_the_rest_of_a_network_is_exported_with_what_comes_before(
+    flower_folder: Path, tmp_path: Path, ending: str
+) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="pip install 'featcache[export]'")
+    backbone = Backbone.from_callable("tests.small:own", layers=["body:input:map"])
+    images = ImageSet.from_folder(flower_folder)
+    store = extract(images, backbone, tmp_path / "maps.h5", workers=0, progress=False)
+    suffix = SuffixSettings(epochs=4, batch_size=8, lr=0.02, validation=0)
+    predictor = train(store, head="suffix", cv=2, suffix=suffix, backbone=backbone)
+    predictor.save(tmp_path / "p.featcache")
+    target = tmp_path / f"model{ending}"
+    command = ["export-model", str(tmp_path / "p.featcache"), "-o", str(target)]
+    result = CliRunner().invoke(main, [*command, "--backbone", "tests.small:own"])
+    assert result.exit_code == 0, result.stderr + repr(result.exception)
+    expected = predictor.predict_proba(store.matrix())
+    assert (expected.argmax(axis=1) == np.searchsorted(predictor.classes, store.labels)).all()
+    # As they are decoded, the channels of a pixel lie side by side.
+    decoded = np.stack([backbone.preprocessing(images.read(i)) for i in range(len(images))])
+    assert not decoded.flags.c_contiguous
+    for pixels in (decoded, np.ascontiguousarray(decoded), decoded[:1]):
+        if ending == ".pt2":
+            module = torch.export.load(target).module()
+            found = module(torch.from_numpy(pixels)).detach().numpy()
+        else:
+            session = runtime.InferenceSession(target, providers=["CPUExecutionProvider"])
+            (found,) = session.run(None, {"images": pixels})
+        np.testing.assert_allclose(found, expected[: len(pixels)], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["model", "model.pth", "model.ONNX"])
