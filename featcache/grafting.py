@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,25 @@ from featcache.taps import ResolvedTap, StopForward, Tapped
 
 if TYPE_CHECKING:
     from featcache.backbone import Backbone
-    from featcache.predictor import Predictor
+    from featcache.origins import Column
 
 __all__ = ["Grafted", "graft", "head_layers"]
 
 Floats = npt.NDArray[np.float64]
+
+
+class Trained(Protocol):
+    """What is grafted: as much of a `Predictor`, which imports this module, as it takes."""
+
+    estimator: Any
+    head: str
+    classes: tuple[str, ...]
+    temperature: float
+    columns: tuple[Column, ...]
+
+    @property
+    def n_features(self) -> int:
+        """Columns that the head takes."""
 
 
 class Grafted(nn.Module):
@@ -140,7 +154,7 @@ class Power(nn.Module):
         return x.sign() * x.abs().pow(self.exponent)
 
 
-def graft(predictor: Predictor, networks: Sequence[Backbone], *, probabilities: bool) -> Grafted:
+def graft(predictor: Trained, networks: Sequence[Backbone], *, probabilities: bool) -> Grafted:
     """Build the network of a predictor; see `Predictor.to_torch`.
 
     Raises
@@ -159,7 +173,7 @@ def graft(predictor: Predictor, networks: Sequence[Backbone], *, probabilities: 
     return Grafted(networks, columns, head, predictor.classes, probabilities=probabilities)
 
 
-def head_layers(predictor: Predictor) -> nn.Sequential:
+def head_layers(predictor: Trained) -> nn.Sequential:
     """Return a predictor's head as torch layers: features (b, d) to logits over temperature.
 
     Raises

@@ -8,13 +8,12 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 from featcache.errors import PredictorError
 from featcache.html_tables import table
 
-if TYPE_CHECKING:
-    from featcache.predictor import Predictor
+P = TypeVar("P")  # `Predictor`, which keeps a leaderboard itself and so imports this module
 
 Interval = tuple[float, float]
 
@@ -72,7 +71,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Leaderboard(Sequence[Row]):
+class Leaderboard(Sequence[Row], Generic[P]):
     """Heads, the best by cross-validation first. ``print(leaderboard)`` shows it as a table.
 
     Attributes
@@ -101,7 +100,7 @@ class Leaderboard(Sequence[Row]):
     folds: str
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
-    predictors: Mapping[str, Predictor] = field(default_factory=dict, repr=False, compare=False)
+    predictors: Mapping[str, P] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
@@ -113,7 +112,7 @@ class Leaderboard(Sequence[Row]):
         return iter(self.rows)
 
     @property
-    def best(self) -> Predictor:
+    def best(self) -> P:
         """The predictor of the first row: the best by cross-validation, never by the test set."""
         head = self.rows[0].head
         if head not in self.predictors:
@@ -137,8 +136,8 @@ class Leaderboard(Sequence[Row]):
 
     @classmethod
     def from_dict(
-        cls, values: Mapping[str, Any], predictors: Mapping[str, Predictor] | None = None
-    ) -> Leaderboard:
+        cls, values: Mapping[str, Any], predictors: Mapping[str, P] | None = None
+    ) -> Leaderboard[P]:
         """Return the leaderboard that `to_dict` wrote.
 
         Raises

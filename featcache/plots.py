@@ -210,7 +210,7 @@ def plot_learning_curve(curve: LearningCurve, *, ax: Axes | None = None) -> Axes
 
 
 def plot_leaderboard(
-    leaderboard: Leaderboard | Mapping[str, Evaluation], *, ax: Axes | None = None
+    leaderboard: Leaderboard[Any] | Mapping[str, Evaluation], *, ax: Axes | None = None
 ) -> Axes:
     """Draw the accuracy of each head with its 95 % interval, the best on top.
 

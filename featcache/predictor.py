@@ -103,7 +103,7 @@ class Predictor:
     train_sha256: npt.NDArray[np.uint8]
     canaries: CanaryRows
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    leaderboard: Leaderboard | None = None
+    leaderboard: Leaderboard[Predictor] | None = None
     request: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=manifest.versions)
     _networks: list[Backbone] | None = field(default=None, init=False, repr=False)

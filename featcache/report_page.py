@@ -58,7 +58,7 @@ class Content:
     title: str
     version: str
     evaluation: Evaluation
-    leaderboard: Leaderboard | None
+    leaderboard: Leaderboard[Any] | None
     mistakes: list[Card]
     has_pictures: bool
     facts: list[tuple[str, str]]

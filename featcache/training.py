@@ -176,7 +176,7 @@ def compare(
     backbone: Backbone | None = None,
     checkpoints: str | Path | None = None,
     progress: bool | None = None,
-) -> Leaderboard:
+) -> Leaderboard[Predictor]:
     """Train several heads under the same folds and rank them by cross-validation.
 
     Parameters
@@ -719,7 +719,7 @@ class Study:
     """
 
     predictor: Predictor
-    leaderboard: Leaderboard
+    leaderboard: Leaderboard[Predictor]
     output: Path
     up_to_date: bool
 

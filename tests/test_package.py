@@ -30,9 +30,12 @@ def test_import_loads_no_heavy_library() -> None:
 
 
 def imports(path: Path) -> set[str]:
-    """Return the modules of featcache that a module imports when it is imported."""
+    """Return the modules of featcache that a module imports at its top, for types alone as well."""
     found = set()
-    for node in ast.parse(path.read_text()).body:
+    nodes = ast.parse(path.read_text()).body
+    if path != ROOT / "__init__.py":  # it names what is imported when it is first used
+        nodes += [inner for node in nodes if isinstance(node, ast.If) for inner in node.body]
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("featcache"):
             if node.module == "featcache":
                 found |= {f"featcache.{alias.name}" for alias in node.names}
