@@ -46,9 +46,10 @@ def folds_of(y, cv=3):
 @pytest.fixture(autouse=True, scope="module")
 def short_searches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featcache.heads.mlp._CHECKPOINTS", (1, 3, 6))
-        settings = {"dropout": 0.1, "learning_rate": 0.01}
-        patch.setattr("featcache.heads.mlp._SETTINGS", (settings,))
+        patch.setattr("featcache.heads.mlp._CHECKPOINTS", (2, 10, 40))
+        patch.setattr("featcache.heads.mlp._TREATMENTS", ("standard",))
+        patch.setattr("featcache.heads.mlp._DROPOUTS", (0.1,))
+        patch.setattr("featcache.heads.mlp._WEIGHT_DECAY", 0.1)
         yield
 
 

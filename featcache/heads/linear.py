@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from scipy.special import expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.pipeline import Pipeline
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
@@ -41,7 +40,7 @@ from featcache.heads.solver import (
     standardise,
     unstandardise,
 )
-from featcache.heads.treatment import TREATMENTS
+from featcache.heads.treatment import TREATMENTS, with_treatment
 
 ClassWeight: TypeAlias = str | dict[Any, float] | None
 
@@ -369,15 +368,6 @@ def _validate(
         ordered[design.order] = one.T
         mean: np.ndarray = ordered.reshape(len(rows.codes), rows.views, k).mean(axis=1)
         yield np.concatenate([-mean / 2, mean / 2], axis=1) if k == 1 else mean
-
-
-def with_treatment(treatment: str, estimator: Any, name: str) -> Any:
-    """Return a fitted estimator behind the step of its treatment, if that has one."""
-    step = TREATMENTS[treatment][0]
-    if step is None:
-        return estimator
-    fitted = step().fit(np.zeros((1, estimator.n_features_in_), dtype=np.float32))
-    return Pipeline([("treatment", fitted), (name, estimator)])
 
 
 @dataclass(frozen=True)

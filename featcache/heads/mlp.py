@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,25 +24,25 @@ from torch import Tensor
 
 from featcache.errors import TrainingError
 from featcache.heads.blocks import RowBlocks
+from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.search import (
     Candidate,
     Rows,
     Scoring,
     SearchResult,
-    choose,
     fit_temperature,
     gather,
     score_folds,
 )
+from featcache.heads.solver import Workers
 
 _CHECKPOINTS = (1, 2, 3, 5, 7, 10, 14, 20, 28)  # epochs at which a search looks, or ...
 _STEPS = 16  # ... a multiple of them, so that there are as many steps between two looks
 _PATIENCE = 2  # checkpoints without a better score before a search stops
-# Two amounts of dropout; the weight decay is fixed, and larger than the default of `MLP`.
-_SETTINGS: tuple[dict[str, Any], ...] = (
-    {"dropout": 0.5, "weight_decay": 1.0},
-    {"dropout": 0.75, "weight_decay": 1.0},
-)
+_TREATMENTS = ("standard", "l2", "power")
+_COUNTS = (256,)  # of principal components
+_DROPOUTS = (0.5, 0.75)
+_WEIGHT_DECAY = 1.0  # larger than the default of `MLP`, whose epochs are not chosen
 _AVERAGED = 0.99  # part of the average of the weights that is kept at each step
 _BLOCK = 8192  # rows scored at a time
 
@@ -145,22 +146,29 @@ class MLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"Expected at least two classes, got one class: {classes[0]!r}.")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         kept, held = self._hold_out(codes, groups, seed)
-        training = _Training(self, X, codes, weight, classes, kept, seed)
+        # Steps this small gain nothing from threads, and lose much to other programs' beside them.
+        with Workers.start():
+            training = _Training(self, X, codes, weight, classes, kept, seed)
+            return self._take(self._trained(training, held), classes)
+
+    def _trained(self, training: _Training, held: np.ndarray) -> _Layers:
+        """Train to the end, or until the loss on the rows `held` out falls no more."""
+        if not len(held):
+            training.advance(self.max_epochs)
+            self.n_iter_ = self.max_epochs
+            return training.layers()
         best, since, found = np.inf, 0, training.layers()
         for epoch in range(1, self.max_epochs + 1):
             training.epoch()
-            if not len(held):
-                continue
             layers = training.layers()
-            loss = _log_loss(layers.scores(X[held]), codes[held], training.loss_weights(held))
+            scores = layers.scores(training.X[held])
+            loss = _log_loss(scores, training.codes[held], training.loss_weights(held))
             since = 0 if loss < best else since + 1
             if loss < best:
                 best, found, self.n_iter_ = loss, layers, epoch
             if since >= self.patience:
                 break
-        if not len(held):
-            found, self.n_iter_ = training.layers(), self.max_epochs
-        return self._take(found, classes)
+        return found
 
     def _check_parameters(self) -> None:
         positive = (
@@ -321,6 +329,11 @@ class _Training:
         weights: np.ndarray = self._weight[rows]
         return weights
 
+    def advance(self, epochs: int) -> None:
+        """Train for some epochs."""
+        for _ in range(epochs):
+            self.epoch()
+
     def epoch(self) -> None:
         """Train once on each row."""
         order = self.rows[torch.randperm(len(self.rows), generator=self.generator).numpy()]
@@ -399,7 +412,7 @@ def search_mlp(
     random_state: int = 0,
     **_: Any,
 ) -> SearchResult:
-    """Choose dropout and the number of epochs by cross-validation.
+    """Choose treatment, components, dropout and the number of epochs by cross-validation.
 
     All folds are trained side by side and scored on their validation rows as they go; training
     stops where the score does. The network that is kept is trained on all rows for as many
@@ -419,66 +432,104 @@ def search_mlp(
     if isinstance(rows.X, RowBlocks):
         raise TrainingError("The mlp head needs its features in memory: give --memory, or linear.")
     start = time.perf_counter()
-    tried: list[tuple[Candidate, np.ndarray]] = []
-    for settings in _SETTINGS:
-        estimator = MLP(**settings, class_weight=class_weight, random_state=random_state)
-        tried += _judged(rows, estimator, settings, scoring)
-    best, values = choose(tried)
+    search = _Search(rows, class_weight, scoring, random_state)
+    for treatment in _TREATMENTS:
+        search.attempt(Preparation(treatment, scaled=False), _DROPOUTS[0])
+    treatment = search.best.preparation.treatment
+    for count in component_counts(rows, _COUNTS):
+        search.attempt(Preparation(treatment, count, random_state=random_state), _DROPOUTS[0])
+    for dropout in _DROPOUTS[1:]:
+        search.attempt(search.best.preparation, dropout)
+    best = search.best
     middle = time.perf_counter()
-    chosen: dict[str, Any] = dict(best.params)
-    fitted = MLP(
-        max_epochs=chosen.pop("epochs"),
-        **chosen,
-        validation_fraction=0.0,
-        class_weight=class_weight,
-        random_state=random_state,
-    )
-    fitted.fit(rows.X, rows.targets(), rows.weights())
+    network = search.network(best.candidate.params["dropout"])
+    network.set_params(max_epochs=best.candidate.params["epochs"], validation_fraction=0.0)
+    fitted = best.preparation.fit_head(rows, "mlp", network)
     return SearchResult(
         head="mlp",
         estimator=fitted,
-        best=best,
-        candidates=tuple(one for one, _ in tried),
+        best=best.candidate,
+        candidates=tuple(one.candidate for one in search.tried),
         classes=rows.classes,
-        logits=values,
-        temperature=fit_temperature(values, rows.codes, rows.weight),
+        logits=best.logits,
+        temperature=fit_temperature(best.logits, rows.codes, rows.weight),
         search_seconds=middle - start,
         fit_seconds=time.perf_counter() - middle,
     )
 
 
-def _judged(
-    rows: Rows, estimator: MLP, settings: dict[str, Any], scoring: Scoring
-) -> list[tuple[Candidate, np.ndarray]]:
-    """Train one network a fold, and score them together at the checkpoints."""
-    X: Any = rows.X
-    codes = np.repeat(rows.codes, rows.views)
-    given = rows.weights()
-    weight = np.ones(len(codes)) if given is None else given
-    trainings = [
-        _Training(estimator, X, codes, weight, rows.classes, rows.rows(train), fold)
-        for fold, (train, _) in enumerate(rows.folds)
-    ]
-    tried: list[tuple[Candidate, np.ndarray]] = []
-    done = 0
-    size = min(len(training.rows) for training in trainings)
-    unit = -(-_STEPS * estimator.batch_size // size)
-    for checkpoint in _CHECKPOINTS:
-        epochs = checkpoint * unit
-        for training in trainings:
-            for _ in range(epochs - done):
-                training.epoch()
-        done = epochs
-        per_fold = []
-        for training, (_, valid) in zip(trainings, rows.folds, strict=True):
-            scores = training.layers().scores(X[rows.rows(valid)])
-            if scores.shape[1] == 2:  # as `featcache.heads.search.logits` gives them
-                scores -= scores.mean(axis=1, keepdims=True)
-            per_fold.append(scores.reshape(len(valid), rows.views, -1).mean(axis=1))
-        values = gather(rows, per_fold)
-        found = score_folds(values, rows.codes, rows.classes, rows.folds, scoring)
-        tried.append((Candidate({**settings, "epochs": epochs}, found), values))
-        scored = [one.score for one, _ in tried]
-        if len(scored) - 1 - int(np.argmax(scored)) >= _PATIENCE:
-            break
-    return tried
+@dataclass(frozen=True)
+class _Tried:
+    """A network after some epochs, on all folds."""
+
+    candidate: Candidate
+    logits: np.ndarray
+    preparation: Preparation
+
+
+class _Search:
+    """What was tried, and on what."""
+
+    def __init__(self, rows: Rows, class_weight: Any, scoring: Scoring, random_state: int) -> None:
+        self.rows, self.class_weight = rows, class_weight
+        self.scoring, self.random_state = scoring, random_state
+        self.tried: list[_Tried] = []
+
+    @property
+    def best(self) -> _Tried:
+        """The best so far; the earlier one where scores tie."""
+        return max(self.tried, key=lambda one: one.candidate.score)
+
+    def network(self, dropout: float) -> MLP:
+        """Return a network to train."""
+        return MLP(
+            dropout=dropout,
+            weight_decay=_WEIGHT_DECAY,
+            class_weight=self.class_weight,
+            random_state=self.random_state,
+        )
+
+    def attempt(self, preparation: Preparation, dropout: float) -> None:
+        """Train one network a fold, and score them together at the checkpoints."""
+        rows, estimator = self.rows, self.network(dropout)
+        features = preparation.on_folds(rows)
+        codes = np.repeat(rows.codes, rows.views)
+        given = rows.weights()
+        weight = np.ones(len(codes)) if given is None else given
+        trainings = [
+            _Training(estimator, X, codes, weight, rows.classes, rows.rows(train), fold)
+            for fold, (X, (train, _)) in enumerate(zip(features, rows.folds, strict=True))
+        ]
+        done = 0
+        scored: list[float] = []
+        size = min(len(training.rows) for training in trainings)
+        unit = -(-_STEPS * estimator.batch_size // size)
+        for checkpoint in _CHECKPOINTS:
+            epochs = checkpoint * unit
+            with Workers.start() as workers:
+                for _ in workers.in_order(
+                    partial(training.advance, epochs - done) for training in trainings
+                ):
+                    pass
+            done = epochs
+            values = gather(
+                rows,
+                [
+                    self._scores(training, valid)
+                    for training, (_, valid) in zip(trainings, rows.folds, strict=True)
+                ],
+            )
+            found = score_folds(values, rows.codes, rows.classes, rows.folds, self.scoring)
+            params = {**preparation.params, "dropout": dropout, "epochs": epochs}
+            self.tried.append(_Tried(Candidate(params, found), values, preparation))
+            scored.append(self.tried[-1].candidate.score)
+            if len(scored) - 1 - int(np.argmax(scored)) >= _PATIENCE:
+                break
+
+    def _scores(self, training: _Training, valid: np.ndarray) -> np.ndarray:
+        """Return scores (images, k) of validation images, means over their views."""
+        scores = training.layers().scores(training.X[self.rows.rows(valid)])
+        if scores.shape[1] == 2:  # as `featcache.heads.search.logits` gives them
+            scores -= scores.mean(axis=1, keepdims=True)
+        mean: np.ndarray = scores.reshape(len(valid), self.rows.views, -1).mean(axis=1)
+        return mean

@@ -9,19 +9,19 @@ image is compared with all rows of the other folds once, and the nearest are kep
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.pipeline import Pipeline
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from featcache.heads.blocks import RowBlocks
+from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.search import (
     Candidate,
     Rows,
@@ -32,11 +32,12 @@ from featcache.heads.search import (
     gather,
     score_folds,
 )
-from featcache.heads.treatment import SignedPower, power, unit_norm
+from featcache.heads.treatment import power, unit_norm, with_treatment
 
 NEIGHBORS = (10, 20, 100, 200)
 TEMPERATURES = (0.02, 0.05, 0.15)
 
+_COUNTS = (128, 256)  # of principal components
 _QUERIES = 1024  # rows compared at a time ...
 _REFERENCES = 4096  # ... with so many: 16 MB of similarities
 _MOST = 4096  # neighbours that are looked at
@@ -319,6 +320,10 @@ class _Allowed:
         return allowed
 
 
+# The images judged in each fold, and their neighbours' similarities and rows.
+_Neighbors: TypeAlias = tuple[list[np.ndarray], np.ndarray, np.ndarray]
+
+
 class _Search:
     """One treatment: which rows are nearest, and how all settings of the vote do."""
 
@@ -336,8 +341,8 @@ class _Search:
             a, b = np.searchsorted(self.kept, [part.start, part.stop])
             self.unit[a:b] = block[self.kept[a:b] - part.start]
 
-    def neighbors(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Return the images judged in each fold, and their neighbours' similarities and rows."""
+    def neighbors(self) -> _Neighbors:
+        """Find the nearest rows of the other folds, reading the features once."""
         rows, views = self.rows, self.rows.views
         weight = self.weights[self.kept]
         count = needed_neighbors(weight, max(NEIGHBORS))
@@ -369,11 +374,15 @@ class _Search:
         return judged, similarities, found
 
     def candidates(
-        self, name: str, scoring: Scoring, class_weight: Any
+        self,
+        params: Mapping[str, Any],
+        neighbors: _Neighbors,
+        scoring: Scoring,
+        class_weight: Any,
     ) -> list[tuple[Candidate, np.ndarray]]:
         """Judge all settings of the vote."""
         rows = self.rows
-        judged, similarities, found = self.neighbors()
+        judged, similarities, found = neighbors
         folds = [(train, one) for (train, _), one in zip(rows.folds, judged, strict=True)]
         codes, weights = self.codes[self.kept], self.weights[self.kept]
         per_class = [
@@ -395,9 +404,21 @@ class _Search:
                     per_fold.append(logs.reshape(len(one), rows.views, len(factors)).mean(axis=1))
                 values = gather(_judged_rows(rows, folds), per_fold)
                 scores = score_folds(values, rows.codes, rows.classes, folds, scoring)
-                params = {"treatment": name, "k": n_neighbors, "temperature": temperature}
-                tried.append((Candidate(params, scores), values))
+                vote = {"k": n_neighbors, "temperature": temperature}
+                tried.append((Candidate({**params, **vote}, scores), values))
         return tried
+
+
+def _among_components(rows: Rows, plan: _Plan, preparation: Preparation) -> _Neighbors:
+    """Find the nearest rows by principal components, which each fold has of its own."""
+    judged, similarities, found = [], [], []
+    for fold, pair in enumerate(rows.folds):
+        inside = replace(rows, X=preparation.on_fold(rows, fold), folds=[pair])
+        some = _Search(inside, plan, None).neighbors()
+        judged += some[0]
+        similarities.append(some[1])
+        found.append(some[2])
+    return judged, np.concatenate(similarities), np.concatenate(found)
 
 
 def _judged_rows(rows: Rows, folds: Any) -> Rows:
@@ -423,7 +444,9 @@ def search_knn(
     memory: int | None = None,
     **_: Any,
 ) -> SearchResult:
-    """Choose treatment, neighbourhood and temperature, and keep the rows that vote.
+    """Choose treatment, components, neighbourhood and temperature, and keep the rows that vote.
+
+    Principal components are tried where features are in memory.
 
     Features on disk are read once for each treatment to be kept (as float16, in half of the
     memory, a stratified part of them if they are more than that) and once to be compared.
@@ -446,18 +469,29 @@ def search_knn(
     treatments: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {"l2": None, "power": power}
     tried: list[tuple[Candidate, np.ndarray]] = []
     for name, treat in treatments.items():
-        tried += _Search(rows, plan, treat).candidates(name, scoring, class_weight)
+        search = _Search(rows, plan, treat)
+        params = {"treatment": name}
+        tried += search.candidates(params, search.neighbors(), scoring, class_weight)
+    if not isinstance(rows.X, RowBlocks):
+        treatment = choose(tried)[0].params["treatment"]
+        for count in component_counts(rows, _COUNTS):
+            some = Preparation(treatment, count, random_state=random_state)
+            neighbors = _among_components(rows, plan, some)
+            tried += search.candidates(some.params, neighbors, scoring, class_weight)
     best, values = choose(tried)
     middle = time.perf_counter()
-    treatment = best.params["treatment"]
-    last = _Search(rows, plan, treatments[treatment])
     estimator: Any = CosineNeighbors(
         best.params["k"], temperature=best.params["temperature"], class_weight=class_weight
     )
-    estimator._keep(last.unit, last.codes[last.kept], last.weights[last.kept], rows.classes)
-    if treatments[treatment] is not None:
-        step = SignedPower().fit(np.zeros((1, rows.X.shape[-1]), dtype=np.float32))
-        estimator = Pipeline([("treatment", step), ("knn", estimator)])
+    treatment = best.params["treatment"]
+    if "n_components" in best.params:
+        some = Preparation(treatment, best.params["n_components"], random_state=random_state)
+        estimator = some.fit_head(rows, "knn", estimator)
+    else:
+        last = _Search(rows, plan, treatments[treatment])
+        estimator._keep(last.unit, last.codes[last.kept], last.weights[last.kept], rows.classes)
+        # The head scales rows to length 1 by itself.
+        estimator = with_treatment("standard" if treatment == "l2" else treatment, estimator, "knn")
     return SearchResult(
         head="knn",
         estimator=estimator,

@@ -28,7 +28,6 @@ from featcache.heads.linear import (
     class_factors,
     fold_weights,
     out_of_fold,
-    with_treatment,
 )
 from featcache.heads.search import (
     Candidate,
@@ -39,7 +38,7 @@ from featcache.heads.search import (
     score_folds,
 )
 from featcache.heads.solver import Design
-from featcache.heads.treatment import TREATMENTS
+from featcache.heads.treatment import TREATMENTS, with_treatment
 
 ALPHAS: tuple[float, ...] = (100.0, 10.0, 3.0, 1.0, 0.3, 1e-1, 1e-2, 1e-3)
 """Penalties that are tried, in units of the number of rows; the first wins where scores tie."""

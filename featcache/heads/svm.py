@@ -15,6 +15,7 @@ It could not share the kernel between values of C either.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,12 +30,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from featcache.heads.linear import ClassWeight, IterativeModel, search_linear
+from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.search import (
     Candidate,
     Rows,
     Scoring,
     SearchResult,
-    fit_estimator,
+    choose,
     fit_temperature,
     gather,
     score_folds,
@@ -45,9 +47,10 @@ from featcache.heads.treatment import TREATMENTS
 KERNEL_ROWS = 20_000
 """More training rows than this get Nystroem features and a linear SVM."""
 
-_COMPONENTS = 2000
+_LANDMARKS = 2000
 _PAIRS = 1 << 23  # (row, support vector) pairs at a time: 64 MB of kernel
 _C = 10.0
+_COUNTS = (128, 256, 512)  # of principal components
 _GAMMAS = (0.25, 0.5, 2.0)
 _CS = (1.0, 3.0, 30.0)
 
@@ -315,65 +318,85 @@ class GaussianSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return labels
 
 
-def _pipeline(treatment: str, estimator: Any, name: str) -> Pipeline:
-    step = TREATMENTS[treatment][0]
-    before = [] if step is None else [("treatment", step())]
-    return Pipeline([*before, ("scaler", StandardScaler()), (name, estimator)])
+@dataclass(frozen=True)
+class _Setting:
+    """What a kernel machine is tried with, behind a treatment."""
+
+    n_components: int | None = None
+    C: float = _C
+    gamma: float = 1.0
 
 
 def _kernel_fold(
     rows: Rows,
     fold: int,
-    treatment: str,
-    settings: Sequence[tuple[float, float]],
+    preparation: Preparation,
+    settings: Sequence[_Setting],
     class_weight: ClassWeight,
 ) -> list[np.ndarray]:
-    """Return scores of one fold's validation rows at each (C, gamma)."""
+    """Return scores of one fold's validation rows at each setting."""
     train, valid = (np.asarray(part) for part in rows.folds[fold])
-    prepare = _pipeline(treatment, "passthrough", "end").fit(rows.features(train))
-    A, B = prepare.transform(rows.features(train)), prepare.transform(rows.features(valid))
-    inner, outer = _squared_distances(A, A), _squared_distances(B, A)
+    X = preparation.on_fold(rows, fold)
+    A, B = X[rows.rows(train)], X[rows.rows(valid)]
     y, weight = rows.targets(train), rows.weights(train)
-    scale = _default_gamma(A, weight)
     found: list[np.ndarray] = []
-    K, held = np.empty((0, 0)), 0.0
-    for C, gamma in settings:
-        if gamma != held:
-            K, held = _kernel(inner, gamma * scale), gamma
-        machine = _Machine.fit(K, y, weight, C=C, class_weight=class_weight, tol=1e-3)
-        values = machine.decide(_kernel(outer[:, machine.support], gamma * scale))
-        if values.ndim == 1:
-            values = np.stack([-values / 2, values / 2], axis=1)
-        found.append(values.reshape(len(valid), rows.views, -1).mean(axis=1))
+    for count, same in itertools.groupby(settings, key=lambda one: one.n_components):
+        inner = _squared_distances(A[:, :count], A[:, :count])
+        outer = _squared_distances(B[:, :count], A[:, :count])
+        scale = _default_gamma(A[:, :count], weight)
+        for gamma, several in itertools.groupby(same, key=lambda one: one.gamma):
+            K = _kernel(inner, gamma * scale)
+            for one in several:
+                machine = _Machine.fit(K, y, weight, C=one.C, class_weight=class_weight, tol=1e-3)
+                values = machine.decide(_kernel(outer[:, machine.support], gamma * scale))
+                if values.ndim == 1:
+                    values = np.stack([-values / 2, values / 2], axis=1)
+                found.append(values.reshape(len(valid), rows.views, -1).mean(axis=1))
     return found
 
 
 class _KernelSearch:
-    """Treatment first, then the width of the kernel, then C."""
+    """Treatment first, then the number of components, the width of the kernel, and C."""
 
     def __init__(
-        self, rows: Rows, class_weight: ClassWeight, scoring: Scoring, n_jobs: int
+        self,
+        rows: Rows,
+        class_weight: ClassWeight,
+        scoring: Scoring,
+        random_state: int,
+        n_jobs: int,
     ) -> None:
         self.rows, self.class_weight = rows, class_weight
-        self.scoring, self.n_jobs = scoring, n_jobs
+        self.scoring, self.random_state, self.n_jobs = scoring, random_state, n_jobs
         self.tried: list[tuple[Candidate, np.ndarray]] = []
+        self.preparation, self.setting = Preparation(), _Setting()
 
-    def attempt(self, treatment: str, settings: Sequence[tuple[float, float]]) -> None:
-        folds = range(len(self.rows.folds))
+    def attempt(self, treatment: str, settings: Sequence[_Setting]) -> None:
+        """Try settings that have all columns, or all of them components."""
+        if not settings:
+            return
+        counts = [one.n_components for one in settings if one.n_components is not None]
+        most = Preparation(treatment, max(counts, default=None), random_state=self.random_state)
         per_fold = Parallel(n_jobs=self.n_jobs)(
-            delayed(_kernel_fold)(self.rows, fold, treatment, settings, self.class_weight)
-            for fold in folds
+            delayed(_kernel_fold)(self.rows, fold, most, settings, self.class_weight)
+            for fold in range(len(self.rows.folds))
         )
-        for number, (C, gamma) in enumerate(settings):
+        for number, one in enumerate(settings):
             values = gather(self.rows, [found[number] for found in per_fold])
             scores = score_folds(
                 values, self.rows.codes, self.rows.classes, self.rows.folds, self.scoring
             )
-            params = {"treatment": treatment, "C": C, "gamma": gamma}
+            preparation = replace(most, n_components=one.n_components)
+            params = {**preparation.params, "C": one.C, "gamma": one.gamma}
+            before = max((old.score for old, _ in self.tried), default=-np.inf)
             self.tried.append((Candidate(params, scores), values))
+            if self.tried[-1][0].score > before:
+                self.preparation, self.setting = preparation, one
 
-    def best(self) -> tuple[Candidate, np.ndarray]:
-        return max(self.tried, key=lambda one: one[0].score)
+    def vary(self, name: str, values: Sequence[Any]) -> None:
+        """Try other values of one parameter at the best setting."""
+        settings = [replace(self.setting, **{name: value}) for value in values]
+        self.attempt(self.preparation.treatment, settings)
 
 
 def search_kernel_svm(
@@ -386,7 +409,10 @@ def search_kernel_svm(
     memory: int | None = None,
     treatments: Sequence[str] = tuple(TREATMENTS),
 ) -> SearchResult:
-    """Choose treatment, kernel width and C of a `GaussianSVM` one after the other, and fit it.
+    """Choose the parameters of a `GaussianSVM` one after the other, and fit it.
+
+    These are the treatment, whether and how many principal components are kept, the width of the
+    kernel, and C.
 
     Above `KERNEL_ROWS` rows, or where the kernel matrix would take more than half of `memory`,
     it is a linear SVM on Nystroem features instead, and a note says so.
@@ -406,18 +432,17 @@ def search_kernel_svm(
             rows, class_weight=class_weight, scoring=scoring, random_state=random_state, n=n
         )
     start = time.perf_counter()
-    search = _KernelSearch(rows, class_weight, scoring, n_jobs)
+    search = _KernelSearch(rows, class_weight, scoring, random_state, n_jobs)
     for treatment in treatments:
-        search.attempt(treatment, [(_C, 1.0)])
-    treatment = search.best()[0].params["treatment"]
-    search.attempt(treatment, [(_C, gamma) for gamma in _GAMMAS])
-    gamma = search.best()[0].params["gamma"]
-    search.attempt(treatment, [(C, gamma) for C in _CS])
-    chosen, values = search.best()
+        search.attempt(treatment, [_Setting()])
+    search.vary("n_components", component_counts(rows, _COUNTS))
+    search.vary("gamma", _GAMMAS)
+    search.vary("C", _CS)
+    chosen, values = choose(search.tried)
     middle = time.perf_counter()
-    params = chosen.params
-    estimator = GaussianSVM(params["C"], gamma=params["gamma"], class_weight=class_weight)
-    fitted = fit_estimator(_pipeline(params["treatment"], estimator, "rbf-svm"), rows)
+    setting = search.setting
+    estimator = GaussianSVM(setting.C, gamma=setting.gamma, class_weight=class_weight)
+    fitted = search.preparation.fit_head(rows, "rbf-svm", estimator)
     return SearchResult(
         head="rbf-svm",
         estimator=fitted,
@@ -449,7 +474,7 @@ def _search_nystroem(
                 "nystroem",
                 Nystroem(
                     gamma=1.0 / X.shape[1],
-                    n_components=min(_COMPONENTS, n // 2),
+                    n_components=min(_LANDMARKS, n // 2),
                     random_state=random_state,
                 ),
             ),

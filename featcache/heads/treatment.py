@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer
 from sklearn.utils.validation import validate_data
 
@@ -70,3 +71,12 @@ TREATMENTS: dict[str, tuple[Any, Transform | None]] = {
     "power": (SignedPower, power),
 }
 """Name of a treatment to the class of its pipeline step and the same thing as a function."""
+
+
+def with_treatment(treatment: str, estimator: Any, name: str) -> Any:
+    """Return a fitted estimator behind the step of its treatment, if that has one."""
+    step = TREATMENTS[treatment][0]
+    if step is None:
+        return estimator
+    fitted = step().fit(np.zeros((1, estimator.n_features_in_), dtype=np.float32))
+    return Pipeline([("treatment", fitted), (name, estimator)])

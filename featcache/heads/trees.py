@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from featcache.heads.blocks import RowBlocks
 from featcache.heads.neighbors import stratified
+from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.search import (
     Candidate,
     Rows,
@@ -48,6 +50,7 @@ ClassWeight = str | dict[Any, float] | None
 
 _TREES = 300
 _FIRST_TREES = 60  # of each kind of forest, to choose the kind by
+_FOREST_COMPONENTS = (64,)  # more dilute what each split chooses from
 _SAMPLE = 8192  # rows that principal components are computed from
 _LEADING = 32  # components that stand beside the discriminants
 _SHRINKAGE = 0.05  # of the covariance within classes, towards a sphere
@@ -513,10 +516,10 @@ def search_boosting(
     for number, (size, rounds) in enumerate(search.settings):
         values = gather(rows, [one[number] for one in per_fold])
         scores = score_folds(values, rows.codes, rows.classes, rows.folds, scoring)
-        tried.append((Candidate({"components": size, "rounds": rounds}, scores), values))
+        tried.append((Candidate({"n_components": size, "rounds": rounds}, scores), values))
     best, values = choose(tried)
     middle = time.perf_counter()
-    estimator = search.last(best.params["components"], best.params["rounds"])
+    estimator = search.last(best.params["n_components"], best.params["rounds"])
     return SearchResult(
         head="boosting",
         estimator=estimator,
@@ -635,6 +638,15 @@ class _Boosting:
         )
 
 
+@dataclass(frozen=True)
+class _Forest:
+    """What a forest is grown on, and how."""
+
+    preparation: Preparation
+    splits: str
+    min_samples_leaf: int
+
+
 def search_forest(
     rows: Rows,
     *,
@@ -646,7 +658,8 @@ def search_forest(
 ) -> SearchResult:
     """Choose between random forests and extra trees, and grow the better to 300 trees.
 
-    The kinds are compared with 60 trees a fold; only the better one is grown in full.
+    The kinds are compared with 60 trees a fold, and the better one with itself on principal
+    components; only the best is grown in full.
 
     Parameters
     ----------
@@ -665,22 +678,34 @@ def search_forest(
 
     start = time.perf_counter()
     shared = {"class_weight": class_weight, "random_state": random_state, "n_jobs": n_jobs}
-    kinds = {
-        (name, leaf): (kind, {"min_samples_leaf": leaf, **shared})
-        for name, kind in (("random", RandomForestClassifier), ("extra", ExtraTreesClassifier))
-        for leaf in (1, 3)
-    }
-    tried = [_judge_forest(rows, key, *kinds[key], _FIRST_TREES, scoring) for key in kinds]
-    chosen = list(kinds)[int(np.argmax([one.score for one, _ in tried]))]
-    best, values = _judge_forest(rows, chosen, *kinds[chosen], _TREES, scoring)
+    kinds = {"random": RandomForestClassifier, "extra": ExtraTreesClassifier}
+    plain = Preparation(scaled=False)
+    tried: dict[_Forest, tuple[Candidate, np.ndarray]] = {}
+
+    def judge(forests: Sequence[_Forest], count: int) -> _Forest:
+        for one in forests:
+            forest = kinds[one.splits](count, min_samples_leaf=one.min_samples_leaf, **shared)
+            tried[one] = _judge_forest(rows, one, forest, scoring)
+        return max(tried, key=lambda one: tried[one][0].score)
+
+    best = judge([_Forest(plain, kind, leaf) for kind in kinds for leaf in (1, 3)], _FIRST_TREES)
+    on_components = [
+        replace(best, preparation=Preparation(treatment, count, random_state=random_state))
+        for count in component_counts(rows, _FOREST_COMPONENTS)
+        for treatment in ("standard", "power")
+    ]
+    best = judge(on_components, _FIRST_TREES)
+    candidates = [one for one, _ in tried.values()]
+    judge([best], _TREES)
+    chosen, values = tried[best]
     middle = time.perf_counter()
-    kind, params = kinds[chosen]
-    estimator = fit_estimator(kind(_TREES, **params), rows)
+    forest = kinds[best.splits](_TREES, min_samples_leaf=best.min_samples_leaf, **shared)
+    estimator = best.preparation.fit_head(rows, "forest", forest)
     return SearchResult(
         head="forest",
         estimator=estimator,
-        best=best,
-        candidates=(*(one for one, _ in tried), best),
+        best=chosen,
+        candidates=(*candidates, chosen),
         classes=rows.classes,
         logits=values,
         temperature=fit_temperature(values, rows.codes, rows.weight),
@@ -690,15 +715,21 @@ def search_forest(
 
 
 def _judge_forest(
-    rows: Rows, key: tuple[str, int], kind: Any, params: Any, count: int, scoring: Scoring
+    rows: Rows, how: _Forest, forest: Any, scoring: Scoring
 ) -> tuple[Candidate, np.ndarray]:
     """Grow a forest for each fold and score it on the fold's validation rows."""
     per_fold = []
-    for train, valid in rows.folds:
-        forest = fit_estimator(kind(count, **params), rows, np.asarray(train))
-        X = rows.features(np.asarray(valid))
+    for fold, (train, valid) in enumerate(rows.folds):
+        inside = replace(rows, X=how.preparation.on_fold(rows, fold))
+        fit_estimator(forest, inside, np.asarray(train))
+        X = inside.features(np.asarray(valid))
         per_fold.append(logits(forest, X.reshape(len(valid), rows.views, -1)))
     values = gather(rows, per_fold)
     scores = score_folds(values, rows.codes, rows.classes, rows.folds, scoring)
-    name, leaf = key
-    return Candidate({"splits": name, "min_samples_leaf": leaf, "trees": count}, scores), values
+    params = {
+        **({} if how.preparation.n_components is None else how.preparation.params),
+        "splits": how.splits,
+        "min_samples_leaf": how.min_samples_leaf,
+        "trees": forest.n_estimators,
+    }
+    return Candidate(params, scores), values

@@ -1,0 +1,111 @@
+"""Treatments and principal components before heads that compare rows or columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+
+from featcache import persistence
+from featcache.heads import HEADS, SearchResult, logits
+from featcache.heads.preparation import Preparation, component_counts
+from featcache.heads.search import Rows
+from featcache.splitting import folds
+
+
+def buried(n: int = 700, d: int = 280, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two classes that differ in many directions of little variance, beside a few of much.
+
+    A few directions that say nothing hold nearly all of the variance, so that distances between
+    rows, and columns, are all noise until the components are whitened.
+    """
+    rng = np.random.default_rng(seed)
+    codes = np.arange(n) % 2
+    loud = 30 * rng.normal(size=(n, 8))
+    soft = rng.normal(size=(n, 60)) + 0.35 * np.where(codes == 1, 1, -1)[:, None]
+    turn = np.linalg.qr(np.random.default_rng(7).normal(size=(d, 68)))[0]
+    X = np.concatenate([loud, soft], axis=1) @ turn.T + 0.02 * rng.normal(size=(n, d))
+    return X.astype(np.float32), np.array(["cat", "dog"])[codes]
+
+
+def rows_of(X: np.ndarray, y: np.ndarray) -> Rows:
+    return Rows.check(X, y, folds(y, cv=3, random_state=0), None)
+
+
+@pytest.fixture(scope="module", params=["rbf-svm", "knn", "forest"])
+def found(request: pytest.FixtureRequest) -> SearchResult:
+    X, y = buried()
+    return HEADS[request.param].search(X, y, folds(y, cv=3, random_state=0))
+
+
+def test_components_are_found_where_they_help(found: SearchResult) -> None:
+    new, truth = buried(seed=1)
+    assert "n_components" in found.params
+    without = max(one.score for one in found.candidates if "n_components" not in one.params)
+    assert found.score > without + 0.03
+    assert (found.estimator.predict(new) == truth).mean() > without
+
+
+def test_a_head_on_components_can_be_saved(found: SearchResult) -> None:
+    new, _ = buried(seed=1)
+    again = persistence.load(persistence.dump(found.estimator))
+    np.testing.assert_array_equal(logits(again, new), logits(found.estimator, new))
+
+
+def test_the_last_fit_has_the_steps_of_the_folds(found: SearchResult) -> None:
+    assert isinstance(found.estimator, Pipeline)
+    assert found.estimator[-2].n_components_ == found.params["n_components"]
+    assert [name for name, _ in found.estimator.steps][-3:-1] == ["scaler", "pca"]
+
+
+@pytest.mark.parametrize("columns", [280, 3100])
+def test_components_are_learnt_from_training_rows_alone(columns: int) -> None:
+    X, y = buried(120, columns)
+    rows = rows_of(X, y)
+    train, valid = rows.folds[1]
+    some = Preparation("power", 5)
+    before = some.on_fold(rows, 1)
+    assert before.shape == (120, 5)
+    np.testing.assert_allclose(before[train].mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(before[train].std(axis=0, ddof=1), 1, atol=1e-3)
+    X[valid] = 1e4 * np.random.default_rng(0).normal(size=(len(valid), columns))
+    np.testing.assert_array_equal(some.on_fold(rows_of(X, y), 1)[train], before[train])
+
+
+def test_the_leading_components_are_those_of_fewer() -> None:
+    rows = rows_of(*buried(300))
+    many, few = (Preparation(n_components=count).on_fold(rows, 0) for count in (20, 10))
+    np.testing.assert_allclose(many[:, :10], few, atol=1e-5)
+
+
+def test_without_components_nothing_is_copied_that_need_not_be() -> None:
+    rows = rows_of(*buried(60))
+    one, other, last = Preparation(scaled=False).on_folds(rows)
+    assert one is other is last is rows.X
+
+
+def test_many_rows_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.heads.preparation._MOST_ROWS", 90)
+    seen: list[int] = []
+    fit = StandardScaler.fit
+
+    def counted(self: Any, X: np.ndarray, y: Any = None) -> Any:
+        seen.append(len(X))
+        return fit(self, X, y)
+
+    monkeypatch.setattr(StandardScaler, "fit", counted)
+    rows = rows_of(*buried(300))
+    assert Preparation(n_components=4).on_fold(rows, 0).shape == (300, 4)
+    assert seen == [90]
+
+
+def test_counts_leave_out_half_of_the_columns_and_rows() -> None:
+    wanted = (64, 128, 256)
+    X, y = buried(300, 280)
+    assert component_counts(rows_of(X, y), wanted) == (64,)  # 200 rows of training
+    views = Rows.check(np.stack([X, X], axis=1), y, folds(y, cv=3, random_state=0), None)
+    assert component_counts(views, wanted) == (64, 128)
+    assert component_counts(rows_of(X[:, :100], y), wanted) == ()
