@@ -632,8 +632,14 @@ class Predictor:
         expected = self.canaries.logits
         if not len(expected) or not getattr(self.estimator, "is_bound", True):
             return  # a head without its network is checked when it gets one
-        with np.errstate(all="ignore"):
-            found = head_logits(self.estimator, self.canaries.x)
+        try:
+            with np.errstate(all="ignore"):
+                found = head_logits(self.estimator, self.canaries.x)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise PredictorError(
+                f"The head in this file cannot compute ({error}): it is damaged, or a package has "
+                f"changed: {manifest.then_and_now(self.versions)}. Train again."
+            ) from error
         if found.shape != expected.shape or not origins.distance(found, expected) <= _SAME:
             raise PredictorError(
                 "The head no longer computes what it did when it was saved: "

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from featcache import Backbone, ImageSet, Preprocessing, extract, train
+from featcache import Backbone, ImageSet, Preprocessing, extract, persistence, train
 from featcache.errors import FingerprintMismatch, ImageSetError, PredictorError
 from featcache.manifest import CanaryRows
 from featcache.predictions import Prediction, write_predictions
@@ -389,6 +391,17 @@ def test_a_head_that_computes_something_else_is_refused(named: Path, tmp_path: P
         members["arrays.npz"] = buffer.getvalue()
 
     with pytest.raises(PredictorError, match=r"no longer computes .* trained with .*scikit-learn"):
+        Predictor.load(rezipped(named, tmp_path, change))
+
+
+def test_a_head_whose_steps_do_not_fit_is_refused(named: Path, tmp_path: Path) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        head = persistence.load(members["head.skops"])
+        scaler = StandardScaler().fit(np.zeros((3, head.n_features_in_)))
+        scaler.mean_ = scaler.mean_[:5]
+        members["head.skops"] = persistence.dump(make_pipeline(scaler, head))
+
+    with pytest.raises(PredictorError, match=r"cannot compute \(.*broadcast.*Train again"):
         Predictor.load(rezipped(named, tmp_path, change))
 
 
