@@ -10,6 +10,7 @@ it must still compute the same.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # pixels by one level; another device or instruction set moves the sums.
 CLOSE: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 FAR = 0.2
+
+_MOST_VALUES = 2**30  # of one image's pixels: 1 GiB; 300 views of 1,000 x 1,000 fit
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,18 @@ def rebuild(
 
 def _preprocessing(fingerprint: Fingerprint, kind: Any) -> Any:
     try:
-        return kind.from_dict(fingerprint.preprocessing)
+        preprocessing = kind.from_dict(fingerprint.preprocessing)
     except (TypeError, ValueError) as error:
         raise PredictorError(f"The predictor's preprocessing is damaged: {error}") from error
+    # Before anything of that size is made: the file may be hostile.
+    values = math.prod(preprocessing.output_shape) * fingerprint.views
+    if values > _MOST_VALUES:
+        size = " x ".join(map(str, preprocessing.output_shape))
+        raise PredictorError(
+            f"The predictor's preprocessing is damaged: {fingerprint.views} views of {size} for "
+            f"each image are {values:,} values; no more than {_MOST_VALUES:,} are made."
+        )
+    return preprocessing
 
 
 def choose(

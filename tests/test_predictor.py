@@ -554,6 +554,17 @@ def test_hostile_manifests(named: Path, tmp_path: Path, what: str) -> None:
         Predictor.load(target)
 
 
+@pytest.mark.parametrize(
+    "huge", [{"views": 10**9}, {"preprocessing": Preprocessing(crop=10**9).to_dict()}]
+)
+def test_pixels_of_no_possible_size_are_refused_before_any_are_made(
+    named: Path, tmp_path: Path, flower_folder: Path, huge: dict[str, Any]
+) -> None:
+    target = edited(named, tmp_path, lambda m: m["fingerprints"][0].update(huge))
+    with pytest.raises(PredictorError, match=r"damaged: .* views of 3 x \d+ x \d+ .* values"):
+        Predictor.load(target).predict(flower_folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"{" * 9999, b'{"a": ' + b"9" * 9999 + b"}"])
 def test_manifests_that_are_none(named: Path, tmp_path: Path, content: bytes) -> None:
     target = rezipped(named, tmp_path, lambda members: members.update({"manifest.json": content}))
