@@ -146,6 +146,11 @@ def _summary(content: Content) -> str:
             _interval(e.balanced_accuracy_interval),
         ),
         ("macro F1", f"{e.macro_f1:.3f}", _interval(e.macro_f1_interval)),
+        *(
+            (f"top-{k} accuracy", f"{value:.3f}", f"the label is among the {k} likeliest")
+            for k, value in e.top_k.items()
+            if k > 1
+        ),
         ("log loss", f"{e.log_loss:.3f}", "natural logarithm"),
         ("calibration error", f"{e.ece:.3f}", "0 is perfect"),
         ("images", f"{len(e):,}", f"{len(e.mistakes):,} mistakes"),

@@ -95,6 +95,20 @@ def test_every_section_is_there(page: Page) -> None:
     assert "featcache train" in page.text
 
 
+def test_every_metric_is_there(page: Page, made: Case) -> None:
+    e = made.evaluation
+    rates = {
+        "accuracy": e.accuracy,
+        "balanced accuracy": e.balanced_accuracy,
+        "macro F1": e.macro_f1,
+        "top-2 accuracy": e.top_k[2],
+        "log loss": e.log_loss,
+        "calibration error": e.ece,
+    }
+    for name, value in rates.items():
+        assert f"{name}{value:.3f}" in page.text
+
+
 def test_the_policy_allows_the_own_scripts_and_nothing_else(page: Page) -> None:
     hashes = {
         "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
