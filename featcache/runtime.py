@@ -567,6 +567,8 @@ class Runtime:
                 break
             if other == settings or seconds < _CLEARLY * fastest:
                 best, fastest = other, seconds
+            elif size > best.batch_size:
+                break  # a still larger one would not be faster either, and take twice the memory
         return best, fastest
 
     def _best_compiled(self, settings: Settings, seen: fusion.Observed) -> Settings:
