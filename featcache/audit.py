@@ -15,7 +15,8 @@ Four kinds of findings, in the order in which they are worth a look:
 ``outlier``
     An image far from all others: the mean cosine distance to its ten nearest neighbours lies more
     than three interquartile ranges above the upper quartile ("far out" in Tukey, *Exploratory Data
-    Analysis*, 1977). Score: that distance.
+    Analysis*, 1977). Score: that distance. Ten or more that resemble each other are neighbours, and
+    so no outliers, however unlike the rest they are.
 
 Copies and near-duplicates with different labels, or on both sides of a predefined split, are
 marked: the first are mistakes, the second flatter every test.

@@ -15,6 +15,7 @@ import gc
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +57,18 @@ class Command(click.Command):
 
 
 class Commands(Command, click.Group):
-    """A group of such commands."""
+    """A group of such commands; a warning is one line, without a place in the code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named."""
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return super().invoke(ctx)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    title = click.style("Warning:", fg="yellow", bold=True)
+    click.echo(f"{title} {message}", err=True, color=_colour(sys.stderr))
 
 
 def _colour(stream: Any) -> bool:

@@ -260,18 +260,22 @@ def _compete_all(
     *,
     progress: bool | None,
 ) -> tuple[list[tuple[Row, Predictor]], dict[str, str]]:
-    """Train each head that can be; and say why the others cannot."""
+    """Train each head that can be; and say why the others cannot.
+
+    Raises
+    ------
+    TrainingError
+        One that was asked for cannot; before any other is trained.
+    """
+    left_out = {name: why for name in names if (why := task.impossible(name))}
+    for name in left_out:
+        if name in asked:
+            raise TrainingError(f"{name} cannot be trained here: {left_out[name]}.")
     found = []
-    left_out = {}
-    with progress_bar(progress, names, unit="head", leave=False) as bar:
+    possible = [name for name in names if name not in left_out]
+    with progress_bar(progress, possible, unit="head", leave=False) as bar:
         for name in bar:
             bar.set_description(name)
-            why = task.impossible(name)
-            if why and name in asked:
-                raise TrainingError(f"{name} cannot be trained here: {why}.")
-            if why:
-                left_out[name] = why
-                continue
             found.append(_compete(task.of_head(name), name, test))
     return found, left_out
 

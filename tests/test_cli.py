@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +302,23 @@ def test_stopped_where_nothing_is_kept_a_command_says_one_word(
     message = fail("train", store, "-o", tmp_path / "p", "--head", "forest")
     assert message.strip() == "Aborted!"
     assert signal.getsignal(number) is before
+
+
+def test_a_warning_is_one_line(flower_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(flower_folder, tmp_path / "images" / "train")
+    for name in ("daisy", "rose", "tulip"):
+        (tmp_path / "images" / "test" / name).mkdir(parents=True)
+        shutil.copy(flower_folder / name / "0003.jpg", tmp_path / "images" / "test" / name)
+    extract(tmp_path / "images", tmp_path / "s.h5")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = featcache(
+            "train", tmp_path / "s.h5", "-o", tmp_path / "p.featcache", "--head", "svm", "--cv", "3"
+        )
+    assert result.exit_code == 0
+    warned = [line for line in result.stderr.splitlines() if "byte for byte" in line]
+    assert len(warned) == 1 and warned[0].startswith("Warning: 3 training images are")
+    assert ".py" not in result.stderr
 
 
 def test_a_predictor_never_replaces_a_file_of_another_kind(store: Path, tmp_path: Path) -> None:

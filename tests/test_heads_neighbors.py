@@ -9,7 +9,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from featcache import persistence
 from featcache.heads import HEADS, logits
 from featcache.heads.blocks import RowBlocks
-from featcache.heads.neighbors import CosineNeighbors, nearest, stratified
+from featcache.heads.neighbors import CosineNeighbors, nearest
+from featcache.heads.search import stratified
 
 
 @parametrize_with_checks([CosineNeighbors(5)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from scipy.special import softmax
 
 from featcache.errors import TrainingError
-from featcache.heads import HEADS, fit_temperature, linear
+from featcache.heads import HEADS, RowBlocks, fit_temperature, linear
 from featcache.heads.linear import LinearClassifier, LinearSearch, search_linear
 from featcache.heads.search import Rows
 from featcache.heads.solver import minimise
@@ -100,3 +101,45 @@ def test_loading_a_predictor_waits_for_no_trees() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("head", ["linear", "svm"])
+def test_many_rows_choose_roughly_on_a_part(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_MANY", 500)
+    monkeypatch.setattr(linear, "_SOME", 240)
+    rng = np.random.default_rng(0)
+    y = np.arange(600) % 3
+    X = (rng.normal(size=(600, 8)) + np.eye(3, 8)[y]).astype(np.float32)
+    parts = folds(y.astype(str), cv=3)
+    found = HEADS[head].search(X, y, parts)
+    said = rf"{head} chose its treatment, and C to within a decade, on 24\d of 600 images"
+    assert len(found.notes) == 1 and re.match(said, found.notes[0])
+    assert len({one.params["treatment"] for one in found.candidates}) == 1
+    Cs = [one.params["C"] for one in found.candidates]
+    assert max(Cs) / min(Cs) < 1001 and len(Cs) <= 5
+    assert not np.isnan(found.logits).any()
+    blocks = HEADS[head].search(RowBlocks.of(X), y, parts)
+    assert (blocks.params, blocks.notes) == (found.params, found.notes)
+    np.testing.assert_allclose(
+        blocks.estimator.decision_function(X), found.estimator.decision_function(X), atol=2e-3
+    )
+    views = np.stack([X, X], axis=1)[:400]
+    both = HEADS[head].search(RowBlocks.of(views), y[:400], folds(y[:400].astype(str), cv=3))
+    assert re.search(r"on 12\d of 400 images", both.notes[0])
+
+
+def test_all_rows_choose_where_a_part_would_miss_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_MANY", 500)
+    monkeypatch.setattr(linear, "_SOME", 60)
+    y = np.where(np.arange(600) < 3, 0, 1 + np.arange(600) % 2)
+    X = np.random.default_rng(0).normal(size=(600, 4)).astype(np.float32) + y[:, None]
+    found = HEADS["linear"].search(X, y, folds(y.astype(str), cv=3))
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_blocks_give_some_images(views: int) -> None:
+    X = np.random.default_rng(0).normal(size=(50, views, 3)).astype(np.float16)
+    some = np.array([0, 7, 8, 31, 49])
+    taken = RowBlocks.of(X).take(some)
+    np.testing.assert_array_equal(taken, X[some].reshape(-1, 3).astype(np.float32))

@@ -294,7 +294,9 @@ def test_boosting_takes_what_fits_and_says_so(folder: Path) -> None:
     assert board[0].cv_accuracy == pytest.approx(whole[0].cv_accuracy, abs=0.2)
 
 
-def test_heads_that_cannot_read_blocks_are_left_out_or_refused(folder: Path) -> None:
+def test_heads_that_cannot_read_blocks_are_left_out_or_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wide = make_store(folder / "wide-forest.h5", clusters(LABELS, d=64), LABELS)
     board = compare(wide, cv=3, memory=90 * 64 * 4)
     assert "forest" in board.left_out
@@ -304,6 +306,10 @@ def test_heads_that_cannot_read_blocks_are_left_out_or_refused(folder: Path) -> 
         compare(wide, heads=["forest"], memory=90 * 64 * 4)
     with pytest.raises(TrainingError, match="nested"):
         train(wide, head="linear", nested=True, memory=90 * 64 * 4)
+    # Before minutes have gone into the others.
+    monkeypatch.setattr("featcache.training._compete", lambda *_: pytest.fail("one was trained"))
+    with pytest.raises(TrainingError, match="forest cannot be trained here"):
+        compare(wide, heads=["svm", "forest"], memory=90 * 64 * 4)
 
 
 # --- several networks --------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+_ROWS = 8192  # read at a time
+
 
 def working_dtype(X: np.ndarray) -> np.dtype[Any]:
     """Return what to compute in: float64 for float64, else float32."""
@@ -58,6 +60,15 @@ class RowBlocks:
         for images, block in self.read(max(1, rows // self.views)):
             flat = np.asarray(block).reshape(-1, self.shape[-1])
             yield images, flat.astype(working_dtype(flat), copy=False)
+
+    def take(self, images: np.ndarray) -> np.ndarray:
+        """Return the rows (images * views, d) of some images, ascending; reads all blocks once."""
+        found = []
+        for part, block in self.blocks(_ROWS):
+            a, b = np.searchsorted(images, [part.start, part.stop])
+            views = block.reshape(part.stop - part.start, self.views, -1)
+            found.append(views[images[a:b] - part.start].reshape(-1, self.shape[-1]))
+        return np.concatenate(found)
 
     def rows_of(self, images: slice) -> slice:
         """Return the numbers of all rows of a slice of images."""

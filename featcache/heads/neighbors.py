@@ -31,6 +31,7 @@ from featcache.heads.search import (
     fit_temperature,
     gather,
     score_folds,
+    stratified,
 )
 from featcache.heads.treatment import power, unit_norm, with_treatment
 
@@ -286,17 +287,6 @@ class _Plan:
             np.float16 if on_disk else np.float32,
             tuple(notes),
         )
-
-
-def stratified(codes: np.ndarray, size: int, random_state: int) -> np.ndarray:
-    """Return about `size` row numbers in order, the same part of each class, none left out."""
-    if size >= len(codes):
-        return np.arange(len(codes))
-    shuffled = np.random.default_rng(random_state).permutation(len(codes))
-    by_class = shuffled[np.argsort(codes[shuffled], kind="stable")]
-    spread = by_class[np.linspace(0, len(codes) - 1, max(size, 1)).astype(np.int64)]
-    _, first = np.unique(codes[by_class], return_index=True)
-    return np.union1d(spread, by_class[first])
 
 
 def _unit_blocks(

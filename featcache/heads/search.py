@@ -388,3 +388,14 @@ def gather(rows: Rows, per_fold: Sequence[np.ndarray]) -> np.ndarray:
 def choose(tried: Sequence[tuple[Candidate, np.ndarray]]) -> tuple[Candidate, np.ndarray]:
     """Return the best candidate; the earlier (simpler) one where scores tie."""
     return max(tried, key=lambda one: one[0].score)
+
+
+def stratified(codes: np.ndarray, size: int, random_state: int) -> np.ndarray:
+    """Return about `size` row numbers in order, the same part of each class, none left out."""
+    if size >= len(codes):
+        return np.arange(len(codes))
+    shuffled = np.random.default_rng(random_state).permutation(len(codes))
+    by_class = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    spread = by_class[np.linspace(0, len(codes) - 1, max(size, 1)).astype(np.int64)]
+    _, first = np.unique(codes[by_class], return_index=True)
+    return np.union1d(spread, by_class[first])

@@ -31,7 +31,6 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from featcache.heads.blocks import RowBlocks
-from featcache.heads.neighbors import stratified
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.search import (
     Candidate,
@@ -44,6 +43,7 @@ from featcache.heads.search import (
     gather,
     logits,
     score_folds,
+    stratified,
 )
 
 ClassWeight = str | dict[Any, float] | None
