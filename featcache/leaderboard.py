@@ -176,7 +176,9 @@ class Leaderboard(Sequence[Row], Generic[P]):
         ]
         lines.append("")
         lines += [self._caption(), *self.notes]
-        lines += [f"{row.head}: {note}" for row in self.rows for note in row.notes]
+        for row in self.rows:
+            for note in row.notes:
+                lines.append(note if note.startswith(row.head) else f"{row.head}: {note}")
         lines += [f"{head} was left out: {why}" for head, why in self.left_out.items()]
         return "\n".join(lines)
 
