@@ -141,5 +141,8 @@ def test_all_rows_choose_where_a_part_would_miss_a_class(monkeypatch: pytest.Mon
 def test_blocks_give_some_images(views: int) -> None:
     X = np.random.default_rng(0).normal(size=(50, views, 3)).astype(np.float16)
     some = np.array([0, 7, 8, 31, 49])
-    taken = RowBlocks.of(X).take(some)
-    np.testing.assert_array_equal(taken, X[some].reshape(-1, 3).astype(np.float32))
+    numbers = (some[:, None] * views + np.arange(views)).ravel()
+    expected = X[some].reshape(-1, 3).astype(np.float32)
+    np.testing.assert_array_equal(RowBlocks.of(X).take(numbers), expected)
+    two = RowBlocks.of(X).take(numbers, lambda block: 2 * block[:, :2])
+    np.testing.assert_array_equal(two, 2 * expected[:, :2])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+
+Transform: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 _ROWS = 8192  # read at a time
 
@@ -61,14 +63,32 @@ class RowBlocks:
             flat = np.asarray(block).reshape(-1, self.shape[-1])
             yield images, flat.astype(working_dtype(flat), copy=False)
 
-    def take(self, images: np.ndarray) -> np.ndarray:
-        """Return the rows (images * views, d) of some images, ascending; reads all blocks once."""
-        found = []
-        for part, block in self.blocks(_ROWS):
-            a, b = np.searchsorted(images, [part.start, part.stop])
-            views = block.reshape(part.stop - part.start, self.views, -1)
-            found.append(views[images[a:b] - part.start].reshape(-1, self.shape[-1]))
-        return np.concatenate(found)
+    def take(self, numbers: np.ndarray, transform: Transform | None = None) -> np.ndarray:
+        """Return some rows, by ascending number, each block's transformed; reads all blocks once.
+
+        Parameters
+        ----------
+        numbers : ndarray of shape (m,), int
+            Row numbers; an image has `views` of them.
+        transform : callable, optional
+            Takes rows (r, d), gives (r, w).
+
+        Returns
+        -------
+        ndarray of shape (m, d or w)
+        """
+        found: np.ndarray | None = None
+        for images, block in self.blocks(_ROWS):
+            part = self.rows_of(images)
+            a, b = np.searchsorted(numbers, [part.start, part.stop])
+            some = block[numbers[a:b] - part.start]
+            if transform is not None:
+                some = transform(some)
+            if found is None:
+                found = np.empty((len(numbers), some.shape[1]), dtype=some.dtype)
+            found[a:b] = some
+        assert found is not None, "no blocks"
+        return found
 
     def rows_of(self, images: slice) -> slice:
         """Return the numbers of all rows of a slice of images."""

@@ -486,9 +486,7 @@ class LinearSearch:
     def scan(self, treatments: Sequence[str], Cs: Sequence[float], *, refine: bool) -> _Tried:
         """Try values of C with every treatment, and return the best; see `search_linear`."""
         for treatment in treatments:
-            near = Cs
-            if refine and self.best is not None:
-                near = [C for C in Cs if 0.09 < C / self.best.C < 11]
+            near = _within_a_decade(Cs, self.best.C) if refine and self.best is not None else Cs
             self.path(treatment, near, stop_early=refine)
         assert self.best is not None, "nothing was tried"
         return self.best
@@ -599,7 +597,7 @@ def search_linear(
     if some is not None:
         first = LinearSearch(some, estimator, head=head, scoring=scoring)
         best = first.scan(treatments, Cs, refine=True)
-        treatments, Cs = (best.treatment,), [C for C in Cs if 0.09 < C / best.C < 11]
+        treatments, Cs = (best.treatment,), _within_a_decade(Cs, best.C)
         notes.append(
             f"{head} chose its treatment, and C to within a decade, on {len(some.codes):,} of "
             f"{len(rows.codes):,} images, a random part of each class."
@@ -610,6 +608,10 @@ def search_linear(
         near = [float(f"{best.C * factor:.2g}") for factor in (10**-0.5, 10**0.5)]
         search.path(best.treatment, near, stop_early=False, start=best)
     return search.finish(time.perf_counter() - start, notes)
+
+
+def _within_a_decade(Cs: Sequence[float], centre: float) -> list[float]:
+    return [C for C in Cs if 0.09 < C / centre < 11]
 
 
 def _some_of(rows: Rows, memory: int | None) -> Rows | None:
@@ -628,6 +630,6 @@ def _some_of(rows: Rows, memory: int | None) -> Rows | None:
     for train, valid in folds:
         if len(np.unique(codes[train])) < len(rows.classes) or not len(valid):
             return None  # of a rare class, or a small validation part, too few were drawn
-    X = rows.X.take(chosen) if isinstance(rows.X, RowBlocks) else rows.features(chosen)
+    X = rows.X.take(rows.rows(chosen)) if isinstance(rows.X, RowBlocks) else rows.features(chosen)
     weight = None if rows.weight is None else rows.weight[chosen]
     return Rows(X, codes, rows.classes, weight, folds, rows.views)

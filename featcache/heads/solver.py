@@ -48,10 +48,9 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from featcache.heads.blocks import RowBlocks, working_dtype
+from featcache.heads.blocks import RowBlocks, Transform, working_dtype
 
 Loss: TypeAlias = Literal["softmax", "logistic", "squared_hinge"]
-Transform: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 _CELLS = 1 << 20  # scores that a thread computes at a time: 4 MB
 _FLOATS = 1 << 20  # features in a block that is read from disk: 4 MB

@@ -36,7 +36,6 @@ from featcache.heads.search import (
     Rows,
     Scoring,
     SearchResult,
-    choose,
     fit_temperature,
     gather,
     score_folds,
@@ -355,6 +354,16 @@ def _kernel_fold(
     return found
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """One setting on all folds."""
+
+    candidate: Candidate
+    logits: np.ndarray
+    preparation: Preparation
+    setting: _Setting
+
+
 class _KernelSearch:
     """Treatment first, then the number of components, the width of the kernel, and C."""
 
@@ -368,8 +377,12 @@ class _KernelSearch:
     ) -> None:
         self.rows, self.class_weight = rows, class_weight
         self.scoring, self.random_state, self.n_jobs = scoring, random_state, n_jobs
-        self.tried: list[tuple[Candidate, np.ndarray]] = []
-        self.preparation, self.setting = Preparation(), _Setting()
+        self.tried: list[_Tried] = []
+
+    @property
+    def best(self) -> _Tried:
+        """The best so far; the earlier one where scores tie."""
+        return max(self.tried, key=lambda one: one.candidate.score)
 
     def attempt(self, treatment: str, settings: Sequence[_Setting]) -> None:
         """Try settings that have all columns, or all of them components."""
@@ -388,15 +401,13 @@ class _KernelSearch:
             )
             preparation = replace(most, n_components=one.n_components)
             params = {**preparation.params, "C": one.C, "gamma": one.gamma}
-            before = max((old.score for old, _ in self.tried), default=-np.inf)
-            self.tried.append((Candidate(params, scores), values))
-            if self.tried[-1][0].score > before:
-                self.preparation, self.setting = preparation, one
+            self.tried.append(_Tried(Candidate(params, scores), values, preparation, one))
 
     def vary(self, name: str, values: Sequence[Any]) -> None:
         """Try other values of one parameter at the best setting."""
-        settings = [replace(self.setting, **{name: value}) for value in values]
-        self.attempt(self.preparation.treatment, settings)
+        best = self.best
+        settings = [replace(best.setting, **{name: value}) for value in values]
+        self.attempt(best.preparation.treatment, settings)
 
 
 def search_kernel_svm(
@@ -438,19 +449,18 @@ def search_kernel_svm(
     search.vary("n_components", component_counts(rows, _COUNTS))
     search.vary("gamma", _GAMMAS)
     search.vary("C", _CS)
-    chosen, values = choose(search.tried)
+    best = search.best
     middle = time.perf_counter()
-    setting = search.setting
-    estimator = GaussianSVM(setting.C, gamma=setting.gamma, class_weight=class_weight)
-    fitted = search.preparation.fit_head(rows, "rbf-svm", estimator)
+    estimator = GaussianSVM(best.setting.C, gamma=best.setting.gamma, class_weight=class_weight)
+    fitted = best.preparation.fit_head(rows, "rbf-svm", estimator)
     return SearchResult(
         head="rbf-svm",
         estimator=fitted,
-        best=chosen,
-        candidates=tuple(one for one, _ in search.tried),
+        best=best.candidate,
+        candidates=tuple(one.candidate for one in search.tried),
         classes=rows.classes,
-        logits=values,
-        temperature=fit_temperature(values, rows.codes, rows.weight),
+        logits=best.logits,
+        temperature=fit_temperature(best.logits, rows.codes, rows.weight),
         search_seconds=middle - start,
         fit_seconds=time.perf_counter() - middle,
     )

@@ -570,17 +570,11 @@ class _Boosting:
     def _read(self, numbers: np.ndarray, basis: Basis | None) -> np.ndarray:
         """Return some rows, projected on a basis if there is one."""
         X = self.rows.X
-        if not isinstance(X, RowBlocks):
-            taken: np.ndarray = X[numbers]
-            return taken if basis is None else basis.project(taken)
-        width = self.d if basis is None else len(basis.components)
-        found: np.ndarray = np.empty((len(numbers), width), dtype=np.float32)
-        for images, block in X.blocks(_BLOCK):
-            part = X.rows_of(images)
-            a, b = np.searchsorted(numbers, [part.start, part.stop])
-            chosen = block[numbers[a:b] - part.start]
-            found[a:b] = chosen if basis is None else basis.project(chosen)
-        return found
+        project = None if basis is None else basis.project
+        if isinstance(X, RowBlocks):
+            return X.take(numbers, project)
+        taken: np.ndarray = X[numbers]
+        return taken if project is None else project(taken)
 
     def _basis(self, train: np.ndarray, size: int) -> Basis:
         own = np.isin(self.sampled, self.rows.rows(train)) & (self.weight[self.sampled] > 0)
