@@ -19,90 +19,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from featcache.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from featcache.backbone import Backbone, backbones
-    from featcache.curves import LearningCurve, learning_curve
-    from featcache.decoding import Augmentation, Preprocessing
-    from featcache.errors import FeatcacheError
-    from featcache.evaluation import Evaluation, evaluate
-    from featcache.extraction import extract
-    from featcache.fingerprint import Fingerprint
-    from featcache.images import ImageSet
-    from featcache.plots import (
-        plot_confusion,
-        plot_embedding,
-        plot_leaderboard,
-        plot_learning_curve,
-        plot_reliability,
-    )
-    from featcache.predictor import Prediction, Predictor
-    from featcache.report import write_report
-    from featcache.store import FeatureStore
-    from featcache.suffix_settings import SuffixSettings
-    from featcache.taps import Tap
-    from featcache.training import Leaderboard, compare, study, train
+    from featcache.errors import FeatcacheError as FeatcacheError
+    from featcache.extraction.extract import extract as extract
+    from featcache.finetuning.settings import SuffixSettings as SuffixSettings
+    from featcache.fingerprint import Fingerprint as Fingerprint
+    from featcache.images.image_set import ImageSet as ImageSet
+    from featcache.networks.backbone import Backbone as Backbone
+    from featcache.networks.backbone import backbones as backbones
+    from featcache.networks.taps import Tap as Tap
+    from featcache.pixels.decoding import Augmentation as Augmentation
+    from featcache.pixels.decoding import Preprocessing as Preprocessing
+    from featcache.predictor.predictor import Prediction as Prediction
+    from featcache.predictor.predictor import Predictor as Predictor
+    from featcache.report.data import write_report as write_report
+    from featcache.report.plots import plot_confusion as plot_confusion
+    from featcache.report.plots import plot_embedding as plot_embedding
+    from featcache.report.plots import plot_leaderboard as plot_leaderboard
+    from featcache.report.plots import plot_learning_curve as plot_learning_curve
+    from featcache.report.plots import plot_reliability as plot_reliability
+    from featcache.results.evaluation import Evaluation as Evaluation
+    from featcache.results.leaderboard import Leaderboard as Leaderboard
+    from featcache.store.store import FeatureStore as FeatureStore
+    from featcache.study.evaluate import evaluate as evaluate
+    from featcache.study.learning_curve import LearningCurve as LearningCurve
+    from featcache.study.learning_curve import learning_curve as learning_curve
+    from featcache.study.train import compare as compare
+    from featcache.study.train import train as train
+    from featcache.study.train import train_files as train_files
 
-_MODULE_OF = {
-    "Augmentation": "decoding",
-    "Backbone": "backbone",
-    "Evaluation": "evaluation",
-    "FeatcacheError": "errors",
-    "FeatureStore": "store",
-    "Fingerprint": "fingerprint",
-    "ImageSet": "images",
-    "Leaderboard": "training",
-    "LearningCurve": "curves",
-    "Prediction": "predictor",
-    "Predictor": "predictor",
-    "Preprocessing": "decoding",
-    "SuffixSettings": "suffix_settings",
-    "Tap": "taps",
-    "backbones": "backbone",
-    "compare": "training",
-    "evaluate": "evaluation",
-    "extract": "extraction",
-    "learning_curve": "curves",
-    "plot_confusion": "plots",
-    "plot_embedding": "plots",
-    "plot_leaderboard": "plots",
-    "plot_learning_curve": "plots",
-    "plot_reliability": "plots",
-    "study": "training",
-    "train": "training",
-    "write_report": "report",
+# The one table of public names, by module.
+_NAMES = {
+    "errors": ("FeatcacheError",),
+    "extraction.extract": ("extract",),
+    "finetuning.settings": ("SuffixSettings",),
+    "fingerprint": ("Fingerprint",),
+    "images.image_set": ("ImageSet",),
+    "networks.backbone": ("Backbone", "backbones"),
+    "networks.taps": ("Tap",),
+    "pixels.decoding": ("Augmentation", "Preprocessing"),
+    "predictor.predictor": ("Prediction", "Predictor"),
+    "report.data": ("write_report",),
+    "report.plots": (
+        "plot_confusion",
+        "plot_embedding",
+        "plot_leaderboard",
+        "plot_learning_curve",
+        "plot_reliability",
+    ),
+    "results.evaluation": ("Evaluation",),
+    "results.leaderboard": ("Leaderboard",),
+    "store.store": ("FeatureStore",),
+    "study.evaluate": ("evaluate",),
+    "study.learning_curve": ("LearningCurve", "learning_curve"),
+    "study.train": ("compare", "train", "train_files"),
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = [
-    "Augmentation",
-    "Backbone",
-    "Evaluation",
-    "FeatcacheError",
-    "FeatureStore",
-    "Fingerprint",
-    "ImageSet",
-    "Leaderboard",
-    "LearningCurve",
-    "Prediction",
-    "Predictor",
-    "Preprocessing",
-    "SuffixSettings",
-    "Tap",
-    "backbones",
-    "compare",
-    "evaluate",
-    "extract",
-    "learning_curve",
-    "plot_confusion",
-    "plot_embedding",
-    "plot_leaderboard",
-    "plot_learning_curve",
-    "plot_reliability",
-    "study",
-    "train",
-    "write_report",
-]
+__all__ = sorted(_MODULE_OF)
 
 
 @contextmanager

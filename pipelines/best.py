@@ -21,7 +21,7 @@ import click
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from featcache.cli import Command
+from featcache.cli.main import Command
 from pipelines.study import DEMO, demo_images
 
 MOBILENET = "mobilenet_v2"
@@ -50,9 +50,9 @@ LOOKS = [
 @click.option("--cv", type=click.IntRange(min=2), default=10, show_default=True)
 def best(out: Path, cv: int) -> None:
     """Extract the demo's features at five looks, join them, train an RBF SVM."""
-    from featcache.backbone import Backbone
-    from featcache.extraction import extract
-    from featcache.training import study
+    from featcache.extraction.extract import extract
+    from featcache.networks.backbone import Backbone
+    from featcache.study.train import train_files
 
     images = demo_images(out)
     stores = []
@@ -62,7 +62,9 @@ def best(out: Path, cv: int) -> None:
         store = extract(images, backbone, path)
         click.echo(f"{path}: {store.extraction}")
         stores.append(path)
-    result = study(stores, out / f"{DEMO}-best.featcache", heads=["rbf-svm"], cv=cv, nested=True)
+    result = train_files(
+        stores, out / f"{DEMO}-best.featcache", heads=["rbf-svm"], cv=cv, nested=True
+    )
     click.echo(result.to_text())
 
 

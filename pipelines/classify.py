@@ -11,7 +11,7 @@ import click
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from featcache.cli import Command
+from featcache.cli.main import Command
 from featcache.errors import MissingExtra
 from pipelines.study import Study, study_options
 
@@ -22,10 +22,10 @@ from pipelines.study import Study, study_options
 @click.option("--n-jobs", type=int, default=1, show_default=True)
 def classify(heads: tuple[str, ...], n_jobs: int, **options: Any) -> None:
     """Train and compare heads; keep the best by cross-validation as a predictor."""
-    from featcache.training import study as train_study
+    from featcache.study.train import train_files
 
     study = Study(**options)
-    result = train_study([study.store], study.predictor, heads=list(heads), n_jobs=n_jobs)
+    result = train_files([study.store], study.predictor, heads=list(heads), n_jobs=n_jobs)
     click.echo(result.to_text())
     if result.up_to_date and study.leaderboard.exists() and study.report.exists():
         click.echo(f"leaderboard: {study.leaderboard}\nreport: {study.report}")
@@ -42,9 +42,9 @@ def classify(heads: tuple[str, ...], n_jobs: int, **options: Any) -> None:
 
 def write_report(study: Study, result: Any) -> None:
     """Write the page that shows the held-out part."""
-    from featcache.evaluation import evaluate
-    from featcache.report import write_report as write_page
-    from featcache.store import FeatureStore
+    from featcache.report.data import write_report as write_page
+    from featcache.store.store import FeatureStore
+    from featcache.study.evaluate import evaluate
 
     store = FeatureStore.open(study.store)
     write_page(

@@ -11,7 +11,7 @@ import click
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from featcache.cli import Command
+from featcache.cli.main import Command
 from pipelines.study import Study, study_options
 
 
@@ -19,8 +19,8 @@ from pipelines.study import Study, study_options
 @study_options
 def features(**options: Any) -> None:
     """Compute the features of a study's images; nothing that has not changed is computed again."""
-    from featcache.backbone import Backbone
-    from featcache.extraction import extract
+    from featcache.extraction.extract import extract
+    from featcache.networks.backbone import Backbone
 
     study = Study(**options)
     images = study.image_set()

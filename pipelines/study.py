@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from featcache.errors import ImageSetError
-from featcache.images import ImageSet
+from featcache.images.image_set import ImageSet
 
 DEMO = "elpv"
 

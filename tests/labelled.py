@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from featcache.fingerprint import Fingerprint
-from featcache.store import FeatureStore
-from featcache.writer import FeatureWriter
+from featcache.store.store import FeatureStore
+from featcache.store.writer import FeatureWriter
 from tests.stores import CANARIES, Images, sha256
 
 POOL = "avgpool:output:flatten"

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import featcache as fc
-from featcache.plots import plot_embedding, plot_leaderboard
+from featcache.report.plots import plot_embedding, plot_leaderboard
 
 PICTURES = Path(__file__).parent.parent / "notebooks" / "pictures"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.evaluation import Evaluation
-from featcache.images import ImageSet
-from featcache.leaderboard import Leaderboard, Row
-from featcache.store import FeatureStore
+from featcache.images.image_set import ImageSet
+from featcache.results.evaluation import Evaluation
+from featcache.results.leaderboard import Leaderboard, Row
+from featcache.store.store import FeatureStore
 from tests.labelled import clusters, make_store
 
 CLASSES = ('"><script>document.title="owned"</script>', "a & b's", "tulip")

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from featcache.backbone import Backbone
-from featcache.decoding import Preprocessing
-from featcache.images import ImageSet
+from featcache.images.image_set import ImageSet
+from featcache.networks.backbone import Backbone
+from featcache.pixels.decoding import Preprocessing
 
 SIDE = 32
 TAP = "pool:output:flatten"

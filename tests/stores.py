@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from featcache.fingerprint import Fingerprint
-from featcache.store import FeatureStore
-from featcache.writer import FeatureWriter
+from featcache.store.store import FeatureStore
+from featcache.store.writer import FeatureWriter
 
 POOL = "avgpool:output:flatten"
 MAPS = "layer4:output:map"

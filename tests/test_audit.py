@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featcache.audit import audit
 from featcache.errors import MissingExtra, PredictorError, TrainingError
+from featcache.study.audit import audit
 from tests.labelled import clusters, make_store
 from tests.stores import sha256
 

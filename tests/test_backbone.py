@@ -14,8 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from featcache.backbone import Backbone, backbones
-from featcache.decoding import Preprocessing
 from featcache.errors import (
     BackboneError,
     FeatcacheError,
@@ -25,9 +23,11 @@ from featcache.errors import (
     WeightsError,
 )
 from featcache.fingerprint import RequestKey, state_sha256
-from featcache.networks import RANDOM_SEED
-from featcache.taps import Tapped
-from featcache.weights import PACKAGED, PackagedFile, match_by_order, read_checkpoint
+from featcache.networks.backbone import Backbone, backbones
+from featcache.networks.checkpoints import PACKAGED, PackagedFile, match_by_order, read_checkpoint
+from featcache.networks.families import RANDOM_SEED
+from featcache.networks.taps import Tapped
+from featcache.pixels.decoding import Preprocessing
 
 SMALL = "squeezenet1_1"  # 5 MB
 NORMED = "shufflenet_v2_x0_5"  # with BatchNorm
@@ -394,7 +394,7 @@ def test_initial_batchnorm_statistics_tell_of_an_untrained_network() -> None:
 
 CALLABLE = """
 import torch
-from featcache.decoding import Preprocessing
+from featcache.pixels.decoding import Preprocessing
 
 def build():
     torch.manual_seed(0)

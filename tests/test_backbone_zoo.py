@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featcache.backbone import Backbone, backbones
 from featcache.errors import TapError
-from featcache.networks import Torchvision
-from featcache.surgery import blocks, head_name, replace_head
-from featcache.taps import Tapped
+from featcache.networks.backbone import Backbone, backbones
+from featcache.networks.families import Torchvision
+from featcache.networks.surgery import blocks, head_name, replace_head
+from featcache.networks.taps import Tapped
 
 POOL = "avgpool:output:flatten"
 

@@ -7,8 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from featcache import canary
-from featcache.decoding import Preprocessing, decode
+from featcache.pixels import canary
+from featcache.pixels.decoding import Preprocessing, decode
 
 
 def test_kinds_sizes_and_order() -> None:

@@ -17,8 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from featcache.cli import main
-from featcache.suffix_settings import SuffixSettings
+from featcache.cli.main import main
+from featcache.finetuning.settings import SuffixSettings
 
 NETWORK = ["--backbone", "resnet18", "--weights", "none", "--image-size", "64"]
 FAST = ["--batch-size", "8", "--workers", "0", "--no-compile", "--device", "cpu"]
@@ -65,7 +65,7 @@ def predictor(store: Path) -> Path:
 )
 def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom featcache.cli import main\n"
+        "import sys\nfrom featcache.cli.main import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'torchvision', 'sklearn', 'numpy', 'h5py', 'scipy'} & set(sys.modules)\n"
@@ -298,7 +298,7 @@ def test_stopped_where_nothing_is_kept_a_command_says_one_word(
     monkeypatch: pytest.MonkeyPatch, store: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
-    monkeypatch.setattr("featcache.study", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr("featcache.train_files", lambda *_, **__: signal.raise_signal(number))
     message = fail("train", store, "-o", tmp_path / "p", "--head", "forest")
     assert message.strip() == "Aborted!"
     assert signal.getsignal(number) is before

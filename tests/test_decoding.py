@@ -25,9 +25,9 @@ from PIL import Image, ImageOps, ImageSequence
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as F
 
-from featcache.decoding import Augmentation, Preprocessing, decode
 from featcache.errors import DecodeError
-from featcache.images import RawImage
+from featcache.images.image_set import RawImage
+from featcache.pixels.decoding import Augmentation, Preprocessing, decode
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -684,7 +684,7 @@ def test_warnings_of_other_threads_are_restored_in_any_order(
 
 def test_pillow_logs_nothing_to_a_user_without_handlers(tmp_path: Path) -> None:
     code = (
-        "import logging, featcache.decoding\n"
+        "import logging, featcache.pixels.decoding\n"
         "logging.getLogger('PIL.TiffImagePlugin').error('More samples per pixel')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

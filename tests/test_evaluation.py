@@ -9,8 +9,9 @@ from sklearn import metrics
 
 from featcache import train
 from featcache.errors import FingerprintMismatch, PredictorError, TrainingError
-from featcache.evaluation import Evaluation, evaluate, wilson
-from featcache.store import FeatureStore
+from featcache.results.evaluation import Evaluation, wilson
+from featcache.store.store import FeatureStore
+from featcache.study.evaluate import evaluate
 from tests.labelled import clusters, make_store
 
 NAMES = ("ant", "bee", "cod", "dab")

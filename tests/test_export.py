@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from featcache.errors import DiskFull, MissingExtra, StoreError
-from featcache.export import export_store
-from featcache.store import FeatureStore
+from featcache.store.export import export_store
+from featcache.store.store import FeatureStore
 from tests import stores
 from tests.stores import MAPS, POOL
 

@@ -18,17 +18,17 @@ from sklearn.svm import LinearSVC
 from torch import nn
 
 from featcache import Backbone, ImageSet, Preprocessing, extract, train
-from featcache.cli import main
+from featcache.cli.main import main
 from featcache.errors import MissingExtra, PredictorError
-from featcache.export_model import METADATA, export_model
-from featcache.grafting import head_layers
+from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.mlp import MLP
 from featcache.heads.treatment import SignedPower
-from featcache.manifest import CanaryRows
-from featcache.origins import Column
-from featcache.predictor import Predictor
-from featcache.store import FeatureStore
-from featcache.suffix_settings import SuffixSettings
+from featcache.predictor.export import METADATA, export_model
+from featcache.predictor.grafting import head_layers
+from featcache.predictor.manifest import CanaryRows
+from featcache.predictor.origins import Column
+from featcache.predictor.predictor import Predictor
+from featcache.store.store import FeatureStore
 
 PREPARE = Preprocessing(resize=36, crop=32, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 LAYERED = ["linear", "svm", "ridge", "mlp"]

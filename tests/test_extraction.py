@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import networks
-from featcache.augmentation import Augmentation
-from featcache.backbone import Backbone
-from featcache.canary import images as canary_images
-from featcache.decoding import Preprocessing
 from featcache.errors import ExtractionError, FingerprintMismatch, TooManyFailures
-from featcache.extraction import canary_features, extract, features
-from featcache.images import ImageSet
-from featcache.store import FeatureStore
+from featcache.extraction.extract import canary_features, extract, features
+from featcache.images.image_set import ImageSet
+from featcache.networks import families as networks
+from featcache.networks.backbone import Backbone
+from featcache.pixels.canary import images as canary_images
+from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.views import Augmentation
+from featcache.store.store import FeatureStore
 from tests.small import SIDE, TAP, backbone, folder, network, photograph, plainest
 
 

@@ -16,12 +16,12 @@ import PIL
 import pytest
 from PIL import Image
 
-from featcache.decoding import Preprocessing
 from featcache.errors import DecodeError, StoreError, TooManyFailures
-from featcache.extraction import extract
-from featcache.images import ImageSet
-from featcache.loading import Decoder, Fetched, Loader, Tasks
-from featcache.store import FeatureStore
+from featcache.extraction.extract import extract
+from featcache.extraction.loading import Decoder, Fetched, Loader, Tasks
+from featcache.images.image_set import ImageSet
+from featcache.pixels.decoding import Preprocessing
+from featcache.store.store import FeatureStore
 from tests.small import TAP, backbone, folder, network, photograph, plainest
 
 N = 24
@@ -62,7 +62,7 @@ def deadly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Deadly]:
     class Configured(Deadly):
         marks = tmp_path
 
-    monkeypatch.setattr("featcache.computing.Decoder", Configured)
+    monkeypatch.setattr("featcache.extraction.computing.Decoder", Configured)
     return Configured
 
 
@@ -192,7 +192,7 @@ def test_a_file_that_never_stands_still_is_recorded(
 def test_an_image_replaced_during_the_run_is_computed_once_more(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featcache.runtime import Runtime
+    from featcache.networks.forward import Runtime
 
     forward, calls = Runtime._forward, []
 
@@ -230,7 +230,7 @@ def test_clocks_that_are_wrong_do_no_harm(root: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_said_before_any_work(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featcache.runtime import Runtime
+    from featcache.networks.forward import Runtime
 
     monkeypatch.setattr(Runtime, "_prepare", lambda self: pytest.fail("work was begun"))
     place = root.parent / "place"
@@ -260,7 +260,7 @@ def test_a_disk_that_is_full_is_found_before_any_work(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from featcache.errors import DiskFull
-    from featcache.runtime import Runtime
+    from featcache.networks.forward import Runtime
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

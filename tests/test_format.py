@@ -24,8 +24,8 @@ from featcache.errors import (
     MissingStore,
     StoreError,
 )
-from featcache.layout import StoreFile
-from featcache.store import FeatureStore
+from featcache.store.layout import StoreFile
+from featcache.store.store import FeatureStore
 from tests import stores
 from tests.stores import MAPS, POOL
 

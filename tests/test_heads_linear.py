@@ -16,13 +16,21 @@ from sklearn.utils.estimator_checks import (
     parametrize_with_checks,
 )
 
-from featcache import persistence
 from featcache.errors import TrainingError
-from featcache.heads import HEADS, LinearClassifier, LinearSVM, Ridge, RowBlocks, logits, solver
+from featcache.heads import solver
 from featcache.heads.linear import search_linear
 from featcache.heads.ridge import search_ridge
 from featcache.heads.search import Rows
+from featcache.heads.table import (
+    HEADS,
+    LinearClassifier,
+    LinearSVM,
+    Ridge,
+    RowBlocks,
+    logits,
+)
 from featcache.heads.treatment import SignedPower
+from featcache.predictor import persistence
 
 LINEAR = ("linear", "svm", "ridge")
 

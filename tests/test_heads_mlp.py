@@ -7,11 +7,11 @@ from scipy.special import softmax
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from featcache import persistence
 from featcache.errors import TrainingError
-from featcache.heads import HEADS, logits
 from featcache.heads.blocks import RowBlocks
 from featcache.heads.mlp import MLP
+from featcache.heads.table import HEADS, logits
+from featcache.predictor import persistence
 
 UNEQUAL = {
     "check_sample_weight_equivalence_on_dense_data": "minibatches are drawn from other rows",

@@ -6,11 +6,11 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from featcache import persistence
-from featcache.heads import HEADS, logits
 from featcache.heads.blocks import RowBlocks
 from featcache.heads.neighbors import CosineNeighbors, nearest
 from featcache.heads.search import stratified
+from featcache.heads.table import HEADS, logits
+from featcache.predictor import persistence
 
 
 @parametrize_with_checks([CosineNeighbors(5)])

@@ -9,11 +9,11 @@ import pytest
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from featcache import persistence
-from featcache.heads import HEADS, SearchResult, logits
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.search import Rows
-from featcache.splitting import folds
+from featcache.heads.table import HEADS, SearchResult, logits
+from featcache.predictor import persistence
+from featcache.store.splitting import folds
 
 
 def buried(n: int = 700, d: int = 280, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,12 @@ import pytest
 from scipy.special import softmax
 
 from featcache.errors import TrainingError
-from featcache.heads import HEADS, RowBlocks, fit_temperature, linear
+from featcache.heads import linear
 from featcache.heads.linear import LinearClassifier, LinearSearch, search_linear
 from featcache.heads.search import Rows
 from featcache.heads.solver import minimise
-from featcache.splitting import folds
+from featcache.heads.table import HEADS, RowBlocks, fit_temperature
+from featcache.store.splitting import folds
 
 
 def scored(n: int = 2000, k: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +96,7 @@ def test_a_path_reaches_the_minimum_of_every_problem() -> None:
 
 def test_loading_a_predictor_waits_for_no_trees() -> None:
     code = (
-        "import sys, featcache.predictor; "
+        "import sys, featcache.predictor.predictor; "
         "print([name for name in ('sklearn.ensemble', 'sklearn.svm', 'sklearn.model_selection', "
         "'lightgbm', 'matplotlib', 'torchvision', 'triton') if name in sys.modules])"
     )

@@ -8,9 +8,10 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from featcache import persistence
-from featcache.heads import HEADS, GaussianSVM, logits, svm
+from featcache.heads import svm
+from featcache.heads.table import HEADS, GaussianSVM, logits
 from featcache.heads.treatment import SignedPower
+from featcache.predictor import persistence
 
 
 def as_in_scikit_learn(_):

@@ -8,10 +8,10 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from featcache import persistence
-from featcache.heads import HEADS, logits
 from featcache.heads.blocks import RowBlocks
+from featcache.heads.table import HEADS, logits
 from featcache.heads.trees import Basis, BoostedTrees, discriminants
+from featcache.predictor import persistence
 from tests.benchmarks.synthetic import features
 
 UNEQUAL = {

@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from featcache.columns import Categories, Strings
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images import ImageSet, content_hash
+from featcache.images.columns import Categories, Strings
+from featcache.images.image_set import ImageSet, content_hash
 
 
 def png(value: int = 0, size: tuple[int, int] = (4, 3)) -> bytes:

@@ -23,18 +23,18 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, PowerTransformer, StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
-from featcache import persistence
 from featcache.errors import PredictorError
-from featcache.heads import HEADS as HEAD_KINDS
-from featcache.heads import logits
 from featcache.heads.linear import LinearClassifier
 from featcache.heads.mlp import MLP
 from featcache.heads.neighbors import CosineNeighbors
 from featcache.heads.ridge import Ridge
 from featcache.heads.svm import GaussianSVM, LinearSVM
+from featcache.heads.table import HEADS as HEAD_KINDS
+from featcache.heads.table import logits
 from featcache.heads.treatment import SignedPower
 from featcache.heads.trees import BoostedTrees
-from featcache.splitting import folds
+from featcache.predictor import persistence
+from featcache.store.splitting import folds
 
 Members = dict[str, bytes]
 

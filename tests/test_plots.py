@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache.curves import learning_curve
-from featcache.embedding import class_distances, embed, nearest, separation
 from featcache.errors import MissingExtra, TrainingError
-from featcache.evaluation import Evaluation
-from featcache.plots import (
+from featcache.report.plots import (
     plot_confusion,
     plot_embedding,
     plot_leaderboard,
     plot_learning_curve,
     plot_reliability,
 )
-from featcache.store import FeatureStore
+from featcache.results.evaluation import Evaluation
+from featcache.store.store import FeatureStore
+from featcache.study.learning_curve import learning_curve
+from featcache.study.maps import class_distances, embed, nearest, separation
 from tests.labelled import clusters, make_store
 from tests.reported import case, leaderboard
 

@@ -17,12 +17,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from featcache import Backbone, ImageSet, Preprocessing, extract, persistence, train
+from featcache import Backbone, ImageSet, Preprocessing, extract, train
 from featcache.errors import FingerprintMismatch, ImageSetError, PredictorError
-from featcache.manifest import CanaryRows
-from featcache.predictions import Prediction, write_predictions
-from featcache.predictor import Predictor
-from featcache.store import FeatureStore
+from featcache.predictor import persistence
+from featcache.predictor.manifest import CanaryRows
+from featcache.predictor.predictions import Prediction, write_predictions
+from featcache.predictor.predictor import Predictor
+from featcache.store.store import FeatureStore
 
 PREPARE = Preprocessing(resize=36, crop=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 

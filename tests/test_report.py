@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache.audit import Finding, Findings
 from featcache.errors import MissingExtra, PredictorError
-from featcache.images import ImageSet
-from featcache.report import write_report
+from featcache.images.image_set import ImageSet
+from featcache.report.data import write_report
+from featcache.study.audit import Finding, Findings
 from tests.labelled import make_store
 from tests.reported import CLASSES, Case, case, evaluation
 

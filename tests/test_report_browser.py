@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from featcache.report import write_report
+from featcache.report.data import write_report
 from tests.reported import CLASSES, EVIL_ID, case
 
 pytest.importorskip("bokeh", reason="pip install 'featcache[report]'")

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from featcache.errors import Interrupted, StoreError, StoreLocked
-from featcache.extraction import extract
-from featcache.images import ImageSet
-from featcache.layout import DONE, StoreFile
-from featcache.runtime import Runtime
-from featcache.store import FeatureStore
+from featcache.extraction.extract import extract
+from featcache.images.image_set import ImageSet
+from featcache.networks.forward import Runtime
+from featcache.store.layout import DONE, StoreFile
+from featcache.store.store import FeatureStore
 from tests.small import TAP, backbone, folder, photograph
 
 N = 60
@@ -167,7 +167,7 @@ def test_images_added_between_the_runs_do_not_cost_the_rows_that_are_done(tmp_pa
 def test_what_was_killed_before_finishing_needs_no_network(
     root: Path, whole: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featcache.writer import FeatureWriter
+    from featcache.store.writer import FeatureWriter
 
     path = tmp_path / "f.h5"
     with monkeypatch.context() as patch:
@@ -250,7 +250,7 @@ def test_a_second_run_beside_the_first_says_who_holds_the_file(root: Path, tmp_p
 def test_after_a_crash_other_processes_decode(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featcache import loading
+    from featcache.extraction import loading
 
     counts: list[int] = []
     init = loading.Loader.__init__
@@ -275,9 +275,9 @@ def test_after_a_crash_other_processes_decode(
 
 SCRIPT = """
 import sys
-from featcache.backbone import Backbone
-from featcache.extraction import extract
-from featcache.images import ImageSet
+from featcache.networks.backbone import Backbone
+from featcache.extraction.extract import extract
+from featcache.images.image_set import ImageSet
 backbone = Backbone.from_torchvision("mobilenet_v2", weights=None, image_size=96)
 extract(ImageSet.from_folder(sys.argv[1]), backbone, sys.argv[2], device="cpu", batch_size=8)
 """

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featcache import fusion, packing
-from featcache.backbone import Backbone
-from featcache.decoding import Preprocessing
 from featcache.errors import DeviceError
-from featcache.runtime import Runtime, Settings, keep_pages, select_device
-from featcache.taps import Tapped
+from featcache.networks import fusion, packing
+from featcache.networks.backbone import Backbone
+from featcache.networks.forward import Runtime, Settings, select_device
+from featcache.networks.taps import Tapped
+from featcache.pixels.decoding import Preprocessing
+from featcache.system.memory import keep_pages
 from tests.small import SIDE, TAP, Network, backbone, network
 
 

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featcache.errors import TrainingError
-from featcache.splitting import folds, holdout, n_unlabelled, predefined, units, validation_fold
+from featcache.store.splitting import (
+    folds,
+    holdout,
+    n_unlabelled,
+    predefined,
+    units,
+    validation_fold,
+)
 
 
 def hashes(keys: list[int]) -> np.ndarray:

@@ -22,7 +22,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache import checksums, disk, layout, locking
 from featcache.errors import (
     CorruptStore,
     DiskFull,
@@ -37,8 +36,9 @@ from featcache.errors import (
     TrainingError,
 )
 from featcache.fingerprint import RequestKey
-from featcache.store import FeatureStore
-from featcache.writer import FeatureWriter
+from featcache.store import checksums, disk, layout, locking
+from featcache.store.store import FeatureStore
+from featcache.store.writer import FeatureWriter
 from tests import stores
 from tests.stores import MAPS, POOL, Images
 

@@ -20,12 +20,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer, get_model
 
 import featcache as fc
-from featcache import manifest, persistence
-from featcache.backbone import Backbone
-from featcache.checkpoints import Checkpoint
-from featcache.cli import main
-from featcache.cutting import Suffix, check, cut
-from featcache.decoding import Augmentation, Preprocessing
+from featcache.cli.main import main
 from featcache.errors import (
     FeatcacheError,
     FingerprintMismatch,
@@ -34,9 +29,13 @@ from featcache.errors import (
     TapError,
     TrainingError,
 )
-from featcache.export_model import export_model
-from featcache.extraction import extract
-from featcache.finetuning import (
+from featcache.extraction.extract import extract
+from featcache.finetuning.checkpoint import Checkpoint
+from featcache.finetuning.cutting import Suffix, check, cut
+from featcache.finetuning.head import SuffixClassifier
+from featcache.finetuning.search import SuffixSearch, choose_tap
+from featcache.finetuning.settings import SuffixSettings
+from featcache.finetuning.training import (
     Epoch,
     Finetuned,
     Maps,
@@ -44,24 +43,25 @@ from featcache.finetuning import (
     minibatches,
     scores_of,
 )
-from featcache.finetuning import rate as rate_of
-from featcache.heads import fit_temperature
-from featcache.heads.suffix import SuffixClassifier
-from featcache.images import ImageSet
-from featcache.interruption import interruptible
-from featcache.predictor import Predictor
-from featcache.store import FeatureStore
-from featcache.suffix_search import SuffixSearch, choose_tap
-from featcache.suffix_settings import SuffixSettings
-from featcache.surgery import (
+from featcache.finetuning.training import rate as rate_of
+from featcache.heads.table import fit_temperature
+from featcache.images.image_set import ImageSet
+from featcache.networks.backbone import Backbone
+from featcache.networks.surgery import (
     parameter_groups,
     replace_head,
     train_mode,
     unfreeze,
 )
-from featcache.taps import Tapped, resolve
-from featcache.tracing import trace
-from featcache.training import compare, study, train
+from featcache.networks.taps import Tapped, resolve
+from featcache.networks.tracing import trace
+from featcache.pixels.decoding import Augmentation, Preprocessing
+from featcache.predictor import manifest, persistence
+from featcache.predictor.export import export_model
+from featcache.predictor.predictor import Predictor
+from featcache.store.store import FeatureStore
+from featcache.study.train import compare, train, train_files
+from featcache.system.interruption import interruptible
 from tests.small import SIDE, Network, network
 
 SHAPE = (3, SIDE, SIDE)
@@ -770,13 +770,13 @@ def test_the_study_keeps_checkpoints_only_until_it_is_saved(
 ) -> None:
     target = tmp_path / "a.featcache"
     options = {"heads": ["suffix"], "cv": 2, "suffix": FAST, "backbone": backbone(BODY, "pool")}
-    study(store.paths, target, **options)
+    train_files(store.paths, target, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["a.featcache"]
     foreign = tmp_path / "b.featcache.checkpoints" / "notes.txt"
     foreign.parent.mkdir()
     foreign.write_text("mine")
-    study(store.paths, tmp_path / "b.featcache", **options)
+    train_files(store.paths, tmp_path / "b.featcache", **options)
     assert list(foreign.parent.iterdir()) == [foreign]
-    assert study(store.paths, target, **options).up_to_date
+    assert train_files(store.paths, target, **options).up_to_date
     other = {**options, "suffix": SuffixSettings(epochs=1)}
-    assert not study(store.paths, target, **other).up_to_date
+    assert not train_files(store.paths, target, **other).up_to_date

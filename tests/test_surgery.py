@@ -9,13 +9,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from featcache.backbone import Backbone
-from featcache.decoding import Augmentation, Preprocessing
 from featcache.errors import BackboneError, WeightsError
-from featcache.extraction import extract
-from featcache.images import ImageSet
-from featcache.suffix_settings import SuffixSettings
-from featcache.surgery import (
+from featcache.extraction.extract import extract
+from featcache.finetuning.settings import SuffixSettings
+from featcache.images.image_set import ImageSet
+from featcache.networks.backbone import Backbone
+from featcache.networks.surgery import (
     adapt_input,
     blocks,
     children,
@@ -33,8 +32,9 @@ from featcache.surgery import (
     unfreeze,
     unfreeze_gradually,
 )
-from featcache.taps import Tapped, resolve
-from featcache.training import compare
+from featcache.networks.taps import Tapped, resolve
+from featcache.pixels.decoding import Augmentation, Preprocessing
+from featcache.study.train import compare
 from tests.small import network as small_network
 
 META = torch.device("meta")

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import BackboneError, TapError
-from featcache.taps import Tap, Tapped, default_tap, resolve
-from featcache.tracing import trace
+from featcache.networks.taps import Tap, Tapped, default_tap, resolve
+from featcache.networks.tracing import trace
 
 
 class Toy(nn.Module):

@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featcache import compare, learning_curve, train
+from featcache import compare, learning_curve, train, train_files
 from featcache.errors import (
     MissingFeatures,
     PredictorError,
     StoreError,
     TrainingError,
 )
-from featcache.evaluation import evaluate
-from featcache.leaderboard import Leaderboard
-from featcache.predictor import Predictor
-from featcache.store import FeatureStore
-from featcache.training import study
+from featcache.predictor.predictor import Predictor
+from featcache.results.leaderboard import Leaderboard
+from featcache.store.store import FeatureStore
+from featcache.study.evaluate import evaluate
 from tests.labelled import POOL, clusters, make_store
 from tests.stores import sha256
 
@@ -307,7 +306,7 @@ def test_heads_that_cannot_read_blocks_are_left_out_or_refused(
     with pytest.raises(TrainingError, match="nested"):
         train(wide, head="linear", nested=True, memory=90 * 64 * 4)
     # Before minutes have gone into the others.
-    monkeypatch.setattr("featcache.training._compete", lambda *_: pytest.fail("one was trained"))
+    monkeypatch.setattr("featcache.study.train._compete", lambda *_: pytest.fail("one was trained"))
     with pytest.raises(TrainingError, match="forest cannot be trained here"):
         compare(wide, heads=["svm", "forest"], memory=90 * 64 * 4)
 
@@ -406,19 +405,19 @@ def test_a_damaged_leaderboard_is_refused(board: Leaderboard, change: dict[str, 
 def test_a_study_saves_the_best_and_runs_once(store: FeatureStore, tmp_path: Path) -> None:
     target = tmp_path / "p.featcache"
     options = {"heads": ["svm"], "cv": 3}
-    first = study(store.paths, target, **options)  # type: ignore[arg-type]
+    first = train_files(store.paths, target, **options)  # type: ignore[arg-type]
     assert not first.up_to_date
     assert f"saved: {target}" in first.to_text()
     content = target.read_bytes()
 
-    again = study(store.paths, target, **options)  # type: ignore[arg-type]
+    again = train_files(store.paths, target, **options)  # type: ignore[arg-type]
     assert again.up_to_date
     assert "nothing to do" in again.to_text()
     assert again.leaderboard == first.leaderboard
     assert target.read_bytes() == content
     assert json.loads(json.dumps(again.to_dict()))["up_to_date"] is True
 
-    other = study(store.paths, target, **options | {"random_state": 1})  # type: ignore[arg-type]
+    other = train_files(store.paths, target, **options | {"random_state": 1})  # type: ignore[arg-type]
     assert not other.up_to_date
     assert other.leaderboard != first.leaderboard
 
@@ -430,25 +429,27 @@ def test_other_labels_make_a_study_run_again(tmp_path: Path) -> None:
         path = tmp_path / "a.h5"
         path.unlink(missing_ok=True)
         make_store(path, X, labels)
-        assert not study([path], target, heads=["linear"], cv=3).up_to_date
+        assert not train_files([path], target, heads=["linear"], cv=3).up_to_date
 
 
 def test_a_study_holds_out_a_quarter_or_what_the_column_says(
     store: FeatureStore, tmp_path: Path
 ) -> None:
-    found = study(store.paths, tmp_path / "p.featcache", heads=["linear"], cv=3)
+    found = train_files(store.paths, tmp_path / "p.featcache", heads=["linear"], cv=3)
     assert found.leaderboard.n_test in (22, 23)
     splits = ["train"] * 80 + ["test"] * 10
     split = make_store(tmp_path / "b.h5", clusters(LABELS), LABELS, splits=splits)
-    by_column = study(split.paths, tmp_path / "q.featcache", heads=["linear"], cv=3)
+    by_column = train_files(split.paths, tmp_path / "q.featcache", heads=["linear"], cv=3)
     assert (by_column.leaderboard.n_fit, by_column.leaderboard.n_test) == (80, 10)
-    by_share = study(split.paths, tmp_path / "r.featcache", heads=["linear"], cv=3, test_size=0.5)
+    by_share = train_files(
+        split.paths, tmp_path / "r.featcache", heads=["linear"], cv=3, test_size=0.5
+    )
     assert by_share.leaderboard.n_test == 45
 
 
 def test_a_study_joins_stores(joined: tuple[FeatureStore, FeatureStore], tmp_path: Path) -> None:
     paths = [one.paths[0] for one in joined]
-    found = study(paths, tmp_path / "p.featcache", heads=["linear"], cv=3)
+    found = train_files(paths, tmp_path / "p.featcache", heads=["linear"], cv=3)
     assert len(found.predictor.fingerprints) == 2
     assert Predictor.load(tmp_path / "p.featcache").n_features == 24
 
@@ -457,20 +458,20 @@ def test_a_study_never_replaces_another_file(store: FeatureStore, tmp_path: Path
     target = tmp_path / "thesis.zip"
     target.write_bytes(b"precious")
     with pytest.raises(PredictorError, match="is not a featcache predictor"):
-        study(store.paths, target, heads=["linear"])
+        train_files(store.paths, target, heads=["linear"])
     assert target.read_bytes() == b"precious"
     with pytest.raises(PredictorError, match="no folder"):
-        study(store.paths, tmp_path / "nowhere" / "p.featcache", heads=["linear"])
+        train_files(store.paths, tmp_path / "nowhere" / "p.featcache", heads=["linear"])
 
 
 def test_a_damaged_predictor_is_made_again(store: FeatureStore, tmp_path: Path) -> None:
     target = tmp_path / "p.featcache"
-    study(store.paths, target, heads=["linear"], cv=3)
+    train_files(store.paths, target, heads=["linear"], cv=3)
     content = bytearray(target.read_bytes())
     position = content.find(b"schema.json") + 400
     content[position : position + 4] = b"####"
     target.write_bytes(content)
-    assert not study(store.paths, target, heads=["linear"], cv=3).up_to_date
+    assert not train_files(store.paths, target, heads=["linear"], cv=3).up_to_date
     assert Predictor.load(target).head == "linear"
 
 
@@ -524,5 +525,5 @@ def test_the_study_shows_progress_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    study(store.paths, tmp_path / "a.featcache", heads=["knn"], cv=2)
+    train_files(store.paths, tmp_path / "a.featcache", heads=["knn"], cv=2)
     assert "knn" in capsys.readouterr().err

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featcache import winograd
-from featcache.runtime import Runtime, Settings
-from featcache.winograd import WinogradConv2d, suits
+from featcache.networks import winograd
+from featcache.networks.forward import Runtime, Settings
+from featcache.networks.winograd import WinogradConv2d, suits
 from tests.small import SIDE, backbone
 
 

@@ -1,7 +1,7 @@
 """Cross-validated choice of a head's hyper-parameters on given folds, and what it returns.
 
-The folds come from outside (:mod:`featcache.splitting`), so that every head is compared on the
-same ones. Everything that is learnt from features, scaling included, is learnt inside a fold.
+The folds come from outside (:mod:`featcache.store.splitting`), so that every head is compared on
+the same ones. Everything that is learnt from features, scaling included, is learnt inside a fold.
 The out-of-fold scores of the chosen hyper-parameters are kept: the leaderboard's intervals, the
 calibration of probabilities and the audit all come from them.
 """

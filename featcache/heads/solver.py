@@ -90,7 +90,7 @@ class Workers:
     @contextlib.contextmanager
     def start(cls) -> Iterator[Workers]:
         """Start as many threads as torch would use; stop the libraries' own meanwhile."""
-        from featcache.runtime import keep_pages
+        from featcache.system.memory import keep_pages
 
         count = torch.get_num_threads()
         with keep_pages(), threadpool_limits(1, user_api="blas"):

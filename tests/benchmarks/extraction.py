@@ -163,7 +163,8 @@ def img2vec(folder: str, network: str, seconds: float, out: str, *, size: int = 
 def ours(folder: str, network: str, seconds: float, out: str, *, precision: str) -> Speed:
     """Run `featcache.extract`, and then its network by itself."""
     import featcache as fc
-    from featcache.runtime import Runtime, Settings, keep_pages
+    from featcache.networks.forward import Runtime, Settings
+    from featcache.system.memory import keep_pages
 
     backbone = fc.Backbone.from_torchvision(network, weights=None, layers=LAYERS.get(network))
     _ = backbone.module  # as for the others: a network in memory is what is started from
@@ -200,7 +201,7 @@ def relative_error(store: Any, backbone: Any, images: Any, count: int = 8) -> fl
     """Compare with the plainest hook loop: the largest difference over the largest feature."""
     import torch
 
-    from featcache.taps import Tapped
+    from featcache.networks.taps import Tapped
 
     worst = 0.0
     features = {tap: store.load(tap)[0] for tap in store.taps}

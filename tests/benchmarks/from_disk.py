@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
-from featcache.heads import LinearClassifier, RowBlocks
 from featcache.heads.linear import search_linear
 from featcache.heads.search import Rows
-from featcache.store import FeatureStore
+from featcache.heads.table import LinearClassifier, RowBlocks
+from featcache.store.store import FeatureStore
 
 
 def peak_megabytes() -> float:

@@ -42,12 +42,12 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from synthetic import FINGERPRINT, TAP, Images, features
 
-from featcache.heads import HEADS, BoostedTrees, GaussianSVM, LinearClassifier, LinearSVM
 from featcache.heads.linear import search_linear
 from featcache.heads.search import Rows
+from featcache.heads.table import HEADS, BoostedTrees, GaussianSVM, LinearClassifier, LinearSVM
 from featcache.heads.trees import search_forest
-from featcache.store import FeatureStore
-from featcache.writer import FeatureWriter
+from featcache.store.store import FeatureStore
+from featcache.store.writer import FeatureWriter
 
 CS = tuple(10.0 ** np.arange(-5, 3))
 SECTIONS = ("linear", "svm", "rbf-svm", "forest", "boosting", "components", "disk")

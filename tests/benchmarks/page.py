@@ -33,8 +33,8 @@ requestAnimationFrame(next);
 
 def page(folder: Path, n: int) -> Path:
     """Write the report of a store of n images of noise."""
-    from featcache.images import ImageSet
-    from featcache.report import write_report
+    from featcache.images.image_set import ImageSet
+    from featcache.report.data import write_report
     from tests.labelled import make_store
     from tests.reported import CLASSES, evaluation
 

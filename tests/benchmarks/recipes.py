@@ -40,14 +40,11 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import featcache as fc
-from featcache.cutting import cut
-from featcache.evaluation import Evaluation
-from featcache.finetuning import Maps, finetune, minibatches, rate, seeded
-from featcache.heads.suffix import SuffixClassifier
-from featcache.runtime import select_device
-from featcache.splitting import holdout
-from featcache.store import FeatureStore
-from featcache.surgery import (
+from featcache.finetuning.cutting import cut
+from featcache.finetuning.head import SuffixClassifier
+from featcache.finetuning.training import Maps, finetune, minibatches, rate, seeded
+from featcache.networks.forward import select_device
+from featcache.networks.surgery import (
     freeze,
     parameter_groups,
     replace_head,
@@ -55,6 +52,9 @@ from featcache.surgery import (
     trainable_parameters,
     unfreeze,
 )
+from featcache.results.evaluation import Evaluation
+from featcache.store.splitting import holdout
+from featcache.store.store import FeatureStore
 from pipelines.study import demo_images
 
 SECTIONS = ("nine", "epoch-18", "epoch-17", "epoch-14", "accuracy")

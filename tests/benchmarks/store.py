@@ -19,9 +19,9 @@ import numpy as np
 import torch  # converts types; here, so that importing it is not timed
 from synthetic import FINGERPRINT, TAP, Images
 
-from featcache import disk
-from featcache.store import FeatureStore
-from featcache.writer import FeatureWriter
+from featcache.store import disk
+from featcache.store.store import FeatureStore
+from featcache.store.writer import FeatureWriter
 
 
 def timed(what: str, size: int, call: Callable[[], Any]) -> Any:

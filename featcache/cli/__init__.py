@@ -1,0 +1,6 @@
+"""The `featcache` command: flags become arguments, errors become messages.
+
+In: what is typed. Out: results on standard output, messages on standard error.
+Here: the commands. The entry point is `featcache.cli.main:main`.
+May import: everything, inside the commands.
+"""

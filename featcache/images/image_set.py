@@ -1,0 +1,427 @@
+"""Which images there are: an ordered list of ids, where their bytes come from, and their labels.
+
+An `ImageSet` is made of class folders, a table, a list of files, WebDataset shards, arrays, or a
+torchvision data set, and reads one image at a time. One rule holds for all ids: they are unique,
+sorted by their UTF-8 bytes, relative to what was given (``/`` between folders), and the same in
+every run. A file whose name is not UTF-8 gets an escaped id and cannot be read.
+
+Nothing is kept per image but the bytes of its id and small integers (see
+`featcache.images.columns`): ten million images take some hundred megabytes, and worker processes
+share them without a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featcache.errors import ImageSetError
+from featcache.images import sources
+from featcache.images.readers import RawImage
+from featcache.images.sources import SUFFIXES, TORCHVISION_SETS, Listing
+from featcache.pixels import pillow
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["SUFFIXES", "TORCHVISION_SETS", "ImageSet", "RawImage", "content_hash"]
+
+
+class ImageSet:
+    """An ordered list of images: their ids, where their bytes are, and perhaps their labels.
+
+    Made by one of `from_folder`, `from_csv`, `from_files`, `from_tar`, `from_arrays`,
+    `from_torchvision`, or by `open`, which chooses among them. Sets can be pickled, and sent to
+    worker processes.
+
+    Attributes
+    ----------
+    ids : Sequence of str
+        One id an image: unique, sorted, relative to what was given.
+    labels : Sequence of str or None
+        Class names, "" where an image has none; None where no image has one.
+    groups, splits : Sequence of str or None
+        What must not be divided between training and test, and a division given in advance.
+    source : str
+        Where the images are, for messages.
+    ignored : int
+        Number of files that were passed over because they are not images by their name.
+
+    Examples
+    --------
+    >>> images = ImageSet.from_folder("flowers")  # doctest: +SKIP
+    >>> images  # doctest: +SKIP
+    ImageSet(6149 images, 102 classes, from flowers)
+    >>> images.ids[0], images.labels[0]  # doctest: +SKIP
+    ('alpine/0001.jpg', 'alpine')
+    """
+
+    def __init__(self, listing: Listing) -> None:
+        if not len(listing.ids):
+            raise ImageSetError(f"{listing.source}: there are no images")
+        self.ids = listing.ids
+        self.labels = listing.labels
+        self.groups = listing.groups
+        self.splits = listing.splits
+        self.source = listing.source
+        self.ignored = listing.ignored
+        self._reader = listing.reader
+        self._rows: NDArray[np.int64] | None = None  # rows of the reader; None is all of them
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def classes(self) -> list[str]:
+        """The distinct labels, sorted; "" (no label) is not one of them."""
+        return [] if self.labels is None else [x for x in self.labels.distinct() if x]
+
+    def read(self, index: int) -> RawImage:
+        """Return image number `index` as it is stored: a file's bytes, an array, a PIL image.
+
+        Raises
+        ------
+        DecodeError
+            With stage "read" and the reason, if it cannot be read.
+        """
+        row = index if self._rows is None else int(self._rows[index])
+        return self._reader.read(row, self.ids[index])
+
+    def stat(self, index: int) -> tuple[int, int]:
+        """Return size (bytes) and time of the last change (ns) of image number `index`.
+
+        Both are -1 where there is no file, or no file any more.
+        """
+        row = index if self._rows is None else int(self._rows[index])
+        return self._reader.stat(row, self.ids[index])
+
+    def select(self, indices: ArrayLike) -> ImageSet:
+        """Return the images with these numbers, in this order.
+
+        Parameters
+        ----------
+        indices : array_like of int, shape (k,)
+            Numbers of images, each at most once. Ascending numbers keep the ids sorted.
+
+        Returns
+        -------
+        ImageSet
+            A set of k images that reads from the same place.
+        """
+        rows = np.asarray(indices, np.int64)
+        chosen = object.__new__(ImageSet)
+        chosen.ids = self.ids.take(rows)
+        for name in ("labels", "groups", "splits"):
+            column = getattr(self, name)
+            setattr(chosen, name, None if column is None else column.take(rows))
+        chosen.source, chosen.ignored, chosen._reader = self.source, self.ignored, self._reader
+        chosen._rows = rows if self._rows is None else self._rows[rows]
+        return chosen
+
+    def parts(self, n: int) -> list[ImageSet]:
+        """Cut the set into `n` parts of equal size (to within one image), each sorted.
+
+        Raises
+        ------
+        ImageSetError
+            If there are fewer images than parts.
+        """
+        if not 1 <= n <= len(self):
+            raise ImageSetError(f"{self.source}: {len(self)} images cannot make {n} parts")
+        return [self.select(rows) for rows in np.array_split(np.arange(len(self)), n)]
+
+    def __repr__(self) -> str:
+        words = [f"{len(self)} images"]
+        if self.labels is not None:
+            words.append(f"{len(self.classes)} classes")
+        if self.groups is not None:
+            words.append(f"{len(self.groups.distinct())} groups")
+        if self.splits is not None:
+            words.append(f"splits {', '.join(self.splits.distinct())}")
+        if self.ignored:
+            words.append(f"{self.ignored} other files ignored")
+        return f"ImageSet({', '.join(words)}, from {self.source})"
+
+    # -- where images come from --------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        labels_csv: str | os.PathLike[str] | None = None,
+        id_column: str = "id",
+        label_column: str | None = "label",
+        group_column: str | None = None,
+        split_column: str | None = None,
+        suffix: str = "",
+        root: str | os.PathLike[str] | None = None,
+        download: bool = False,
+    ) -> ImageSet:
+        """Make a set of whatever the command line calls IMAGES.
+
+        Parameters
+        ----------
+        spec : str, path, or sequence of them
+            A folder; a glob, a file or several files; ``.tar`` shards; a ``.npy`` or ``.npz`` file
+            of images; the name of a torchvision data set (CIFAR10, FashionMNIST, Flowers102,
+            OxfordIIITPet), also as ``NAME:ROOT``.
+        labels_csv : path, optional
+            Table for `from_csv`; `spec` is then the folder of the images.
+        id_column, label_column, group_column, split_column, suffix
+            As for `from_csv`.
+        root : path, optional
+            Folder of a torchvision data set.
+        download : bool
+            Whether a torchvision data set may be downloaded into `root`.
+
+        Raises
+        ------
+        ImageSetError
+            If nothing is there, or it cannot be listed.
+        """
+        names = [os.fspath(name) for name in _several(spec)]
+        if labels_csv is not None:
+            if len(names) != 1:
+                raise ImageSetError(f"a table of labels goes with one folder, got {len(names)}")
+            return cls.from_csv(
+                labels_csv,
+                names[0],
+                id_column=id_column,
+                label_column=label_column,
+                group_column=group_column,
+                split_column=split_column,
+                suffix=suffix,
+            )
+        if len(names) > 1:
+            return cls(sources.tars(names) if sources.are_tars(names) else sources.files(names))
+        return cls._of_one(names[0], root, download)
+
+    @classmethod
+    def _of_one(cls, name: str, root: str | os.PathLike[str] | None, download: bool) -> ImageSet:
+        path = Path(name)
+        known, _, place = name.partition(":")
+        if known in TORCHVISION_SETS and not path.exists():
+            return cls.from_torchvision(known, place or root, download=download)
+        if path.is_dir():
+            return cls.from_folder(path)
+        if sources.are_tars(sources.matches(name)):
+            return cls(sources.tars(sources.matches(name)))
+        if path.suffix.lower() in (".npy", ".npz"):
+            return cls(sources.array_file(name))
+        return cls.from_files(name)
+
+    @classmethod
+    def from_folder(
+        cls, root: str | os.PathLike[str], *, suffixes: Iterable[str] = SUFFIXES
+    ) -> ImageSet:
+        """List the images below a folder; the first folder below it is the label.
+
+        A folder without folders gives no labels. Folders named like splits (train, val, test)
+        that hold class folders give both: split and label. Links are followed. Files with another
+        suffix and hidden files are ignored and counted.
+
+        Parameters
+        ----------
+        root : path
+            The folder.
+        suffixes : iterable of str
+            Suffixes of image files, in lower case.
+
+        Raises
+        ------
+        ImageSetError
+            If the folder is missing, cannot be read, or holds no image.
+        """
+        return cls(sources.folder(os.fspath(root), frozenset(suffixes)))
+
+    @classmethod
+    def from_csv(
+        cls,
+        csv: str | os.PathLike[str],
+        root: str | os.PathLike[str],
+        *,
+        id_column: str = "id",
+        label_column: str | None = "label",
+        group_column: str | None = None,
+        split_column: str | None = None,
+        suffix: str = "",
+    ) -> ImageSet:
+        """List the images that a table names.
+
+        Parameters
+        ----------
+        csv : path
+            Table in UTF-8 with a header line; fields are divided by commas, semicolons or tabs.
+        root : path
+            Folder of the images.
+        id_column : str
+            Column with the images' paths relative to `root`, without `suffix`.
+        label_column, group_column, split_column : str, optional
+            Columns with labels, groups and splits; None leaves them out. An empty label is none.
+        suffix : str
+            What is added to an id to get its file, such as ".jpg".
+
+        Raises
+        ------
+        ImageSetError
+            If the table cannot be read, a column is missing, a line has too many or too few
+            fields, an id is empty, occurs twice, has no file, or leaves the folder: by "..",
+            as an absolute path, or by a link.
+        """
+        columns = {
+            "id": id_column,
+            "label": label_column,
+            "group": group_column,
+            "split": split_column,
+        }
+        named = {role: column for role, column in columns.items() if column is not None}
+        return cls(sources.table(os.fspath(csv), os.fspath(root), named, suffix))
+
+    @classmethod
+    def from_files(
+        cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+    ) -> ImageSet:
+        """List files, without labels.
+
+        Parameters
+        ----------
+        paths : path, glob, or iterable of paths
+            A glob such as ``"photos/**/*.jpg"`` gives ids relative to its folder (``photos``) and
+            passes over files that are not images by their suffix. Paths are ids as they stand;
+            one that is given twice counts once.
+
+        Raises
+        ------
+        ImageSetError
+            If a file is missing or is a folder, or a glob matches no image.
+        """
+        names = [os.fspath(path) for path in _several(paths)]
+        if len(names) == 1 and sources.is_glob(names[0]):
+            return cls(sources.globbed(names[0]))
+        return cls(sources.files(names))
+
+    @classmethod
+    def from_tar(cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> ImageSet:
+        """List the images in WebDataset shards; they are read in place, nothing is extracted.
+
+        Members that share their path up to the first dot are one sample; its label is the text of
+        its ``.cls``, else "label", "cls" or "class" of its ``.json``. Ids are
+        ``SHARD.tar/MEMBER``. Only regular members are read.
+
+        Parameters
+        ----------
+        paths : path or iterable of paths
+            Uncompressed tar files.
+
+        Raises
+        ------
+        ImageSetError
+            If a file is missing, is not a tar, is cut short or compressed, or holds no image.
+        """
+        return cls(sources.tars([os.fspath(path) for path in _several(paths)]))
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: ArrayLike,
+        labels: Iterable[Any] | None = None,
+        ids: Iterable[str] | None = None,
+    ) -> ImageSet:
+        """Make a set of the images in one array.
+
+        Parameters
+        ----------
+        images : array_like of uint8, shape (n, h, w) or (n, h, w, c)
+            The pixels; also bool, uint16, or a memory map.
+        labels : iterable, optional
+            A label an image; numbers become text.
+        ids : iterable of str, optional
+            An id an image; left out, its number with eight digits.
+
+        Raises
+        ------
+        ImageSetError
+            If shapes, types or lengths do not fit, or an id occurs twice.
+        """
+        pixels = images if isinstance(images, np.ndarray) else np.asarray(images)
+        return cls(
+            sources.arrays(
+                pixels,
+                None if labels is None else [str(label) for label in labels],
+                None if ids is None else list(ids),
+            )
+        )
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        dataset: Any,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        download: bool = False,
+        split: str | None = None,
+    ) -> ImageSet:
+        """Make a set of a map-style data set of (PIL image, int), or of one known by name.
+
+        Parameters
+        ----------
+        dataset : Dataset or str
+            A data set without transform, or CIFAR10, FashionMNIST, Flowers102 or OxfordIIITPet.
+            Labels are its ``classes`` where it has them, else numbers as text. They are taken
+            from its ``targets`` (or ``labels``) where it has these, else from all its items.
+        root : path, optional
+            Folder of a data set known by name.
+        download : bool
+            Whether it may be downloaded into `root`.
+        split : str, optional
+            One split of a data set known by name. Left out, all splits are listed one after the
+            other, ids begin with the split, and `splits` is set.
+
+        Raises
+        ------
+        ImageSetError
+            If the name is unknown, the data set is not there, or holds other items.
+        """
+        if isinstance(dataset, str):
+            return cls(sources.torchvision_set(dataset, root, split, download))
+        return cls(sources.datasets({"": dataset}, type(dataset).__name__))
+
+
+def content_hash(raw: RawImage) -> bytes:
+    """Return the SHA-256 of an image as it is stored.
+
+    Parameters
+    ----------
+    raw : bytes, ndarray or PIL.Image.Image
+        What `ImageSet.read` returned.
+
+    Returns
+    -------
+    bytes of length 32
+        Of a file's bytes as they are; of an array's type, shape and pixels; of a PIL image's mode,
+        size, transparent colour, orientation, palette and pixels.
+    """
+    if isinstance(raw, bytes):
+        return hashlib.sha256(raw).digest()
+    if isinstance(raw, np.ndarray):
+        digest = hashlib.sha256(f"{raw.dtype.str} {raw.shape}\n".encode())
+        digest.update(np.ascontiguousarray(raw).data)
+        return digest.digest()
+    with pillow.quiet:
+        seen = f"{raw.mode} {raw.size} {raw.info.get('transparency')} {pillow.orientation(raw)}\n"
+    digest = hashlib.sha256(seen.encode())
+    digest.update(bytes(raw.getpalette() or ()))
+    digest.update(raw.tobytes())
+    return digest.digest()
+
+
+def _several(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[str | os.PathLike[str]]:
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)

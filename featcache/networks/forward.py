@@ -1,0 +1,630 @@
+"""Where and how a network runs: device, precision, memory format, fusion, batch size.
+
+What was measured (ResNet-50, 224 x 224, two cores with AVX-512) decides what is done here:
+
+- On a CPU the system's allocator gives every large tensor's pages back to the kernel and faults
+  them in again, a million times a batch. `keep_pages` stops that; it doubles the speed.
+- Convolutions run faster on maps whose channels lie side by side (channels_last), and batch
+  normalisations are folded into them.
+- bfloat16 and float16 convert the network itself: ``torch.autocast`` converts weights again and
+  again, and stays a fallback for networks that mix types.
+
+All of it may change the last bits of a feature. `Settings` holds every such choice; extraction
+records it in the partial file, and a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache.errors import BackboneError, DeviceError
+from featcache.networks import fusion, packing, winograd
+from featcache.networks.backbone import Backbone
+from featcache.networks.taps import Tapped
+from featcache.system.memory import glibc
+
+__all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "select_device"]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Images a forward pass, to begin with. On a CPU more than a few for each thread are no faster, and
+# take memory.
+_DEFAULT_BATCH = {"cpu": 8, "cuda": 128, "mps": 64}
+_IMAGES_A_THREAD = 4
+_OTHER_BATCHES = {"cpu": (16, 32, 64), "cuda": (64, 256, 512), "mps": (32, 128)}
+# Measuring must pay: the length of a run, in batches, from which on it begins, the share of the run
+# that it may take, the seconds of a run from which on compiling (10 to 30 s) is tried, and what
+# counts as faster. Noise shall not decide: it would give two runs different last bits.
+_WORTH_MEASURING = 64
+_SHARE_FOR_MEASURING = 0.03
+_WORTH_COMPILING = 400.0
+_WORTH_WINOGRAD = 256  # images
+_CLEARLY = 0.93
+_SPEED_UPS = ("folded", "packed", "packed_products")
+# Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
+_SAME = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """Return the device of that name.
+
+    Parameters
+    ----------
+    name : str
+        ``"auto"`` (the first CUDA device, else Apple's GPU, else the CPU), ``"cpu"``, ``"cuda"``,
+        ``"cuda:1"`` or ``"mps"``.
+
+    Raises
+    ------
+    DeviceError
+        If it is not the name of a device, or this machine has no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in _DEFAULT_BATCH:
+        raise DeviceError(f"{name!r} is no device. Type one of: auto, cpu, cuda, cuda:1, mps")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            has = f"has {count} CUDA devices" if count else "has no CUDA device"
+            raise DeviceError(f"--device {name}: this machine {has} that torch can use")
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps: this machine has no Apple GPU that torch can use")
+    return torch.device(device.type)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that may change the last bits of a feature on one machine.
+
+    Attributes
+    ----------
+    device : {"cpu", "cuda", "mps"}
+        Kind of device.
+    precision : {"float32", "bfloat16", "float16"}
+        Of the forward pass.
+    batch_size : int
+        Images a forward pass; shorter batches are padded.
+    threads : int
+        Threads of a CPU's forward pass.
+    channels_last : bool
+        Whether maps are laid out as (n, h, w, c).
+    folded : bool
+        Whether batch normalisations are folded into convolutions.
+    packed : bool
+        Whether the weights of convolutions are brought into oneDNN's layout, and activations
+        computed with them.
+    packed_products : bool
+        Whether oneDNN multiplies the matrices of linear layers.
+    winograd : tuple of str
+        Convolutions that are computed by `featcache.networks.winograd`.
+    autocast : bool
+        Whether types are chosen operation by operation instead of converting the network.
+    compiled : bool
+        Whether ``torch.compile`` is used.
+    aligned : bool
+        Whether an image must keep its place in a batch to give the same bits.
+    """
+
+    device: str
+    precision: str
+    batch_size: int
+    threads: int
+    channels_last: bool
+    folded: bool
+    packed: bool
+    packed_products: bool
+    winograd: tuple[str, ...]
+    autocast: bool
+    compiled: bool
+    aligned: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self | None:
+        """Return the settings that `to_dict` gave, None where they are of another version."""
+        if set(values) != {field.name for field in fields(cls)}:
+            return None
+        return cls(**{**values, "winograd": tuple(values["winograd"])})
+
+
+class Pending:
+    """Features that are being computed.
+
+    Parameters
+    ----------
+    parts : list of dict of str to torch.Tensor
+        By tap, batch by batch, in the memory of the CPU.
+    event : torch.cuda.Event, optional
+        What to wait for before they are read.
+    """
+
+    def __init__(self, parts: list[dict[str, Tensor]], event: torch.cuda.Event | None) -> None:
+        self._parts = parts
+        self._event = event
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Wait for the features, and return them by tap."""
+        if self._event is not None:
+            self._event.synchronize()
+        joined = {tap: [part[tap] for part in self._parts] for tap in self._parts[0]}
+        return {
+            tap: (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+            for tap, parts in joined.items()
+        }
+
+
+class Runtime:
+    """Computes features of batches of pixels.
+
+    Nothing is loaded until `settings` or a call needs it. Use it within `keep_pages`.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The network; its module is not changed.
+    device : str
+        As for `select_device`.
+    precision : {"float32", "bfloat16", "float16"}
+        Of the forward pass. The features are float32 in any case.
+    batch_size : int, optional
+        Images a forward pass; left out, it is chosen.
+    compile : bool, optional
+        Whether to use ``torch.compile``; left out, where it pays.
+    settings : Settings, optional
+        Of an earlier run, to compute the same bits. Not used where they are of another device or
+        precision; a `batch_size` or `compile` that is given counts more.
+    count : int, optional
+        How many images are to come: more is measured where many are. Left out, nothing is.
+    processes : int
+        How many processes share the cores of the CPU.
+
+    Raises
+    ------
+    DeviceError
+        This machine has no such device.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        device: str = "auto",
+        precision: str = "float32",
+        batch_size: int | None = None,
+        compile: bool | None = None,
+        settings: Settings | None = None,
+        count: int | None = None,
+        processes: int = 1,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise DeviceError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
+        if batch_size is not None and batch_size < 1:
+            raise DeviceError(f"batch_size is at least 1, not {batch_size}")
+        self.backbone = backbone
+        self.device = select_device(device)
+        self.precision = precision
+        self._batch_size = batch_size
+        self._compile = compile
+        self._recorded = settings
+        self._count = count
+        self._processes = processes
+        self._settings: Settings | None = None
+        self._compute: Callable[[Tensor], dict[str, Tensor]] | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force; the first use loads the network and chooses them."""
+        if self._settings is None:
+            self._prepare()
+        assert self._settings is not None
+        return self._settings
+
+    def __call__(self, pixels: np.ndarray | Tensor) -> dict[str, np.ndarray]:
+        """Compute features.
+
+        Parameters
+        ----------
+        pixels : uint8 array or tensor, shape (k, channels, h, w)
+            Cropped images, as the backbone's `Preprocessing` gives them. `k` may be any number;
+            they are cut into batches, and a short batch is padded with black images.
+
+        Returns
+        -------
+        dict of str to ndarray of float32, shape (k, ...)
+            By tap.
+        """
+        return self.submit(pixels).result()
+
+    def submit(self, pixels: np.ndarray | Tensor) -> Pending:
+        """Begin to compute features: a GPU goes on while this process does other things.
+
+        Parameters
+        ----------
+        pixels : uint8 array or tensor, shape (k, channels, h, w)
+            As for a call.
+
+        Returns
+        -------
+        Pending
+            Its ``result()`` is what a call returns.
+        """
+        batch = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
+        parts: list[dict[str, Tensor]] = []
+        with self._configured(self.settings):
+            start = 0
+            while start < len(batch):
+                size = self.settings.batch_size
+                try:
+                    parts.append(self._forward(batch[start : start + size]))
+                except (RuntimeError, MemoryError) as error:
+                    if not _is_out_of_memory(error) or size == 1:
+                        raise
+                    self._halve()
+                    continue
+                start += size
+        return Pending(parts, self._event())
+
+    def release(self) -> None:
+        """Give the network's memory back; the settings stay."""
+        self._compute = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _forward(self, batch: Tensor) -> dict[str, Tensor]:
+        """Run one batch, padded to the batch size."""
+        settings, k = self.settings, len(batch)
+        assert self._compute is not None
+        if k < settings.batch_size:
+            padding = batch.new_zeros((settings.batch_size - k, *batch.shape[1:]))
+            batch = torch.cat([batch, padding])
+        with self._without_gradients(settings):
+            features = self._compute(self._input(batch, settings))
+            # Without blocking: a GPU copies into pinned memory, and `Pending` waits for the event.
+            return {
+                tap: value[:k].to("cpu", torch.float32, non_blocking=True, copy=True)
+                for tap, value in features.items()
+            }
+
+    def _input(self, batch: Tensor, settings: Settings) -> Tensor:
+        """Send pixels to the device as bytes, a quarter of the numbers' size; normalise there."""
+        batch = batch.to(self.device, non_blocking=True)
+        if settings.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        return self.backbone.preprocessing.normalize(batch, self._dtype(settings))
+
+    def _dtype(self, settings: Settings) -> torch.dtype:
+        """Return the type of the network and of what goes into it."""
+        return torch.float32 if settings.autocast else PRECISIONS[settings.precision]
+
+    @contextlib.contextmanager
+    def _without_gradients(self, settings: Settings) -> Iterator[None]:
+        # torch.compile's freezing knows no_grad, not inference_mode.
+        mode = torch.no_grad() if settings.compiled else torch.inference_mode()
+        with (
+            mode,
+            torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=settings.autocast),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def _configured(self, settings: Settings) -> Iterator[None]:
+        """Set what torch keeps for the whole process: threads, and float32 that is float32."""
+        threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        if self.device.type == "cpu" and settings.threads != threads:
+            torch.set_num_threads(settings.threads)
+        torch.set_float32_matmul_precision("highest")  # no TF32
+        try:
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+    def _halve(self) -> None:
+        assert self._settings is not None
+        self._settings = replace(self._settings, batch_size=max(1, self._settings.batch_size // 2))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # --- choosing -------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Load the network and choose the settings; the first that work and agree are taken."""
+        example = self._example()
+        seen = fusion.observe(self.backbone.module, self.backbone.points, example)
+        failure: Exception | None = None
+        for settings in self._attempts(self._wanted(seen)):
+            try:
+                tapped = self._network(settings, seen)
+                agrees = self._agrees(tapped, settings, seen, example)
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                if _is_out_of_memory(error):
+                    raise
+                failure = error
+                continue
+            plain = not any(getattr(settings, name) for name in ("winograd", *_SPEED_UPS))
+            if agrees or plain:
+                self._compute, self._settings = tapped, settings
+                self._measure(seen)
+                if library := glibc():
+                    library.malloc_trim(0)  # what choosing took need not stay beside the batches
+                return
+        raise BackboneError(
+            f"The network {self.backbone.name} does not run in {self.precision} on "
+            f"{self.device}: {failure}. Try --precision float32 or --device cpu"
+        ) from failure
+
+    def _wanted(self, seen: fusion.Observed) -> Settings:
+        recorded = self._recorded
+        if recorded and (recorded.device, recorded.precision) == (self.device.type, self.precision):
+            return replace(
+                recorded,
+                batch_size=self._batch_size or recorded.batch_size,
+                compiled=recorded.compiled if self._compile is None else self._compile,
+            )
+        cpu = self.device.type == "cpu"
+        threads = max(1, torch.get_num_threads() // self._processes) if cpu else 1
+        default = max(_DEFAULT_BATCH[self.device.type], _IMAGES_A_THREAD * threads)
+        batch_size = self._batch_size or default
+        if self._batch_size is None and self._count is not None:
+            batch_size = max(1, min(batch_size, self._count))
+        dtype = PRECISIONS[self.precision]
+        return Settings(
+            device=self.device.type,
+            precision=self.precision,
+            batch_size=batch_size,
+            threads=threads,
+            channels_last=True,
+            folded=bool(seen.pairs),
+            packed=cpu and hasattr(torch.ops.mkldnn, "_convolution_pointwise"),
+            packed_products=cpu
+            and seen.product is not None
+            and packing.products_pay(seen.product, batch_size, dtype),
+            winograd=self._winograd_layers(seen),
+            autocast=False,
+            compiled=bool(self._compile),
+        )
+
+    def _winograd_layers(self, seen: fusion.Observed) -> tuple[str, ...]:
+        long_enough = (self._count or 0) >= _WORTH_WINOGRAD
+        if self.device.type != "cpu" or self.precision != "float32" or not long_enough:
+            return ()
+        return winograd.faster(self.backbone.module, seen.inputs)
+
+    def _attempts(self, wanted: Settings) -> Iterator[Settings]:
+        """Yield the settings to try: all that is wanted, all but one thing, nothing of it."""
+        nothing: dict[str, Any] = {"winograd": (), **dict.fromkeys(_SPEED_UPS, False)}
+        enabled = {name: off for name, off in nothing.items() if getattr(wanted, name)}
+        steps = [{}, *({name: off} for name, off in enabled.items()), nothing]
+        for step in steps:
+            settings = replace(wanted, **step)
+            yield settings
+            if self.precision != "float32" and not wanted.autocast:
+                # autocast does not know the operations of packed layers
+                yield replace(settings, autocast=True, packed=False, packed_products=False)
+
+    def _example(self) -> Tensor:
+        """Return one normalised image of noise, the same every time."""
+        pixels = np.random.default_rng(0).integers(
+            0, 256, (1, *self.backbone.preprocessing.output_shape), dtype=np.uint8
+        )
+        return self.backbone.preprocessing.normalize(torch.from_numpy(pixels))
+
+    def _network(self, settings: Settings, seen: fusion.Observed) -> Tapped:
+        module = fusion.shallow_copy(self.backbone.module)
+        if settings.folded:
+            fusion.fold(module, seen.pairs)
+        convolutions = {}
+        if settings.packed:
+            convolutions = packing.observe(module, self.backbone.points, self._example())
+        fusion.converted(
+            module,
+            seen.unused,
+            device=self.device,
+            dtype=self._dtype(settings),
+            channels_last=settings.channels_last,
+        )
+        for name in settings.winograd:
+            convolution: Any = module.get_submodule(name)
+            module.set_submodule(name, winograd.WinogradConv2d(convolution))
+            convolutions.pop(name, None)
+        products = seen.layers if settings.packed_products else set()
+        packing.pack(module, products, convolutions, settings.batch_size)
+        return Tapped(module, self.backbone.points)
+
+    def _agrees(
+        self, tapped: Tapped, settings: Settings, seen: fusion.Observed, example: Tensor
+    ) -> bool:
+        """Run the copy on one image and compare its features with the original's."""
+        batch = example.to(self.device, self._dtype(settings))
+        with self._without_gradients(settings), self._configured(settings):
+            found = tapped(batch)
+        if settings.winograd and not _close(found, seen.features):
+            return False
+        return _same(found, seen.features, self.precision)
+
+    # --- measuring ------------------------------------------------------------------------------
+
+    def _measure(self, seen: fusion.Observed) -> None:
+        """Choose what only running whole batches tells, as far as the run is long enough.
+
+        Batch sizes are tried, then compilation; each is kept if it is clearly faster. Then it is
+        found out whether an image gives the same bits in every place of a batch.
+        """
+        settings = self.settings
+        if settings.compiled:  # as asked, or as recorded
+            settings = self._compiled(settings, seen)
+        if settings != self._recorded:
+            settings = self._measured(settings, seen, self._count or 0)
+        self._settings = settings
+
+    def _measured(self, settings: Settings, seen: fusion.Observed, count: int) -> Settings:
+        if count < _WORTH_MEASURING * settings.batch_size:
+            # To keep every image's place is always right, and costs a short run nothing.
+            return replace(settings, aligned=True)
+        seconds, even = self._tried(settings)
+        chosen = settings
+        if self._batch_size is None and not settings.compiled:
+            chosen, seconds = self._best_batch(settings, seconds, count)
+        if self._compile is None and count * seconds > _WORTH_COMPILING:
+            chosen = self._best_compiled(chosen, seen)
+        if chosen != settings:
+            _, even = self._tried(chosen)
+        return replace(chosen, aligned=not even)
+
+    def _best_batch(self, settings: Settings, seconds: float, count: int) -> tuple[Settings, float]:
+        """Try other batch sizes as long as that takes no more than a few percent of the run.
+
+        Returns
+        -------
+        tuple
+            The settings, and the seconds that an image takes.
+        """
+        others = _OTHER_BATCHES[self.device.type]
+        sizes = [settings.batch_size, *(n for n in others if n != settings.batch_size)]
+        budget = _SHARE_FOR_MEASURING * count
+        best, fastest = settings, seconds
+        for size in sizes:
+            budget -= 2 * size
+            if budget < 0:
+                break
+            other = replace(settings, batch_size=size)
+            try:
+                # The first time it is run, a size is prepared; the second time counts.
+                seconds = min(self._tried(other)[0] for _ in range(2))
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                break
+            if other == settings or seconds < _CLEARLY * fastest:
+                best, fastest = other, seconds
+            elif size > best.batch_size:
+                break  # a still larger one would not be faster either, and take twice the memory
+        return best, fastest
+
+    def _best_compiled(self, settings: Settings, seen: fusion.Observed) -> Settings:
+        """Compile; keep that if it is clearly faster."""
+        plain = self._compute
+        seconds = min(self._tried(settings)[0] for _ in range(3))
+        compiled = self._compiled(settings, seen)
+        if compiled.compiled:
+            if min(self._tried(compiled)[0] for _ in range(3)) < _CLEARLY * seconds:
+                return compiled
+            self._compute = plain
+        return settings
+
+    def _tried(self, settings: Settings) -> tuple[float, bool]:
+        """Run a batch of one image again and again.
+
+        Returns
+        -------
+        tuple
+            The seconds that an image takes, and whether it gives the same bits in every place.
+        """
+        batch = self._noise(settings)
+        started = time.perf_counter()
+        features = self._run(batch, settings)
+        found = {tap: value.cpu() for tap, value in features.items()}
+        seconds = (time.perf_counter() - started) / settings.batch_size
+        return seconds, all(bool((value == value[:1]).all()) for value in found.values())
+
+    def _noise(self, settings: Settings) -> Tensor:
+        batch = self._example().expand(settings.batch_size, -1, -1, -1)
+        batch = batch.to(self.device, self._dtype(settings))
+        form = torch.channels_last if settings.channels_last else torch.contiguous_format
+        return batch.contiguous(memory_format=form)
+
+    def _run(self, batch: Tensor, settings: Settings) -> dict[str, Tensor]:
+        assert self._compute is not None
+        with self._without_gradients(settings), self._configured(settings):
+            return self._compute(batch)
+
+    def _compiled(self, settings: Settings, seen: fusion.Observed) -> Settings:
+        """Compile the network; return the settings without that if it cannot be done here."""
+        before = self._compute
+        # The compiler packs by itself, and does not see through layers that are packed already.
+        compiled = replace(
+            settings, compiled=True, packed=False, packed_products=False, winograd=()
+        )
+        tapped = self._network(compiled, seen)
+        tapped.__enter__()  # hooks that come after compiling would never fire
+        options: dict[str, Any] = {"freezing": True} if settings.device == "cpu" else {}
+        self._compute = torch.compile(tapped.capture, dynamic=False, options=options)
+        try:
+            with _quiet_compiler():
+                found = self._run(self._noise(compiled), compiled)
+            if _same(found, seen.features, self.precision):
+                return compiled
+        except Exception:  # no compiler, an operation it does not know: hundreds of reasons
+            pass
+        self._compute = before
+        return replace(settings, compiled=False)
+
+
+def _close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Say whether every feature is well within 1e-5 of the largest one."""
+    return all(
+        float((found[tap].cpu() - value).abs().max()) <= 4e-6 * float(value.abs().max())
+        for tap, value in expected.items()
+    )
+
+
+@contextlib.contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Keep torch.compile from telling a machine without CUDA that it has none."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: str) -> bool:
+    """Say whether the features of copies of one image are the original's, but for rounding."""
+    return all(
+        float((found[tap].float().cpu() - value).norm())
+        <= _SAME[precision] * float(value.norm()) * math.sqrt(len(found[tap]))
+        for tap, value in expected.items()
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )

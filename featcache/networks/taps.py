@@ -1,0 +1,625 @@
+"""Taps: where in a network features are read, and how maps and tokens become vectors.
+
+A tap is written ``LAYER[#K][:input|:output][:mean|:max|:flatten|:map|:cls|:patches]``.
+
+- ``LAYER`` is a module's name as `torch.nn.Module.named_modules` gives it. The empty name, as in
+  ``:output``, is the whole network.
+- ``#K`` chooses the K-th run (from 1) of a module that runs several times in one forward pass.
+- The side is ``output`` unless ``input`` is written; the input is the module's first tensor.
+- The reduction decides what is kept of one image:
+
+  =========== ================= ===================== ==========================================
+  reduction   of a vector (d,)  of a map (c, h, w)    of tokens (n, d)
+  =========== ================= ===================== ==========================================
+  ``flatten`` (d,)              (c * h * w,)          (n * d,)
+  ``mean``                      (c,)                  (d,), over all tokens
+  ``max``                       (c,)                  (d,), over all tokens
+  ``map``                       as the layer gives it (n, d)
+  ``cls``                                             (d,), the class token
+  ``patches``                                         (d,), mean of all but the class and
+                                                      register tokens
+  =========== ================= ===================== ==========================================
+
+  Left out: a vector or a 1 x 1 map is flattened, a larger map averaged, of tokens the class token
+  is taken, or the mean where there is none.
+
+The *canonical* form states everything: ``avgpool`` of a ResNet is ``avgpool:output:flatten``. It
+names the dataset in a store and enters the fingerprint, so two spellings of one tap are one tap.
+
+Which axis of a map holds the channels is found by `featcache.networks.tracing.trace`; ``map`` and
+``flatten`` keep a layer's own layout.
+
+Examples
+--------
+>>> str(Tap.parse("layer4:mean"))
+'layer4:mean'
+>>> Tap.parse("layer1.0.relu#3:output:mean").call
+3
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from featcache.errors import TapError
+from featcache.networks.tracing import Call, Trace, Value, first_argument, trace
+
+__all__ = [
+    "ResolvedTap",
+    "StopForward",
+    "Tap",
+    "Tapped",
+    "default_tap",
+    "resolve",
+    "resolve_traced",
+]
+
+Side = Literal["input", "output"]
+SIDES: tuple[str, ...] = ("input", "output")
+REDUCTIONS: tuple[str, ...] = ("mean", "max", "flatten", "map", "cls", "patches")
+GRAMMAR = "LAYER[#K][:input|:output][:mean|:max|:flatten|:map|:cls|:patches]"
+
+_POOLING = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_CONVOLUTION = nn.modules.conv._ConvNd
+_NORMALISATION = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One point of a network where features are read.
+
+    Parameters
+    ----------
+    layer : str
+        The module's name; empty for the whole network.
+    call : int, optional
+        Which run of a module that runs several times, from 1.
+    side : {"input", "output"}, optional
+        Left out: the output.
+    reduce : {"mean", "max", "flatten", "map", "cls", "patches"}, optional
+        Left out: chosen by the shape of what the layer gives.
+    """
+
+    layer: str
+    call: int | None = None
+    side: Side | None = None
+    reduce: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Tap:
+        """Read the text form; suffixes are taken from the right, names may hold dots and colons.
+
+        Parameters
+        ----------
+        text : str
+            ``LAYER[#K][:SIDE][:REDUCTION]``.
+
+        Returns
+        -------
+        Tap
+            With `None` for what is not written.
+
+        Raises
+        ------
+        TapError
+            If the text is empty, or ``#K`` counts from 0.
+        """
+        rest, reduce = _split_suffix(text, REDUCTIONS)
+        rest, side = _split_suffix(rest, SIDES)
+        match = re.fullmatch(r"(.*)#(\d+)", rest, flags=re.DOTALL)
+        layer, call = (match[1], int(match[2])) if match else (rest, None)
+        if call == 0:
+            raise TapError(f"{text!r}: runs of a layer are counted from 1. Write {layer}#1")
+        if not layer and side is None:
+            raise TapError(f"{text!r} names no layer. A tap is written {GRAMMAR}")
+        return cls(layer, call, cast("Side | None", side), reduce)
+
+    def __str__(self) -> str:
+        call = "" if self.call is None else f"#{self.call}"
+        suffixes = [suffix for suffix in (self.side, self.reduce) if suffix is not None]
+        return ":".join([f"{self.layer}{call}", *suffixes])
+
+
+def _split_suffix(text: str, suffixes: Sequence[str]) -> tuple[str, str | None]:
+    head, colon, tail = text.rpartition(":")
+    return (head, tail) if colon and tail in suffixes else (text, None)
+
+
+@dataclass(frozen=True)
+class ResolvedTap:
+    """A tap in canonical form, with all that is needed to read it.
+
+    Attributes
+    ----------
+    tap : Tap
+        Canonical: nothing left out but ``#1`` of a layer that runs once.
+    shape : tuple of int
+        Shape of the features of one image.
+    channel_axis : int or None
+        For maps: the axis of the channels, batch axis included.
+    prefix_tokens : int
+        For tokens: how many of the first are class and register tokens.
+    """
+
+    tap: Tap
+    shape: tuple[int, ...]
+    channel_axis: int | None = None
+    prefix_tokens: int = 0
+
+    def __str__(self) -> str:
+        return str(self.tap)
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """Reduce what the layer gives to features.
+
+        Parameters
+        ----------
+        value : torch.Tensor
+            Of shape (b, ...).
+
+        Returns
+        -------
+        torch.Tensor
+            Of shape (b, *shape). A view of `value` for ``flatten``, ``map`` and ``cls``. Means are
+            taken in float32 when `value` is in half precision.
+        """
+        how = self.tap.reduce
+        if how == "flatten":
+            return value.flatten(1)
+        if how == "map":
+            return value
+        if how == "cls":
+            return value[:, 0]
+        if how == "patches":
+            return _mean(value[:, self.prefix_tokens :], (1,))
+        axes = tuple(a for a in range(1, value.ndim) if a != self._feature_axis(value.ndim))
+        return value.amax(axes) if how == "max" else _mean(value, axes)
+
+    def _feature_axis(self, ndim: int) -> int:
+        return ndim - 1 if self.channel_axis is None else self.channel_axis
+
+
+def _mean(value: Tensor, axes: tuple[int, ...]) -> Tensor:
+    dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+    return value.mean(axes, dtype=dtype)
+
+
+class _Resolver:
+    """Brings taps to their canonical form, by what a trace knows of the layers."""
+
+    def __init__(self, traced: Trace) -> None:
+        self.module = traced.module
+        self.calls = traced.calls
+        self.trace = traced
+
+    def default(self) -> Tap:
+        """Return the tap used when none is named; the rule is in `default_tap`."""
+        if callable(getattr(self.module, "get_classifier", None)):
+            return self._default_of_classifier()
+        order = [(i, call) for i, call in enumerate(self.calls)]
+        convolutions = [i for i, call in order if isinstance(call.module, _CONVOLUTION)]
+        linears = [i for i, call in order if isinstance(call.module, nn.Linear)]
+        if not convolutions and not linears:
+            raise TapError(
+                "The network runs no convolution and no Linear, so there is no default tap. "
+                f"Name a layer: {self.trace.some_names()}"
+            )
+        head = max(convolutions + linears)
+        last_convolution = max(convolutions, default=-1)
+        if any(isinstance(call.module, _NORMALISATION) for i, call in order if i > head):
+            return Tap("", side="output")
+        pools = [
+            i
+            for i, call in order
+            if last_convolution < i < head and isinstance(call.module, _POOLING)
+        ]
+        if pools:
+            return self._tap(self.calls[pools[-1]], "output")
+        return self._tap(self.calls[head], "input")
+
+    def resolve(self, texts: Iterable[str] | None) -> list[ResolvedTap]:
+        """Return the canonical taps, each once."""
+        taps = [Tap.parse(text) for text in texts or ()] or [self.default()]
+        resolved = [self._resolve(tap) for tap in taps]
+        return list({str(tap): tap for tap in resolved}.values())
+
+    def _default_of_classifier(self) -> Tap:
+        classifier = self.module.get_classifier()  # type: ignore[operator]
+        if not isinstance(classifier, nn.Module):
+            raise TapError(
+                f"The network has several heads ({type(classifier).__name__} of "
+                f"{len(classifier) if hasattr(classifier, '__len__') else 'unknown length'}), so "
+                f"there is no default tap. Name a layer: {self.trace.some_names()}"
+            )
+        calls = [call for call in self.calls if call.module is classifier]
+        if not calls:
+            return Tap("", side="output")
+        return self._tap(calls[-1], "input")
+
+    def _tap(self, call: Call, side: Side) -> Tap:
+        several = len(self.trace.runs(call.layer)) > 1
+        return Tap(call.layer, call.number if several else None, side)
+
+    def _resolve(self, tap: Tap) -> ResolvedTap:
+        call = self._run_of(tap)
+        side: Side = tap.side or "output"
+        several = len(self.trace.runs(tap.layer)) > 1
+        tap = Tap(call.layer, call.number if several else None, side, tap.reduce)
+        value = call.input if side == "input" else call.output
+        shape = self._checked_shape(tap, call, value)
+        if len(shape) == 2:
+            return self._of_vector(tap, shape)
+        if len(shape) == 3:
+            return self._of_tokens(tap, shape)
+        if len(shape) == 4:
+            return self._of_map(tap, shape, value.channel_axis)
+        return self._of_other(tap, shape)
+
+    def _run_of(self, tap: Tap) -> Call:
+        calls = self.trace.runs(tap.layer)
+        if not calls:
+            raise TapError(
+                f"The layer {tap.layer!r} never runs when the network computes features, so it "
+                f"cannot be tapped. Layers that run: {self.trace.some_names()}"
+            )
+        if tap.call is not None:
+            if tap.call > len(calls):
+                raise TapError(
+                    f"{str(tap)!r}: the layer {tap.layer!r} runs {len(calls)} times, there is no "
+                    f"run {tap.call}"
+                )
+            return calls[tap.call - 1]
+        if len(calls) > 1:
+            runs = "; ".join(
+                f"{tap.layer}#{c.number} {_text(c.input)} -> {_text(c.output)}" for c in calls
+            )
+            raise TapError(
+                f"The layer {tap.layer!r} runs {len(calls)} times in one forward pass. "
+                f"Choose a run: {runs}"
+            )
+        return calls[0]
+
+    def _checked_shape(self, tap: Tap, call: Call, value: Value) -> tuple[int, ...]:
+        batch = self.calls[0].input.shape
+        if value.shape is None:
+            raise TapError(
+                f"{str(tap)!r} is {value.what}, not a tensor, and cannot be stored. "
+                + self._instead(call)
+            )
+        if len(value.shape) < 2 or batch is None or value.shape[0] != batch[0]:
+            raise TapError(
+                f"{str(tap)!r} has the shape {_text(value)}: its first axis is not the images of "
+                f"the batch. " + self._instead(call)
+            )
+        return value.shape
+
+    def _instead(self, call: Call) -> str:
+        """Name layers inside and after `call` that give a tensor with one row per image."""
+        prefix = f"{call.layer}." if call.layer else ""
+        images = (self.calls[0].input.shape or (0,))[0]
+        later = self.calls[self.calls.index(call) + 1 :]
+        good = [c.layer for c in later if c.output.shape and c.output.shape[0] == images]
+        inside = [name for name in good if name.startswith(prefix)]
+        near = list(dict.fromkeys((inside or good)[:3]))
+        return f"Tap a layer inside it or after it, for example {', '.join(near)}" if near else ""
+
+    def _of_vector(self, tap: Tap, shape: tuple[int, ...]) -> ResolvedTap:
+        if tap.reduce not in (None, "flatten"):
+            raise TapError(
+                f"{str(tap)!r}: the {tap.side} of {tap.layer!r} is a vector of {shape[1]} numbers "
+                f"and needs no reduction. Write {replace(tap, reduce=None)}"
+            )
+        return ResolvedTap(replace(tap, reduce="flatten"), shape[1:])
+
+    def _of_map(self, tap: Tap, shape: tuple[int, ...], known_axis: int | None) -> ResolvedTap:
+        how = tap.reduce
+        if how in ("cls", "patches"):
+            raise TapError(
+                f"{str(tap)!r}: the {tap.side} of {tap.layer!r} is a map of shape "
+                f"{_per_image(shape)}, not tokens. Use :mean, :max, :flatten or :map"
+            )
+        axis = known_axis if known_axis is not None else _guess_channel_axis(shape)
+        if axis is None and how in (None, "mean", "max"):
+            raise TapError(
+                f"{str(tap)!r}: which axis of {_per_image(shape)} holds the channels cannot be "
+                f"told. Write {replace(tap, reduce='flatten')} or {replace(tap, reduce='map')}"
+            )
+        if axis is None:
+            return self._of_other(tap, shape)
+        pixels = math.prod(shape[1:]) // shape[axis]
+        if pixels == 1 and how in (None, "mean", "max"):
+            how = "flatten"
+        tap = replace(tap, reduce=how or "mean")
+        if tap.reduce == "map":
+            return ResolvedTap(tap, shape[1:], axis)
+        size = math.prod(shape[1:]) if tap.reduce == "flatten" else shape[axis]
+        return ResolvedTap(tap, (size,), axis)
+
+    def _of_tokens(self, tap: Tap, shape: tuple[int, ...]) -> ResolvedTap:
+        prefix = self._prefix_tokens(shape[1])
+        how = tap.reduce or ("cls" if prefix else "mean")
+        if how == "cls" and not prefix:
+            raise TapError(
+                f"{str(tap)!r}: the {shape[1]} tokens of {tap.layer!r} hold no class token. "
+                f"Write {replace(tap, reduce='mean')}"
+            )
+        if how == "patches" and not prefix:
+            how = "mean"
+        tap = replace(tap, reduce=how)
+        if how == "map":
+            return ResolvedTap(tap, shape[1:], None, prefix)
+        size = shape[1] * shape[2] if how == "flatten" else shape[2]
+        return ResolvedTap(tap, (size,), None, prefix)
+
+    def _of_other(self, tap: Tap, shape: tuple[int, ...]) -> ResolvedTap:
+        if tap.reduce not in ("flatten", "map"):
+            raise TapError(
+                f"{str(tap)!r}: the {tap.side} of {tap.layer!r} has the shape {_per_image(shape)} "
+                f"per image. Write {replace(tap, reduce='flatten')} or "
+                f"{replace(tap, reduce='map')}"
+            )
+        return ResolvedTap(tap, shape[1:] if tap.reduce == "map" else (math.prod(shape[1:]),))
+
+    def _prefix_tokens(self, tokens: int) -> int:
+        """Return how many of the tokens at a layer are class and register tokens.
+
+        The network says how many it puts in front; whether they are there yet (they are not after
+        the patch embedding) shows in the number of tokens, which is else that of some map's pixels.
+        """
+        prefix = _declared_prefix_tokens(self.module)
+        grids = {
+            math.prod(value.shape[1:]) // value.shape[value.channel_axis]
+            for call in self.calls
+            for value in (call.input, call.output)
+            if value.shape and len(value.shape) == 4 and value.channel_axis is not None
+        }
+        without = tokens in grids and tokens - prefix not in grids
+        return 0 if without or tokens <= prefix else prefix
+
+
+def default_tap(module: nn.Module, example: Tensor) -> Tap:
+    """Return the tap that is used when none is named.
+
+    The head is the last executed `Linear` if it runs after the last convolution, else the last
+    convolution. If an `AvgPool2d`, `AdaptiveAvgPool2d` or `AdaptiveMaxPool2d` runs after the last
+    convolution and before the head, the tap is the last such layer's output, otherwise the head's
+    input. A network that can name its own classifier (timm's ``get_classifier``) gives that
+    classifier's input. When a normalisation layer runs after the layer that would be the head, the
+    network has no head, and the tap is its output.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        In evaluation mode.
+    example : torch.Tensor
+        Normalised images of shape (b, c, h, w).
+
+    Returns
+    -------
+    Tap
+        In canonical form.
+
+    Raises
+    ------
+    TapError
+        If the network has several classifiers, or neither a convolution nor a `Linear`.
+    """
+    return resolve(module, None, example)[0].tap
+
+
+def resolve(module: nn.Module, texts: Iterable[str] | None, example: Tensor) -> list[ResolvedTap]:
+    """Run the network once and bring taps to their canonical form; see `resolve_traced`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        In evaluation mode.
+    texts : iterable of str or None
+        Taps as written; None or nothing: the default tap.
+    example : torch.Tensor
+        Normalised images of shape (b, c, h, w).
+    """
+    return resolve_traced(trace(module, example), texts)
+
+
+def resolve_traced(traced: Trace, texts: Iterable[str] | None) -> list[ResolvedTap]:
+    """Bring taps to their canonical form.
+
+    Parameters
+    ----------
+    traced : Trace
+        Of the network.
+    texts : iterable of str or None
+        Taps as written; None or nothing: the default tap.
+
+    Returns
+    -------
+    list of ResolvedTap
+        What `Tapped` takes, in the order given; ``str(tap)`` is the canonical form. Two spellings
+        of one tap give one.
+
+    Raises
+    ------
+    TapError
+        For an unknown layer, one that never runs, one that runs several times without ``#K``, one
+        that gives no tensor, or a reduction that does not fit its shape.
+    """
+    return _Resolver(traced).resolve(texts)
+
+
+class StopForward(Exception):
+    """Raised by the hook that reads the last tap, to skip the rest of the network."""
+
+
+class Tapped:
+    """A network with hooks at its taps, which stops as soon as the last of them has been read.
+
+    Use it as a context manager: the hooks are registered on entering and removed on leaving.
+    Called outside one, it registers them for that call only.
+
+    Hooks registered before `torch.compile` are compiled in, later ones never fire; so compile
+    `capture`, inside the context. Gradients are the caller's business: wrap calls in
+    `torch.inference_mode` to extract features.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        In evaluation mode; not changed but for the hooks.
+    taps : sequence of ResolvedTap
+        From `resolve`, for this network or one with the same layers.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)).eval()
+    >>> batch = torch.zeros(5, 3, 8, 8)
+    >>> with Tapped(net, resolve(net, ["0:output:mean"], batch)) as tapped:
+    ...     features = tapped(batch)
+    >>> {name: tuple(array.shape) for name, array in features.items()}
+    {'0:output:mean': (5, 4)}
+    """
+
+    def __init__(self, module: nn.Module, taps: Sequence[ResolvedTap]) -> None:
+        self.module = module
+        self.taps = tuple(taps)
+        self._handles: list[Any] = []
+        self._captured: dict[str, Tensor] = {}
+        self._runs: Counter[tuple[str, str]] = Counter()
+
+    def __enter__(self) -> Tapped:
+        if self._handles:
+            raise RuntimeError("this Tapped has been entered already")
+        points: dict[tuple[str, str], list[ResolvedTap]] = {}
+        for tap in self.taps:
+            points.setdefault((tap.tap.layer, tap.tap.side or "output"), []).append(tap)
+        for (layer, side), taps in points.items():
+            part = self.module.get_submodule(layer)
+            self._handles.append(
+                part.register_forward_pre_hook(self._input_hook(layer, taps), with_kwargs=True)
+                if side == "input"
+                else part.register_forward_hook(self._output_hook(layer, taps))
+            )
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __call__(self, batch: Tensor) -> dict[str, Tensor]:
+        """Return the features of a batch; see `capture`."""
+        if self._handles:
+            return self.capture(batch)
+        with self:
+            return self.capture(batch)
+
+    def capture(self, batch: Tensor) -> dict[str, Tensor]:
+        """Run the network up to the last tap. Needs the hooks: call it inside the context.
+
+        Parameters
+        ----------
+        batch : torch.Tensor
+            Normalised images of shape (b, c, h, w).
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            For each tap in its canonical form a tensor of shape (b, *shape).
+
+        Raises
+        ------
+        TapError
+            If a layer did not run this time, or gave another number of rows than there are images.
+        """
+        self._captured = {}
+        self._runs = Counter()
+        try:  # noqa: SIM105 (what torch.compile traces)
+            self.module(batch)
+        except StopForward:
+            pass
+        captured, self._captured = self._captured, {}
+        if len(captured) != len(self.taps):
+            missing = [str(tap) for tap in self.taps if str(tap) not in captured]
+            raise TapError(f"Not every tap was reached in this forward pass: {', '.join(missing)}")
+        for name, features in captured.items():
+            if features.shape[0] != batch.shape[0]:
+                raise TapError(
+                    f"{name!r} gave {features.shape[0]} rows for {batch.shape[0]} images, so rows "
+                    "cannot be matched to images. Tap another layer"
+                )
+        return {str(tap): captured[str(tap)] for tap in self.taps}
+
+    def _input_hook(
+        self, layer: str, taps: Sequence[ResolvedTap]
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        # A forward hook would be too late: ReLU(inplace=True) has clipped its input by then.
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._read(layer, "input", taps, first_argument(args, kwargs))
+
+        return hook
+
+    def _output_hook(
+        self, layer: str, taps: Sequence[ResolvedTap]
+    ) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._read(layer, "output", taps, output)
+
+        return hook
+
+    def _read(self, layer: str, side: str, taps: Sequence[ResolvedTap], value: Any) -> None:
+        self._runs[layer, side] += 1
+        for tap in taps:
+            if tap.tap.call in (None, self._runs[layer, side]):
+                self._captured[str(tap)] = tap.reduce(value)
+        if len(self._captured) == len(self.taps):
+            raise StopForward
+        # Layers still to come may write into `value`: what is a view of it must be copied now.
+        for tap in taps:
+            name = str(tap)
+            if name in self._captured and tap.tap.reduce in ("flatten", "map", "cls"):
+                self._captured[name] = self._captured[name].clone()
+
+
+def _text(value: Value) -> str:
+    return value.what if value.shape is None else f"({', '.join(map(str, value.shape))})"
+
+
+def _per_image(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape[1:]))})"
+
+
+def _guess_channel_axis(shape: tuple[int, ...]) -> int | None:
+    """Take the two equal sizes for height and width; None when that does not tell."""
+    _, a, b, c = shape
+    if b == c:
+        return 1 if a != b or a == 1 else None
+    return 3 if a == b else None
+
+
+_CLASS_TOKENS = frozenset({"class_token", "cls_token", "class_embedding"})
+_OTHER_TOKENS = frozenset({"dist_token", "reg_token", "register_tokens", "storage_tokens"})
+
+
+def _declared_prefix_tokens(module: nn.Module) -> int:
+    """Return how many class and register tokens the network puts before the patch tokens."""
+    for part in module.modules():
+        declared = getattr(part, "num_prefix_tokens", None)
+        if isinstance(declared, int):
+            has_class = getattr(part, "has_class_token", declared > 0)
+            return declared if has_class else 0
+    named = {name.rpartition(".")[2]: p for name, p in module.named_parameters()}
+    if not _CLASS_TOKENS & named.keys():
+        return 0
+    others = (p for name, p in named.items() if name in _OTHER_TOKENS)
+    return 1 + sum(p.shape[1] if p.ndim == 3 else 1 for p in others)

@@ -1,0 +1,138 @@
+"""`Prediction`: what a predictor says of one image, and files of predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from featcache.system.files import refuse_foreign, replacing
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a predictor says of one image.
+
+    Attributes
+    ----------
+    id : str
+        The image, relative to the folder that was given.
+    label : str
+        The most probable class; empty where there is an error.
+    probability : float
+        Its calibrated probability; NaN where there is an error.
+    top : tuple of (str, float)
+        The most probable classes, as many as were asked for, the first of them being `label`.
+    error : str
+        Why the image could not be read; empty where it could.
+    """
+
+    id: str
+    label: str
+    probability: float
+    top: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+
+    @classmethod
+    def failed(cls, id: str, error: str) -> Prediction:
+        """Return the prediction for an image that cannot be read."""
+        return cls(id, "", math.nan, (), error)
+
+    def __repr__(self) -> str:
+        if self.error:
+            return f"Prediction(id={self.id!r}, error={self.error!r})"
+        rest = "".join(f", then {label!r} {p:.2f}" for label, p in self.top[1:])
+        return (
+            f"Prediction(id={self.id!r}, label={self.label!r}, "
+            f"probability={self.probability:.2f}{rest})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values; there is no probability where there is an error."""
+        return {
+            "id": self.id,
+            "label": self.label,
+            "probability": None if self.error else self.probability,
+            "top": [{"label": label, "probability": p} for label, p in self.top],
+            "error": self.error,
+        }
+
+
+def write_predictions(
+    predictions: Iterable[Prediction],
+    output: Path | None,
+    *,
+    file_format: str = "csv",
+    top_k: int = 1,
+) -> int:
+    """Write predictions as they come, to a file or to standard output.
+
+    Parameters
+    ----------
+    predictions : iterable of Prediction
+        For instance from `Predictor.stream`; nothing but the current one is kept.
+    output : Path or None
+        None: standard output. A file is replaced when all is written, and only if it is a file of
+        predictions.
+    file_format : {"csv", "json"}
+        CSV has the columns ``id,label,probability[,label_2,probability_2...],error``, JSON is one
+        list of objects.
+    top_k : int
+        Number of pairs of columns.
+
+    Returns
+    -------
+    int
+        How many were written.
+
+    Raises
+    ------
+    PredictorError
+        The output is a file of another kind, or cannot be written.
+    """
+    write = _write_csv if file_format == "csv" else _write_json
+    if output is None:
+        return write(predictions, sys.stdout, top_k)
+    refuse_foreign(output, _is_predictions, "a file of predictions")
+    with replacing(output, text=True) as file:
+        return write(predictions, file, top_k)
+
+
+def _header(top_k: int) -> list[str]:
+    more = [name for k in range(2, top_k + 1) for name in (f"label_{k}", f"probability_{k}")]
+    return ["id", "label", "probability", *more, "error"]
+
+
+def _write_csv(predictions: Iterable[Prediction], file: IO[str], top_k: int) -> int:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(_header(top_k))
+    count = 0
+    for one in predictions:
+        cells: list[str] = []
+        for label, probability in one.top[:top_k]:
+            cells += [label, f"{probability:.6f}"]
+        cells += [""] * (2 * top_k - len(cells))
+        writer.writerow([one.id, *cells, one.error])
+        count += 1
+    return count
+
+
+def _write_json(predictions: Iterable[Prediction], file: IO[str], top_k: int) -> int:
+    count = 0
+    file.write("[")
+    for count, one in enumerate(predictions, start=1):
+        file.write(",\n " if count > 1 else "\n ")
+        file.write(json.dumps(one.to_dict(), ensure_ascii=False))
+    file.write("\n]\n" if count else "]\n")
+    return count
+
+
+def _is_predictions(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(64)
+    return start.startswith((b"id,label,probability", b'[\n {"id": ', b"[]\n"))

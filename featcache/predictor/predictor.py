@@ -1,0 +1,686 @@
+"""`Predictor`: a trained head, and all that is needed to go from an image file to a label.
+
+Loading runs no code from the file and opens nothing that the file names: a network from
+torchvision or timm is built by its public name when it is first needed and its weights are
+compared with the fingerprint; a callable or a checkpoint path is not followed, the user names it
+again. The canary rows are checked twice. At loading, the head must make of them what it made when
+it was saved (another scikit-learn might not). At the first prediction, decoder and network must
+make these rows of the canary images (another Pillow, torch or device might not).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import softmax
+
+from featcache.errors import FeatcacheError, PredictorError
+from featcache.fingerprint import Fingerprint
+from featcache.heads.table import logits as head_logits
+from featcache.predictor import manifest, origins, persistence
+from featcache.predictor.manifest import CanaryRows, is_predictor
+from featcache.predictor.origins import Column
+from featcache.predictor.predictions import Prediction, write_predictions
+from featcache.results.leaderboard import Leaderboard
+from featcache.store.splitting import hash_keys
+from featcache.system.files import refuse_foreign, replacing
+from featcache.system.progress import progress_bar
+from featcache.system.tables import some, table
+
+if TYPE_CHECKING:
+    from featcache.images.image_set import ImageSet
+    from featcache.networks.backbone import Backbone
+    from featcache.predictor.grafting import Grafted
+    from featcache.store.store import FeatureStore
+
+__all__ = [
+    "CanaryRows",
+    "Column",
+    "Prediction",
+    "Predictor",
+    "is_predictor",
+    "write_predictions",
+]
+
+Floats = npt.NDArray[np.float64]
+
+_SAME = 1e-4  # the head's canary scores, relative to the largest: another BLAS moves them by 1e-6
+_ROWS_AT_ONCE = 256  # images that go through the head together while streaming
+
+
+@dataclass(eq=False)
+class Predictor:
+    """A trained head with its backbone's identity and its class names. Made by `train` or `load`.
+
+    Attributes
+    ----------
+    estimator : estimator
+        The head: takes float32 features (n, d).
+    head : str
+        Name of the head.
+    params : dict
+        Hyper-parameters that were chosen.
+    classes : tuple of str
+        Class names, sorted: the columns of probabilities.
+    temperature : float
+        Probabilities are ``softmax(logits / temperature)``.
+    columns : tuple of Column
+        Where the features come from, in order.
+    fingerprints : tuple of Fingerprint
+        One a network; their taps are those that the head uses.
+    train_sha256 : ndarray of uint8, shape (n, 32)
+        Content hash of each image that it was trained on.
+    canaries : CanaryRows
+        Rows to check head and network on.
+    metrics : dict
+        JSON values: out-of-fold and held-out figures.
+    leaderboard : Leaderboard or None
+        The comparison that this head won.
+    request : dict or None
+        What was asked for when it was trained, so that the same study need not run again.
+    versions : dict
+        Versions of the packages that it was trained with.
+    """
+
+    estimator: Any
+    head: str
+    params: Mapping[str, Any]
+    classes: tuple[str, ...]
+    temperature: float
+    columns: tuple[Column, ...]
+    fingerprints: tuple[Fingerprint, ...]
+    train_sha256: npt.NDArray[np.uint8]
+    canaries: CanaryRows
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    leaderboard: Leaderboard[Predictor] | None = None
+    request: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=manifest.versions)
+    _networks: list[Backbone] | None = field(default=None, init=False, repr=False)
+    _checked: bool = field(default=False, init=False, repr=False)
+
+    def __repr__(self) -> str:
+        names = " + ".join(one.backbone for one in self.fingerprints)
+        return (
+            f"Predictor({self.head} on {names}, {self.n_features} features, "
+            f"{len(self.classes)} classes, {len(self.train_sha256):,} training images)"
+        )
+
+    @property
+    def n_features(self) -> int:
+        """Columns that the head takes."""
+        return sum(column.width for column in self.columns)
+
+    # --- from features -------------------------------------------------------------------------
+
+    def predict_proba(self, X: npt.NDArray[Any]) -> Floats:
+        """Return calibrated probabilities for features.
+
+        Parameters
+        ----------
+        X : ndarray of shape (n, d) or (n, views, d)
+            Features, the columns as in `columns`. Views are averaged.
+
+        Returns
+        -------
+        ndarray of float64, shape (n, k)
+            Columns as in `classes`; each row adds up to 1.
+
+        Raises
+        ------
+        PredictorError
+            Another number of features.
+        """
+        if X.ndim not in (2, 3) or X.shape[-1] != self.n_features:
+            raise PredictorError(
+                f"Expected features (n, {self.n_features}) or (n, views, {self.n_features}), got "
+                f"shape {X.shape}."
+            )
+        if not len(X):
+            return np.zeros((0, len(self.classes)))
+        self._bind()
+        scores = head_logits(self.estimator, np.ascontiguousarray(X, dtype=np.float32))
+        proba: Floats = softmax(scores.astype(np.float64) / self.temperature, axis=1)
+        return proba
+
+    def predict_features(self, X: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+        """Return the most probable class for features; see `predict_proba`."""
+        labels: npt.NDArray[np.str_] = np.array(self.classes)[self.predict_proba(X).argmax(axis=1)]
+        return labels
+
+    def predict_proba_of(self, store: FeatureStore) -> Floats:
+        """Return probabilities for all rows of a store, read block by block.
+
+        Raises
+        ------
+        FingerprintMismatch
+            The store's features are of another origin.
+        """
+        layers = self.layers_of(store)
+        proba = np.empty((len(store), len(self.classes)))
+        for part, block in store.blocks(layers):
+            proba[part] = self.predict_proba(block)
+        return proba
+
+    def trained_on(self, sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """Say of each content hash (n, 32) whether an image of these bytes was trained on."""
+        return np.isin(hash_keys(sha256), hash_keys(self.train_sha256))
+
+    def layers_of(self, store: FeatureStore) -> list[str]:
+        """Return the names that the predictor's columns have in a store.
+
+        The storage type may differ, there may be more taps, and joined stores may come in another
+        order.
+
+        Raises
+        ------
+        FingerprintMismatch
+            The features are not what the predictor was trained on; with the difference, field by
+            field.
+        """
+        return origins.layers_of(self.columns, self.fingerprints, store)
+
+    # --- from images ---------------------------------------------------------------------------
+
+    def predict(
+        self,
+        images: ImageSet | str | Path | Sequence[Any] | npt.NDArray[Any],
+        *,
+        top_k: int = 1,
+        backbone: Backbone | Sequence[Backbone] | None = None,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        device: str = "auto",
+    ) -> list[Prediction]:
+        """Label images: a list with one prediction an image, in order.
+
+        Parameters
+        ----------
+        images : ImageSet, path, list of paths, or array of uint8 (n, h, w[, c])
+            Files, folders, or what `ImageSet` makes.
+        top_k : int
+            Classes to name, from the most probable one.
+        backbone : Backbone, optional
+            Needed where the predictor's network is one's own, or has weights from a checkpoint.
+        batch_size, workers, device
+            As for `extract`.
+
+        Returns
+        -------
+        list of Prediction
+            An image that cannot be read has its reason in `Prediction.error`.
+
+        Raises
+        ------
+        PredictorError
+            The network must be named, or does not make what it made at training.
+        FingerprintMismatch
+            The network given is another one.
+        """
+        return list(
+            self.stream(
+                images,
+                top_k=top_k,
+                backbone=backbone,
+                batch_size=batch_size,
+                workers=workers,
+                device=device,
+            )
+        )
+
+    def stream(
+        self,
+        images: ImageSet | str | Path | Sequence[Any] | npt.NDArray[Any],
+        *,
+        top_k: int = 1,
+        backbone: Backbone | Sequence[Backbone] | None = None,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        device: str = "auto",
+        progress: bool | None = None,
+    ) -> Iterator[Prediction]:
+        """Return what `predict` does, one image at a time: memory does not grow with images.
+
+        What is wrong with the arguments, the images' names or the network is raised at once, not
+        at the first image, so that no output need be begun.
+
+        Parameters
+        ----------
+        images, top_k, backbone, batch_size, workers, device
+            As in `predict`.
+        progress : bool, optional
+            Show a progress bar on standard error; left out, if that is a terminal.
+        """
+        if top_k < 1:
+            raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
+        image_sets = list(_image_sets(images))
+        networks = self._backbones(backbone)
+        self._bind(networks, device)
+        self._check_networks(networks, device)
+        settings = {"batch_size": batch_size, "workers": workers, "device": device}
+        return itertools.chain.from_iterable(
+            self._stream_set(image_set, networks, top_k, progress=progress, **settings)
+            for image_set in image_sets
+        )
+
+    def rebuild_backbone(
+        self, *, backbone: str | None = None, weights: str | Path | None = None
+    ) -> Backbone:
+        """Build one of the predictor's networks from names that the user gives.
+
+        Parameters
+        ----------
+        backbone : str, optional
+            As on the command line: a torchvision name, ``timm/NAME``, ``package.module:callable``.
+            Left out: the predictor's own, where it is public.
+        weights : str or Path, optional
+            A weights name or a checkpoint file; left out, the predictor's own, where public.
+
+        Returns
+        -------
+        Backbone
+            With the predictor's taps and preprocessing, for `predict` and `to_torch`.
+
+        Raises
+        ------
+        PredictorError
+            The predictor has several networks and none is named, or one that no name leads to.
+        """
+        chosen = origins.named(self.fingerprints, backbone)
+        return origins.rebuild(chosen, backbone=backbone, weights=weights)
+
+    def _backbones(self, given: Backbone | Sequence[Backbone] | None) -> list[Backbone]:
+        """Return a network for every fingerprint; those built by name are kept for later."""
+        if given is not None:
+            self._networks, self._checked = None, False
+        if self._networks is None:
+            self._networks = origins.choose(self.fingerprints, given)
+        return self._networks
+
+    def attach(self, backbone: Backbone | Sequence[Backbone]) -> None:
+        """Use these networks from now on.
+
+        For a predictor whose network no public name leads to, and whose head is the rest of that
+        network (``suffix``): without it the head cannot compute, on features of a store either.
+
+        Raises
+        ------
+        FingerprintMismatch
+            It is another network than that of training.
+        """
+        self._bind(self._backbones(backbone))
+
+    def _bind(self, networks: Sequence[Backbone] | None = None, device: str | None = None) -> None:
+        """Give a head that is the rest of a network the network's code; others need none."""
+        head = self.estimator
+        if not hasattr(head, "bind"):
+            return
+        if not head.is_bound:
+            known = networks or self._networks or [origins.rebuild(self.fingerprints[0])]
+            shape = known[0].preprocessing.output_shape
+            try:
+                head.bind(known[0].skeleton(), shape)
+                self._check_head()
+            except (FeatcacheError, RuntimeError, NotImplementedError):
+                # A few networks compute with their weights when they are built.
+                head.bind(known[0].module, shape)
+                self._check_head()
+        if device is not None:
+            from featcache.networks.forward import select_device
+
+            head.to(select_device(device))
+
+    def _check_networks(self, networks: Sequence[Backbone], device: str) -> None:
+        """Compare, once, the features of the canary images with those of training.
+
+        Raises
+        ------
+        PredictorError
+            They have nothing to do with each other.
+        """
+        kept = self.canaries
+        if self._checked or not kept.images:
+            return
+        found = self._columns_of(
+            [
+                origins.canary_features(network, fingerprint, kept.images, device)
+                for network, fingerprint in zip(networks, self.fingerprints, strict=True)
+            ]
+        )
+        limit = max(origins.CLOSE[one.precision] for one in self.fingerprints)
+        off = [origins.distance(a, b) for a, b in zip(found, kept.x, strict=True)]
+        worst = int(np.argmax(off))
+        if not off[worst] <= limit:
+            text = (
+                f"The canary image {kept.names[worst]!r} gives features that differ from those at "
+                f"training by {off[worst]:.2g} of the largest; up to {limit:g} is rounding. "
+                "Another Pillow, torch or device decodes, resizes or computes differently: "
+                f"{manifest.then_and_now(self.versions)}."
+            )
+            if not off[worst] <= origins.FAR:
+                raise PredictorError(f"{text} Predictions would be meaningless.")
+            warnings.warn(f"{text} Predictions may differ slightly.", stacklevel=4)
+        self._checked = True
+
+    def _columns_of(
+        self, by_source: Sequence[Mapping[str, npt.NDArray[Any]]], *, views: int = 1
+    ) -> npt.NDArray[np.float32]:
+        """Put features by tap, one mapping a network, side by side as the head takes them.
+
+        Each array is (m, ...) or, with views, (m, views, ...); the result (m, d) or (m, views, d).
+        """
+        parts = []
+        for column in self.columns:
+            part = by_source[column.source][column.tap]
+            # Rounded as they were stored, so that the head sees what it was trained on.
+            part = part.astype(self.fingerprints[column.source].store_dtype, copy=False)
+            head = part.shape[:2] if views > 1 else part.shape[:1]
+            parts.append(part.reshape(*head, column.width))
+        return np.concatenate(parts, axis=-1).astype(np.float32, copy=False)
+
+    def _stream_set(
+        self,
+        images: ImageSet,
+        networks: Sequence[Backbone],
+        top_k: int,
+        *,
+        progress: bool | None,
+        **settings: Any,
+    ) -> Iterator[Prediction]:
+        """Yield the predictions of one image set; rows of all networks go hand in hand."""
+        with contextlib.ExitStack() as stack:
+            streams = [
+                stack.enter_context(
+                    contextlib.closing(origins.stream(images, network, fingerprint, **settings))
+                )
+                for network, fingerprint in zip(networks, self.fingerprints, strict=True)
+            ]
+            bar = stack.enter_context(
+                progress_bar(progress, total=len(images), unit="img", smoothing=0.05)
+            )
+            rows = zip(*streams, strict=True)
+            while block := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+                yield from self._predictions(images, block, top_k)
+                bar.update(len(block))
+
+    def _predictions(
+        self, images: ImageSet, block: Sequence[tuple[origins.ImageRow, ...]], top_k: int
+    ) -> Iterator[Prediction]:
+        """Predict some images, each given as its rows from all networks."""
+        good = [rows for rows in block if not any(row.error for row in rows)]
+        proba = iter(())  # type: Iterator[npt.NDArray[np.float64]]
+        if good:
+            by_source = [
+                {tap: np.stack([row.features[tap] for row in column]) for tap in one.taps}
+                for one, column in zip(self.fingerprints, zip(*good, strict=True), strict=True)
+            ]
+            X = self._columns_of(by_source, views=self.fingerprints[0].views)
+            proba = iter(self.predict_proba(X))
+        for rows in block:
+            error = next((row.error for row in rows if row.error), "")
+            name = images.ids[rows[0].row]
+            yield Prediction.failed(name, error) if error else self._named(name, next(proba), top_k)
+
+    def _named(self, id: str, proba: npt.NDArray[np.float64], top_k: int) -> Prediction:
+        order = np.argsort(-proba, kind="stable")[:top_k]
+        top = tuple((self.classes[k], float(proba[k])) for k in order)
+        return Prediction(id, *top[0], top)
+
+    # --- as a network --------------------------------------------------------------------------
+
+    def to_torch(
+        self,
+        *,
+        backbone: Backbone | Sequence[Backbone] | None = None,
+        probabilities: bool = True,
+    ) -> Grafted:
+        """Return the whole network, head grafted on, as an ordinary ``nn.Module``.
+
+        The scaling of the features and the temperature are folded into the last layer (the first
+        and the last one of an ``mlp``). Its input is what ``backbone.preprocessing.normalize``
+        returns; of views, it sees one.
+
+        Parameters
+        ----------
+        backbone : Backbone, optional
+            As for `predict`.
+        probabilities : bool
+            Whether the output is `predict_proba` (True), or logits to train further (False).
+
+        Returns
+        -------
+        Grafted
+            In evaluation mode, frozen but for the head.
+
+        Raises
+        ------
+        PredictorError
+            The head is not made of layers: linear, svm, ridge, mlp and suffix are.
+        """
+        from featcache.predictor.grafting import graft
+
+        networks = self._backbones(backbone)
+        self._bind(networks)
+        return graft(self, networks, probabilities=probabilities).eval()
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("parameters", ", ".join(f"{k} {v}" for k, v in self.params.items())),
+            *(
+                ("backbone", f"{one.source}/{one.backbone} {one.weights}: {', '.join(one.taps)}")
+                for one in self.fingerprints
+            ),
+            ("classes", some(self.classes)),
+            ("trained on", f"{len(self.train_sha256):,} images"),
+        ]
+        return table([self.head, ""], rows)
+
+    def save(self, path: str | Path) -> None:
+        """Write the predictor to one file, atomically.
+
+        Raises
+        ------
+        PredictorError
+            The path holds something that is not a predictor, or the head cannot be saved.
+        """
+        target = Path(path)
+        refuse_foreign(target, is_predictor, "a featcache predictor")
+        content = manifest.zipped(
+            {
+                manifest.MANIFEST: self._manifest(),
+                manifest.HEAD: persistence.dump(self.estimator),
+                manifest.ARRAYS: manifest.npz(self._arrays()),
+            }
+        )
+        with replacing(target) as file:
+            file.write(content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a predictor file. No code in it is run, nothing it names is opened.
+
+        Raises
+        ------
+        PredictorError
+            No such file, damaged, hostile, of another format version, or a head that no longer
+            computes what it did.
+        """
+        target = Path(path)
+        try:
+            data = target.read_bytes()
+        except OSError as error:
+            raise PredictorError(
+                f"Cannot read a predictor from {target}: {error.strerror or error}. Make one with: "
+                f"featcache train STORE.h5 -o {target}"
+            ) from error
+        try:
+            return cls._read(data)
+        except FeatcacheError as error:
+            raise PredictorError(f"{target}: {error}") from error
+        except Exception as error:
+            # What hostile bytes can make of JSON and arrays is endless; all of it is one error.
+            raise PredictorError(
+                f"{target} is not a usable predictor: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+
+    @classmethod
+    def _read(cls, data: bytes) -> Self:
+        members = persistence.unzip(data, "the file")
+        missing = [name for name in manifest.MEMBERS if name not in members]
+        if missing:
+            raise PredictorError(
+                f"It is a zip without {', '.join(missing)}, not a featcache predictor."
+            )
+        values = manifest.read(members[manifest.MANIFEST])
+        arrays = persistence.read_npz(members[manifest.ARRAYS], manifest.ARRAYS)
+        predictor = cls(
+            estimator=persistence.load(members[manifest.HEAD]),
+            head=manifest.typed(values, "head", str),
+            params=manifest.typed(values, "params", dict),
+            classes=manifest.texts(values, "classes"),
+            temperature=manifest.temperature(values),
+            columns=tuple(map(manifest.column, manifest.typed(values, "columns", list))),
+            fingerprints=tuple(
+                map(manifest.fingerprint, manifest.typed(values, "fingerprints", list))
+            ),
+            train_sha256=arrays["train_sha256"],
+            canaries=manifest.canaries(values, arrays),
+            metrics=manifest.typed(values, "metrics", dict),
+            request=values.get("request"),
+            versions=manifest.typed(values, "versions", dict),
+        )
+        if values.get("leaderboard") is not None:
+            predictor.leaderboard = Leaderboard.from_dict(
+                manifest.typed(values, "leaderboard", dict), {predictor.head: predictor}
+            )
+        predictor._check_parts()
+        predictor._check_head()
+        return predictor
+
+    def _manifest(self) -> bytes:
+        values = {
+            "format": manifest.FORMAT,
+            "format_version": manifest.FORMAT_VERSION,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": dict(self.versions),
+            "head": self.head,
+            "params": dict(self.params),
+            "classes": list(self.classes),
+            "temperature": self.temperature,
+            "columns": [dataclasses.asdict(column) for column in self.columns],
+            "fingerprints": [json.loads(one.to_json()) for one in self.fingerprints],
+            "canaries": list(self.canaries.names),
+            "metrics": dict(self.metrics),
+            "leaderboard": None if self.leaderboard is None else self.leaderboard.to_dict(),
+            "request": self.request,
+        }
+        return json.dumps(values, indent=1, ensure_ascii=False).encode()
+
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        return {
+            "train_sha256": self.train_sha256,
+            "canary_x": self.canaries.x,
+            "canary_logits": self.canaries.logits,
+            **{
+                f"canary_image_{i}": np.frombuffer(image, dtype=np.uint8)
+                for i, image in enumerate(self.canaries.images)
+            },
+        }
+
+    def _check_parts(self) -> None:
+        """Refuse a file whose parts do not fit each other."""
+        d, k, rows = self.n_features, len(self.classes), self.canaries
+        for right, what in (
+            (k >= 2 and len(set(self.classes)) == k, "classes"),
+            (
+                list(self.classes) == [str(c) for c in self.estimator.classes_],
+                "classes of the head",
+            ),
+            (d == self.estimator.n_features_in_, "columns"),
+            (all(0 <= c.source < len(self.fingerprints) for c in self.columns), "sources"),
+            (
+                all(c.tap in self.fingerprints[c.source].taps for c in self.columns),
+                "taps",
+            ),
+            (
+                self.train_sha256.dtype == np.uint8
+                and self.train_sha256.ndim == 2
+                and self.train_sha256.shape[1] == 32,
+                "hashes of the training images",
+            ),
+            (rows.x.dtype == np.float32 and rows.x.shape == (len(rows.x), d), "canary rows"),
+            (rows.logits.shape == (len(rows.x), k), "canary scores"),
+        ):
+            if not right:
+                raise PredictorError(f"The predictor's {what} do not fit its other parts.")
+
+    def _check_head(self) -> None:
+        """Refuse a head that does not compute what it computed when it was saved."""
+        expected = self.canaries.logits
+        if not len(expected) or not getattr(self.estimator, "is_bound", True):
+            return  # a head without its network is checked when it gets one
+        try:
+            with np.errstate(all="ignore"):
+                found = head_logits(self.estimator, self.canaries.x)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise PredictorError(
+                f"The head in this file cannot compute ({error}): it is damaged, or a package has "
+                f"changed: {manifest.then_and_now(self.versions)}. Train again."
+            ) from error
+        if found.shape != expected.shape or not origins.distance(found, expected) <= _SAME:
+            raise PredictorError(
+                "The head no longer computes what it did when it was saved: "
+                f"{manifest.then_and_now(self.versions)}. Install the former, or train again."
+            )
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+def _image_sets(images: Any) -> Iterator[ImageSet]:
+    """Make image sets of whatever was given, in the order given."""
+    from PIL import Image
+
+    from featcache.images.image_set import ImageSet
+
+    if isinstance(images, ImageSet):
+        yield images
+    elif isinstance(images, np.ndarray):
+        yield ImageSet.from_arrays(images)
+    elif isinstance(images, str | Path):
+        yield ImageSet.open(images)
+    else:
+        items: list[Any] = [images] if isinstance(images, Image.Image) else list(images)
+        if not items:
+            raise PredictorError("There is no image to predict: the list is empty.")
+        if all(isinstance(item, Image.Image) for item in items):
+            yield ImageSet.from_torchvision([(item, 0) for item in items])
+            return
+        for is_folder, run in itertools.groupby(items, lambda item: Path(item).is_dir()):
+            if is_folder:
+                yield from (ImageSet.open(folder) for folder in run)
+            else:
+                yield _in_order(ImageSet.open(files := list(run)), files)
+
+
+def _in_order(images: ImageSet, files: Sequence[Any]) -> ImageSet:
+    """Undo the sorting of an image set made of files: each once, in the order given."""
+    row_of = {name: row for row, name in enumerate(images.ids)}
+    names = dict.fromkeys(os.path.normpath(file) for file in files)
+    if row_of.keys() != names.keys():
+        return images  # tars, globs, or names that are not UTF-8
+    return images.select([row_of[name] for name in names])

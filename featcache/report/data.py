@@ -1,0 +1,470 @@
+"""`report.html`: an evaluation as one page that opens from disk and needs no network.
+
+`write_report` gathers what is to be shown; `report_page` turns it into HTML. The embedding map is
+drawn by Bokeh on a canvas. Its WebGL backend would be faster, but compiles its shaders with
+``new Function``, which the page's content policy forbids; instead Bokeh draws every tenth point
+while the map is dragged, which stays fluid at 20,000 points.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import MissingExtra
+from featcache.images.image_set import ImageSet
+from featcache.report import page as report_page
+from featcache.report.page import Card, Pair
+from featcache.report.pictures import sheets, thumbnail
+from featcache.results.evaluation import Evaluation
+from featcache.results.leaderboard import Leaderboard
+from featcache.store.store import FeatureStore
+from featcache.study.audit import Findings
+from featcache.study.maps import Method, embed, nearest_rows
+from featcache.system.files import refuse_foreign, replacing
+from featcache.version import __version__
+
+__all__ = ["write_report"]
+
+_ITEMS = 20_000  # images that the page knows one by one
+_PAGE_BYTES = 14_500_000
+_CARDS = 24  # of each gallery
+_PAIRS = 12
+_NEAR = 0.95  # as in `audit`
+_NEAR_LIMIT = 100_000  # images up to which near-duplicates are looked for
+_TSNE_LIMIT = 5_000  # images above which UMAP is the faster map
+_ID_LENGTH = 160
+
+
+def write_report(
+    evaluation: Evaluation,
+    path: str | Path,
+    *,
+    store: FeatureStore | None = None,
+    images: ImageSet | None = None,
+    leaderboard: Leaderboard[Any] | None = None,
+    findings: Findings | None = None,
+    maps: Sequence[Method] | None = None,
+    commands: Sequence[str] = (),
+    title: str = "featcache report",
+    random_state: int = 0,
+) -> None:
+    """Write an evaluation as one self-contained HTML page, under 15 MB.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+        What is shown; all other arguments add to it.
+    path : path
+        The page. Replaced if it is a report of featcache, else left.
+    store : FeatureStore, optional
+        The features, of the evaluated images and of those that were trained on: for the map, the
+        near-duplicates across the split, and what was run.
+    images : ImageSet, optional
+        Where the pictures are: for the thumbnails. Images that it does not have go without.
+    leaderboard : Leaderboard, optional
+        The comparison, as in ``predictor.leaderboard``.
+    findings : Findings, optional
+        From `audit`: its suspicious labels are shown. Without, those among the evaluated images
+        are looked for, which needs no training.
+    maps : list of {"pca", "tsne", "umap"}, optional
+        None: PCA, with t-SNE up to 5,000 images and UMAP above. The largest share of the time.
+    commands : list of str
+        What to type to repeat it. Empty: made up from what the store records.
+    title : str
+        Title of the page.
+    random_state : int
+        Seed of the maps, and of the choice of images where there are over 20,000.
+
+    Raises
+    ------
+    MissingExtra
+        Bokeh is not installed, or umap-learn where UMAP was asked for.
+    PredictorError
+        The path holds something else, or cannot be written.
+    """
+    _require_bokeh()
+    target = Path(path)
+    refuse_foreign(target, _is_report, "a report of featcache")
+    shown = _Shown.of(evaluation, store, random_state)
+    pictures = _Pictures(images)
+    content = report_page.Content(
+        title=title,
+        version=__version__,
+        evaluation=evaluation,
+        leaderboard=leaderboard,
+        mistakes=_mistakes(evaluation, pictures),
+        has_pictures=images is not None,
+        facts=_facts(store),
+        commands=tuple(commands) or _commands(store, images, target),
+    )
+    content.suspects, content.suspects_note = _suspects(evaluation, findings, pictures)
+    content.pairs, content.pairs_note = _pairs(evaluation, store, pictures)
+    data = shown.data(evaluation)
+    if store is not None and len(shown.ids) >= 3:
+        data["maps"] = _maps(store, shown, maps, random_state)
+        content.maps = list(data["maps"])
+        content.map_item, content.bokeh = _bokeh_parts()
+    if images is not None:
+        spent = len(report_page.render(content, data))
+        made = sheets(images, pictures.rows(shown.ids), budget=_PAGE_BYTES - spent)
+        data["tiles"] = made.tiles
+        data["sheets"] = {"edge": made.edge, "columns": made.columns, "pictures": made.pictures}
+    page = report_page.render(content, data)
+    with replacing(target) as file:
+        file.write(page.encode("utf-8", "replace"))
+
+
+def _require_bokeh() -> None:
+    try:
+        importlib.import_module("bokeh.plotting")
+    except ImportError as error:
+        raise MissingExtra("bokeh", "report", "The report") from error
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return report_page.GENERATOR.encode() in file.read(500)
+
+
+# --- which images ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """The images that the page knows one by one: evaluated ones first, mistakes before all.
+
+    Attributes
+    ----------
+    ids : ndarray of str, shape (m,)
+        Images.
+    evaluated : ndarray of int64, shape (m,)
+        Row in the evaluation, -1 where there is none.
+    stored : ndarray of int64, shape (m,)
+        Row in the store, -1 where there is none.
+    labels, splits : ndarray of str, shape (m,)
+        Labels and parts of the split.
+    """
+
+    ids: npt.NDArray[Any]
+    evaluated: npt.NDArray[np.int64]
+    stored: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any]
+    splits: npt.NDArray[Any]
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, store: FeatureStore | None, random_state: int) -> _Shown:
+        rng = np.random.default_rng(random_state)
+        order = rng.permutation(len(evaluation))
+        wrong = (evaluation.y_pred != evaluation.y_true)[order]
+        order = np.concatenate([order[wrong], order[~wrong]])
+        names = np.asarray(evaluation.ids)
+        classes = np.asarray(evaluation.classes)
+        if store is None:
+            ids = names[order][:_ITEMS]
+            evaluated = order[:_ITEMS].astype(np.int64)
+            stored = np.full(len(ids), -1)
+            return cls(
+                ids,
+                evaluated,
+                stored,
+                classes[evaluation.y_true[evaluated]],
+                np.full(len(ids), "held out"),
+            )
+        in_store = _lookup(store.ids, names)
+        others = rng.permutation(np.setdiff1d(np.arange(len(store)), in_store))
+        others = others[: max(0, _ITEMS - len(order))]
+        order = order[:_ITEMS]
+        stored = np.concatenate([in_store[order], others]).astype(np.int64)
+        evaluated = np.concatenate([order, np.full(len(others), -1)]).astype(np.int64)
+        if store.splits is not None and (store.splits != "").any():
+            splits = np.where(stored >= 0, store.splits[stored], "")
+        else:
+            splits = np.where(evaluated >= 0, "held out", "training")
+        labels = np.where(stored >= 0, store.labels[stored], "")
+        known = evaluated >= 0
+        labels = labels.astype(object)
+        labels[known] = classes[evaluation.y_true[evaluated[known]]]
+        ids = np.concatenate([names[order], store.ids[others]])
+        return cls(ids, evaluated, stored, labels.astype(str), splits)
+
+    def data(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Return the columns that the page's script reads, as JSON values."""
+        names = list(evaluation.classes)
+        names += sorted(set(self.labels.tolist()) - {*names, ""})
+        code = {name: k for k, name in enumerate(names)} | {"": -1}
+        known = self.evaluated >= 0
+        rows = self.evaluated[known]
+        predicted, sure = np.full(len(self.ids), -1), np.zeros(len(self.ids))
+        predicted[known] = evaluation.y_pred[rows]
+        sure[known] = evaluation.confidence[rows]
+        parts, part = np.unique(self.splits, return_inverse=True)
+        cells = np.argwhere(evaluation.confusion)
+        return {
+            "classes": names,
+            "ids": [_shorten(str(name)) for name in self.ids],
+            "label": [code[name] for name in self.labels.tolist()],
+            "predicted": predicted.tolist(),
+            "sure": [round(value, 3) for value in sure.tolist()],
+            "splits": [str(name) or "none" for name in parts],
+            "split": part.tolist(),
+            "confusion": [[int(i), int(j), int(evaluation.confusion[i, j])] for i, j in cells],
+            "scored": len(evaluation.classes),
+        }
+
+
+def _lookup(known: npt.NDArray[Any], names: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return the position in `known` of each name, -1 where there is none."""
+    if not len(known):
+        return np.full(len(names), -1)
+    order = np.argsort(known, kind="stable")
+    at = np.minimum(np.searchsorted(known, names, sorter=order), len(known) - 1)
+    return np.where(known[order[at]] == names, order[at], -1)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _ID_LENGTH else "…" + name[1 - _ID_LENGTH :]
+
+
+@dataclass(eq=False)
+class _Pictures:
+    """Thumbnails by image id."""
+
+    images: ImageSet | None
+    _ids: npt.NDArray[Any] | None = field(default=None, init=False)
+
+    def rows(self, ids: npt.NDArray[Any]) -> list[int]:
+        if self.images is None:
+            return [-1] * len(ids)
+        if self._ids is None:
+            self._ids = np.asarray(self.images.ids)
+        return [int(row) for row in _lookup(self._ids, ids)]
+
+    def of(self, id: str) -> str | None:
+        row = self.rows(np.array([id]))[0]
+        return None if self.images is None or row < 0 else thumbnail(self.images, row)
+
+
+# --- galleries -------------------------------------------------------------------------------
+
+
+def _mistakes(evaluation: Evaluation, pictures: _Pictures) -> list[Card]:
+    return [
+        Card(one.id, one.label, one.predicted, one.probability, pictures.of(one.id))
+        for one in evaluation.mistakes[:_CARDS]
+    ]
+
+
+def _suspects(
+    evaluation: Evaluation, findings: Findings | None, pictures: _Pictures
+) -> tuple[list[Card], str]:
+    """Return the images whose label looks wrong, and what to say of how they were found."""
+    if findings is not None:
+        found = findings.of("label")
+        cards = [
+            Card(one.id, one.label, one.suggested, one.score, pictures.of(one.id))
+            for one in found[:_CARDS]
+        ]
+        return cards, (
+            f"{len(found):,} of {findings.n_images:,} images, judged out of fold by confident "
+            "learning (cleanlab). The figure is the probability of the label it has."
+        )
+    try:
+        ranked = _label_issues(evaluation)
+    except MissingExtra as error:
+        return [], str(error)
+    cards = []
+    for i in ranked[:_CARDS]:
+        label = evaluation.classes[evaluation.y_true[i]]
+        guess = evaluation.classes[evaluation.y_pred[i]]
+        own = float(evaluation.proba[i, evaluation.y_true[i]])
+        cards.append(
+            Card(str(evaluation.ids[i]), label, guess, own, pictures.of(str(evaluation.ids[i])))
+        )
+    return cards, (
+        f"{len(ranked):,} of the {len(evaluation):,} evaluated images, judged by confident "
+        "learning (cleanlab). The figure is the probability of the label it has. "
+        "The command featcache audit looks at the training images too."
+    )
+
+
+def _label_issues(evaluation: Evaluation) -> npt.NDArray[np.int64]:
+    """Return the rows whose label looks wrong, the least probable label first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from cleanlab.filter import find_label_issues
+        except ImportError as error:
+            raise MissingExtra("cleanlab", "report", "Looking for wrong labels") from error
+        present, codes = np.unique(evaluation.y_true, return_inverse=True)
+        if len(present) < 2:
+            return np.empty(0, np.int64)
+        proba = evaluation.proba[:, present]
+        total = proba.sum(axis=1, keepdims=True)
+        proba = np.where(total > 0, proba / np.maximum(total, 1e-300), 1 / len(present))
+        found: npt.NDArray[np.int64] = find_label_issues(
+            codes, proba, return_indices_ranked_by="self_confidence", n_jobs=1, verbose=False
+        )
+    return found
+
+
+def _pairs(
+    evaluation: Evaluation, store: FeatureStore | None, pictures: _Pictures
+) -> tuple[list[Pair], str]:
+    """Return evaluated images that nearly equal one that was not evaluated: they flatter."""
+    if store is None:
+        return [], "Needs the features: give the store."
+    if len(store) > _NEAR_LIMIT:
+        return [], f"Not looked for among {len(store):,} images; featcache audit does."
+    mine = _lookup(store.ids, np.asarray(evaluation.ids))
+    mine = mine[mine >= 0]
+    others = np.setdiff1d(np.arange(len(store)), mine)
+    if not len(mine) or not len(others):
+        return [], "The store has no images on the other side of the split."
+    X = store.matrix()
+    X = X.mean(axis=1) if X.ndim == 3 else X
+    X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    similar, rows = nearest_rows(X[mine], X[others])
+    near = np.flatnonzero(similar[:, 0] >= _NEAR)
+    near = near[np.argsort(-similar[near, 0], kind="stable")]
+    pairs = []
+    for i in near[:_PAIRS]:
+        one, other = (_card(store, int(row), pictures) for row in (mine[i], others[rows[i, 0]]))
+        pairs.append(Pair(one, other, float(similar[i, 0])))
+    return pairs, (
+        f"{len(near):,} of {len(mine):,} evaluated images have a nearly equal one (cosine of "
+        f"centred features {_NEAR} or more) among the {len(others):,} others. What is known from "
+        "training is easy to get right: many such pairs flatter the figures above."
+    )
+
+
+def _card(store: FeatureStore, row: int, pictures: _Pictures) -> Card:
+    id = str(store.ids[row])
+    return Card(id, str(store.labels[row]), "", 0.0, pictures.of(id))
+
+
+# --- the map ---------------------------------------------------------------------------------
+
+
+def _maps(
+    store: FeatureStore, shown: _Shown, methods: Sequence[Method] | None, random_state: int
+) -> dict[str, list[list[float | None]]]:
+    """Return x and y of the shown images by name of the map, each scaled to [-1, 1]."""
+    second: Method = "tsne" if len(shown.ids) <= _TSNE_LIMIT else "umap"
+    chosen = ("pca", second) if methods is None else methods
+    rows = shown.stored
+    X = store.select(rows[rows >= 0]).matrix()
+    X = X.mean(axis=1) if X.ndim == 3 else X
+    maps: dict[str, list[list[float | None]]] = {}
+    for method in chosen:
+        placed = np.full((len(rows), 2), np.nan)
+        placed[rows >= 0] = embed(X, method, random_state=random_state)
+        middle = (np.nanmax(placed, axis=0) + np.nanmin(placed, axis=0)) / 2
+        placed = (placed - middle) / np.maximum(np.nanmax(np.abs(placed - middle), axis=0), 1e-12)
+        maps[_MAP_NAMES[method]] = [
+            [None if np.isnan(v) else round(float(v), 4) for v in column] for column in placed.T
+        ]
+    return maps
+
+
+_MAP_NAMES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
+
+
+def _bokeh_parts() -> tuple[dict[str, Any], list[str]]:
+    """Return the map without its points, and Bokeh's own scripts."""
+    from bokeh.core.types import ID
+    from bokeh.embed import json_item
+    from bokeh.models import ColumnDataSource, HoverTool, Range1d, Scatter
+    from bokeh.plotting import figure
+    from bokeh.resources import Resources
+
+    source = ColumnDataSource({"x": [], "y": [], "color": [], "alpha": []}, name="points")
+    plot = figure(
+        name="map",
+        sizing_mode="stretch_both",
+        tools="pan,wheel_zoom,box_zoom,zoom_in,zoom_out,reset,tap",
+        toolbar_location="above",
+        x_axis_location=None,
+        y_axis_location=None,
+        x_range=Range1d(start=-1.08, end=1.08),
+        y_range=Range1d(start=-1.08, end=1.08),
+        background_fill_alpha=0,
+        border_fill_alpha=0,
+        outline_line_alpha=0,
+    )
+    plot.grid.visible = False
+    plot.toolbar.logo = None
+    plot.toolbar.active_scroll = None  # the wheel scrolls the page until it is asked to zoom
+    dots = plot.scatter(
+        "x", "y", source=source, size=6, fill_color="color", line_color=None, fill_alpha="alpha"
+    )
+    # What is picked gets a ring; the others stay as they are.
+    ring = Scatter(x="x", y="y", size=11, fill_color="color", line_color="#808080", line_width=4)
+    dots.selection_glyph, dots.nonselection_glyph = ring, dots.glyph
+    # The page's own script shows what is under the pointer: file names never become markup.
+    plot.add_tools(HoverTool(tooltips=None, renderers=[dots]))
+    resources = Resources(mode="inline", components=["bokeh"], log_level="warn")
+    return dict(json_item(plot, ID("map-plot"))), list(resources.js_raw)
+
+
+# --- what was run ----------------------------------------------------------------------------
+
+
+def _facts(store: FeatureStore | None) -> list[tuple[str, str]]:
+    """Return what is known of how the features were made, as names and values."""
+    if store is None:
+        return []
+    facts = [("features", f"{', '.join(store.paths)}: {len(store):,} images")]
+    for one in store.fingerprints:
+        facts += [
+            ("backbone", f"{one.source}/{one.backbone}, weights {one.weights}"),
+            ("taps", ", ".join(one.taps)),
+            ("precision", f"{one.precision}, stored as {one.store_dtype}, {one.views} view(s)"),
+            ("preprocessing", ", ".join(f"{k} {v}" for k, v in one.preprocessing.items())),
+            ("fingerprint", one.digest),
+        ]
+    run = store.meta.get("run") or {}
+    seconds = run.get("seconds") or {}
+    if seconds:
+        facts.append(("extraction", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items())))
+    settings = store.meta.get("settings") or {}
+    if settings:
+        facts.append(("settings", ", ".join(f"{k} {v}" for k, v in settings.items())))
+    versions = store.meta.get("versions") or {}
+    if versions:
+        facts.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
+    return facts
+
+
+def _commands(store: FeatureStore | None, images: ImageSet | None, target: Path) -> tuple[str, ...]:
+    """Return the three commands; capitals stand for what is not known here."""
+    if store is None:
+        return ()
+    path = store.paths[0]
+    commands = []
+    recorded = store.meta.get("command")
+    if isinstance(recorded, str):
+        commands.append(recorded)
+    else:
+        one = store.fingerprints[0]
+        name = (
+            one.backbone if one.source != "timm" else f"timm/{one.backbone.removeprefix('timm/')}"
+        )
+        commands.append(
+            "featcache extract IMAGES "
+            + shlex.join(["-o", path, "--backbone", name, "--weights", one.weights])
+        )
+    commands.append(f"featcache train {shlex.join(store.paths)} -o PREDICTOR.featcache")
+    commands.append(
+        f"featcache evaluate PREDICTOR.featcache {shlex.quote(path)} "
+        f"--report {shlex.quote(str(target))}"
+    )
+    return tuple(commands)

@@ -1,0 +1,112 @@
+"""Checksums of rows: how damage is found, row by row and at the speed of memory.
+
+CRC-32, because every zlib has it, at 2 to 3 GB/s; SHA-256 would take three times as long to tell a
+flipped bit no better. Where the package isal is installed (extra ``fast``), its CRC-32 of the same
+values takes rows of 4 KB at 9 GB/s.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from featcache.store.disk import as_bytes, runs
+from featcache.store.layout import StoreFile
+
+_CHECK_BYTES = 2 << 20
+
+
+def _fastest_crc32() -> Callable[[bytes | memoryview, int], int]:
+    try:
+        crc32: Callable[[bytes | memoryview, int], int]
+        crc32 = importlib.import_module("isal.isal_zlib").crc32
+    except ImportError:
+        return zlib.crc32
+    return crc32
+
+
+_crc32 = _fastest_crc32()
+
+
+def row_seeds(sha256: np.ndarray) -> list[int]:
+    """Return the CRC-32 of each row's content hash, the seed of its features' checksums."""
+    data = as_bytes(np.ascontiguousarray(sha256))
+    return [_crc32(data[i : i + 32], 0) for i in range(0, len(data), 32)]
+
+
+def row_checksums(features: np.ndarray, seeds: Sequence[int]) -> list[int]:
+    """Return the CRC-32 of each row of a contiguous array, seeded."""
+    data = as_bytes(features)
+    size = len(data) // max(len(seeds), 1)
+    crc32 = _crc32
+    return [crc32(data[i * size : (i + 1) * size], seed) for i, seed in enumerate(seeds)]
+
+
+def entry_checks(entries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return what the field ``check`` of rows must hold."""
+    data = as_bytes(np.ascontiguousarray(entries))
+    size = entries.dtype.itemsize
+    body = size - 4
+    crc32 = _crc32
+    checks = (
+        crc32(data[i * size : i * size + body], crc32(name, 0))
+        for i, name in enumerate(ids.tolist())
+    )
+    return np.fromiter(checks, np.uint32, count=len(entries))
+
+
+def chunks(file: StoreFile, rows: int = 65_536) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (first row, entries, ids) of chunks of rows: tables larger than memory are fine."""
+    for start in range(0, file.n, rows):
+        stop = min(start + rows, file.n)
+        entries = file.read_rows(file.datasets["rows"], start, stop)
+        yield start, entries, file.read_rows(file.datasets["ids"], start, stop)
+
+
+def bad_features(
+    file: StoreFile, first: int, entries: np.ndarray, seen: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Return which rows fail the checksums of their features, by tap.
+
+    Parameters
+    ----------
+    file : StoreFile
+        The open file.
+    first : int
+        The first row.
+    entries : ndarray, shape (k,)
+        Rows of /rows from `first` on.
+    seen : ndarray of bool, shape (k,), optional
+        Rows to look at; the others are not read.
+
+    Returns
+    -------
+    dict of str to ndarray of bool, shape (k,)
+        True where the features are not those that were written.
+    """
+    rows = np.arange(len(entries)) if seen is None else np.flatnonzero(seen)
+    seeds = np.array(row_seeds(entries["sha256"]), np.uint32)
+    result = {tap: np.zeros(len(entries), bool) for tap in file.features}
+
+    def check(job: tuple[int, str, int, int]) -> None:
+        k, tap, start, stop = job
+        block = file.read_rows(file.features[tap], first + start, first + stop)
+        sums = np.array(row_checksums(block, seeds[start:stop].tolist()), np.uint32)
+        result[tap][start:stop] = sums != entries["crc32"][start:stop, k]
+
+    jobs = []
+    for k, (tap, dataset) in enumerate(file.features.items()):
+        step = max(1, _CHECK_BYTES // max(dataset.row_bytes, 1))
+        for _, start, count in runs(rows):
+            for begin in range(start, start + count, step):
+                jobs.append((k, tap, begin, min(begin + step, start + count)))
+    # Reading gives the interpreter to the other thread, and so does the CRC of long rows.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(check, jobs):
+            pass
+    return result

@@ -1,0 +1,206 @@
+"""Features as files of other programs: ``.npz``, ``.npy``, ``.parquet``, ``.csv``.
+
+Everything is written block by block, beside the target, and renamed when it is whole; so a store
+larger than memory can be exported, and an interrupted export leaves nothing half done.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from featcache.errors import MissingExtra, StoreError
+from featcache.fingerprint import canonical_json
+from featcache.store import disk
+from featcache.store.store import FeatureStore
+
+__all__ = ["export_store"]
+
+
+def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
+    """Write a store's rows to a file of another kind, chosen by the suffix.
+
+    ============ ==================================================================================
+    ``.npz``     one array a tap under the tap's name, as stored; ``ids``, ``labels``, ``groups``,
+                 ``splits`` (arrays of str) and ``fingerprint`` (JSON); read with ``numpy.load``
+    ``.npy``     all taps side by side, (n, d) or (n, views, d) float32; rows in the store's order
+    ``.parquet`` a row an image: ``id``, ``label``, ``group``, ``split``, and a list of float32 a
+                 tap (a list of lists where there are views); needs the extra ``parquet``
+    ``.csv``     the same as columns ``TAP[0]``, ``TAP[1]``, ...; a row an image, or a row a view
+    ============ ==================================================================================
+
+    Parameters
+    ----------
+    store : FeatureStore
+        What to write; also a selection or a join.
+    path : path
+        The file to make. A file of the same kind is replaced, another is not.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    StoreError
+        The suffix is of no kind above, a file of another kind is there, or it cannot be written.
+    MissingExtra
+        ``.parquet`` without pyarrow.
+    DiskFull
+        There is no room.
+    """
+    target = Path(path)
+    if target.suffix not in _KINDS:
+        raise StoreError(
+            f"Cannot export to {target}: a name ending in {', '.join(_KINDS)} is needed."
+        )
+    magic, write = _KINDS[target.suffix]
+    _refuse_other(target, magic)
+    temporary = target.with_name(f".{target.name}.new")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(store, file)
+            file.flush()
+            disk.fsync(file.fileno())
+        disk.rename(str(temporary), str(target))
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        needed = 4 * len(store) * store.width()
+        disk.raise_for(error, str(target), needed=needed, so_far="Nothing was exported.")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _refuse_other(target: Path, magic: bytes) -> None:
+    """Raise where the target holds something else than an earlier export of this kind."""
+    try:
+        with target.open("rb") as file:
+            start = file.read(len(magic))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"Cannot write {target}: {error.strerror}.") from error
+    if start != magic:
+        raise StoreError(
+            f"{target} exists and is not a {target.suffix} file. Choose another name with -o, or "
+            f"delete it: rm {target}"
+        )
+
+
+def _tables(store: FeatureStore) -> dict[str, np.ndarray]:
+    """Return what is known of each row, by the name of its column."""
+    tables = {"id": store.ids, "label": store.labels}
+    if store.groups is not None:
+        tables["group"] = store.groups
+    if store.splits is not None:
+        tables["split"] = store.splits
+    return tables
+
+
+def _write_npz(store: FeatureStore, file: IO[bytes]) -> None:
+    fingerprints = canonical_json([fingerprint.to_json() for fingerprint in store.fingerprints])
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, table in _tables(store).items():
+            _write_member(archive, f"{name}s", table.shape, table.dtype, iter([table]))
+        text = np.array(fingerprints)
+        _write_member(archive, "fingerprints", text.shape, text.dtype, iter([text]))
+        for name, info in store.taps.items():
+            shape = (len(store), *info.shape)
+            blocks = (part for _, part in store.stored_blocks(name))
+            _write_member(archive, name, shape, info.dtype, blocks)
+
+
+def _write_member(
+    archive: zipfile.ZipFile,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    blocks: Iterator[np.ndarray],
+) -> None:
+    """Write one array into an ``.npz`` archive, block by block."""
+    # The date of a ZipInfo is fixed: the same features give the same file.
+    info = zipfile.ZipInfo(f"{name}.npy")
+    with archive.open(info, "w", force_zip64=True) as member:
+        _write_header(member, shape, dtype)
+        for block in blocks:
+            member.write(np.ascontiguousarray(block).tobytes())
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    description = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": description, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _write_npy(store: FeatureStore, file: IO[bytes]) -> None:
+    head = (len(store), store.views) if store.views > 1 else (len(store),)
+    _write_header(file, (*head, store.width()), np.dtype("<f4"))
+    for _, block in store.blocks():
+        file.write(np.ascontiguousarray(block, "<f4").data)
+
+
+def _write_csv(store: FeatureStore, file: IO[bytes]) -> None:
+    views = store.views
+    tables = {name: table.tolist() for name, table in _tables(store).items()}
+    columns = [
+        f"{name}[{column}]" for name, info in store.taps.items() for column in range(info.width)
+    ]
+    # newline="": the csv module writes its own line ends
+    with open(file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as text:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*tables, *(["view"] if views > 1 else []), *columns])
+        for part, block in store.blocks():
+            # numpy writes the shortest text that reads back as the same float32
+            values = block.reshape(-1, block.shape[-1]).astype(str).tolist()
+            for k, row in enumerate(values):
+                image, view = part.start + k // views, k % views
+                known = [table[image] for table in tables.values()]
+                writer.writerow([*known, *([view] if views > 1 else []), *row])
+
+
+def _write_parquet(store: FeatureStore, file: IO[bytes]) -> None:
+    try:
+        pa = importlib.import_module("pyarrow")
+        pq = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "parquet", "Exporting to Parquet") from error
+
+    tables = _tables(store)
+    fields = [(name, pa.string()) for name in tables]
+    for name, info in store.taps.items():
+        values = pa.list_(pa.float32(), info.width)
+        fields.append((name, pa.list_(values, info.views) if info.views > 1 else values))
+    metadata = {"featcache": canonical_json([f.to_json() for f in store.fingerprints])}
+    schema = pa.schema(fields, metadata=metadata)
+    with pq.ParquetWriter(file, schema) as writer:
+        for part, block in store.blocks():
+            arrays = [pa.array(table[part].tolist(), pa.string()) for table in tables.values()]
+            first = 0
+            for info in store.taps.values():
+                column = np.ascontiguousarray(block[..., first : first + info.width]).reshape(-1)
+                array = pa.FixedSizeListArray.from_arrays(pa.array(column), info.width)
+                if info.views > 1:
+                    array = pa.FixedSizeListArray.from_arrays(array, info.views)
+                arrays.append(array)
+                first += info.width
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+# By suffix: the first bytes of such a file, and who writes it.
+_KINDS: dict[str, tuple[bytes, Callable[[FeatureStore, IO[bytes]], None]]] = {
+    ".npz": (b"PK\x03\x04", _write_npz),
+    ".npy": (b"\x93NUMPY", _write_npy),
+    ".parquet": (b"PAR1", _write_parquet),
+    ".csv": (b"id,label", _write_csv),
+}

@@ -1,0 +1,618 @@
+"""The feature file on disk: one plain HDF5 file that any HDF5 reader opens.
+
+Specification (format version 1)
+--------------------------------
+A writer MUST lay the file out as follows; a reader MAY rely on it.
+
+==================== ====================== =======================================================
+dataset              shape, type            content
+==================== ====================== =======================================================
+/features/TAP        (n, [views,] ...)      the features, float32 or float16; ``/`` and ``%`` of the
+                                            tap's name are written %2F and %25
+/rows                (n,) compound          what is known of each row, see below
+/ids                 (n,) UTF-8             ids of the images, all different
+/labels              (n,) UTF-8             labels, ``""`` = none; the dataset may be absent
+/groups /splits      (n,) UTF-8             as scanned; may be absent
+/failures            (k,) compound          images without features: id, stage, reason, size,
+                                            mtime_ns
+/meta/KEY            scalar UTF-8           JSON: fingerprint, request, versions, classes, ...
+/canaries/names      (k,) UTF-8             names of test images; the group may be absent
+/canaries/images/I   (bytes,) uint8         test image I = 0, 1, ..., as encoded
+/canaries/features/T (k, ...) float32       their features, without views; NaN = not computed
+/digest              (32,) uint8            SHA-256 over all datasets outside /features and
+                                            itself; zeros = the file is not finished
+==================== ====================== =======================================================
+
+A row of /rows holds, packed and little-endian: ``sha256`` (32 bytes: of the image's file),
+``size`` and ``mtime_ns`` (int64, -1 = unknown), ``crc32`` (uint32 a tap, in the order of
+fingerprint.taps: CRC-32 of that tap's bytes as stored, seeded with the CRC-32 of ``sha256``),
+``status`` (uint8: 0 pending, 1 done, 2 failed) and ``check`` (uint32: CRC-32 of the bytes before
+it, seeded with the CRC-32 of the row's id). Seeds make a row that was written in another's place
+fail its checksum, be its bytes ever so intact.
+
+Every dataset is contiguous, allocated early, little-endian, begins at a multiple of 4,096 bytes,
+and has no filter. Files are made with ``libver=("v110", "v110")``: that version's metadata is
+checksummed and every HDF5 since 2016 reads it. Strings are of fixed width, padded with NUL, so
+that the tables, too, are plain arrays at a known offset.
+
+The digest is taken over the datasets in the order of their names (``/`` left out in front), each
+as: name, NUL, number of bytes as 8 little-endian bytes, bytes.
+
+Why libhdf5 writes nothing but the empty layout
+-----------------------------------------------
+A process that is killed while libhdf5 has a file open for writing leaves one that does not open,
+and libhdf5 aborts the process when the disk fills. So the layout is made under another name,
+closed, its space reserved, fsynced and renamed; from then on bytes are written with ``pwrite`` at
+the datasets' offsets, and the file is valid HDF5 at any moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from featcache.errors import CorruptStore, FormatVersionError, MissingStore, StoreError
+from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
+from featcache.store import disk
+from featcache.store.disk import as_bytes
+
+__all__ = ["DONE", "FAILED", "PENDING", "Contents", "Dataset", "StoreFile", "create_file"]
+
+PENDING, DONE, FAILED = 0, 1, 2
+
+_ALIGNMENT = 4096
+# Metadata of the layout itself: a few kilobytes a dataset, measured; generous for reserving.
+_METADATA_BYTES = 65_536
+# JSON that is written after the layout is made needs its place beforehand.
+_META_SLOTS = {"settings": 4_096, "run": 32_768}
+_DIGEST_BYTES = 8 << 20
+_REASON_BYTES = 1000
+
+
+def rows_dtype(n_taps: int) -> np.dtype[Any]:
+    """Return the type of a row of /rows for so many taps."""
+    return np.dtype(
+        [
+            ("sha256", "u1", (32,)),
+            ("size", "<i8"),
+            ("mtime_ns", "<i8"),
+            ("crc32", "<u4", (n_taps,)),
+            ("status", "u1"),
+            ("check", "<u4"),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a dataset's bytes lie in the file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row (of the whole, where there is no axis of rows)."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# Shape, type and first bytes (None = zeros) of each dataset, by name.
+Plan = dict[str, tuple[tuple[int, ...], np.dtype[Any], np.ndarray | None]]
+
+
+@dataclass
+class Contents:
+    """What a new file is made from: everything but the features.
+
+    Parameters
+    ----------
+    fingerprint : Fingerprint
+        Its taps name the feature datasets.
+    shapes : dict of str to tuple of int
+        Shape of one image's features by tap, the axis of views included.
+    ids : ndarray of bytes, shape (n,)
+        UTF-8.
+    labels, groups, splits : ndarray of bytes, shape (n,), optional
+        UTF-8.
+    meta : dict
+        JSON values by key; ``settings`` and ``run`` may also be set later.
+    failures : list of tuple
+        (id, stage, reason, size, mtime_ns).
+    canary_names, canary_images : list
+        Encoded images.
+    """
+
+    fingerprint: Fingerprint
+    shapes: Mapping[str, tuple[int, ...]]
+    ids: np.ndarray
+    labels: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    splits: np.ndarray | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    failures: Sequence[tuple[str, str, str, int, int]] = ()
+    canary_names: Sequence[str] = ()
+    canary_images: Sequence[bytes] = ()
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes that the features take."""
+        size = np.dtype(self.fingerprint.store_dtype).itemsize * len(self.ids)
+        return sum(math.prod(self.shapes[tap]) * size for tap in self.fingerprint.taps)
+
+    def plan(self) -> Plan:
+        """Return shape, type and first bytes (None = zeros) of each dataset by name."""
+        n = len(self.ids)
+        taps = self.fingerprint.taps
+        store_dtype = np.dtype(self.fingerprint.store_dtype).newbyteorder("<")
+        plan: Plan = {}
+
+        def add(name: str, array: np.ndarray) -> None:
+            plan[name] = (array.shape, array.dtype, array)
+
+        for tap in taps:
+            plan[feature_name(tap)] = ((n, *self.shapes[tap]), store_dtype, None)
+        plan["rows"] = ((n,), rows_dtype(len(taps)), None)
+        add("ids", self.ids)
+        for name in ("labels", "groups", "splits"):
+            table = getattr(self, name)
+            if table is not None:
+                add(name, table)
+        add("failures", _failure_table(self.failures))
+        for key, value in self._all_meta().items():
+            text = canonical_json(value).encode()
+            width = max(len(text), _META_SLOTS.get(key, 1))
+            add(f"meta/{key}", np.array(text, dtype=f"S{width}"))
+        if self.canary_names:
+            add("canaries/names", encode_table(self.canary_names, "canary names"))
+            for i, image in enumerate(self.canary_images):
+                add(f"canaries/images/{i}", np.frombuffer(image, np.uint8))
+            for tap in taps:
+                shape = self.shapes[tap][1 if self.fingerprint.views > 1 else 0 :]
+                values = np.full((len(self.canary_names), *shape), np.nan, "<f4")
+                add(f"canaries/{feature_name(tap)}", values)
+        add("digest", np.zeros(32, np.uint8))
+        return plan
+
+    def _all_meta(self) -> dict[str, Any]:
+        """Return the metadata with the keys that every file has."""
+        versions = dict(self.meta.get("versions", {}))
+        versions |= {"format": FORMAT_VERSION, "h5py": h5py.__version__}
+        own = {
+            "fingerprint": json.loads(self.fingerprint.to_json()),
+            "classes": [] if self.labels is None else sorted(counts(self.labels).keys() - {""}),
+            "versions": versions,
+        }
+        return {"settings": None, "run": None, **self.meta, **own}
+
+
+def feature_name(tap: str) -> str:
+    """Return the dataset that holds `tap`: HDF5 takes ``/`` for a group."""
+    return "features/" + tap.replace("%", "%25").replace("/", "%2F")
+
+
+def encode_table(texts: Sequence[str], what: str) -> np.ndarray:
+    """Return texts as UTF-8 of fixed width.
+
+    Raises
+    ------
+    StoreError
+        A text holds a NUL or is not valid Unicode.
+    """
+
+    def encoded() -> Iterator[bytes]:
+        for text in texts:
+            if "\0" in text:
+                raise StoreError(f"One of the {what} holds a NUL character: {text!r}")
+            yield text.encode()
+
+    try:  # twice through the texts, so that they are never all in memory as Python objects
+        width = max(map(len, encoded()), default=1) or 1
+        return np.fromiter(encoded(), dtype=f"S{width}", count=len(texts))
+    except UnicodeEncodeError as error:
+        raise StoreError(f"One of the {what} is not valid Unicode: {error.object!r}") from error
+
+
+def decode_table(table: np.ndarray) -> np.ndarray:
+    """Return a table of UTF-8 as an array of str."""
+    if table.size == 0 or table.view(np.uint8).max() < 128:
+        return table.astype(f"U{max(table.dtype.itemsize, 1)}")
+    return np.char.decode(table, "utf-8")
+
+
+def counts(table: np.ndarray) -> Counter[str]:
+    """Count the texts of a table of UTF-8 (many times as fast as sorting millions of them)."""
+    found: Counter[bytes] = Counter()
+    for start in range(0, len(table), 65_536):
+        found.update(table[start : start + 65_536].tolist())
+    return Counter({name.decode(): count for name, count in found.items()})
+
+
+def _failure_table(failures: Sequence[tuple[str, str, str, int, int]]) -> np.ndarray:
+    """Return failures as a compound array; long reasons are cut between characters."""
+    rows: list[tuple[bytes, bytes, bytes, int, int]] = [
+        (
+            name.encode(),
+            stage.encode(),
+            reason.encode(errors="backslashreplace")[:_REASON_BYTES]
+            .decode(errors="ignore")
+            .encode(),
+            size,
+            mtime_ns,
+        )
+        for name, stage, reason, size, mtime_ns in failures
+    ]
+    text = list(zip(*(row[:3] for row in rows), strict=True)) or [(b"",)] * 3
+    widths = [max(1, *map(len, column)) for column in text]
+    dtype = np.dtype(
+        [
+            ("id", f"S{widths[0]}"),
+            ("stage", f"S{widths[1]}"),
+            ("reason", f"S{widths[2]}"),
+            ("size", "<i8"),
+            ("mtime_ns", "<i8"),
+        ]
+    )
+    return np.array(rows, dtype=dtype)
+
+
+def create_file(path: str, contents: Contents) -> None:
+    """Make a feature file with all space reserved, valid HDF5, closed and fsynced.
+
+    The file is made as ``PATH.new`` and renamed: at `path` there is a whole layout or none.
+
+    Raises
+    ------
+    OSError
+        The space cannot be reserved or the folder not be written to; nothing is left behind.
+        `disk.raise_for` says it in words.
+    """
+    plan = contents.plan()
+    temporary = f"{path}.new"
+    try:
+        # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
+        with disk.opened(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as descriptor:
+            disk.reserve(descriptor, 0, _bound(plan), zeros=False)
+        _write_layout(temporary, plan)
+        datasets = read_datasets(temporary)
+        with disk.opened(temporary, os.O_RDWR) as descriptor:
+            disk.reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
+            for name, (_, _, data) in plan.items():
+                if data is not None and data.nbytes:
+                    disk.pwrite_all(descriptor, as_bytes(data), datasets[name].offset)
+            disk.fsync(descriptor)
+        disk.rename(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _bound(plan: Plan) -> int:
+    """Return an upper bound of the size of a file."""
+    return sum(
+        _METADATA_BYTES + math.prod(shape) * dtype.itemsize for shape, dtype, _ in plan.values()
+    )
+
+
+def _write_layout(path: str, plan: Plan) -> None:
+    """Make an HDF5 file whose datasets are contiguous, allocated, and never filled.
+
+    By the low-level interface, because only there the times of making can be left out: the same
+    features give the same file, byte for byte.
+    """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_alignment(1, _ALIGNMENT)
+    access.set_file_locking(False, True)  # the lock is ours, see `featcache.store.locking`
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    for_file = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    for_groups = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+    for properties in (creation, for_file, for_groups):
+        properties.set_obj_track_times(False)
+    utf8 = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    utf8.set_char_encoding(h5py.h5t.CSET_UTF8)
+
+    file = h5py.h5f.create(path.encode(), h5py.h5f.ACC_TRUNC, for_file, access)
+    groups = {""}
+    for name, (shape, dtype, _) in plan.items():
+        for depth in range(1, name.count("/") + 1):
+            group = "/".join(name.split("/")[:depth])
+            if group not in groups:
+                h5py.h5g.create(file, group.encode(), gcpl=for_groups)
+                groups.add(group)
+        space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+        kind = h5py.h5t.py_create(_hdf5_dtype(dtype), logical=True)
+        dataset = h5py.h5d.create(file, None, kind, space, dcpl=creation)
+        h5py.h5o.link(dataset, file, name.encode(), lcpl=utf8)
+        del dataset
+    file.close()
+
+
+def _hdf5_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type with its byte strings marked as UTF-8."""
+    if dtype.kind == "S":
+        text: np.dtype[Any] = h5py.string_dtype("utf-8", dtype.itemsize)
+        return text
+    if dtype.names:
+        fields = []
+        for name in dtype.names:
+            base, shape = dtype[name].base, dtype[name].shape
+            fields.append((name, _hdf5_dtype(base), shape))
+        return np.dtype(fields)
+    return dtype
+
+
+def read_datasets(path: str) -> dict[str, Dataset]:
+    """Return where each dataset of an HDF5 file lies.
+
+    Raises
+    ------
+    CorruptStore
+        Not HDF5, truncated, or not laid out as the format says.
+    """
+    found: dict[str, Dataset] = {}
+
+    def visit(name: str, node: Any) -> None:
+        if not isinstance(node, h5py.Dataset):
+            return
+        offset = node.id.get_offset()
+        if offset is None and node.nbytes:
+            raise CorruptStore(f"{path}: dataset {name!r} is not contiguous.")
+        found[name] = Dataset(
+            offset or 0,
+            node.shape,
+            np.dtype(node.dtype.str) if node.dtype.names is None else _plain(node.dtype),
+        )
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            file.visititems(visit)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise CorruptStore(
+            f"{path} is damaged or not an HDF5 file: {error}. If it was complete once, restore "
+            "it from a copy; else delete it and run `featcache extract` again."
+        ) from error
+    return found
+
+
+def _plain(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return a compound type without h5py's marks on strings."""
+    assert dtype.names is not None
+    return np.dtype([(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names])
+
+
+class StoreFile:
+    """One feature file, open for reading (and, while it is filled, for ``pwrite``).
+
+    Holds a file descriptor, so that a file that is replaced meanwhile stays readable.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+    writable : bool
+        Open for writing too.
+
+    Raises
+    ------
+    MissingStore, CorruptStore, FormatVersionError
+    """
+
+    def __init__(self, path: str, *, writable: bool = False) -> None:
+        self.path = path
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise MissingStore(f"There is no feature file {path}.") from error
+        except OSError as error:
+            if writable:
+                disk.raise_for(error, path)
+            hint = " Type: ulimit -n 65536" if error.errno == errno.EMFILE else ""
+            raise StoreError(f"Cannot read {path}: {error.strerror}.{hint}") from error
+        if Path(path).is_dir():
+            raise StoreError(f"{path} is a folder, not a feature file.")
+        self.datasets = read_datasets(path)
+        if not self.is_at(path):
+            raise StoreError(f"{path} was replaced while it was opened. Try again.")
+        self._check_format()
+        self.fingerprint = Fingerprint.from_json(canonical_json(self.meta("fingerprint")))
+        self.features = {tap: self._features(tap) for tap in self.fingerprint.taps}
+        self.n = self.datasets["ids"].shape[0]
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For processes of joblib: they open the file themselves, if it is still this one.
+        return _reopen, (self.path, self.read("digest").tobytes())
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def is_at(self, path: str) -> bool:
+        """Say whether `path` still leads to this file."""
+        try:
+            there, here = Path(path).stat(), os.fstat(self.descriptor)
+        except FileNotFoundError:
+            return False
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+    def _check_format(self) -> None:
+        size = os.fstat(self.descriptor).st_size
+        for name, dataset in self.datasets.items():
+            if dataset.offset + dataset.nbytes > size:
+                raise CorruptStore(f"{self.path} was truncated: {name!r} reaches beyond its end.")
+        if "meta/versions" not in self.datasets:
+            raise CorruptStore(f"{self.path} is HDF5 but not a feature file of featcache.")
+        version = self.meta("versions").get("format")
+        if version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{self.path} has format version {version}; this featcache reads version "
+                f"{FORMAT_VERSION}. "
+                + (
+                    "Type: pip install --upgrade featcache"
+                    if isinstance(version, int) and version > FORMAT_VERSION
+                    else "Run `featcache extract` into a new file."
+                )
+            )
+        for name in ("rows", "ids", "failures", "digest", "meta/fingerprint"):
+            if name not in self.datasets:
+                raise CorruptStore(f"{self.path} is damaged: it has no /{name}.")
+
+    def _features(self, tap: str) -> Dataset:
+        try:
+            return self.datasets[feature_name(tap)]
+        except KeyError as error:
+            raise CorruptStore(f"{self.path} is damaged: it has no features {tap!r}.") from error
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a whole dataset as an array (not for /features)."""
+        dataset = self.datasets[name]
+        array = np.empty(dataset.shape, dataset.dtype)
+        if array.nbytes:
+            disk.pread_into(self.descriptor, as_bytes(array), dataset.offset)
+        return array
+
+    def read_rows(self, dataset: Dataset, start: int, stop: int) -> np.ndarray:
+        """Return rows `start` to `stop` of a dataset."""
+        array = np.empty((stop - start, *dataset.shape[1:]), dataset.dtype)
+        if array.nbytes:
+            offset = dataset.offset + start * dataset.row_bytes
+            disk.pread_into(self.descriptor, as_bytes(array), offset)
+        return array
+
+    def write_rows(self, dataset: Dataset, start: int, array: np.ndarray) -> None:
+        """Write rows from `start` on; the array has the dataset's type and is contiguous."""
+        offset = dataset.offset + start * dataset.row_bytes
+        disk.pwrite_all(self.descriptor, as_bytes(array), offset)
+
+    def meta(self, key: str) -> Any:
+        """Return the JSON value under /meta, None where there is none."""
+        if f"meta/{key}" not in self.datasets:
+            return None
+        text = bytes(self.read(f"meta/{key}").item())
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            if key in _META_SLOTS and not self.finished:
+                return None  # a kill tore the writing of it
+            raise CorruptStore(f"{self.path} is damaged: /meta/{key} is not JSON.") from error
+
+    @property
+    def meta_keys(self) -> list[str]:
+        """The keys under /meta."""
+        return [name[5:] for name in self.datasets if name.startswith("meta/")]
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Write a JSON value into the place that /meta keeps for it."""
+        dataset = self.datasets.get(f"meta/{key}")
+        if dataset is None:
+            raise StoreError(f"{self.path} has no place for the metadata {key!r}.")
+        text = canonical_json(value).encode()
+        if len(text) > dataset.dtype.itemsize:
+            raise StoreError(
+                f"{self.path} keeps {dataset.dtype.itemsize} bytes for the metadata {key!r}; "
+                f"{len(text)} came."
+            )
+        disk.pwrite_all(self.descriptor, text.ljust(dataset.dtype.itemsize, b"\0"), dataset.offset)
+        disk.fsync(self.descriptor)  # settings are on the disk before the rows that they decided
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 over everything outside /features, as /digest should hold it."""
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_DIGEST_BYTES))
+        for name in sorted(self.datasets):
+            if name == "digest" or name.startswith("features/"):
+                continue
+            dataset = self.datasets[name]
+            digest.update(name.encode() + b"\0" + dataset.nbytes.to_bytes(8, "little"))
+            for start in range(0, dataset.nbytes, len(buffer)):
+                block = buffer[: min(len(buffer), dataset.nbytes - start)]
+                disk.pread_into(self.descriptor, block, dataset.offset + start)
+                digest.update(block)
+        return digest.digest()
+
+    @property
+    def finished(self) -> bool:
+        """Whether a digest was written, the last act of finishing."""
+        return bool(self.read("digest").any())
+
+    def seal(self) -> None:
+        """Write the digest and have everything on the disk."""
+        disk.pwrite_all(self.descriptor, self.digest(), self.datasets["digest"].offset)
+        disk.fsync(self.descriptor)
+
+
+def _reopen(path: str, digest: bytes) -> StoreFile:
+    """Open in another process the file that this one had open."""
+    file = StoreFile(path)
+    if file.read("digest").tobytes() != digest:
+        raise StoreError(f"{path} was replaced meanwhile. Run the command again.")
+    return file
+
+
+def rewrite(
+    source: StoreFile,
+    path: str,
+    contents: Contents,
+    keep: np.ndarray,
+) -> None:
+    """Make a finished file at `path` from rows of another, in the order kept.
+
+    Parameters
+    ----------
+    source : StoreFile
+        Where features, rows and canaries come from.
+    path : str
+        Where the new file is made; renamed there only when it is whole.
+    contents : Contents
+        Tables of the new file, already restricted to `keep`.
+    keep : ndarray of int
+        Rows of `source`, ascending.
+    """
+    create_file(path, contents)
+    target = StoreFile(path, writable=True)
+    try:
+        for tap, dataset in source.features.items():
+            size, to = dataset.row_bytes, target.features[tap].offset
+            for position, first, count in disk.runs(keep):
+                disk.copy_range(
+                    source.descriptor,
+                    dataset.offset + first * size,
+                    target.descriptor,
+                    to + position * size,
+                    count * size,
+                )
+        target.write_rows(target.datasets["rows"], 0, source.read("rows")[keep])
+        for name in target.datasets:
+            if name.startswith("canaries/features/"):
+                target.write_rows(target.datasets[name], 0, source.read(name))
+        target.seal()
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+    finally:
+        target.close()

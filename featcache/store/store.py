@@ -1,0 +1,891 @@
+"""`FeatureStore`: features on disk, opened for reading.
+
+A store is one file or several of the same fingerprint with different images (what a cluster run
+writes); stores of different fingerprints over the same images are joined by id. Nothing is read
+until it is asked for, and the file's arrays are mapped, not loaded: `load` of float32 features
+costs no memory of its own. float16 features come as float32 (scikit-learn would make float64 of
+them); `blocks` walks through files that are larger than memory, in the order of the disk.
+
+The format is specified in `featcache.store.layout`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from featcache.errors import (
+    FingerprintMismatch,
+    IncompleteStore,
+    MissingFeatures,
+    MissingStore,
+    StoreError,
+    TrainingError,
+)
+from featcache.fingerprint import FORMAT_VERSION, Fingerprint, RequestKey, canonical_json
+from featcache.store import checksums, layout
+from featcache.store.layout import DONE, StoreFile
+from featcache.store.rows import Source, convert
+from featcache.store.upkeep import Canaries, VerifyReport, read_canaries, relabel_file, verify_file
+from featcache.system.tables import some, table
+
+if TYPE_CHECKING:
+    from featcache.images.image_set import ImageSet
+
+__all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "VerifyReport"]
+
+_BLOCK_BYTES = 64 << 20
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TapInfo:
+    """What a store holds of one tap.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Shape of one image's features: (d,), (c, h, w), and (views, ...) where views are stored.
+    dtype : numpy.dtype
+        As stored: float32 or float16.
+    views : int
+        1 means that there is no axis of views.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    views: int = 1
+
+    @property
+    def width(self) -> int:
+        """Columns that this tap gives to `FeatureStore.matrix`: features of one view."""
+        return math.prod(self.shape[1:] if self.views > 1 else self.shape)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that has no features, and why."""
+
+    id: str
+    stage: str
+    reason: str
+    size: int = -1
+    mtime_ns: int = -1
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One tap of one source, under the name that the user sees."""
+
+    source: int
+    tap: str
+
+
+class FeatureStore:
+    """Features of an image set, opened read-only. Made by `open`, `join` or `extract`.
+
+    Indexing goes by row; rows are in the order of the image set. `select` and `split` give views:
+    stores on the same files with fewer rows.
+
+    Attributes
+    ----------
+    paths : list of str
+        The files.
+    taps : dict of str to TapInfo
+        In the order of the columns. Of joined stores ``"BACKBONE/tap"``.
+    fingerprints : tuple of Fingerprint
+        One a joined store.
+    rows : ndarray of int64, shape (n,)
+        Rows of the underlying files that this store shows, in order.
+
+    Examples
+    --------
+    >>> store = FeatureStore.open("flowers.h5")          # doctest: +SKIP
+    >>> X, y = store.load("avgpool")                     # doctest: +SKIP
+    """
+
+    def __init__(self, sources: Sequence[Source], indices: Sequence[np.ndarray | None]) -> None:
+        # The `featcache.extraction.summary.Summary` of the run that gave this store; None where it
+        # was opened. Any: the summary is a matter of extraction, which imports this module.
+        self.extraction: Any = None
+        self._sources = list(sources)
+        self._indices = list(indices)  # rows of each source; None = all of them in order
+        self._columns = {
+            f"{source.name}/{tap}" if len(sources) > 1 else tap: _Column(k, tap)
+            for k, source in enumerate(sources)
+            for tap in source.fingerprint.taps
+        }
+
+    # --- opening --------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str | Path | Sequence[str | Path]) -> Self:
+        """Open a feature file, or several with different images of the same fingerprint.
+
+        Raises
+        ------
+        MissingStore
+            No file there.
+        IncompleteStore
+            Only a ``.partial`` file is there.
+        CorruptStore, FormatVersionError
+            The file cannot be read.
+        FingerprintMismatch
+            The files' fingerprints differ.
+        StoreError
+            An image is in two of the files.
+        """
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        if not paths:
+            raise StoreError("No feature file was named.")
+        files = [_open_finished(str(path)) for path in paths]
+        for file in files[1:]:
+            difference = files[0].fingerprint.diff(file.fingerprint, (files[0].path, file.path))
+            if difference:
+                raise FingerprintMismatch(
+                    f"{files[0].path} and {file.path} hold features of different origin and "
+                    f"cannot be one store:\n{difference}"
+                )
+        source = Source(files, files[0].fingerprint.backbone)
+        if len(files) > 1:
+            _check_disjoint(files)
+        return cls([source], [None])
+
+    @classmethod
+    def join(cls, stores: Sequence[FeatureStore]) -> Self:
+        """Put the features of several stores of the same images side by side, by id.
+
+        Rows, labels, groups and splits are the first store's; taps become ``"BACKBONE/tap"``
+        (``"BACKBONE@DIGEST/tap"`` where two stores share the backbone's name).
+
+        Raises
+        ------
+        MissingFeatures
+            An image is in one store and not in another; the message names some.
+        StoreError
+            The same id has another content or another label in another store.
+        """
+        if not stores:
+            raise StoreError("No store was given to join.")
+        if len(stores) == 1:
+            return cls(stores[0]._sources, stores[0]._indices)
+        sources: list[Source] = []
+        indices: list[np.ndarray | None] = []
+        for store in stores:
+            rows = _match(stores[0], store)
+            for source, index in zip(store._sources, store._indices, strict=True):
+                sources.append(Source(source.files, source.fingerprint.backbone))
+                indices.append(rows if index is None else index[rows])
+        _name_apart(sources)
+        return cls(sources, indices)
+
+    # --- what the rows are ----------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        index = self._indices[0]
+        return len(self._sources[0]) if index is None else len(index)
+
+    def __repr__(self) -> str:
+        taps = ", ".join(f"{name} {info.shape}" for name, info in self.taps.items())
+        return f"FeatureStore({', '.join(self.paths)}: {len(self):,} images; {taps})"
+
+    @property
+    def paths(self) -> list[str]:
+        """The files, each once."""
+        return list(dict.fromkeys(f.path for source in self._sources for f in source.files))
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Rows of the (first) underlying store, in order: int64, shape (n,)."""
+        index = self._indices[0]
+        return np.arange(len(self._sources[0])) if index is None else index
+
+    def _take(self, table: np.ndarray | None) -> np.ndarray | None:
+        index = self._indices[0]
+        return table if table is None or index is None else table[index]
+
+    def _text(self, name: str) -> np.ndarray | None:
+        table = self._take(self._sources[0].table(name))
+        return None if table is None else layout.decode_table(table)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Ids of the images: array of str, shape (n,)."""
+        ids = self._text("ids")
+        assert ids is not None  # checked when the file was opened
+        return ids
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Labels: array of str, shape (n,); ``""`` = none."""
+        labels = self._text("labels")
+        return np.full(len(self), "", dtype="U1") if labels is None else labels
+
+    @cached_property
+    def groups(self) -> np.ndarray | None:
+        """Groups: array of str, shape (n,), or None."""
+        return self._text("groups")
+
+    @cached_property
+    def splits(self) -> np.ndarray | None:
+        """Names of predefined splits: array of str, shape (n,), or None."""
+        return self._text("splits")
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Distinct labels, sorted, without ``""``."""
+        return sorted(self._label_counts.keys() - {""})
+
+    @cached_property
+    def _label_counts(self) -> Counter[str]:
+        table = self._take(self._sources[0].table("labels"))
+        return Counter({"": len(self)}) if table is None else layout.counts(table)
+
+    @cached_property
+    def _entries(self) -> np.ndarray:
+        """The rows of /rows."""
+        table = self._take(self._sources[0].table("rows"))
+        assert table is not None
+        return table
+
+    @property
+    def sha256(self) -> np.ndarray:
+        """SHA-256 of each image's file: uint8, shape (n, 32)."""
+        return np.ascontiguousarray(self._entries["sha256"])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each image's file: int64, shape (n,); -1 = unknown."""
+        return np.ascontiguousarray(self._entries["size"])
+
+    @property
+    def mtimes_ns(self) -> np.ndarray:
+        """Time of change of each image's file: int64 nanoseconds, shape (n,); -1 = unknown."""
+        return np.ascontiguousarray(self._entries["mtime_ns"])
+
+    @cached_property
+    def taps(self) -> dict[str, TapInfo]:
+        """What is stored, by tap, in the order of the columns."""
+        found = {}
+        for name, column in self._columns.items():
+            source = self._sources[column.source]
+            dataset = source.files[0].features[column.tap]
+            found[name] = TapInfo(dataset.shape[1:], dataset.dtype, source.fingerprint.views)
+        return found
+
+    @property
+    def views(self) -> int:
+        """Views of each image; 1 means that arrays have no axis of views.
+
+        Raises
+        ------
+        StoreError
+            Joined stores have different numbers of views.
+        """
+        views = {source.fingerprint.views for source in self._sources}
+        if len(views) > 1:
+            raise StoreError(
+                f"The joined stores hold different numbers of views: {sorted(views)}. Extract "
+                "them with the same --views."
+            )
+        return views.pop()
+
+    @property
+    def fingerprints(self) -> tuple[Fingerprint, ...]:
+        """What the features come from, one for each joined store."""
+        return tuple(source.fingerprint for source in self._sources)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the features come from.
+
+        Raises
+        ------
+        StoreError
+            Several stores are joined: use `fingerprints`.
+        """
+        if len(self._sources) > 1:
+            raise StoreError("This is a join of several stores: it has several fingerprints.")
+        return self._sources[0].fingerprint
+
+    @cached_property
+    def failures(self) -> list[Failure]:
+        """Images that were asked for and have no features."""
+        found: dict[str, Failure] = {}
+        for source in self._sources:
+            for file in source.files:
+                for name, stage, reason, size, mtime_ns in file.read("failures").tolist():
+                    failure = Failure(
+                        name.decode(), stage.decode(), reason.decode(), size, mtime_ns
+                    )
+                    found.setdefault(failure.id, failure)
+        return list(found.values())
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """JSON values under /meta of the first file: versions, settings, run, ..."""
+        file = self._sources[0].files[0]
+        return {key: file.meta(key) for key in file.meta_keys}
+
+    @property
+    def request_key(self) -> RequestKey | None:
+        """What was asked for when the (first) file was made; None where it was not recorded."""
+        request = self.meta.get("request")
+        return None if request is None else RequestKey.from_json(canonical_json(request))
+
+    @cached_property
+    def canaries(self) -> Canaries | None:
+        """Test images and their features of the (first) file; None where there are none."""
+        return read_canaries(self._sources[0].files[0])
+
+    @property
+    def parts(self) -> tuple[FeatureStore, ...]:
+        """The stores that are joined here, each with the rows of this one; itself where none."""
+        return tuple(
+            FeatureStore([source], [index])
+            for source, index in zip(self._sources, self._indices, strict=True)
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the (first) file's tables, 64 hexadecimal digits: another for other rows."""
+        return self._sources[0].files[0].read("digest").tobytes().hex()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the store holds, as JSON values."""
+        return {
+            "paths": self.paths,
+            "bytes": sum(Path(path).stat().st_size for path in self.paths),
+            "images": len(self),
+            "classes": dict(sorted(self._label_counts.items())),
+            "groups": 0 if self.groups is None else len(np.unique(self.groups)),
+            "splits": [] if self.splits is None else np.unique(self.splits).tolist(),
+            "taps": {
+                name: {"shape": list(tap.shape), "dtype": str(tap.dtype), "views": tap.views}
+                for name, tap in self.taps.items()
+            },
+            "failures": [dataclasses.asdict(failure) for failure in self.failures],
+            "fingerprints": [json.loads(f.to_json()) for f in self.fingerprints],
+            "versions": self.meta.get("versions"),
+            "run": self.meta.get("run"),
+        }
+
+    def to_text(self) -> str:
+        """Return what the store holds, for people."""
+        facts = self.describe()
+        lines = [
+            f"{', '.join(self.paths)}: {len(self):,} images, {facts['bytes'] / 1e6:,.1f} MB",
+            "classes   "
+            + ", ".join(f"{name or '(no label)'} {k:,}" for name, k in facts["classes"].items()),
+        ]
+        for name, tap in self.taps.items():
+            lines.append(f"tap       {name}  {tap.shape} {tap.dtype}")
+        for fingerprint in self.fingerprints:
+            lines.append(
+                f"backbone  {fingerprint.source}/{fingerprint.backbone} {fingerprint.weights}, "
+                f"{fingerprint.precision}, fingerprint {fingerprint.digest[:16]}"
+            )
+        if self.failures:
+            first = self.failures[0]
+            lines.append(
+                f"failures  {len(self.failures):,} (first: {first.id}: {first.stage}: "
+                f"{first.reason})"
+            )
+        return "\n".join(lines)
+
+    # --- choosing rows --------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        facts = self.describe()
+        classes = [f"{name or '(no label)'} {n:,}" for name, n in facts["classes"].items()]
+        taps = facts["taps"].items()
+        rows = [
+            ("images", f"{len(self):,}"),
+            ("classes", some(classes)),
+            *(("tap", f"{name} {tuple(tap['shape'])} {tap['dtype']}") for name, tap in taps),
+            *(
+                ("backbone", f"{one.source}/{one.backbone} {one.weights}, {one.digest[:16]}")
+                for one in self.fingerprints
+            ),
+            ("size", f"{facts['bytes'] / 1e6:,.1f} MB"),
+            ("failures", f"{len(facts['failures']):,}"),
+        ]
+        return table([", ".join(self.paths), ""], rows)
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> FeatureStore:
+        """Return a store of some rows, in the order given; no features are read.
+
+        Parameters
+        ----------
+        indices : array of int or of bool, shape (m,) or (n,)
+            Rows of this store.
+        """
+        chosen = np.asarray(indices)
+        if chosen.dtype == bool:
+            if chosen.shape != (len(self),):
+                raise IndexError(f"A mask of {len(self)} rows is needed, {chosen.shape} came.")
+            chosen = np.flatnonzero(chosen)
+        chosen = chosen.astype(np.int64).reshape(-1)
+        chosen = np.where(chosen < 0, chosen + len(self), chosen)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"Rows go from 0 to {len(self) - 1}.")
+        indices_ = [chosen if index is None else index[chosen] for index in self._indices]
+        return FeatureStore(self._sources, indices_)
+
+    def split(
+        self,
+        test_size: float | None = 0.25,
+        *,
+        stratify: bool = True,
+        group: bool = False,
+        random_state: int = 0,
+    ) -> tuple[FeatureStore, FeatureStore]:
+        """Return (fit, test): two stores without an image, a group or a content in common.
+
+        Parameters
+        ----------
+        test_size : float, optional
+            Share of the test part; None = the split column decides: ``test`` against the rest.
+        stratify : bool
+            Keep the classes' shares.
+        group : bool
+            Keep the images of one group on one side.
+        random_state : int
+            Seed.
+
+        Raises
+        ------
+        TrainingError
+            No labels, no groups, no such split column, or too few images of a class.
+        """
+        from featcache.store import splitting
+
+        if test_size is None:
+            if self.splits is None:
+                raise TrainingError(
+                    f"{self.paths[0]} has no split column. Run `featcache extract` with "
+                    "--split-column, or give a test size."
+                )
+            fit, test = splitting.predefined(self.splits, self.labels, sha256=self.sha256)
+        else:
+            if group and self.groups is None:
+                raise TrainingError(
+                    f"{self.paths[0]} has no groups. Run `featcache extract` with --group-column."
+                )
+            fit, test = splitting.holdout(
+                self.labels,
+                groups=self.groups if group else None,
+                sha256=self.sha256,
+                test_size=test_size,
+                stratify=stratify,
+                random_state=random_state,
+            )
+        return self.select(np.sort(fit)), self.select(np.sort(test))
+
+    # --- reading features -----------------------------------------------------------------------
+
+    def load(
+        self, tap: str | None = None, *, dtype: str | None = "float32"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return one tap's features and the labels.
+
+        Parameters
+        ----------
+        tap : str, optional
+            A name in `taps`, or an unambiguous beginning of one (``"avgpool"``). None = the only
+            one.
+        dtype : {"float32", "float16", None}
+            Of X. None = as stored.
+
+        Returns
+        -------
+        X : ndarray, shape (n, d), (n, c, h, w), or (n, views, ...)
+            Mapped from the file, copy-on-write, where it is one run of rows in the type stored;
+            else read. Writing to it never changes the file.
+        y : ndarray of str, shape (n,)
+            ``""`` = no label.
+
+        Raises
+        ------
+        MissingFeatures
+            No such tap; near names are given.
+        """
+        name = self._resolve(tap)
+        wanted = self.taps[name].dtype if dtype is None else np.dtype(dtype)
+        return self._array(name, wanted), self.labels
+
+    def _resolve(self, tap: str | None) -> str:
+        """Return the full name of a tap."""
+        names = list(self.taps)
+        if tap is None:
+            if len(names) > 1:
+                raise MissingFeatures(
+                    f"{self.paths[0]} holds several taps: name one of {', '.join(names)}."
+                )
+            return names[0]
+        if tap in names:
+            return tap
+        short = [name for name in names if name.startswith(tap + ":")]
+        short = short or [name for name in names if name.split("/", 1)[-1].startswith(tap + ":")]
+        short = short or [name for name in names if name.split("/", 1)[-1] == tap]
+        if len(short) == 1:
+            return short[0]
+        near = short or get_close_matches(tap, names, cutoff=0.3) or names
+        raise MissingFeatures(
+            f"{', '.join(self.paths)} holds no features {tap!r}. Did you mean "
+            f"{' or '.join(repr(name) for name in near)}? To add a layer, run `featcache extract` "
+            f"with --layer {tap} into another file."
+        )
+
+    def _array(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        """Return one tap's rows in a type: mapped where that is possible."""
+        mapped = self._mapped(name)
+        if mapped is not None and mapped.dtype == dtype:
+            return mapped
+        out = np.empty((len(self), *self.taps[name].shape), dtype)
+        self._read(name, slice(0, len(self)), out)
+        return out
+
+    def _mapped(self, name: str) -> np.ndarray | None:
+        """Return the rows mapped from the file, None where they are not one run in one file."""
+        column = self._columns[name]
+        source, index = self._sources[column.source], self._indices[column.source]
+        if len(self) == 0:
+            return None
+        first = 0 if index is None else int(index[0])
+        if index is not None and not (index == np.arange(first, first + len(index))).all():
+            return None
+        file, dataset, row = source.locate(column.tap, first)
+        if row + len(self) > file.n or dataset.nbytes == 0:
+            return None
+        with Path(file.path).open("rb") as handle:
+            if not file.is_at(file.path):
+                return None  # replaced meanwhile; what we opened is still there to be read
+            return np.memmap(
+                handle,
+                dataset.dtype,
+                mode="c",
+                offset=dataset.offset + row * dataset.row_bytes,
+                shape=(len(self), *dataset.shape[1:]),
+            )
+
+    def _read(self, name: str, part: slice, out: np.ndarray) -> None:
+        """Fill `out` with the rows `part` of this store, converted to its type.
+
+        In pieces that stay in the processor's cache, through one small buffer: new memory for each
+        block would cost more in page faults than the reading.
+        """
+        column = self._columns[name]
+        source, index = self._sources[column.source], self._indices[column.source]
+        stored, shape = self.taps[name].dtype, self.taps[name].shape
+        direct = out.dtype == stored and out.flags.c_contiguous
+        step = max(1, _PIECE_BYTES // max(math.prod(shape) * stored.itemsize, 1))
+        buffer = np.empty((0 if direct else min(step, len(out)), *shape), stored)
+        for start in range(part.start, part.stop, step):
+            stop = min(start + step, part.stop)
+            rows = slice(start, stop) if index is None else index[start:stop]
+            target = out[start - part.start : stop - part.start]
+            piece = target if direct else buffer[: stop - start]
+            source.fetch(column.tap, rows, piece)
+            if not direct:
+                convert(piece.reshape(target.shape), target)
+
+    def resolve(self, layers: str | Sequence[str] | None) -> list[str]:
+        """Return the full names of taps, given as for `load`; None: of all.
+
+        Raises
+        ------
+        MissingFeatures
+            No such tap; near names are given.
+        """
+        if layers is None:
+            return list(self.taps)
+        return [self._resolve(tap) for tap in ([layers] if isinstance(layers, str) else layers)]
+
+    def width(self, layers: str | Sequence[str] | None = None) -> int:
+        """Return the number of columns of `matrix`."""
+        return sum(self.taps[name].width for name in self.resolve(layers))
+
+    def matrix(
+        self, layers: str | Sequence[str] | None = None, dtype: str = "float32"
+    ) -> np.ndarray:
+        """Return the features of several taps side by side, maps flattened.
+
+        Parameters
+        ----------
+        layers : str or list of str, optional
+            Taps; None = all, in order.
+        dtype : str
+            Of the result.
+
+        Returns
+        -------
+        ndarray, shape (n, d) or (n, views, d)
+            d is the sum of the taps' widths. Mapped where one tap in its own type is asked for.
+        """
+        names = self.resolve(layers)
+        if len(names) == 1:
+            shape = (*self._head(len(self)), self.width(names))
+            return self._array(names[0], np.dtype(dtype)).reshape(shape)
+        out = np.empty((*self._head(len(self)), self.width(names)), dtype)
+        self._read_block(names, slice(0, len(self)), out)
+        return out
+
+    def _head(self, rows: int) -> tuple[int, ...]:
+        """Return the axes before the features'."""
+        return (rows, self.views) if self.views > 1 else (rows,)
+
+    def blocks(
+        self,
+        layers: str | Sequence[str] | None = None,
+        rows: int | None = None,
+        *,
+        out: np.ndarray | None = None,
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the rows of `matrix` block by block, in the order of the disk.
+
+        Parameters
+        ----------
+        layers : str or list of str, optional
+            Taps; None = all.
+        rows : int, optional
+            Rows of a block; None = what fits in 64 MiB, at most 8,192.
+        out : ndarray, shape (rows, [views,] d), float32, optional
+            Memory to use again for each block, which is then valid until the next one: saves the
+            page faults of new memory, several times the time of reading.
+
+        Yields
+        ------
+        part : slice
+            Rows of this store.
+        block : ndarray, shape (m, d) or (m, views, d), float32
+        """
+        names = self.resolve(layers)
+        width = self.width(names)
+        bytes_of_row = 4 * math.prod(self._head(1)) * width
+        step = rows or max(1, min(8192, _BLOCK_BYTES // max(bytes_of_row, 1)))
+        step = step if out is None else len(out)
+        for start in range(0, len(self), step):
+            part = slice(start, min(start + step, len(self)))
+            count = part.stop - part.start
+            block = (
+                np.empty((*self._head(count), width), np.float32) if out is None else out[:count]
+            )
+            self._read_block(names, part, block)
+            self._advise(names, part.stop, part.stop + step)
+            yield part, block
+
+    def _advise(self, names: Sequence[str], start: int, stop: int) -> None:
+        """Have the next block read while the caller computes, where rows are those of the disk."""
+        for name in names:
+            column = self._columns[name]
+            if self._indices[column.source] is None:
+                self._sources[column.source].advise(column.tap, start, stop)
+
+    def _read_block(self, names: Sequence[str], part: slice, out: np.ndarray) -> None:
+        """Fill `out` ([m, [views,] d]) with taps side by side."""
+        column = 0
+        for name in names:
+            width = self.taps[name].width
+            self._read(name, part, out[..., column : column + width])
+            column += width
+
+    def take(self, rows: np.ndarray, tap: str | None = None) -> np.ndarray:
+        """Return some rows of one tap as stored: (m, ...), or (m, views, ...) with views.
+
+        Parameters
+        ----------
+        rows : ndarray of int, shape (m,)
+            Rows of this store; ascending ones are read fastest.
+        tap : str, optional
+            As for `load`.
+        """
+        name = self._resolve(tap)
+        column = self._columns[name]
+        source, index = self._sources[column.source], self._indices[column.source]
+        chosen = np.asarray(rows, np.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"Rows go from 0 to {len(self) - 1}.")
+        info = self.taps[name]
+        out = np.empty((len(chosen), *info.shape), info.dtype)
+        source.fetch(column.tap, chosen if index is None else index[chosen], out)
+        return out
+
+    def stored_blocks(self, tap: str | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield one tap's rows as stored, (slice, (m, ...)), block by block."""
+        name = self._resolve(tap)
+        info = self.taps[name]
+        size = math.prod(info.shape) * info.dtype.itemsize
+        step = max(1, min(8192, _BLOCK_BYTES // max(size, 1)))
+        for start in range(0, len(self), step):
+            part = slice(start, min(start + step, len(self)))
+            block = np.empty((part.stop - part.start, *info.shape), info.dtype)
+            self._read(name, part, block)
+            yield part, block
+
+    def stored_rows(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return features as stored, and which rows match their checksums.
+
+        Returns
+        -------
+        features : dict of str to ndarray, shape (n, ...)
+            By tap, in the type stored.
+        intact : ndarray of bool, shape (n,)
+        """
+        entries = self._entries
+        intact = entries["status"] == DONE
+        ids = self._take(self._sources[0].table("ids"))
+        assert ids is not None
+        intact &= checksums.entry_checks(entries, ids) == entries["check"]
+        seeds = checksums.row_seeds(entries["sha256"])
+        found = {}
+        for k, (name, info) in enumerate(self.taps.items()):
+            found[name] = np.empty((len(self), *info.shape), info.dtype)
+            self._read(name, slice(0, len(self)), found[name])
+            sums = np.array(checksums.row_checksums(found[name], seeds), np.uint32)
+            intact &= sums == entries["crc32"][:, k]
+        return found, intact
+
+    # --- care -----------------------------------------------------------------------------------
+
+    def verify(self) -> VerifyReport:
+        """Read everything and compare it with its checksums.
+
+        Finds flipped bits, torn, lost and swapped writes, in features and tables.
+        """
+        rows, bad, problems = 0, [], []
+        for file in {f.path: f for source in self._sources for f in source.files}.values():
+            rows += file.n
+            bad_here, problems_here = verify_file(file)
+            bad += bad_here
+            problems += problems_here
+        return VerifyReport(rows, bad, problems)
+
+    def relabel(self, images: ImageSet) -> FeatureStore:
+        """Give the files the labels, groups and splits of `images`; features stay as they are.
+
+        Returns
+        -------
+        FeatureStore
+            Opened anew. This one keeps reading the old file.
+
+        Raises
+        ------
+        MissingFeatures
+            `images` lacks an image of the store.
+        StoreLocked
+            The file is being written.
+        """
+        if len(self._sources) > 1:
+            raise StoreError("This is a join of several stores: relabel each by itself.")
+        row_of = {name: i for i, name in enumerate(images.ids)}
+        for file in self._sources[0].files:
+            relabel_file(file, images, row_of)
+        return FeatureStore.open([file.path for file in self._sources[0].files])
+
+
+def _open_finished(path: str) -> StoreFile:
+    """Open a finished file, or say what is missing and what to type."""
+    partial = Path(f"{path}.partial")
+    try:
+        file = StoreFile(path)
+    except MissingStore as error:
+        if not partial.exists():
+            raise MissingStore(
+                f"There is no feature file {path}. Make it with: featcache extract IMAGES -o {path}"
+            ) from error
+        raise IncompleteStore(_incomplete(path, str(partial))) from error
+    if not file.finished:
+        raise IncompleteStore(
+            f"{path} was never finished: it was renamed from a .partial file. Rename it to "
+            f"{partial} and run `featcache extract` again."
+        )
+    return file
+
+
+def _incomplete(path: str, partial: str) -> str:
+    """Return the message for a store of which there is only the partial file."""
+    try:
+        file = StoreFile(partial)
+        done = int(np.count_nonzero(file.read("rows")["status"] == DONE))
+        command = file.meta("command") or f"featcache extract IMAGES -o {path} ..."
+        state = f"{done:,} of {file.n:,} images are done"
+    except StoreError as error:
+        command, state = f"featcache extract IMAGES -o {path} ...", str(error)
+    return (
+        f"{path} is not finished: {state} in {partial}. To resume, run the same command again: "
+        f"{command}"
+    )
+
+
+def _check_disjoint(files: Sequence[StoreFile]) -> None:
+    """Refuse files that share an image."""
+    ids = np.concatenate([file.read("ids") for file in files])
+    values, counts = np.unique(ids, return_counts=True)
+    twice = values[counts > 1]
+    if len(twice):
+        raise StoreError(
+            f"{len(twice)} images are in more than one of {', '.join(f.path for f in files)} "
+            f"(first: {twice[0].decode()}). To put features of the same images side by side, use "
+            "FeatureStore.join."
+        )
+
+
+def _match(first: FeatureStore, other: FeatureStore) -> np.ndarray:
+    """Return the rows of `other` that hold the images of `first`, in its order."""
+    mine, theirs = first.ids, other.ids
+    rows = np.arange(len(mine)) if np.array_equal(mine, theirs) else _rows_of(first, other)
+    changed = np.flatnonzero((first.sha256 != other.sha256[rows]).any(axis=1))
+    if len(changed):
+        raise StoreError(
+            f"{len(changed)} images changed between {', '.join(first.paths)} and "
+            f"{', '.join(other.paths)} (first: {mine[changed[0]]}). Run `featcache extract` again "
+            "for both."
+        )
+    labels = other.labels[rows]
+    differ = np.flatnonzero((first.labels != labels) & (labels != ""))
+    if len(differ):
+        k = differ[0]
+        was, now = str(first.labels[k]), str(labels[k])
+        raise StoreError(
+            f"{len(differ)} images are labelled differently in {', '.join(first.paths)} and "
+            f"{', '.join(other.paths)} (first: {mine[k]}: {was!r}, {now!r}). "
+            "Run `featcache extract` again for both; only the labels are rewritten."
+        )
+    return rows
+
+
+def _rows_of(first: FeatureStore, other: FeatureStore) -> np.ndarray:
+    """Return where in `other` the ids of `first` are, or say which are not."""
+    mine, theirs = first.ids, other.ids
+    for a, b, here, there in ((mine, theirs, first, other), (theirs, mine, other, first)):
+        missing = np.setdiff1d(a, b)
+        if len(missing):
+            names = ", ".join(missing[:5].tolist())
+            raise MissingFeatures(
+                f"{len(missing)} of {len(a)} images of {', '.join(here.paths)} have no features "
+                f"in {', '.join(there.paths)} (first: {names}). Extract both from the same images."
+            )
+    rows = np.empty(len(mine), np.int64)
+    rows[np.argsort(mine)] = np.argsort(theirs)
+    return rows
+
+
+def _name_apart(sources: Sequence[Source]) -> None:
+    """Give sources of the same backbone names that do not depend on the order."""
+    names = [source.fingerprint.backbone for source in sources]
+    for source, name in zip(sources, names, strict=True):
+        if names.count(name) > 1:
+            source.name = f"{name}@{source.fingerprint.digest[:8]}"
+    if len({source.name for source in sources}) < len(sources):
+        raise StoreError("The same features were given twice to join.")

@@ -1,0 +1,325 @@
+"""`audit`: images of a store whose label, copies or features look wrong.
+
+Four kinds of findings, in the order in which they are worth a look:
+
+``label``
+    The label disagrees with what a head trained on the other folds says. cleanlab's confident
+    learning (Northcutt, Jiang and Chuang, *Journal of Artificial Intelligence Research* 70, 2021)
+    decides from calibrated out-of-fold probabilities. Score: the probability of the label.
+``copy``
+    Two images of the same bytes. Score: 1.
+``near-duplicate``
+    Two images whose features point into nearly the same direction, measured by the cosine after
+    the mean of all features was taken off: features behind a ReLU all point the same way, so that
+    the plain cosine of two unrelated images is often over 0.9. Score: the cosine.
+``outlier``
+    An image far from all others: the mean cosine distance to its ten nearest neighbours lies more
+    than three interquartile ranges above the upper quartile ("far out" in Tukey, *Exploratory Data
+    Analysis*, 1977). Score: that distance. Ten or more that resemble each other are neighbours, and
+    so no outliers, however unlike the rest they are.
+
+Copies and near-duplicates with different labels, or on both sides of a predefined split, are
+marked: the first are mistakes, the second flatter every test.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import softmax
+
+from featcache.errors import MissingExtra, TrainingError
+from featcache.heads.table import HEADS
+from featcache.store import splitting
+from featcache.store.store import FeatureStore
+from featcache.study.maps import nearest_rows
+from featcache.system.files import refuse_foreign, replacing
+
+__all__ = ["Finding", "Findings", "audit"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One image that looks wrong.
+
+    Attributes
+    ----------
+    kind : {"label", "copy", "near-duplicate", "outlier"}
+        What looks wrong.
+    id, label, split : str
+        The image, its label and its part of a predefined split; empty where there is none.
+    score : float
+        See the module's text.
+    suggested : str
+        For labels: the most probable class.
+    other_id, other_label, other_split : str
+        For copies and near-duplicates: the other image.
+    note : str
+        ``other label``, ``across splits``, or both.
+    """
+
+    kind: str
+    id: str
+    label: str
+    split: str
+    score: float
+    suggested: str = ""
+    other_id: str = ""
+    other_label: str = ""
+    other_split: str = ""
+    note: str = ""
+
+
+_HEADER = [field.name for field in fields(Finding)]
+
+
+@dataclass(frozen=True)
+class Findings(Sequence[Finding]):
+    """What `audit` found, the kinds in order, the clearest cases of each first.
+
+    Attributes
+    ----------
+    items : tuple of Finding
+        The findings.
+    n_images : int
+        Images looked at.
+    notes : tuple of str
+        What could not be looked at, and why.
+    """
+
+    items: tuple[Finding, ...]
+    n_images: int
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.items)
+
+    def of(self, kind: str) -> list[Finding]:
+        """Return the findings of one kind."""
+        return [one for one in self.items if one.kind == kind]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one line a finding, with a header.
+
+        Raises
+        ------
+        PredictorError
+            The path holds something else, or cannot be written.
+        """
+        target = Path(path)
+        refuse_foreign(target, _is_findings, "a file of findings")
+        with replacing(target, text=True) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(_HEADER)
+            for one in self.items:
+                row = {**vars(one), "score": f"{one.score:.6f}"}
+                writer.writerow([row[name] for name in _HEADER])
+
+    def __str__(self) -> str:
+        count = Counter(one.kind for one in self.items)
+        notes = Counter(note for one in self.items for note in one.note.split(", ") if note)
+        marked = "".join(f", {n} {note}" for note, n in sorted(notes.items()))
+        pairs = count["copy"] + count["near-duplicate"]
+        text = (
+            f"{self.n_images:,} images: {count['label']} suspicious labels, {pairs} pairs of "
+            f"copies or near-duplicates{marked}, {count['outlier']} outliers"
+        )
+        return "\n".join([text, *self.notes])
+
+
+def _is_findings(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.readline(200).decode(errors="replace").strip() == ",".join(_HEADER)
+
+
+def audit(
+    store: FeatureStore,
+    *,
+    head: str = "linear",
+    layers: str | Sequence[str] | None = None,
+    cv: int = 5,
+    near: float = 0.98,
+    neighbours: int = 10,
+    random_state: int = 0,
+) -> Findings:
+    """Look for wrong labels, copies, near-duplicates and outliers.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        Labelled or not. All its parts are looked at, whatever its split column says. The time
+        grows with the square of the images: two minutes for 100,000 on two cores.
+    head : str
+        The head whose out-of-fold probabilities judge the labels.
+    layers : str or list of str, optional
+        Taps to use; None: all.
+    cv : int
+        Folds.
+    near : float
+        Cosine from which on two images are near-duplicates.
+    neighbours : int
+        Neighbours whose mean distance makes an outlier.
+    random_state : int
+        Seed.
+
+    Returns
+    -------
+    Findings
+
+    Raises
+    ------
+    MissingExtra
+        cleanlab is not installed.
+    TrainingError
+        There are fewer than three images.
+    """
+    if len(store) < 3:
+        raise TrainingError(f"An audit needs at least 3 images, {store.paths[0]} has {len(store)}.")
+    X = store.matrix(layers)
+    names = _Names(store)
+    items, notes = _label_findings(store, X, head, cv, random_state, names)
+    flat = X.mean(axis=1) if X.ndim == 3 else X
+    items += _copies(store, names)
+    items += _neighbour_findings(flat, store.sha256, near, neighbours, names)
+    return Findings(tuple(items), len(store), tuple(notes))
+
+
+class _Names:
+    """Ids, labels and splits of a store's rows."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.ids, self.labels = store.ids, store.labels
+        self.splits = np.full(len(store), "") if store.splits is None else store.splits
+
+    def of(self, row: int) -> tuple[str, str, str]:
+        return str(self.ids[row]), str(self.labels[row]), str(self.splits[row])
+
+    def pair(self, kind: str, row: int, other: int, score: float) -> Finding:
+        id, label, split = self.of(row)
+        other_id, other_label, other_split = self.of(other)
+        notes = []
+        if label and other_label and label != other_label:
+            notes.append("other label")
+        if split != other_split:
+            notes.append("across splits")
+        return Finding(
+            kind, id, label, split, score, "", other_id, other_label, other_split, ", ".join(notes)
+        )
+
+
+def _label_findings(
+    store: FeatureStore,
+    X: npt.NDArray[Any],
+    head: str,
+    cv: int,
+    random_state: int,
+    names: _Names,
+) -> tuple[list[Finding], list[str]]:
+    """Find suspicious labels, and say which labels could not be judged."""
+    try:
+        from cleanlab.filter import find_label_issues
+    except ImportError as error:
+        raise MissingExtra("cleanlab", "report", "Looking for wrong labels") from error
+
+    rows, notes = _judgeable(store)
+    if not len(rows):
+        return [], notes
+    y, sha256 = store.labels[rows], store.sha256[rows]
+    cv = max(2, min(cv, splitting.most_folds(y, sha256=sha256)))
+    folds = splitting.folds(y, sha256=sha256, cv=cv, random_state=random_state)
+    found = HEADS[head].search(X[rows], y, folds, random_state=random_state)
+    proba = softmax(found.logits.astype(np.float64) / found.temperature, axis=1)
+    codes = np.searchsorted(found.classes, y)
+    ranked = find_label_issues(
+        codes, proba, return_indices_ranked_by="self_confidence", n_jobs=1, verbose=False
+    )
+    items = []
+    for i in ranked:
+        id, label, split = names.of(int(rows[i]))
+        suggested = str(found.classes[proba[i].argmax()])
+        items.append(Finding("label", id, label, split, float(proba[i, codes[i]]), suggested))
+    return items, notes
+
+
+def _judgeable(store: FeatureStore) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Return the rows whose labels folds can judge, and notes on the others."""
+    notes = []
+    unlabelled = splitting.n_unlabelled(store.labels)
+    if unlabelled:
+        notes.append(f"{unlabelled:,} images have no label to judge")
+    unit = splitting.units(len(store), sha256=store.sha256)
+    pairs = {(str(label), int(u)) for label, u in zip(store.labels, unit, strict=True) if label}
+    members = Counter(label for label, _ in pairs)
+    rare = sorted(label for label, count in members.items() if count < 2)
+    if rare:
+        shown = ", ".join(rare[:5]) + (", ..." if len(rare) > 5 else "")
+        notes.append(f"{len(rare)} classes of one image cannot be judged: {shown}")
+    common = [label for label in members if label not in rare]
+    if len(common) < 2:
+        notes.append("labels cannot be judged: fewer than two classes of two images")
+        return np.empty(0, np.int64), notes
+    return np.flatnonzero(np.isin(store.labels, common)), notes
+
+
+def _copies(store: FeatureStore, names: _Names) -> list[Finding]:
+    """List each image with the first image of the same bytes."""
+    keys = splitting.hash_keys(store.sha256)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    original = first[inverse]
+    return [
+        names.pair("copy", int(original[row]), int(row), 1.0)
+        for row in np.flatnonzero(original != np.arange(len(store)))
+    ]
+
+
+def _neighbour_findings(
+    X: npt.NDArray[Any],
+    sha256: npt.NDArray[np.uint8],
+    near: float,
+    neighbours: int,
+    names: _Names,
+) -> list[Finding]:
+    """Find near-duplicates and outliers from the nearest neighbours of each image."""
+    k = min(neighbours, len(X) - 1)
+    similar, rows = _nearest(X, k)
+    keys = splitting.hash_keys(sha256)
+    pairs = {}
+    for row in range(len(X)):
+        # Of a burst of photographs, each is listed with its nearest, not with all the others.
+        others = rows[row][keys[rows[row]] != keys[row]]
+        score = float(similar[row][keys[rows[row]] != keys[row]].max(initial=-1.0))
+        if score >= near:
+            pairs[min(row, int(others[0])), max(row, int(others[0]))] = score
+    items = [
+        names.pair("near-duplicate", row, other, score)
+        for (row, other), score in sorted(pairs.items(), key=lambda pair: -pair[1])
+    ]
+    distance = 1 - similar.mean(axis=1)
+    low, high = np.percentile(distance, [25, 75])
+    far = np.flatnonzero(distance > high + 3 * (high - low))
+    for row in far[np.argsort(-distance[far], kind="stable")]:
+        items.append(Finding("outlier", *names.of(int(row)), float(distance[row])))
+    return items
+
+
+def _nearest(X: npt.NDArray[Any], k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return cosines and rows of the k nearest other images, the nearest first: (n, k) each."""
+    centred = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    similar, rows = nearest_rows(centred, centred, k + 1)
+    other = rows != np.arange(len(X))[:, None]
+    # Among copies of itself an image may not be its own nearest; then the last one goes.
+    other[other.all(axis=1), -1] = False
+    return similar[other].reshape(-1, k), rows[other].reshape(-1, k)

@@ -1,0 +1,80 @@
+"""Score a predictor on the images of a store that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from featcache.errors import PredictorError, TrainingError
+from featcache.results.evaluation import Evaluation, groups_of
+
+if TYPE_CHECKING:
+    from featcache.predictor.predictor import Predictor
+    from featcache.store.store import FeatureStore
+
+__all__ = ["evaluate"]
+
+
+def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
+    """Score a predictor on the labelled images of a store that it was not trained on.
+
+    Which images it was trained on is known by their content hashes, which the predictor keeps: a
+    renamed copy of a training image is left out too.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        From `train` or `Predictor.load`.
+    store : FeatureStore
+        Features of the same network, taps and preprocessing.
+
+    Raises
+    ------
+    FingerprintMismatch
+        The features are of another origin; the message prints the difference field by field.
+    PredictorError
+        Labels that the predictor does not know.
+    TrainingError
+        No labelled image is left to score.
+    """
+    predictor.layers_of(store)  # refuses features of another origin
+    labelled = store.labels != ""
+    seen = predictor.trained_on(store.sha256)
+    rows = np.flatnonzero(labelled & ~seen)
+    notes = []
+    if seen.any():
+        notes.append(f"{int(seen.sum()):,} images that it was trained on are left out")
+    if not labelled.all():
+        notes.append(f"{int((~labelled).sum()):,} images without a label are left out")
+    if not len(rows):
+        raise TrainingError(
+            f"None of the {len(store):,} images of {', '.join(store.paths)} can be scored: "
+            f"{'; '.join(notes) or 'it is empty'}. Evaluate on other images, or train with "
+            "--test-size to hold some out."
+        )
+    chosen = store.select(rows)
+    columns = {name: i for i, name in enumerate(predictor.classes)}
+    unknown = sorted(set(chosen.classes) - columns.keys())
+    if unknown:
+        count = int(np.isin(chosen.labels, unknown).sum())
+        raise PredictorError(
+            f"{count:,} images of {', '.join(store.paths)} have labels that the predictor does not "
+            f"know ({_few(unknown)}); it knows {_few(predictor.classes)}. Train again with these "
+            "classes, or select the images that it can judge."
+        )
+    groups = chosen.groups
+    return Evaluation(
+        ids=chosen.ids,
+        y_true=np.array([columns[name] for name in chosen.labels], dtype=np.int64),
+        proba=predictor.predict_proba_of(chosen),
+        classes=tuple(predictor.classes),
+        groups=None if groups is None or (groups == "").all() else groups_of(groups),
+        notes=tuple(notes),
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return f"{shown}, ..." if len(names) > 5 else shown

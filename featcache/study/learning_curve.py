@@ -1,0 +1,173 @@
+"""Learning curves: how accurate a head is, against how many labelled images it was trained on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import TrainingError
+from featcache.store import splitting
+from featcache.store.store import FeatureStore
+from featcache.study.evaluate import evaluate
+from featcache.study.train import train
+from featcache.system.progress import progress_bar
+
+__all__ = ["CurvePoint", "LearningCurve", "learning_curve"]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One head, trained on some of the images.
+
+    Attributes
+    ----------
+    head : str
+        Name of the head.
+    images : int
+        Images it was trained on.
+    accuracy, accuracy_interval : float, (float, float)
+        On the test images, with its 95 % interval.
+    """
+
+    head: str
+    images: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LearningCurve(Sequence[CurvePoint]):
+    """Points by head, then by images. ``print(curve)`` shows them.
+
+    Attributes
+    ----------
+    points : tuple of CurvePoint
+        The curve.
+    n_test : int
+        Images that all were scored on.
+    """
+
+    points: tuple[CurvePoint, ...]
+    n_test: int
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.points[index]
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __iter__(self) -> Iterator[CurvePoint]:
+        return iter(self.points)
+
+    @property
+    def heads(self) -> list[str]:
+        """Heads, in the order in which they were asked for."""
+        return list(dict.fromkeys(point.head for point in self.points))
+
+    def of(self, head: str) -> list[CurvePoint]:
+        """Return the points of one head, the fewest images first."""
+        return [point for point in self.points if point.head == head]
+
+    def __str__(self) -> str:
+        width = max(len("head"), *(len(head) for head in self.heads))
+        lines = [f"{'head':{width}}  images  accuracy on {self.n_test:,} others"]
+        lines += [
+            f"{p.head:{width}}  {p.images:6,}  {p.accuracy:.3f} "
+            f"[{p.accuracy_interval[0]:.3f}, {p.accuracy_interval[1]:.3f}]"
+            for p in self.points
+        ]
+        return "\n".join(lines)
+
+
+def learning_curve(
+    store: FeatureStore,
+    test: FeatureStore | None = None,
+    *,
+    heads: Sequence[str] = ("linear",),
+    sizes: Sequence[int] | None = None,
+    layers: str | Sequence[str] | None = None,
+    cv: int = 5,
+    random_state: int = 0,
+    progress: bool | None = None,
+) -> LearningCurve:
+    """Train heads on more and more images, and score each on the same others.
+
+    Each set of images holds the ones before it, and the classes in the shares that they have.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        Labelled images to train on.
+    test : FeatureStore, optional
+        Images to score on. None: a quarter of `store` is held out.
+    heads : list of str
+        As in `train`.
+    sizes : list of int, optional
+        Numbers of images. None: five, in equal ratios, up to all.
+    layers : str or list of str, optional
+        Taps to use; None: all.
+    cv : int
+        Folds; fewer where a class has fewer images.
+    random_state : int
+        Seed.
+    progress : bool, optional
+        Show a progress bar on standard error; left out, if that is a terminal.
+
+    Raises
+    ------
+    TrainingError
+        A size is larger than the images there are, or leaves a class with fewer than two.
+    """
+    if test is None:
+        store, test = store.split(random_state=random_state)
+    order = _nested_order(store.labels, random_state)
+    points = []
+    chosen = sorted(set(sizes)) if sizes is not None else _sizes(store.labels)
+    if chosen[-1] > len(order):
+        raise TrainingError(
+            f"A learning curve up to {chosen[-1]:,} images was asked for; there are "
+            f"{len(order):,} labelled ones to train on."
+        )
+    n_test = 0
+    steps = list(itertools.product(heads, chosen))
+    with progress_bar(progress, steps, unit="fit", leave=False) as bar:
+        for head, size in bar:
+            bar.set_description(f"{head}, {size:,} images")
+            part = store.select(np.sort(order[:size]))
+            folds = min(cv, splitting.most_folds(part.labels, sha256=part.sha256))
+            predictor = train(
+                part,
+                head=head,
+                layers=layers,
+                cv=max(2, folds),
+                random_state=random_state,
+                progress=False,
+            )
+            scored = evaluate(predictor, test)
+            n_test = len(scored)
+            points.append(CurvePoint(head, size, scored.accuracy, scored.accuracy_interval))
+    return LearningCurve(tuple(points), n_test)
+
+
+def _nested_order(labels: npt.NDArray[Any], random_state: int) -> npt.NDArray[np.int64]:
+    """Return the labelled rows so that every beginning has the classes' shares."""
+    rows = np.random.default_rng(random_state).permutation(np.flatnonzero(labels != ""))
+    place = np.empty(len(rows))
+    for name in np.unique(labels[rows]):
+        own = np.flatnonzero(labels[rows] == name)
+        place[own] = (np.arange(len(own)) + 0.5) / len(own)
+    order: npt.NDArray[np.int64] = rows[np.argsort(place, kind="stable")]
+    return order
+
+
+def _sizes(labels: npt.NDArray[Any]) -> list[int]:
+    counts = np.unique(labels[labels != ""], return_counts=True)[1]
+    n = int(counts.sum())
+    # So many that the rarest class has three.
+    least = min(n, max(n // 16, int(np.ceil(3 * n / counts.min()))))
+    return sorted({int(size) for size in np.geomspace(least, n, 5).round()})

@@ -1,0 +1,326 @@
+"""Features as places: two-dimensional maps, nearest neighbours, class centroids, separation.
+
+Nearness is the cosine after the mean of all features was taken off: features behind a ReLU all
+point the same way, so that the plain cosine of two unrelated images is often over 0.9.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import MissingExtra, TrainingError
+from featcache.store.store import FeatureStore
+
+__all__ = ["METHODS", "ClassDistances", "Neighbour", "class_distances", "embed", "nearest"]
+__all__ += ["nearest_rows", "separation"]
+
+Method = Literal["pca", "tsne", "umap"]
+METHODS: tuple[Method, ...] = ("pca", "tsne", "umap")
+
+_FIRST = 50  # principal components that t-SNE and UMAP start from: the rest is mostly noise
+_BLOCK_BYTES = 64 << 20  # of similarities at a time
+
+
+def embed(
+    features: FeatureStore | npt.NDArray[Any],
+    method: Method = "pca",
+    *,
+    layers: str | Sequence[str] | None = None,
+    random_state: int = 0,
+) -> npt.NDArray[np.float32]:
+    """Lay features out in the plane, so that near images lie near each other.
+
+    Parameters
+    ----------
+    features : FeatureStore or ndarray of shape (n, d) or (n, views, d)
+        Views are averaged.
+    method : {"pca", "tsne", "umap"}
+        ``pca``: the two directions of largest variance; instant, distances mean something.
+        ``tsne`` (van der Maaten and Hinton, JMLR 9, 2008) and ``umap`` (McInnes, Healy and
+        Melville, arXiv:1802.03426): neighbours stay neighbours, distances between clusters mean
+        little. Both start from the first 50 principal components.
+    layers : str or list of str, optional
+        Taps of the store to use; None: all.
+    random_state : int
+        Seed: the same features give the same map on the same machine.
+
+    Returns
+    -------
+    ndarray of float32, shape (n, 2)
+
+    Raises
+    ------
+    MissingExtra
+        ``umap`` is asked for and umap-learn is not installed.
+    TrainingError
+        There are fewer than three images.
+    ValueError
+        Unknown method.
+    """
+    from sklearn.decomposition import PCA
+
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; {method!r} came.")
+    X = _matrix(features, layers)
+    if len(X) < 3:
+        raise TrainingError(f"A map needs at least 3 images, {len(X)} came.")
+    components = 2 if method == "pca" else _FIRST
+    components = min(components, *X.shape)
+    placed = PCA(components, svd_solver="randomized", random_state=random_state).fit_transform(X)
+    if method == "tsne":
+        placed = _tsne(placed, random_state)
+    elif method == "umap":
+        placed = _umap(placed, random_state)
+    if placed.shape[1] < 2:  # one feature: a line
+        placed = np.column_stack([placed, np.zeros(len(placed))])
+    return np.ascontiguousarray(placed, dtype=np.float32)
+
+
+def _matrix(
+    features: FeatureStore | npt.NDArray[Any], layers: str | Sequence[str] | None
+) -> npt.NDArray[np.float32]:
+    X = features.matrix(layers) if isinstance(features, FeatureStore) else np.asarray(features)
+    if X.ndim == 3:
+        X = X.mean(axis=1)
+    if X.ndim != 2:
+        raise ValueError(f"Features of shape (n, d) or (n, views, d) are needed, {X.shape} came.")
+    return X.astype(np.float32, copy=False)
+
+
+def _tsne(X: npt.NDArray[Any], random_state: int) -> npt.NDArray[Any]:
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    perplexity = min(30.0, (len(X) - 1) / 3)
+    # Its threads wait for each other a thousand times: on a busy machine, two took three times as
+    # long as one.
+    with threadpool_limits(1):
+        placed: npt.NDArray[Any] = TSNE(
+            2, perplexity=perplexity, init="pca", random_state=random_state
+        ).fit_transform(X)
+    return placed
+
+
+def _umap(X: npt.NDArray[Any], random_state: int) -> npt.NDArray[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an absent tensorflow, and of numba's own plans
+        try:
+            import umap
+        except ImportError as error:
+            raise MissingExtra("umap-learn", "report", "A UMAP map") from error
+        placed: npt.NDArray[Any] = umap.UMAP(
+            n_neighbors=min(15, len(X) - 1),
+            init="pca",
+            n_jobs=1,  # what a seed makes of it anyway
+            random_state=random_state,
+        ).fit_transform(X)
+    return placed
+
+
+def nearest_rows(
+    queries: npt.NDArray[Any], base: npt.NDArray[Any], k: int = 1
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Find the k rows of `base` nearest to each query.
+
+    Parameters
+    ----------
+    queries, base : ndarray of shape (m, d), (n, d)
+        Features with the mean of all taken off.
+    k : int
+        At most n.
+
+    Returns
+    -------
+    similarity : ndarray of float32, shape (m, k)
+        Cosines, the largest first.
+    rows : ndarray of int64, shape (m, k)
+        Rows of `base`.
+    """
+    k = min(k, len(base))
+    asked, known = _unit(queries), _unit(base)
+    similar = np.empty((len(asked), k), np.float32)
+    rows = np.empty((len(asked), k), np.int64)
+    step = max(1, _BLOCK_BYTES // (4 * max(1, len(known))))
+    for start in range(0, len(asked), step):
+        block = asked[start : start + step] @ known.T  # (step, n)
+        top = np.argpartition(-block, k - 1, axis=1)[:, :k]
+        values = np.take_along_axis(block, top, axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        similar[start : start + step] = np.take_along_axis(values, order, axis=1)
+        rows[start : start + step] = np.take_along_axis(top, order, axis=1)
+    return similar, rows
+
+
+def _unit(X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    norm = np.linalg.norm(X, axis=1, keepdims=True)
+    unit: npt.NDArray[np.float32] = (X / np.maximum(norm, np.finfo(np.float32).tiny)).astype(
+        np.float32
+    )
+    return unit
+
+
+def _centred(X: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    centred: npt.NDArray[np.float32] = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return centred
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An image near another.
+
+    Attributes
+    ----------
+    id, label : str
+        The image and its label.
+    similarity : float
+        Cosine, from -1 to 1.
+    """
+
+    id: str
+    label: str
+    similarity: float
+
+
+def nearest(
+    store: FeatureStore, image: str, k: int = 8, *, layers: str | Sequence[str] | None = None
+) -> list[Neighbour]:
+    """Return the k images whose features are most like those of one image of the store.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        Where to look.
+    image : str
+        Id of the image; it is not listed itself.
+    k : int
+        Neighbours.
+    layers : str or list of str, optional
+        Taps to use; None: all.
+
+    Raises
+    ------
+    KeyError
+        The store has no such image.
+    """
+    found = np.flatnonzero(store.ids == image)
+    if not len(found):
+        raise KeyError(f"{', '.join(store.paths)} has no image {image!r}.")
+    X = _centred(_matrix(store, layers))
+    similar, rows = nearest_rows(X[found[:1]], X, k + 1)
+    others = [
+        (row, cosine) for row, cosine in zip(rows[0], similar[0], strict=True) if row != found[0]
+    ]
+    return [
+        Neighbour(str(store.ids[row]), str(store.labels[row]), float(cosine))
+        for row, cosine in others[:k]
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class ClassDistances:
+    """How far the classes are from each other.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        Names, sorted.
+    centroids : ndarray of float32, shape (k, d)
+        Mean features of each class.
+    distances : ndarray of float32, shape (k, k)
+        Euclidean, between centroids.
+    spread : ndarray of float32, shape (k,)
+        Root mean square distance of a class's images to their centroid.
+    """
+
+    classes: tuple[str, ...]
+    centroids: npt.NDArray[np.float32]
+    distances: npt.NDArray[np.float32]
+    spread: npt.NDArray[np.float32]
+
+
+def class_distances(
+    store: FeatureStore, *, layers: str | Sequence[str] | None = None
+) -> ClassDistances:
+    """Return the centroids of the labelled classes and their distances.
+
+    Raises
+    ------
+    TrainingError
+        No image has a label.
+    """
+    names, code = _labelled(store)
+    X = _matrix(store.select(store.labels != ""), layers).astype(np.float64)
+    count = np.bincount(code)[:, None]
+    centroids = np.zeros((len(names), X.shape[1]))
+    np.add.at(centroids, code, X)
+    centroids /= count
+    off = ((X - centroids[code]) ** 2).sum(axis=1)
+    spread = np.sqrt(np.bincount(code, weights=off) / count[:, 0])
+    distances = np.linalg.norm(centroids[:, None] - centroids[None], axis=2)
+    return ClassDistances(
+        tuple(str(name) for name in names),
+        centroids.astype(np.float32),
+        distances.astype(np.float32),
+        spread.astype(np.float32),
+    )
+
+
+def separation(
+    store: FeatureStore, *, sample: int = 2000, random_state: int = 0
+) -> dict[str, float]:
+    """Say how well each tap separates the classes: the mean silhouette, from -1 to 1.
+
+    The silhouette (Rousseeuw, *Journal of Computational and Applied Mathematics* 20, 1987) compares
+    the cosine distance to the images of the own class with that to the nearest other class.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        With labels of at least two classes.
+    sample : int
+        Images to look at, drawn at random: the time grows with their square.
+    random_state : int
+        Seed of the draw.
+
+    Returns
+    -------
+    dict of str to float
+        By tap, the best first.
+
+    Raises
+    ------
+    TrainingError
+        There are fewer than two classes, or as many classes as images.
+    """
+    from sklearn.metrics import silhouette_score
+
+    rows = np.flatnonzero(store.labels != "")
+    if len(rows) > sample:
+        rows = np.sort(np.random.default_rng(random_state).choice(rows, sample, replace=False))
+    chosen = store.select(rows)
+    names, code = _labelled(chosen)
+    if not 2 <= len(names) < len(rows):
+        raise TrainingError(
+            f"Separation needs two classes or more, with more images than classes; "
+            f"{len(names)} classes of {len(rows)} images came."
+        )
+    scores = {
+        tap: float(silhouette_score(_centred(_matrix(chosen, [tap])), code, metric="cosine"))
+        for tap in chosen.taps
+    }
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+def _labelled(store: FeatureStore) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Return the sorted class names, and the class of each labelled image."""
+    labels = store.labels[store.labels != ""]
+    if not len(labels):
+        raise TrainingError(f"None of the images of {', '.join(store.paths)} has a label.")
+    names, code = np.unique(labels, return_inverse=True)
+    return names, code.astype(np.int64)

@@ -1,0 +1,869 @@
+"""`train`, `compare` and `train_files`: choose, compare and keep heads, all by one protocol.
+
+1. Rows without a label are left out and counted.
+2. The folds are made once (`featcache.store.splitting`) and every head sees the same ones. Where
+the store's split column has a validation part, that is the one fold.
+3. Each head's hyper-parameters and feature treatment are chosen by its score on the folds, on the
+   training part only, and the winner is fitted again on all of that part.
+4. Heads are ranked by cross-validation. The held-out images are scored once, after that, and take
+   part in no choice.
+
+The out-of-fold scores of the chosen setting give each head's accuracy with its interval and the
+temperature that calibrates its probabilities. As the same folds chose the setting, that accuracy
+is slightly flattering; ``nested=True`` chooses anew inside every fold, at `cv` times the cost, and
+is what to quote.
+
+**Memory.** Training copies parts of the features (folds, scaled rows): about three times the
+array. Where that does not fit into `memory` (left out: most of what the machine has available),
+the heads that can read the store in blocks do so, and the others are left out.
+
+**The rest of the network** is a head as well, ``suffix`` (see `featcache.finetuning.search`):
+trained on maps that the store keeps, under the same folds. It is never among "all", as it costs
+minutes where the others cost seconds. Where both are asked for, it reads the maps and the others
+the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import softmax
+
+from featcache.errors import PredictorError, TrainingError
+from featcache.finetuning.search import SUFFIX, SuffixSearch, remove_checkpoints
+from featcache.finetuning.settings import SuffixSettings
+from featcache.heads import table as head_kinds
+from featcache.heads.table import CLASSICS, HEADS, score_folds
+from featcache.heads.table import logits as head_logits
+from featcache.predictor.origins import Column, source_taps
+from featcache.predictor.predictor import CanaryRows, Predictor, is_predictor
+from featcache.results.evaluation import Evaluation, groups_of
+from featcache.results.leaderboard import Leaderboard, Row
+from featcache.store import splitting
+from featcache.store.splitting import Fold
+from featcache.store.store import FeatureStore
+from featcache.study.evaluate import evaluate
+from featcache.system.files import refuse_foreign
+from featcache.system.interruption import interruptible
+from featcache.system.memory import available_memory
+from featcache.system.progress import progress_bar
+from featcache.version import __version__
+
+if TYPE_CHECKING:
+    from featcache.networks.backbone import Backbone
+
+__all__ = ["Leaderboard", "TrainedFile", "compare", "train", "train_files"]
+
+Scoring = str | Callable[..., float]
+
+_COPIES = 3  # times the features' own size, that training them in memory takes
+_CANARY_ROWS = 8  # kept where the store has no canary images
+_TIMED_ROWS = 1000
+_TIMED_BYTES = 8 << 20
+
+
+def train(
+    store: FeatureStore,
+    *,
+    head: str | Sequence[str] = "linear",
+    layers: str | Sequence[str] | None = None,
+    cv: int = 5,
+    scoring: Scoring = "accuracy",
+    class_weight: str | Mapping[str, float] | None = None,
+    group: bool = False,
+    nested: bool = False,
+    memory: int | None = None,
+    n_jobs: int = 1,
+    random_state: int = 0,
+    suffix: SuffixSettings | None = None,
+    backbone: Backbone | None = None,
+    checkpoints: str | Path | None = None,
+    progress: bool | None = None,
+) -> Predictor:
+    """Choose a head's hyper-parameters by cross-validation and fit it on all rows of a store.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        What to train on; several networks' features by `FeatureStore.join`.
+    head : str or list of str
+        ``linear``, ``svm``, ``rbf-svm``, ``forest``, ``boosting``, ``knn``, ``mlp``, ``ridge``, or
+        ``suffix``, the rest of the network. Of several, the best by cross-validation.
+    layers : str or list of str, optional
+        Taps to use, side by side. None: all.
+    cv : int
+        Folds.
+    scoring : str or callable
+        One of scikit-learn's scorers; what decides.
+    class_weight : "balanced" or dict of str to float, optional
+        As in scikit-learn.
+    group : bool
+        Keep the images of a group in one fold.
+    nested : bool
+        Choose anew inside every fold: an honest figure for `cv` times the time.
+    memory : int, optional
+        Bytes to stay under. None: what the machine has available.
+    n_jobs : int
+        Fits at a time; -1: one a core.
+    random_state : int
+        Seed: the same call gives the same predictor.
+    suffix : SuffixSettings, optional
+        How the head ``suffix`` is trained: the first layer, epochs, learning rate ...
+    backbone : Backbone, optional
+        For the head ``suffix``: needed where the store's network is one's own, or has weights from
+        a checkpoint.
+    checkpoints : path, optional
+        Folder that the head ``suffix`` writes to after every epoch, and resumes from: with one,
+        SIGINT and SIGTERM become `Interrupted`.
+    progress : bool, optional
+        Show a progress bar on standard error; left out, if that is a terminal.
+
+    Returns
+    -------
+    Predictor
+        With ``predictor.leaderboard``.
+
+    Raises
+    ------
+    TrainingError
+        Labels, classes, folds or a head that cannot be trained on; the message names the class
+        and the count.
+    Interrupted
+        The head ``suffix`` was stopped by a signal; the same call goes on from its checkpoints.
+    """
+    heads = [head] if isinstance(head, str) else list(head)
+    return compare(
+        store,
+        heads=heads,
+        layers=layers,
+        cv=cv,
+        scoring=scoring,
+        class_weight=class_weight,
+        group=group,
+        nested=nested,
+        memory=memory,
+        n_jobs=n_jobs,
+        random_state=random_state,
+        suffix=suffix,
+        backbone=backbone,
+        checkpoints=checkpoints,
+        progress=progress,
+    ).best
+
+
+def compare(
+    store: FeatureStore,
+    test: FeatureStore | None = None,
+    *,
+    heads: Sequence[str] = CLASSICS,
+    layers: str | Sequence[str] | None = None,
+    cv: int = 5,
+    scoring: Scoring = "accuracy",
+    class_weight: str | Mapping[str, float] | None = None,
+    group: bool = False,
+    nested: bool = False,
+    memory: int | None = None,
+    n_jobs: int = 1,
+    random_state: int = 0,
+    suffix: SuffixSettings | None = None,
+    backbone: Backbone | None = None,
+    checkpoints: str | Path | None = None,
+    progress: bool | None = None,
+) -> Leaderboard[Predictor]:
+    """Train several heads under the same folds and rank them by cross-validation.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        The training part.
+    test : FeatureStore, optional
+        Held-out images, scored once for each head.
+    heads : list of str
+        See `train`; the classics are linear, svm, rbf-svm and forest. ``["all"]``: every one.
+    layers, cv, scoring, class_weight, group, nested, memory, n_jobs, random_state
+        As in `train`.
+    suffix, backbone, checkpoints, progress
+        As in `train`.
+
+    Returns
+    -------
+    Leaderboard
+        ``leaderboard.best`` is the predictor that cross-validation ranks first.
+
+    Raises
+    ------
+    TrainingError, Interrupted
+        As in `train`.
+    """
+    names, asked = _head_names(heads)
+    folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
+    with _resumable(folder):
+        task = _Task.of(
+            store,
+            layers=layers,
+            cv=cv,
+            scoring=scoring,
+            class_weight=class_weight,
+            group=group,
+            nested=nested,
+            memory=memory,
+            n_jobs=n_jobs,
+            random_state=random_state,
+        )
+        if SUFFIX in names:
+            task = task.with_suffix(
+                suffix or SuffixSettings(),
+                apart=layers is None,
+                backbone=backbone,
+                checkpoints=folder,
+                progress=progress,
+            )
+        found, left_out = _compete_all(task, names, asked, test, progress=progress)
+    if not found:
+        raise TrainingError("No head is left: " + "; ".join(map(": ".join, left_out.items())))
+    predictors = {row.head: predictor for row, predictor in found}
+    leaderboard = Leaderboard(
+        rows=tuple(sorted((row for row, _ in found), key=lambda row: -row.cv_score)),
+        scoring=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
+        n_fit=len(task.store),
+        n_test=0 if test is None else _n_scored(found[0][1], test),
+        n_unlabelled=len(store) - len(task.store),
+        folds=task.folds_text,
+        notes=task.notes,
+        left_out=left_out,
+        predictors=predictors,
+    )
+    for predictor in predictors.values():
+        predictor.leaderboard = leaderboard
+    return leaderboard
+
+
+def _resumable(checkpoints: Path | None) -> contextlib.AbstractContextManager[None]:
+    """Turn a signal into `Interrupted` where there is something to go on from."""
+    if checkpoints is None:
+        return contextlib.nullcontext()
+    return interruptible(kept=f"The finished epochs are kept in {checkpoints}")
+
+
+def _compete_all(
+    task: _Task,
+    names: Sequence[str],
+    asked: frozenset[str],
+    test: FeatureStore | None,
+    *,
+    progress: bool | None,
+) -> tuple[list[tuple[Row, Predictor]], dict[str, str]]:
+    """Train each head that can be; and say why the others cannot.
+
+    Raises
+    ------
+    TrainingError
+        One that was asked for cannot; before any other is trained.
+    """
+    left_out = {name: why for name in names if (why := task.impossible(name))}
+    for name in left_out:
+        if name in asked:
+            raise TrainingError(f"{name} cannot be trained here: {left_out[name]}.")
+    found = []
+    possible = [name for name in names if name not in left_out]
+    with progress_bar(progress, possible, unit="head", leave=False) as bar:
+        for name in bar:
+            bar.set_description(name)
+            found.append(_compete(task.of_head(name), name, test))
+    return found, left_out
+
+
+def _head_names(heads: Sequence[str]) -> tuple[list[str], frozenset[str]]:
+    """Return the heads to train, and those of them that the user named."""
+    given = [heads] if isinstance(heads, str) else list(heads)
+    if not given:
+        return list(CLASSICS), frozenset()
+    if given == ["all"]:
+        return list(HEADS), frozenset()
+    known = [*HEADS, SUFFIX]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise TrainingError(
+                f"There is no head {name!r}.{hint} Heads: {', '.join(known)}, or all."
+            )
+    named = list(dict.fromkeys(given))
+    return named, frozenset() if tuple(named) == CLASSICS else frozenset(named)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every head is trained on, made once."""
+
+    store: FeatureStore
+    layers: list[str]
+    folds: list[Fold]
+    folds_text: str
+    groups: npt.NDArray[Any] | None
+    nested: bool
+    cv: int
+    memory: int
+    notes: tuple[str, ...]
+    options: Mapping[str, Any]
+    suffix: SuffixSearch | None = None
+
+    @classmethod
+    def of(
+        cls,
+        store: FeatureStore,
+        *,
+        layers: str | Sequence[str] | None,
+        cv: int,
+        group: bool,
+        nested: bool,
+        memory: int | None,
+        **options: Any,
+    ) -> _Task:
+        if memory is not None and memory < 1:
+            raise TrainingError(f"memory is a number of bytes, at least 1, not {memory}")
+        if options["n_jobs"] == 0:
+            raise TrainingError("n_jobs is the number of fits at a time, or -1: one a core; not 0")
+        labelled = store.labels != ""
+        # Where no row has a label, the folds' own message says so.
+        fit = store.select(labelled) if labelled.any() and not labelled.all() else store
+        if group and fit.groups is None:
+            raise TrainingError(
+                f"{', '.join(store.paths)} has no groups. Extract with --group-column (nothing is "
+                "computed again)."
+            )
+        groups = fit.groups if group else None
+        folds, text = _folds(fit, groups, cv, options["random_state"])
+        names = _layer_names(fit, layers)
+        notes = []
+        if not group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
+            notes.append(
+                "images of one group may be in several folds, which flatters: give --group "
+                "(library: group=True) to keep them together"
+            )
+        return cls(
+            store=fit,
+            layers=names,
+            folds=folds,
+            folds_text=text.replace("folds", "nested folds") if nested else text,
+            groups=None if groups is None else groups_of(groups),
+            nested=nested,
+            cv=cv,
+            memory=memory if memory is not None else available_memory(),
+            notes=tuple(notes),
+            options=options,
+        )
+
+    def with_suffix(self, settings: SuffixSettings, *, apart: bool, **options: Any) -> _Task:
+        """Return the task with what the rest of the network needs.
+
+        The other heads then use the other taps, unless there are none or taps were named
+        (`apart` is False).
+        """
+        suffix = SuffixSearch.of(self.store, layers=self.layers, settings=settings, **options)
+        others = [name for name in self.layers if name != suffix.maps.tap]
+        return replace(self, suffix=suffix, layers=others if apart and others else self.layers)
+
+    def of_head(self, head: str) -> _Task:
+        """Return the task with the taps that a head uses."""
+        if head != SUFFIX or self.suffix is None:
+            return self
+        return replace(self, layers=[self.suffix.maps.tap])
+
+    @cached_property
+    def y(self) -> npt.NDArray[Any]:
+        return self.store.labels
+
+    @property
+    def size(self) -> int:
+        """Bytes of the features as float32."""
+        return len(self.store) * self.store.views * self.store.width(self.layers) * 4
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether they can be trained on in memory."""
+        return self.size * _COPIES <= self.memory
+
+    @cached_property
+    def X(self) -> Any:
+        """Features in memory (mapped where possible), or read in blocks."""
+        if self.in_memory:
+            return self.store.matrix(self.layers)
+        views = (self.store.views,) if self.store.views > 1 else ()
+        shape = (len(self.store), *views, self.store.width(self.layers))
+        return head_kinds.RowBlocks(shape, self._read)
+
+    def _read(self, rows: int) -> Any:
+        return self.store.blocks(self.layers, rows)
+
+    def impossible(self, head: str) -> str:
+        """Say why a head cannot be trained on these features; empty if it can."""
+        if head == SUFFIX or self.in_memory:
+            return ""
+        if not HEADS[head].out_of_core:
+            return (
+                f"training on {_bytes(self.size)} of features takes about {_COPIES} times that, "
+                f"more than the {_bytes(self.memory)} of memory, and it cannot read them in blocks"
+            )
+        if self.nested:
+            return "nested cross-validation needs the features in memory"
+        return ""
+
+    def search(self, head: str) -> Any:
+        if self.suffix is not None and head == SUFFIX:
+            options = {k: v for k, v in self.options.items() if k != "n_jobs"}
+            return self.suffix.search(self.y, self.folds, groups=self.groups, **options)
+        return HEADS[head].search(self.X, self.y, self.folds, memory=self.memory, **self.options)
+
+
+def _folds(
+    store: FeatureStore, groups: npt.NDArray[Any] | None, cv: int, random_state: int
+) -> tuple[list[Fold], str]:
+    """Return the folds and what they are called."""
+    validation = splitting.validation_fold(store.splits, store.labels, sha256=store.sha256)
+    if validation is not None:
+        return validation, "validation split"
+    made = splitting.folds(
+        store.labels, groups=groups, sha256=store.sha256, cv=cv, random_state=random_state
+    )
+    return made, f"{cv} {'grouped ' if groups is not None else ''}folds"
+
+
+def _layer_names(store: FeatureStore, layers: str | Sequence[str] | None) -> list[str]:
+    """Return full names of taps, each once, in the order of the store's columns."""
+    chosen = set(store.resolve(layers))
+    return [name for name in store.taps if name in chosen]
+
+
+def _bytes(n: int) -> str:
+    """Return a number of bytes for people."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if n >= unit:
+            return f"{n / unit:.1f} {name}"
+    return f"{n} bytes"
+
+
+# --- one head ----------------------------------------------------------------------------------
+
+
+def _compete(task: _Task, head: str, test: FeatureStore | None) -> tuple[Row, Predictor]:
+    """Search, fit and score one head."""
+    with _PeakMemory() as peak:
+        found = task.search(head)
+    # The folds of a suffix choose nothing: nested or not, it is the same.
+    cross = _nested(task, head) if task.nested and head != SUFFIX else None
+    out_of_fold = _out_of_fold(task, found) if cross is None else cross.evaluation
+    predictor = _predictor(task, found, out_of_fold)
+    held_out = None if test is None else evaluate(predictor, test)
+    row = Row(
+        head=head,
+        params=_jsonable(found.params),
+        cv_score=float(found.score if cross is None else cross.score),
+        cv_accuracy=out_of_fold.accuracy,
+        cv_accuracy_interval=out_of_fold.accuracy_interval,
+        cv_balanced_accuracy=out_of_fold.balanced_accuracy,
+        cv_macro_f1=out_of_fold.macro_f1,
+        cv_log_loss=out_of_fold.log_loss,
+        accuracy=None,
+        accuracy_interval=None,
+        balanced_accuracy=None,
+        balanced_accuracy_interval=None,
+        macro_f1=None,
+        search_seconds=found.search_seconds,
+        fit_seconds=found.fit_seconds,
+        predict_us=_predict_us(task, predictor),
+        peak_mb=peak.megabytes,
+        notes=tuple(found.notes),
+    )
+    if held_out is not None:
+        row = replace(
+            row,
+            accuracy=held_out.accuracy,
+            accuracy_interval=held_out.accuracy_interval,
+            balanced_accuracy=held_out.balanced_accuracy,
+            balanced_accuracy_interval=held_out.balanced_accuracy_interval,
+            macro_f1=held_out.macro_f1,
+            notes=row.notes + held_out.notes,
+        )
+    predictor.metrics = {
+        "out_of_fold": _summary(out_of_fold),
+        "held_out": None if held_out is None else _summary(held_out),
+    }
+    return row, predictor
+
+
+def _out_of_fold(task: _Task, found: Any) -> Evaluation:
+    """Return the metrics of a search's out-of-fold scores."""
+    known = ~np.isnan(found.logits).any(axis=1)
+    proba = softmax(found.logits[known].astype(np.float64) / found.temperature, axis=1)
+    return _evaluation(task, known, proba, [str(name) for name in found.classes])
+
+
+def _evaluation(
+    task: _Task, known: npt.NDArray[np.bool_], proba: npt.NDArray[Any], classes: list[str]
+) -> Evaluation:
+    return Evaluation(
+        ids=task.store.ids[known],
+        y_true=np.searchsorted(classes, task.y[known]).astype(np.int64),
+        proba=proba,
+        classes=tuple(classes),
+        groups=None if task.groups is None else task.groups[known],
+    )
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """Scores of choosing anew in each outer fold."""
+
+    evaluation: Evaluation
+    score: float
+
+
+def _nested(task: _Task, head: str) -> _Nested:
+    """Search inside every fold's training part, and score each choice on the fold.
+
+    Varma and Simon, Bias in error estimation when using cross-validation for model selection
+    (BMC Bioinformatics 7:91, 2006): what chose the parameters may not also judge them.
+    """
+    store, classes = task.store, sorted(set(task.y.tolist()))
+    proba = np.full((len(store), len(classes)), np.nan)
+    for train, valid in task.folds:
+        inner = _inner_folds(task, train)
+        found = HEADS[head].search(task.X[train], task.y[train], inner, **task.options)
+        scores = head_logits(found.estimator, task.X[valid]).astype(np.float64)
+        proba[valid] = softmax(scores / found.temperature, axis=1)
+    known = ~np.isnan(proba).any(axis=1)
+    codes = np.searchsorted(classes, task.y)
+    with np.errstate(divide="ignore"):
+        logits = np.log(np.maximum(proba, np.finfo(np.float64).tiny))
+    scored = score_folds(logits, codes, np.array(classes), task.folds, task.options["scoring"])
+    return _Nested(_evaluation(task, known, proba[known], classes), float(np.mean(scored)))
+
+
+def _inner_folds(task: _Task, train: npt.NDArray[np.int64]) -> list[Fold]:
+    """Make folds of a fold's training part: as many as asked for, fewer where a class is small."""
+    store = task.store.select(train)
+    groups = None if task.groups is None else task.groups[train]
+    most = splitting.most_folds(store.labels, groups=groups, sha256=store.sha256)
+    return splitting.folds(
+        store.labels,
+        groups=groups,
+        sha256=store.sha256,
+        cv=max(2, min(task.cv, most)),
+        random_state=task.options["random_state"],
+    )
+
+
+def _predictor(task: _Task, found: Any, out_of_fold: Evaluation) -> Predictor:
+    """Wrap a found head with all that it needs to be used later."""
+    store = task.store
+    keys = {name: key for key, name in source_taps(store).items()}
+    columns = [Column(*keys[name], store.taps[name].width) for name in task.layers]
+    used = {column.source for column in columns}
+    renumbered = {source: k for k, source in enumerate(sorted(used))}
+    fingerprints = [
+        replace(
+            store.fingerprints[source],
+            taps=tuple(column.tap for column in columns if column.source == source),
+        )
+        for source in sorted(used)
+    ]
+    return Predictor(
+        estimator=found.estimator,
+        head=found.head,
+        params=_jsonable(found.params),
+        classes=tuple(str(name) for name in found.classes),
+        temperature=float(found.temperature),
+        columns=tuple(replace(column, source=renumbered[column.source]) for column in columns),
+        fingerprints=tuple(fingerprints),
+        train_sha256=store.sha256,
+        canaries=_canaries(task, found.estimator, columns),
+        metrics={"out_of_fold": _summary(out_of_fold)},
+    )
+
+
+def _canaries(task: _Task, estimator: Any, columns: Sequence[Column]) -> CanaryRows:
+    """Return the features of the store's canary images, or some training rows, with scores."""
+    kept = {c.source: task.store.parts[c.source].canaries for c in columns}
+    first = next(iter(kept.values()))
+    usable = first is not None and all(
+        one is not None and one.features and one.images == first.images for one in kept.values()
+    )
+    if usable and first is not None:
+        parts = [kept[c.source].features[c.tap] for c in columns]  # type: ignore[union-attr]
+        x = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+        names, images = tuple(first.names), tuple(first.images)
+    else:
+        names, images = (), ()
+        _, block = next(iter(task.store.blocks(task.layers, _CANARY_ROWS)))
+        x = block[:, 0] if block.ndim == 3 else block
+    x = np.ascontiguousarray(x, dtype=np.float32).copy()
+    return CanaryRows(x, head_logits(estimator, x), names, images)
+
+
+def _predict_us(task: _Task, predictor: Predictor) -> float:
+    """Time predictions of one block of rows: microseconds an image, the better of two runs."""
+    rows = max(1, min(_TIMED_ROWS, _TIMED_BYTES // (4 * task.store.width(task.layers))))
+    _, block = next(iter(task.store.blocks(task.layers, rows)))
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        predictor.predict_proba(block)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / len(block) * 1e6
+
+
+def _n_scored(predictor: Predictor, test: FeatureStore) -> int:
+    return int(((test.labels != "") & ~predictor.trained_on(test.sha256)).sum())
+
+
+def _summary(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the figures of an evaluation that a predictor keeps."""
+    values = evaluation.to_dict()
+    keep = ("images", "log_loss", "ece", "top_k", "confusion")
+    rates = ("accuracy", "balanced_accuracy", "macro_f1")
+    return {
+        **{name: values[name] for name in keep},
+        **{f"{name}{end}": values[f"{name}{end}"] for name in rates for end in ("", "_interval")},
+    }
+
+
+def _jsonable(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters as JSON values."""
+    return {
+        name: value.item()
+        if isinstance(value, np.generic)
+        else value
+        if isinstance(value, str | int | float | bool | None)
+        else str(value)
+        for name, value in params.items()
+    }
+
+
+class _PeakMemory:
+    """Measures how far the resident memory of this process rises inside a ``with``.
+
+    Linux keeps a high-water mark that can be reset; elsewhere the mark only rises, so that a head
+    that stays below an earlier one shows 0.
+    """
+
+    megabytes = 0.0
+
+    def __enter__(self) -> _PeakMemory:
+        self._before = self._reset()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.megabytes = max(0.0, (self._mark() - self._before) / 1e6)
+
+    def _reset(self) -> int:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return self._mark()
+        return self._status("VmRSS:")
+
+    def _mark(self) -> int:
+        if Path("/proc/self/status").exists():
+            return self._status("VmHWM:")
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    @staticmethod
+    def _status(field: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+        return 0
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainedFile:
+    """What `train_files` did.
+
+    Attributes
+    ----------
+    predictor : Predictor
+        The best by cross-validation, as saved.
+    leaderboard : Leaderboard
+        All heads.
+    output : Path
+        Where the predictor is.
+    up_to_date : bool
+        Nothing was trained: the file was made from the same features by the same request.
+    """
+
+    predictor: Predictor
+    leaderboard: Leaderboard[Predictor]
+    output: Path
+    up_to_date: bool
+
+    def to_text(self) -> str:
+        """Return the table, and where the predictor is, for people."""
+        if self.up_to_date:
+            last = (
+                f"{self.output}: nothing to do, it was trained on the same features by the same "
+                "request"
+            )
+        else:
+            last = f"saved: {self.output}"
+        return f"{self.leaderboard.to_text()}\n{last}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "predictor": str(self.output),
+            "up_to_date": self.up_to_date,
+            "best": self.predictor.head,
+            "leaderboard": self.leaderboard.to_dict(),
+            "metrics": dict(self.predictor.metrics),
+        }
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def train_files(
+    stores: Sequence[str | Path],
+    output: str | Path,
+    *,
+    heads: Sequence[str] = (),
+    layers: str | Sequence[str] | None = None,
+    cv: int = 5,
+    test_size: float | None = None,
+    group: bool = False,
+    scoring: str = "accuracy",
+    class_weight: str | None = None,
+    nested: bool = False,
+    memory: int | None = None,
+    n_jobs: int = 1,
+    random_state: int = 0,
+    suffix: SuffixSettings | None = None,
+    backbone: Backbone | None = None,
+    progress: bool | None = None,
+) -> TrainedFile:
+    """Open stores, hold some images out, compare heads, and save the best: ``featcache train``.
+
+    Parameters
+    ----------
+    stores : list of path
+        Files of one fingerprint are put under each other, files of different ones side by side.
+    output : path
+        Where the predictor goes. Made by the same request from the same features, it is left.
+    heads : list of str
+        Empty: the classics. ``["all"]``: every one.
+    test_size : float, optional
+        Share to hold out. None: what the split column holds out, else a quarter.
+    layers, cv, group, scoring, class_weight, nested, memory, n_jobs, random_state, progress
+        As in `compare`.
+    suffix, backbone
+        As in `train`. The checkpoints of the head ``suffix`` are in the folder
+        ``OUTPUT.checkpoints`` until the predictor is saved; the same call resumes from them.
+
+    Returns
+    -------
+    TrainedFile
+
+    Raises
+    ------
+    StoreError
+        A store cannot be opened or joined.
+    TrainingError, Interrupted
+        As in `train`.
+    PredictorError
+        The output is there and is not a predictor; found before anything is trained.
+    """
+    target = Path(output)
+    refuse_foreign(target, is_predictor, "a featcache predictor")
+    request: dict[str, Any] = {
+        "featcache": __version__,
+        "stores": [FeatureStore.open(path).digest for path in stores],
+        "heads": list(_head_names(heads)[0]),
+        "layers": layers if layers is None or isinstance(layers, str) else list(layers),
+        "cv": cv,
+        "test_size": test_size,
+        "group": group,
+        "scoring": scoring,
+        "class_weight": class_weight,
+        "nested": nested,
+        "random_state": random_state,
+    }
+    if SUFFIX in request["heads"]:
+        request["suffix"] = asdict(suffix or SuffixSettings())
+    done = _up_to_date(target, request)
+    if done is not None and done.leaderboard is not None:
+        return TrainedFile(done, done.leaderboard, target, up_to_date=True)
+    checkpoints = target.with_name(f"{target.name}.checkpoints")
+    with _resumable(checkpoints if SUFFIX in request["heads"] else None):
+        store = _open_stores(stores)
+        fit, test = _split(store, test_size, group=group, random_state=random_state)
+        leaderboard = compare(
+            fit,
+            test,
+            heads=heads,
+            layers=layers,
+            cv=cv,
+            scoring=scoring,
+            class_weight=class_weight,
+            group=group,
+            nested=nested,
+            memory=memory,
+            n_jobs=n_jobs,
+            random_state=random_state,
+            suffix=suffix,
+            backbone=backbone,
+            checkpoints=checkpoints,
+            progress=progress,
+        )
+        predictor = leaderboard.best
+        predictor.request = request
+        predictor.save(target)
+    remove_checkpoints(checkpoints)
+    return TrainedFile(predictor, leaderboard, target, up_to_date=False)
+
+
+def _up_to_date(target: Path, request: Mapping[str, Any]) -> Predictor | None:
+    """Return the predictor at `target` if the same request made it."""
+    if not target.exists() or target.stat().st_size == 0:
+        return None
+    try:
+        found = Predictor.load(target)
+    except PredictorError:
+        return None  # of another version, or damaged: it is made again
+    return found if found.request == request else None
+
+
+def _open_stores(paths: Sequence[str | Path]) -> FeatureStore:
+    """Put files of one fingerprint under each other, then those of several side by side."""
+    by_origin: dict[str, list[str | Path]] = {}
+    for path in paths:
+        origin = FeatureStore.open(path).fingerprint.digest
+        by_origin.setdefault(origin, []).append(path)
+    opened = [FeatureStore.open(files) for files in by_origin.values()]
+    return opened[0] if len(opened) == 1 else FeatureStore.join(opened)
+
+
+def _split(
+    store: FeatureStore, test_size: float | None, *, group: bool, random_state: int
+) -> tuple[FeatureStore, FeatureStore]:
+    """Hold images out: by the split column where it names a test part and no share is given."""
+    if test_size is None and splitting.has_test(store.splits):
+        return store.split(None)
+    return store.split(
+        0.25 if test_size is None else test_size, group=group, random_state=random_state
+    )
