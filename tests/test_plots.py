@@ -21,7 +21,7 @@ from featcache.report.plots import (
 from featcache.results.evaluation import Evaluation
 from featcache.store.store import FeatureStore
 from featcache.study.learning_curve import learning_curve
-from featcache.study.maps import class_distances, embed, nearest, separation
+from featcache.study.maps import embed, nearest
 from tests.labelled import clusters, make_store
 from tests.reported import case, leaderboard
 
@@ -116,25 +116,6 @@ def test_the_nearest_images_are_of_the_same_class(store: FeatureStore) -> None:
     assert [one.similarity for one in found] == sorted((o.similarity for o in found), reverse=True)
     with pytest.raises(KeyError, match="no image 'x'"):
         nearest(store, "x")
-
-
-def test_class_distances(store: FeatureStore) -> None:
-    found = class_distances(store, layers="late")
-    X, y = store.load("late")
-    assert found.classes == ("daisy", "rose", "tulip")
-    mean = np.array([X[y == name].mean(axis=0) for name in found.classes])
-    np.testing.assert_allclose(found.centroids, mean, rtol=1e-4, atol=1e-5)
-    assert found.distances[0, 1] == pytest.approx(np.linalg.norm(mean[0] - mean[1]), rel=1e-5)
-    own = X[y == "rose"] - mean[1]
-    assert found.spread[1] == pytest.approx(np.sqrt((own**2).sum(axis=1).mean()), rel=1e-4)
-
-
-def test_separation_ranks_the_taps(store: FeatureStore) -> None:
-    found = separation(store, sample=60)
-    assert list(found) == ["late:output:flatten", "early:output:flatten"]
-    assert found["late:output:flatten"] > 0.5 > abs(found["early:output:flatten"])
-    with pytest.raises(TrainingError, match="1 classes of 30 images"):
-        separation(store.select(store.labels == "rose"))
 
 
 # --- learning curves -------------------------------------------------------------------------

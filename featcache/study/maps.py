@@ -1,4 +1,4 @@
-"""Features as places: two-dimensional maps, nearest neighbours, class centroids, separation.
+"""Two-dimensional maps and nearest neighbours of features.
 
 Nearness is the cosine after the mean of all features was taken off: features behind a ReLU all
 point the same way, so that the plain cosine of two unrelated images is often over 0.9.
@@ -17,14 +17,12 @@ import numpy.typing as npt
 from featcache.errors import MissingExtra, TrainingError
 from featcache.store.store import FeatureStore
 
-__all__ = ["METHODS", "ClassDistances", "Neighbour", "class_distances", "embed", "nearest"]
-__all__ += ["nearest_rows", "separation"]
+__all__ = ["METHODS", "Neighbour", "embed", "nearest", "nearest_rows"]
 
 Method = Literal["pca", "tsne", "umap"]
 METHODS: tuple[Method, ...] = ("pca", "tsne", "umap")
 
 _FIRST = 50  # principal components that t-SNE and UMAP start from: the rest is mostly noise
-_BLOCK_BYTES = 64 << 20  # of similarities at a time
 
 
 def embed(
@@ -142,27 +140,11 @@ def nearest_rows(
     rows : ndarray of int64, shape (m, k)
         Rows of `base`.
     """
-    k = min(k, len(base))
-    asked, known = _unit(queries), _unit(base)
-    similar = np.empty((len(asked), k), np.float32)
-    rows = np.empty((len(asked), k), np.int64)
-    step = max(1, _BLOCK_BYTES // (4 * max(1, len(known))))
-    for start in range(0, len(asked), step):
-        block = asked[start : start + step] @ known.T  # (step, n)
-        top = np.argpartition(-block, k - 1, axis=1)[:, :k]
-        values = np.take_along_axis(block, top, axis=1)
-        order = np.argsort(-values, axis=1, kind="stable")
-        similar[start : start + step] = np.take_along_axis(values, order, axis=1)
-        rows[start : start + step] = np.take_along_axis(top, order, axis=1)
-    return similar, rows
+    from sklearn.neighbors import NearestNeighbors
 
-
-def _unit(X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    norm = np.linalg.norm(X, axis=1, keepdims=True)
-    unit: npt.NDArray[np.float32] = (X / np.maximum(norm, np.finfo(np.float32).tiny)).astype(
-        np.float32
-    )
-    return unit
+    search = NearestNeighbors(n_neighbors=min(k, len(base)), metric="cosine", algorithm="brute")
+    distances, rows = search.fit(base).kneighbors(queries)  # (m, k), (m, k)
+    return (1 - distances).astype(np.float32), rows
 
 
 def _centred(X: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -220,107 +202,3 @@ def nearest(
         Neighbour(str(store.ids[row]), str(store.labels[row]), float(cosine))
         for row, cosine in others[:k]
     ]
-
-
-@dataclass(frozen=True, eq=False)
-class ClassDistances:
-    """How far the classes are from each other.
-
-    Attributes
-    ----------
-    classes : tuple of str
-        Names, sorted.
-    centroids : ndarray of float32, shape (k, d)
-        Mean features of each class.
-    distances : ndarray of float32, shape (k, k)
-        Euclidean, between centroids.
-    spread : ndarray of float32, shape (k,)
-        Root mean square distance of a class's images to their centroid.
-    """
-
-    classes: tuple[str, ...]
-    centroids: npt.NDArray[np.float32]
-    distances: npt.NDArray[np.float32]
-    spread: npt.NDArray[np.float32]
-
-
-def class_distances(
-    store: FeatureStore, *, layers: str | Sequence[str] | None = None
-) -> ClassDistances:
-    """Return the centroids of the labelled classes and their distances.
-
-    Raises
-    ------
-    TrainingError
-        No image has a label.
-    """
-    names, code = _labelled(store)
-    X = _matrix(store.select(store.labels != ""), layers).astype(np.float64)
-    count = np.bincount(code)[:, None]
-    centroids = np.zeros((len(names), X.shape[1]))
-    np.add.at(centroids, code, X)
-    centroids /= count
-    off = ((X - centroids[code]) ** 2).sum(axis=1)
-    spread = np.sqrt(np.bincount(code, weights=off) / count[:, 0])
-    distances = np.linalg.norm(centroids[:, None] - centroids[None], axis=2)
-    return ClassDistances(
-        tuple(str(name) for name in names),
-        centroids.astype(np.float32),
-        distances.astype(np.float32),
-        spread.astype(np.float32),
-    )
-
-
-def separation(
-    store: FeatureStore, *, sample: int = 2000, random_state: int = 0
-) -> dict[str, float]:
-    """Say how well each tap separates the classes: the mean silhouette, from -1 to 1.
-
-    The silhouette (Rousseeuw, *Journal of Computational and Applied Mathematics* 20, 1987) compares
-    the cosine distance to the images of the own class with that to the nearest other class.
-
-    Parameters
-    ----------
-    store : FeatureStore
-        With labels of at least two classes.
-    sample : int
-        Images to look at, drawn at random: the time grows with their square.
-    random_state : int
-        Seed of the draw.
-
-    Returns
-    -------
-    dict of str to float
-        By tap, the best first.
-
-    Raises
-    ------
-    TrainingError
-        There are fewer than two classes, or as many classes as images.
-    """
-    from sklearn.metrics import silhouette_score
-
-    rows = np.flatnonzero(store.labels != "")
-    if len(rows) > sample:
-        rows = np.sort(np.random.default_rng(random_state).choice(rows, sample, replace=False))
-    chosen = store.select(rows)
-    names, code = _labelled(chosen)
-    if not 2 <= len(names) < len(rows):
-        raise TrainingError(
-            f"Separation needs two classes or more, with more images than classes; "
-            f"{len(names)} classes of {len(rows)} images came."
-        )
-    scores = {
-        tap: float(silhouette_score(_centred(_matrix(chosen, [tap])), code, metric="cosine"))
-        for tap in chosen.taps
-    }
-    return dict(sorted(scores.items(), key=lambda item: -item[1]))
-
-
-def _labelled(store: FeatureStore) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """Return the sorted class names, and the class of each labelled image."""
-    labels = store.labels[store.labels != ""]
-    if not len(labels):
-        raise TrainingError(f"None of the images of {', '.join(store.paths)} has a label.")
-    names, code = np.unique(labels, return_inverse=True)
-    return names, code.astype(np.int64)
