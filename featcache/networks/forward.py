@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import BackboneError, DeviceError
-from featcache.networks import fusion, packing, winograd
+from featcache.networks import fusion, packing
 from featcache.networks.backbone import Backbone
 from featcache.networks.taps import Tapped
 from featcache.system.memory import glibc
@@ -48,7 +48,6 @@ _OTHER_BATCHES = {"cpu": (16, 32, 64), "cuda": (64, 256, 512), "mps": (32, 128)}
 _WORTH_MEASURING = 64
 _SHARE_FOR_MEASURING = 0.03
 _WORTH_COMPILING = 400.0
-_WORTH_WINOGRAD = 256  # images
 _CLEARLY = 0.93
 _SPEED_UPS = ("folded", "packed", "packed_products")
 # Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
@@ -113,8 +112,6 @@ class Settings:
         computed with them.
     packed_products : bool
         Whether oneDNN multiplies the matrices of linear layers.
-    winograd : tuple of str
-        Convolutions that are computed by `featcache.networks.winograd`.
     autocast : bool
         Whether types are chosen operation by operation instead of converting the network.
     compiled : bool
@@ -131,7 +128,6 @@ class Settings:
     folded: bool
     packed: bool
     packed_products: bool
-    winograd: tuple[str, ...]
     autocast: bool
     compiled: bool
     aligned: bool = False
@@ -145,7 +141,7 @@ class Settings:
         """Return the settings that `to_dict` gave, None where they are of another version."""
         if set(values) != {field.name for field in fields(cls)}:
             return None
-        return cls(**{**values, "winograd": tuple(values["winograd"])})
+        return cls(**values)
 
 
 class Pending:
@@ -373,7 +369,7 @@ class Runtime:
                     raise
                 failure = error
                 continue
-            plain = not any(getattr(settings, name) for name in ("winograd", *_SPEED_UPS))
+            plain = not any(getattr(settings, name) for name in _SPEED_UPS)
             if agrees or plain:
                 self._compute, self._settings = tapped, settings
                 self._measure(seen)
@@ -411,23 +407,14 @@ class Runtime:
             packed_products=cpu
             and seen.product is not None
             and packing.products_pay(seen.product, batch_size, dtype),
-            winograd=self._winograd_layers(seen),
             autocast=False,
             compiled=bool(self._compile),
         )
 
-    def _winograd_layers(self, seen: fusion.Observed) -> tuple[str, ...]:
-        long_enough = (self._count or 0) >= _WORTH_WINOGRAD
-        if self.device.type != "cpu" or self.precision != "float32" or not long_enough:
-            return ()
-        return winograd.faster(self.backbone.module, seen.inputs)
-
     def _attempts(self, wanted: Settings) -> Iterator[Settings]:
         """Yield the settings to try: all that is wanted, all but one thing, nothing of it."""
-        nothing: dict[str, Any] = {"winograd": (), **dict.fromkeys(_SPEED_UPS, False)}
-        enabled = {name: off for name, off in nothing.items() if getattr(wanted, name)}
-        steps = [{}, *({name: off} for name, off in enabled.items()), nothing]
-        for step in steps:
+        nothing: dict[str, Any] = dict.fromkeys(_SPEED_UPS, False)
+        for step in [{}, *({name: False} for name in nothing if getattr(wanted, name)), nothing]:
             settings = replace(wanted, **step)
             yield settings
             if self.precision != "float32" and not wanted.autocast:
@@ -455,10 +442,6 @@ class Runtime:
             dtype=self._dtype(settings),
             channels_last=settings.channels_last,
         )
-        for name in settings.winograd:
-            convolution: Any = module.get_submodule(name)
-            module.set_submodule(name, winograd.WinogradConv2d(convolution))
-            convolutions.pop(name, None)
         products = seen.layers if settings.packed_products else set()
         packing.pack(module, products, convolutions, settings.batch_size)
         return Tapped(module, self.backbone.points)
@@ -470,8 +453,6 @@ class Runtime:
         batch = example.to(self.device, self._dtype(settings))
         with self._without_gradients(settings), self._configured(settings):
             found = tapped(batch)
-        if settings.winograd and not _close(found, seen.features):
-            return False
         return _same(found, seen.features, self.precision)
 
     # --- measuring ------------------------------------------------------------------------------
@@ -574,9 +555,7 @@ class Runtime:
         """Compile the network; return the settings without that if it cannot be done here."""
         before = self._compute
         # The compiler packs by itself, and does not see through layers that are packed already.
-        compiled = replace(
-            settings, compiled=True, packed=False, packed_products=False, winograd=()
-        )
+        compiled = replace(settings, compiled=True, packed=False, packed_products=False)
         tapped = self._network(compiled, seen)
         tapped.__enter__()  # hooks that come after compiling would never fire
         options: dict[str, Any] = {"freezing": True} if settings.device == "cpu" else {}
@@ -590,14 +569,6 @@ class Runtime:
             pass
         self._compute = before
         return replace(settings, compiled=False)
-
-
-def _close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    """Say whether every feature is well within 1e-5 of the largest one."""
-    return all(
-        float((found[tap].cpu() - value).abs().max()) <= 4e-6 * float(value.abs().max())
-        for tap, value in expected.items()
-    )
 
 
 @contextlib.contextmanager

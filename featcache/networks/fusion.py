@@ -42,8 +42,6 @@ class Observed:
         Identities of the parameters and buffers that took no part.
     product : (int, int, int) or None
         Rows, inputs and outputs of the largest matrix product of any linear layer.
-    inputs : dict of str to (int, int)
-        Height and width of the input of convolutions that ran once.
     features : dict of str to torch.Tensor
         What it computed.
     """
@@ -52,7 +50,6 @@ class Observed:
     layers: set[str]
     unused: set[int]
     product: tuple[int, int, int] | None
-    inputs: dict[str, tuple[int, int]]
     features: dict[str, Tensor]
 
 
@@ -93,7 +90,6 @@ class _Calls:
         self.made_by: dict[int, tuple[str, Tensor]] = {}  # holding the tensor keeps its id unique
         self.pairs: list[tuple[str, str]] = []
         self.layers: set[str] = set()
-        self.inputs: dict[str, tuple[int, int]] = {}
         self.products: list[tuple[int, int, int]] = []
 
     def product(self, name: str) -> Callable[..., None]:
@@ -108,7 +104,6 @@ class _Calls:
     def convolution(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.runs[name] += 1
-            self.inputs[name] = args[0].shape[-2:]
             self.made_by[id(output)] = (name, output)
 
         return hook
@@ -160,8 +155,7 @@ def observe(module: nn.Module, points: Sequence[ResolvedTap], example: Tensor) -
         and not tapped & {convolution, normalisation}
     ]
     product = max(calls.products, key=math.prod, default=None)
-    inputs = {name: size for name, size in calls.inputs.items() if calls.runs[name] == 1}
-    return Observed(pairs, calls.layers, tensors - arguments.seen, product, inputs, features)
+    return Observed(pairs, calls.layers, tensors - arguments.seen, product, features)
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
