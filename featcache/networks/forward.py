@@ -49,7 +49,7 @@ _WORTH_MEASURING = 64
 _SHARE_FOR_MEASURING = 0.03
 _WORTH_COMPILING = 400.0
 _CLEARLY = 0.93
-_SPEED_UPS = ("folded", "packed", "packed_products")
+_SPEED_UPS = ("folded", "packed_products")
 # Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
 _SAME = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
@@ -107,9 +107,6 @@ class Settings:
         Whether maps are laid out as (n, h, w, c).
     folded : bool
         Whether batch normalisations are folded into convolutions.
-    packed : bool
-        Whether the weights of convolutions are brought into oneDNN's layout, and activations
-        computed with them.
     packed_products : bool
         Whether oneDNN multiplies the matrices of linear layers.
     autocast : bool
@@ -126,7 +123,6 @@ class Settings:
     threads: int
     channels_last: bool
     folded: bool
-    packed: bool
     packed_products: bool
     autocast: bool
     compiled: bool
@@ -403,7 +399,6 @@ class Runtime:
             threads=threads,
             channels_last=True,
             folded=bool(seen.pairs),
-            packed=cpu and hasattr(torch.ops.mkldnn, "_convolution_pointwise"),
             packed_products=cpu
             and seen.product is not None
             and packing.products_pay(seen.product, batch_size, dtype),
@@ -419,7 +414,7 @@ class Runtime:
             yield settings
             if self.precision != "float32" and not wanted.autocast:
                 # autocast does not know the operations of packed layers
-                yield replace(settings, autocast=True, packed=False, packed_products=False)
+                yield replace(settings, autocast=True, packed_products=False)
 
     def _example(self) -> Tensor:
         """Return one normalised image of noise, the same every time."""
@@ -432,9 +427,6 @@ class Runtime:
         module = fusion.shallow_copy(self.backbone.module)
         if settings.folded:
             fusion.fold(module, seen.pairs)
-        convolutions = {}
-        if settings.packed:
-            convolutions = packing.observe(module, self.backbone.points, self._example())
         fusion.converted(
             module,
             seen.unused,
@@ -442,8 +434,8 @@ class Runtime:
             dtype=self._dtype(settings),
             channels_last=settings.channels_last,
         )
-        products = seen.layers if settings.packed_products else set()
-        packing.pack(module, products, convolutions, settings.batch_size)
+        if settings.packed_products:
+            packing.pack(module, seen.layers)
         return Tapped(module, self.backbone.points)
 
     def _agrees(
@@ -555,7 +547,7 @@ class Runtime:
         """Compile the network; return the settings without that if it cannot be done here."""
         before = self._compute
         # The compiler packs by itself, and does not see through layers that are packed already.
-        compiled = replace(settings, compiled=True, packed=False, packed_products=False)
+        compiled = replace(settings, compiled=True, packed_products=False)
         tapped = self._network(compiled, seen)
         tapped.__enter__()  # hooks that come after compiling would never fire
         options: dict[str, Any] = {"freezing": True} if settings.device == "cpu" else {}

@@ -1,9 +1,6 @@
-"""Layers whose weights lie as oneDNN wants them, for networks that run on a CPU.
+"""Linear layers whose weights lie as oneDNN wants them, for networks that run on a CPU.
 
-PyTorch's eager layers hand oneDNN their weights as they are, and compute activations in a pass of
-their own. Here weights are brought into oneDNN's layout once, and an activation that follows a
-convolution is computed with it (MobileNetV2: 12 % faster in float32, 25 % in bfloat16). Matrix
-products go to oneDNN instead of the BLAS library that PyTorch was built with, where that is
+Matrix products go to oneDNN instead of the BLAS library that PyTorch was built with, where that is
 measured to be faster: Intel's MKL computes float32 on AMD's processors at less than half of their
 speed.
 
@@ -16,178 +13,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from featcache.networks.taps import ResolvedTap, Tapped
-
-__all__ = ["Convolution", "observe", "pack", "products_pay"]
-
-# Activations that oneDNN computes with a convolution: its name and numbers.
-_ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
-    nn.ReLU: ("relu", []),
-    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
-    nn.SiLU: ("swish", []),
-    nn.Hardswish: ("hardswish", []),
-}
+__all__ = ["pack", "products_pay"]
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """How a convolution was seen to be used.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Of its input for one image: channels, height, width.
-    activation : str or None
-        Name of the activation that alone takes its output.
-    """
-
-    shape: tuple[int, ...]
-    activation: str | None
-
-
-def observe(
-    module: nn.Module, points: Sequence[ResolvedTap], example: Tensor
-) -> dict[str, Convolution]:
-    """Run a network once up to its last tap and note its convolutions, by name.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        In evaluation mode, in float32 on the CPU; batch normalisations folded where they can be.
-    points : sequence of ResolvedTap
-        Where features are read. A convolution or an activation that holds a tap stays itself.
-    example : torch.Tensor
-        Normalised images.
-    """
-    tapped = {point.tap.layer for point in points}
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    made: dict[int, tuple[str, Tensor, int]] = {}  # holding the tensor keeps its id unique
-    followed: dict[str, str] = {}
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(part: nn.Module, args: Any, output: Tensor) -> None:
-            shapes.setdefault(name, []).append(tuple(args[0].shape[1:]))
-            made[id(output)] = name, output, output._version
-
-        return hook
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(part: nn.Module, args: Any) -> None:
-            convolution, _, version = made.get(id(args[0]), ("", None, -1))
-            if version == args[0]._version:  # nothing has written into it since
-                followed[convolution] = name
-
-        return hook
-
-    handles = []
-    for name, part in module.named_modules():
-        if name in tapped or part._forward_hooks or part._forward_pre_hooks:
-            continue
-        if _is_plain(part):
-            handles.append(part.register_forward_hook(after(name)))
-        elif type(part) in _ACTIVATIONS:
-            handles.append(part.register_forward_pre_hook(before(name)))
-    try:
-        with torch.no_grad():
-            Tapped(module, points)(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        name: Convolution(seen[0], followed.get(name))
-        for name, seen in shapes.items()
-        if len(seen) == 1
-    }
-
-
-def _is_plain(part: nn.Module) -> bool:
-    return (
-        type(part) is nn.Conv2d
-        and part.padding_mode == "zeros"
-        and not isinstance(part.padding, str)
-    )
-
-
-def pack(
-    module: nn.Module, products: set[str], convolutions: Mapping[str, Convolution], images: int
-) -> None:
-    """Replace layers by packed ones, in place.
+def pack(module: nn.Module, layers: Iterable[str]) -> None:
+    """Replace linear and attention layers by packed ones, in place.
 
     Parameters
     ----------
     module : torch.nn.Module
         A copy whose weights have their final type.
-    products : set of str
-        Linear and attention layers.
-    convolutions : mapping of str to Convolution
-        From `observe`.
-    images : int
-        Images a batch.
+    layers : iterable of str
+        Names of the layers.
     """
-    for name in products:
+    for name in layers:
         part = module.get_submodule(name)
         if isinstance(part, nn.Linear):
             module.set_submodule(name, _PackedLinear(part.weight, part.bias))
         elif isinstance(part, nn.MultiheadAttention) and _PackedAttention.fits(part):
             module.set_submodule(name, _PackedAttention(part))
-    for name, seen in convolutions.items():
-        activation = None if seen.activation is None else module.get_submodule(seen.activation)
-        if isinstance(activation, _Skippable):
-            activation = activation.activation
-        elif activation is not None:
-            assert seen.activation is not None
-            module.set_submodule(seen.activation, _Skippable(activation))
-        packed = _PackedConv2d(module.get_submodule(name), (images, *seen.shape), activation)
-        module.set_submodule(name, packed)
-
-
-class _PackedConv2d(nn.Module):
-    """A convolution, and perhaps the activation after it."""
-
-    def __init__(
-        self, convolution: Any, shape: tuple[int, ...], activation: nn.Module | None
-    ) -> None:
-        super().__init__()
-        places = [list(getattr(convolution, k)) for k in ("padding", "stride", "dilation")]
-        self.arguments = [*places, convolution.groups]
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            convolution.weight.detach(), *self.arguments, list(shape)
-        )
-        self.bias = convolution.bias
-        self.activates = activation is not None
-        self.arguments += _ACTIVATIONS[type(activation)] if activation else ("none", [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.arguments, ""
-        )
-        if self.activates:
-            y._featcache_activated = True  # type: ignore[attr-defined]
-        return y
-
-
-class _Skippable(nn.Module):
-    """An activation that lets through what was activated already.
-
-    One module may activate several tensors; the mark is on the tensor, and goes when it is used.
-    """
-
-    def __init__(self, activation: nn.Module) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Any:
-        if getattr(x, "_featcache_activated", False):
-            del x._featcache_activated  # type: ignore[attr-defined]
-            return x
-        return self.activation(x)
 
 
 class _PackedLinear(nn.Module):
