@@ -74,6 +74,29 @@ def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_processes_say_nothing_on_standard_error_but_what_featcache_says(
+    flower_folder: Path, tmp_path: Path
+) -> None:
+    def run(*arguments: object, status: int = 0) -> str:
+        command = [sys.executable, "-m", "featcache.cli", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    assert run("layers", "resnet18", "--image-size", "64") == ""
+    bar = run("extract", flower_folder, "-o", "s.h5", *NETWORK)
+    assert re.fullmatch(r"(\s*resnet18: +\d+%\|.*\| \d+/36 \[.*img/s\]\s*)+", bar)
+    assert run("train", "s.h5", "-o", "p", "--head", "forest", "--cv", "2") == ""
+    assert run("predict", "p", flower_folder / "rose") == ""
+    assert run("layers", status=2) == (
+        "Usage: featcache layers [OPTIONS] BACKBONE\n"
+        "Try 'featcache layers --help' for help.\n\n"
+        "Error: Missing argument 'BACKBONE'.\n"
+    )
+    message = run("layers", "resnet8", status=1)
+    assert re.fullmatch(r"UnknownBackbone: .* Near names: .*\n", message)
+
+
 def test_help_shows_the_defaults_of_the_suffix() -> None:
     text = " ".join(succeed("train", "--help").split())
     settings = vars(SuffixSettings())

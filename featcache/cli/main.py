@@ -10,8 +10,6 @@ to resume).
 
 from __future__ import annotations
 
-import atexit
-import gc
 import json
 import re
 import sys
@@ -218,9 +216,6 @@ def main() -> None:
     featcache train flowers.h5 -o flowers.featcache
     featcache predict flowers.featcache new_photos
     """
-    # As the process ends, Python would look through all that torch has defined for garbage: a
-    # second after every command.
-    atexit.register(gc.freeze)
 
 
 @main.command()
