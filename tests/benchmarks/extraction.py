@@ -11,13 +11,18 @@ the disk, as its own documentation shows it:
 
 Where one of them would download weights, it gets the same architecture with random ones. A rival
 runs for `--seconds` at least a batch, as its speed does not depend on how many images follow; ours
-runs over all of them, from the call to the finished file. ``forward`` is the network of ours by
-itself, at the same settings: what remains if decoding and writing cost nothing.
+runs over all of them. Its rate in the loop, from the first image to the last, and its rate from the
+call to the finished file stand beside ``bare``: what the processor can do at all. That is the
+torchvision network up to its pooled features and nothing else: folded, channels last, with the C
+library told to keep its pages, in inference mode, on one batch of noise again and again.
+
+``--against CHECKOUT`` runs another checkout of featcache beside this one, in turn.
 
 Without ``--network``, or with ``--precision``, the demo's photographs follow: what a linear head
 makes of MobileNetV2's features in each precision.
 
     python tests/benchmarks/extraction.py [--images 1000] [--network resnet50]... [--seconds 40]
+    python tests/benchmarks/extraction.py --only bare --only featcache --against ../before
 
 Needs: pip install scikit-image timm pandas
 and:   pip install --no-deps img2vec-pytorch embetter diskcache
@@ -53,6 +58,7 @@ IN_TIMM = {
 }
 HOOKED = {"resnet50": "fc", "mobilenet_v2": "classifier", "vgg16": "avgpool", "vit_b_16": "heads"}
 BATCH = 64
+ROOT = Path(__file__).parents[2]
 
 Speed = dict[str, Any]
 
@@ -160,37 +166,57 @@ def img2vec(folder: str, network: str, seconds: float, out: str, *, size: int = 
     return measured(batches(), seconds, lambda: np.save(out, np.vstack(features)))
 
 
-def ours(folder: str, network: str, seconds: float, out: str, *, precision: str) -> Speed:
-    """Run `featcache.extract`, and then its network by itself."""
-    import featcache as fc
-    from featcache.networks.forward import Runtime, Settings
-    from featcache.system.memory import keep_pages
+def bare(folder: str, network: str, seconds: float, out: str, *, precision: str) -> Speed:
+    """Run the network alone, tuned by what torch and the C library offer everybody."""
+    import ctypes
 
-    backbone = fc.Backbone.from_torchvision(network, weights=None, layers=LAYERS.get(network))
+    import torch
+    from torch.fx.experimental.optimization import fuse
+    from torchvision.models import get_model
+
+    library = ctypes.CDLL(None)
+    library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    library.mallopt(-3, 2**31 - 1) or library.mallopt(-4, 0)  # M_MMAP_THRESHOLD, M_MMAP_MAX
+    model = get_model(network, weights=None).eval()
+    head = {"resnet50": "fc", "vit_b_16": "heads"}.get(network, "classifier")
+    model.set_submodule(head, torch.nn.Identity())
+    if network != "vit_b_16":
+        model = fuse(model)
+    dtype = getattr(torch, precision)
+    model = model.to(dtype=dtype, memory_format=torch.channels_last)
+    batch = torch.rand(8, 3, 224, 224, dtype=dtype).to(memory_format=torch.channels_last)
+    times: list[float] = []
+    with torch.inference_mode():
+        for _ in range(3):
+            model(batch)
+        while sum(times) < seconds:
+            before = time.perf_counter()
+            model(batch)
+            times.append(time.perf_counter() - before)
+    return {"images": len(batch), "seconds": float(np.median(times))}
+
+
+def ours(folder: str, network: str, seconds: float, out: str, *, precision: str) -> Speed:
+    """Run `featcache.extract`."""
+    import featcache as fc
+
+    # The first release had one constructor for each family of networks.
+    backbone_of = getattr(fc.Backbone, "from_torchvision", fc.Backbone)
+    backbone = backbone_of(network, weights=None, layers=LAYERS.get(network))
     _ = backbone.module  # as for the others: a network in memory is what is started from
     images = fc.ImageSet.from_folder(folder)
     started = time.perf_counter()
-    store = fc.extract(images, backbone, f"{out}.h5", device="cpu", precision=precision)
+    store = fc.extract(
+        images, backbone, f"{out}.h5", device="cpu", precision=precision, compile=False
+    )
     spent = time.perf_counter() - started
-    memory = peak()
     summary = store.extraction
-    settings = Settings.from_dict(summary.settings)
-    runtime = Runtime(backbone, device="cpu", precision=precision, settings=settings)
-    size = runtime.settings.batch_size
-    batch = np.stack([backbone.preprocessing(images.read(i)) for i in range(size)])
-    with keep_pages():
-        runtime(batch)
-        times = []
-        while sum(times) < 5 or len(times) < 5:
-            before = time.perf_counter()
-            runtime(batch)
-            times.append(time.perf_counter() - before)
     return {
         "images": len(images),
         "seconds": spent,
-        "peak": memory,
-        "bare": size / float(np.median(times)),
-        "error": relative_error(store, backbone, images),
+        "peak": peak(),
+        "loop": len(images) / summary.seconds["loop"],
+        "error": 0.0 if backbone_of != fc.Backbone else relative_error(store, backbone, images),
         "parts": summary.seconds,
         "bottleneck": summary.bottleneck,
         "settings": summary.settings,
@@ -219,6 +245,8 @@ def relative_error(store: Any, backbone: Any, images: Any, count: int = 8) -> fl
 
 
 CONTESTANTS: dict[str, Callable[..., Speed]] = {
+    "bare": lambda *args: bare(*args, precision="float32"),
+    "bare, bfloat16": lambda *args: bare(*args, precision="bfloat16"),
     "loop": loop,
     "timm": timm,
     "embetter": embetter,
@@ -267,6 +295,13 @@ def precisions(folder: Path) -> None:
     print(f"demo, relative error of a row: median {np.median(error):.2%}, worst {error.max():.2%}")
 
 
+def computes_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 faster than float32."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def interval(ends: Any) -> str:
     """Return ``[low, high]``."""
     return f"[{ends[0]:.3f}, {ends[1]:.3f}]"
@@ -275,13 +310,15 @@ def interval(ends: Any) -> str:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def contest(name: str, folder: Path, network: str, seconds: float) -> Speed | None:
+def contest(
+    name: str, folder: Path, network: str, seconds: float, checkout: Path = ROOT
+) -> Speed | None:
     """Run one contestant in a fresh process; None if it has no such network."""
     if name.startswith("img2vec") and network != "resnet50":
         return None  # it knows neither mobilenet_v2 nor vit_b_16, and means vgg16_bn by vgg16
     # Nobody gets settings from the environment that its user would have to know.
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "OPENBLAS_", "MKL_"))}
-    clean["PYTHONPATH"] = str(Path(__file__).parents[2])
+    clean["PYTHONPATH"] = str(checkout.resolve())
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, __file__, "--contestant", name, "--folder", str(folder)]
         command += ["--network", network, "--seconds", str(seconds), "--out", f"{out}/features"]
@@ -294,14 +331,15 @@ def contest(name: str, folder: Path, network: str, seconds: float) -> Speed | No
     return result
 
 
-def show(network: str, name: str, result: Speed, best: float) -> None:
+def show(network: str, name: str, result: Speed, best: float, limit: float) -> None:
     """Print one line."""
     speed = result["images"] / result["seconds"]
     line = f"{network:14s} {name:22s} {speed:7.1f} images/s  {result['peak']:6.0f} MB"
-    if "bare" in result:
+    if "loop" in result:
         line += f"  {speed / best:4.1f} x" if best else ""
-        line += f"  forward {result['bare']:.1f}/s ({speed / result['bare']:.0%})"
-        line += f"  error {result['error']:.1e}"
+        line += f"  in the loop {result['loop']:.1f}/s"
+        line += f" = {result['loop'] / limit:.1%} of the bare pass" if limit else ""
+        line += f"  error {result['error']:.1e}" if result["error"] else ""
     print(line, flush=True)
 
 
@@ -314,6 +352,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="for each rival")
     parser.add_argument("--folder", type=Path, help="photographs that are there already")
     parser.add_argument("--precision", action="store_true", help="the demo in each precision only")
+    parser.add_argument("--against", type=Path, help="another checkout of featcache")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
@@ -335,15 +374,24 @@ def main() -> None:
         folder = make(options.folder or Path(temporary), options.images)
         results: dict[str, dict[str, Speed]] = {}
         for network in options.network or NETWORKS:
-            best = 0.0
+            best, limits = 0.0, {}
             for name in options.only or CONTESTANTS:
-                result = contest(name, folder, network, options.seconds)
-                if result is None:
+                if "bfloat16" in name and not computes_bfloat16():
                     continue
-                show(network, name, result, best)
-                results.setdefault(network, {})[name] = result
-                if not name.startswith("featcache"):
-                    best = max(best, result["images"] / result["seconds"])
+                checkouts = {name: ROOT}
+                if options.against and name.startswith("featcache"):
+                    checkouts |= {name.replace("featcache", options.against.name): options.against}
+                for shown, checkout in checkouts.items():
+                    result = contest(name, folder, network, options.seconds, checkout)
+                    if result is None:
+                        continue
+                    rate = result["images"] / result["seconds"]
+                    show(network, shown, result, best, limits.get("bfloat16" in name, 0.0))
+                    results.setdefault(network, {})[shown] = result
+                    if name.startswith("bare"):
+                        limits["bfloat16" in name] = rate
+                    elif checkouts.keys() == {name} and not name.startswith("featcache"):
+                        best = max(best, rate)
         if not options.network:
             precisions(Path(temporary))
     if options.json:
