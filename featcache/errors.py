@@ -23,6 +23,7 @@
     │   └── Interrupted          SIGINT or SIGTERM; everything committed, run again to resume
     ├── TrainingError            labels, classes or folds that cannot be trained on
     ├── PredictorError           a predictor file that cannot be used
+    ├── OutputError              a file that cannot be written, or holds something else
     ├── DeviceError              a device or precision that this machine does not have
     └── MissingExtra             an optional package is not installed (the message has the command)
 
@@ -141,6 +142,10 @@ class TrainingError(FeatcacheError):
 
 class PredictorError(FeatcacheError):
     """A predictor file that is damaged, hostile, or of another format version."""
+
+
+class OutputError(FeatcacheError):
+    """A file that cannot be written, or that would replace one of another kind."""
 
 
 class DeviceError(FeatcacheError):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featcache.errors import MissingExtra, PredictorError, TrainingError
+from featcache.errors import MissingExtra, OutputError, TrainingError
 from featcache.study.audit import audit
 from tests.labelled import clusters, make_store
 from tests.stores import sha256
@@ -119,7 +119,7 @@ def test_csv_has_one_line_a_finding_and_replaces_nothing_else(tmp_path: Path) ->
 
     other = tmp_path / "mine.csv"
     other.write_text("id,label\n")
-    with pytest.raises(PredictorError, match=r"mine\.csv is there already and is not a file of"):
+    with pytest.raises(OutputError, match=r"mine\.csv is there already and is not a file of"):
         found.to_csv(other)
     assert other.read_text() == "id,label\n"
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from featcache import Backbone, ImageSet, Preprocessing, extract, train
 from featcache.cli.main import main
-from featcache.errors import MissingExtra, PredictorError
+from featcache.errors import MissingExtra, OutputError, PredictorError
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.mlp import MLP
 from featcache.heads.treatment import SignedPower
@@ -215,7 +215,7 @@ def test_onnx_gives_the_predictors_probabilities(
 
     export_model(predictor, target, backbone=small())  # its own kind is replaced
     target.write_bytes(b"\x08\x07mine")
-    with pytest.raises(PredictorError, match="is not a model that featcache exported"):
+    with pytest.raises(OutputError, match="is not a model that featcache exported"):
         export_model(predictor, target, backbone=small())
     assert target.read_bytes() == b"\x08\x07mine"
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_is_not_replaced(predictor: Predictor, tmp_path: Path) -> N
     with zipfile.ZipFile(target, "w") as archive:
         archive.writestr("data.pkl", b"precious")
     content = target.read_bytes()
-    with pytest.raises(PredictorError, match="is not a model that featcache exported"):
+    with pytest.raises(OutputError, match="is not a model that featcache exported"):
         export_model(predictor, target, backbone=small())
     assert target.read_bytes() == content
 

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from featcache import Backbone, ImageSet, Preprocessing, extract, train
-from featcache.errors import FingerprintMismatch, ImageSetError, PredictorError
+from featcache.errors import FingerprintMismatch, ImageSetError, OutputError, PredictorError
 from featcache.predictor import persistence
 from featcache.predictor.manifest import CanaryRows
 from featcache.predictor.predictions import Prediction, write_predictions
@@ -484,7 +484,7 @@ def test_a_predictor_replaces_a_predictor_and_nothing_else(
         (tmp_path, "is a folder"),
         (tmp_path / "none" / "p", "no folder"),
     ):
-        with pytest.raises(PredictorError, match=message):
+        with pytest.raises(OutputError, match=message):
             predictor.save(target)
     assert other.read_bytes() == content
     (tmp_path / "empty").touch()
@@ -667,7 +667,7 @@ def test_predictions_replace_predictions_and_nothing_else(tmp_path: Path) -> Non
     write_predictions(FOUND, target)
     other = tmp_path / "labels.csv"
     other.write_text("id,label\n")
-    with pytest.raises(PredictorError, match="not a file of predictions"):
+    with pytest.raises(OutputError, match="not a file of predictions"):
         write_predictions(FOUND, other)
     assert other.read_text() == "id,label\n"
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache.errors import MissingExtra, PredictorError
+from featcache.errors import MissingExtra, OutputError
 from featcache.images.image_set import ImageSet
 from featcache.report.data import write_report
 from featcache.study.audit import Finding, Findings
@@ -196,7 +196,7 @@ def test_a_report_is_replaced_and_nothing_else_is(made: Case, tmp_path: Path) ->
     write_report(made.evaluation, tmp_path / "r.html", title="two")
     assert "<title>two</title>" in (tmp_path / "r.html").read_text()
     (tmp_path / "mine.html").write_text("<p>my own page</p>")
-    with pytest.raises(PredictorError, match="not a report of featcache"):
+    with pytest.raises(OutputError, match="not a report of featcache"):
         write_report(made.evaluation, tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "<p>my own page</p>"
 

@@ -61,7 +61,7 @@ from featcache.predictor.export import export_model
 from featcache.predictor.predictor import Predictor
 from featcache.store.store import FeatureStore
 from featcache.study.train import compare, train, train_files
-from featcache.system.interruption import interruptible
+from featcache.system.console import interruptible
 from tests.small import SIDE, Network, network
 
 SHAPE = (3, SIDE, SIDE)

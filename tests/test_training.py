@@ -13,6 +13,7 @@ import pytest
 from featcache import compare, learning_curve, train, train_files
 from featcache.errors import (
     MissingFeatures,
+    OutputError,
     PredictorError,
     StoreError,
     TrainingError,
@@ -457,10 +458,10 @@ def test_a_study_joins_stores(joined: tuple[FeatureStore, FeatureStore], tmp_pat
 def test_a_study_never_replaces_another_file(store: FeatureStore, tmp_path: Path) -> None:
     target = tmp_path / "thesis.zip"
     target.write_bytes(b"precious")
-    with pytest.raises(PredictorError, match="is not a featcache predictor"):
+    with pytest.raises(OutputError, match="is not a featcache predictor"):
         train_files(store.paths, target, heads=["linear"])
     assert target.read_bytes() == b"precious"
-    with pytest.raises(PredictorError, match="no folder"):
+    with pytest.raises(OutputError, match="no folder"):
         train_files(store.paths, tmp_path / "nowhere" / "p.featcache", heads=["linear"])
 
 

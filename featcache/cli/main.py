@@ -23,7 +23,7 @@ import click
 import featcache
 from featcache.errors import FeatcacheError
 from featcache.finetuning.settings import SCHEDULES, SuffixSettings
-from featcache.system.interruption import as_ctrl_c
+from featcache.system.console import sigterm_as_ctrl_c
 from featcache.version import __version__
 
 DEVICES = "auto, cpu, cuda, cuda:1, mps"
@@ -49,7 +49,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a `FeatcacheError` becomes a `Message`, SIGTERM click's "Aborted!"."""
         try:
-            with as_ctrl_c():
+            with sigterm_as_ctrl_c():
                 return super().invoke(ctx)
         except FeatcacheError as error:
             raise Message(error) from error

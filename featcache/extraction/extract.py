@@ -47,9 +47,8 @@ from featcache.pixels.decoding import Augmentation
 from featcache.store.layout import DONE, FAILED
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
-from featcache.system.interruption import interruptible
+from featcache.system.console import interruptible, progress_bar
 from featcache.system.memory import keep_pages
-from featcache.system.progress import progress_bar
 
 __all__ = ["Chunk", "Summary", "canary_features", "extract", "features"]
 

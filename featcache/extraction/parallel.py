@@ -28,7 +28,7 @@ from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings
 from featcache.pixels.decoding import Augmentation
 from featcache.store.writer import FeatureWriter
-from featcache.system.interruption import interruptible
+from featcache.system.console import interruptible
 from featcache.system.memory import keep_pages
 
 __all__ = ["Progress", "Work", "fill"]

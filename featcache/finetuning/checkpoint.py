@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from featcache.errors import TrainingError
-from featcache.system.files import replacing
-from featcache.system.interruption import put_off
+from featcache.system.console import deferred_signals
+from featcache.system.files import atomic_write
 
 __all__ = ["Checkpoint"]
 
@@ -54,12 +54,14 @@ class Checkpoint:
         return state
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Put a state in the place of the last one; a signal meanwhile waits until it is there.
+        """Replace the last state; a signal that comes meanwhile takes effect afterwards.
 
         Raises
         ------
         TrainingError
-            It cannot be written.
+            The folder cannot be made.
+        OutputError
+            The file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +69,6 @@ class Checkpoint:
             raise TrainingError(
                 f"The checkpoint folder {self.path.parent} cannot be made: {error.strerror}."
             ) from error
-        with put_off(), replacing(self.path) as file:
+        with deferred_signals(), atomic_write(self.path) as file:
             content = {"format": _FORMAT, "request": self.request, "state": dict(state)}
             torch.save(content, file)

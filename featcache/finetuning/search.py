@@ -35,7 +35,7 @@ from featcache.networks.tracing import Trace, trace
 from featcache.predictor import origins
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
-from featcache.system.progress import progress_bar
+from featcache.system.console import progress_bar
 from featcache.version import __version__
 
 if TYPE_CHECKING:

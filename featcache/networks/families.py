@@ -28,7 +28,7 @@ from featcache.fingerprint import state_sha256
 from featcache.networks import checkpoints
 from featcache.networks.checkpoints import KeyMap, PartialReport
 from featcache.pixels.decoding import Preprocessing
-from featcache.system.progress import is_shown
+from featcache.system.console import is_shown
 
 #: Seed of weights that are drawn at random.
 RANDOM_SEED = 0

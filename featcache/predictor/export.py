@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from featcache.errors import MissingExtra, PredictorError
 from featcache.pixels.decoding import Preprocessing
-from featcache.system.files import refuse_foreign, replacing
+from featcache.system.files import atomic_write, check_overwrite
 from featcache.version import __version__
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ def export_model(
     Raises
     ------
     PredictorError
-        Another ending, a head that is not made of layers, a network that cannot be exported, or a
-        path that holds something else.
+        Another ending, a head that is not made of layers, or a network that cannot be exported.
+    OutputError
+        The path holds something else, or cannot be written.
     MissingExtra
         A package that writes ONNX is not installed.
     """
@@ -64,12 +65,12 @@ def export_model(
         raise PredictorError(f"A model is exported to .onnx or .pt2, not to {target.name!r}.")
     if target.suffix == ".onnx":
         _require_onnx()
-    refuse_foreign(target, _is_model, "a model that featcache exported")
+    check_overwrite(target, _is_model, "a model that featcache exported")
     grafted = predictor.to_torch(backbone=backbone)
     preprocessing = Preprocessing.from_dict(predictor.fingerprints[0].preprocessing)
     program = _program(_Served(grafted, preprocessing), preprocessing.output_shape)
     metadata = json.dumps(_metadata(predictor), ensure_ascii=False)
-    with replacing(target) as file:
+    with atomic_write(target) as file:
         if target.suffix == ".pt2":
             torch.export.save(program, file, extra_files={METADATA: metadata})
         else:

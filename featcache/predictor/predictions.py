@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from featcache.system.files import refuse_foreign, replacing
+from featcache.system.files import atomic_write, check_overwrite
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ def write_predictions(
 
     Raises
     ------
-    PredictorError
+    OutputError
         The output is a file of another kind, or cannot be written.
     """
     write = _write_csv if file_format == "csv" else _write_json
     if output is None:
         return write(predictions, sys.stdout, top_k)
-    refuse_foreign(output, _is_predictions, "a file of predictions")
-    with replacing(output, text=True) as file:
+    check_overwrite(output, _is_predictions, "a file of predictions")
+    with atomic_write(output, text=True) as file:
         return write(predictions, file, top_k)
 
 

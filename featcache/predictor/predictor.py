@@ -35,8 +35,8 @@ from featcache.predictor.origins import Column
 from featcache.predictor.predictions import Prediction, write_predictions
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
-from featcache.system.files import refuse_foreign, replacing
-from featcache.system.progress import progress_bar
+from featcache.system.console import progress_bar
+from featcache.system.files import atomic_write, check_overwrite
 from featcache.system.tables import some, table
 
 if TYPE_CHECKING:
@@ -494,10 +494,12 @@ class Predictor:
         Raises
         ------
         PredictorError
-            The path holds something that is not a predictor, or the head cannot be saved.
+            The head cannot be saved.
+        OutputError
+            The path holds something that is not a predictor, or cannot be written.
         """
         target = Path(path)
-        refuse_foreign(target, is_predictor, "a featcache predictor")
+        check_overwrite(target, is_predictor, "a featcache predictor")
         content = manifest.zipped(
             {
                 manifest.MANIFEST: self._manifest(),
@@ -505,7 +507,7 @@ class Predictor:
                 manifest.ARRAYS: manifest.npz(self._arrays()),
             }
         )
-        with replacing(target) as file:
+        with atomic_write(target) as file:
             file.write(content)
 
     @classmethod

@@ -29,7 +29,7 @@ from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
 from featcache.study.audit import Findings
 from featcache.study.maps import Method, embed, nearest_rows
-from featcache.system.files import refuse_foreign, replacing
+from featcache.system.files import atomic_write, check_overwrite
 from featcache.version import __version__
 
 __all__ = ["write_report"]
@@ -88,12 +88,12 @@ def write_report(
     ------
     MissingExtra
         Bokeh is not installed, or umap-learn where UMAP was asked for.
-    PredictorError
+    OutputError
         The path holds something else, or cannot be written.
     """
     _require_bokeh()
     target = Path(path)
-    refuse_foreign(target, _is_report, "a report of featcache")
+    check_overwrite(target, _is_report, "a report of featcache")
     shown = _Shown.of(evaluation, store, random_state)
     pictures = _Pictures(images)
     content = report_page.Content(
@@ -119,7 +119,7 @@ def write_report(
         data["tiles"] = made.tiles
         data["sheets"] = {"edge": made.edge, "columns": made.columns, "pictures": made.pictures}
     page = report_page.render(content, data)
-    with replacing(target) as file:
+    with atomic_write(target) as file:
         file.write(page.encode("utf-8", "replace"))
 
 

@@ -40,7 +40,7 @@ from featcache.heads.table import HEADS
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.maps import nearest_rows
-from featcache.system.files import refuse_foreign, replacing
+from featcache.system.files import atomic_write, check_overwrite
 
 __all__ = ["Finding", "Findings", "audit"]
 
@@ -116,12 +116,12 @@ class Findings(Sequence[Finding]):
 
         Raises
         ------
-        PredictorError
+        OutputError
             The path holds something else, or cannot be written.
         """
         target = Path(path)
-        refuse_foreign(target, _is_findings, "a file of findings")
-        with replacing(target, text=True) as file:
+        check_overwrite(target, _is_findings, "a file of findings")
+        with atomic_write(target, text=True) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(_HEADER)
             for one in self.items:

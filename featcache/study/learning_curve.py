@@ -15,7 +15,7 @@ from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate
 from featcache.study.train import train
-from featcache.system.progress import progress_bar
+from featcache.system.console import progress_bar
 
 __all__ = ["CurvePoint", "LearningCurve", "learning_curve"]
 

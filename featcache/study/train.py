@@ -52,10 +52,9 @@ from featcache.store import splitting
 from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate
-from featcache.system.files import refuse_foreign
-from featcache.system.interruption import interruptible
+from featcache.system.console import interruptible, progress_bar
+from featcache.system.files import check_overwrite
 from featcache.system.memory import available_memory
-from featcache.system.progress import progress_bar
 from featcache.version import __version__
 
 if TYPE_CHECKING:
@@ -785,11 +784,11 @@ def train_files(
         A store cannot be opened or joined.
     TrainingError, Interrupted
         As in `train`.
-    PredictorError
+    OutputError
         The output is there and is not a predictor; found before anything is trained.
     """
     target = Path(output)
-    refuse_foreign(target, is_predictor, "a featcache predictor")
+    check_overwrite(target, is_predictor, "a featcache predictor")
     request: dict[str, Any] = {
         "featcache": __version__,
         "stores": [FeatureStore.open(path).digest for path in stores],

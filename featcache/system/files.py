@@ -1,4 +1,4 @@
-"""Files that featcache writes for its user: never over one of another kind, whole or not at all."""
+"""Write files for the user: whole or not at all, and never over a file of another kind."""
 
 from __future__ import annotations
 
@@ -8,44 +8,59 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from featcache.errors import PredictorError
+from featcache.errors import OutputError
 
-__all__ = ["refuse_foreign", "replacing"]
+__all__ = ["atomic_write", "check_overwrite"]
 
 
-def refuse_foreign(path: Path, is_own: Callable[[Path], bool], what: str) -> None:
-    """Raise where a path cannot be written, or holds something of another kind.
+def check_overwrite(path: Path, is_own: Callable[[Path], bool], what: str) -> None:
+    """Raise if a path cannot be written, or if it holds a file of another kind.
+
+    Parameters
+    ----------
+    path : Path
+        File that is going to be written.
+    is_own : callable
+        Return whether an existing, not empty file may be replaced.
+    what : str
+        The kind of file, as it ends "is not ...": "a featcache predictor".
 
     Raises
     ------
-    PredictorError
-        The message says what is there.
+    OutputError
     """
     if path.is_dir():
-        raise PredictorError(f"{path} is a folder; name a file in it.")
+        raise OutputError(f"{path} is a folder; name a file in it.")
     if not path.parent.is_dir():
-        raise PredictorError(f"There is no folder {path.parent} to write {path.name} in.")
+        raise OutputError(f"There is no folder {path.parent} to write {path.name} in.")
     try:
         foreign = path.exists() and path.stat().st_size > 0 and not is_own(path)
     except OSError as error:
-        raise PredictorError(f"{path} is there and cannot be read: {error.strerror}.") from error
+        raise OutputError(f"{path} is there and cannot be read: {error.strerror}.") from error
     if foreign:
-        raise PredictorError(
+        raise OutputError(
             f"{path} is there already and is not {what}. It is left as it is: name another file, "
             "or move it away."
         )
 
 
 @contextmanager
-def replacing(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
-    """Open a file beside `path` for writing, and put it in its place when all went well.
+def atomic_write(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
+    """Open a file beside `path` for writing; rename it to `path` if the block succeeds.
+
+    Parameters
+    ----------
+    path : Path
+        A link keeps pointing at the file that is replaced.
+    text : bool
+        Write UTF-8 text instead of bytes.
 
     Raises
     ------
-    PredictorError
-        It cannot be written; what was there is still there.
+    OutputError
+        The file cannot be written; an earlier one is unchanged.
     """
-    target = path.resolve()  # a link keeps pointing at the file that is replaced
+    target = path.resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with (
@@ -56,6 +71,6 @@ def replacing(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:
-        raise PredictorError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)

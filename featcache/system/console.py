@@ -1,0 +1,124 @@
+"""What a command shows while it runs, and what SIGINT (Ctrl-C) and SIGTERM do to it.
+
+One rule says whether there is a progress bar: every function that takes `progress` takes True,
+False or None, and None, the default, means "if standard error is a terminal". A bar that goes to a
+file is a line every half minute. Signals stop the computing, never the writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from featcache.errors import Interrupted
+
+__all__ = ["deferred_signals", "interruptible", "is_shown", "progress_bar", "sigterm_as_ctrl_c"]
+
+_LOG_INTERVAL = 30.0  # seconds between two lines of progress that go to a file, not to a terminal
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def is_shown(progress: bool | None) -> bool:
+    """Return whether an argument `progress` asks for a bar."""
+    return sys.stderr.isatty() if progress is None else progress
+
+
+def progress_bar(progress: bool | None, steps: Iterable[Any] | None = None, **options: Any) -> Any:
+    """Return a `tqdm.tqdm` on standard error.
+
+    Parameters
+    ----------
+    progress : bool or None
+        Show it; None: if standard error is a terminal.
+    steps : iterable, optional
+        Steps to count; left out, the bar is moved by ``update``.
+    **options
+        Passed to `tqdm.tqdm`.
+    """
+    from tqdm import tqdm
+
+    return tqdm(
+        steps,
+        disable=not is_shown(progress),
+        file=sys.stderr,
+        mininterval=0.1 if sys.stderr.isatty() else _LOG_INTERVAL,
+        **options,
+    )
+
+
+class _Stopped(BaseException):
+    """Raised by the signal handler; no library catches it."""
+
+
+@contextlib.contextmanager
+def interruptible(
+    *numbers: signal.Signals, kept: str = "Everything computed is kept"
+) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Interrupted`, once the block has cleaned up.
+
+    The first signal raises an exception in the main thread; further ones are ignored while rows are
+    committed. In another thread Python delivers no signals, and nothing changes.
+
+    Parameters
+    ----------
+    numbers : signal.Signals
+        Signals to handle instead of these two.
+    kept : str
+        What the same command goes on from: a sentence without its full stop.
+
+    Raises
+    ------
+    Interrupted
+    """
+    numbers = numbers or _SIGNALS
+
+    def stop(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Stopped(signal.Signals(number).name)
+
+    try:
+        with _handled(numbers, stop):
+            yield
+    except _Stopped as stopped:
+        raise Interrupted(
+            f"Stopped by {stopped}. {kept}: run the same command again to go on."
+        ) from None
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the block has ended.
+
+    For a block that must not be left half done, and for libraries that turn an exception raised by
+    a signal handler into one of their own.
+    """
+    came: list[int] = []
+    with _handled(_SIGNALS, lambda number, frame: came.append(number)):
+        yield
+    if came:
+        signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` on SIGTERM too, so that everything is cleaned up."""
+    with _handled((signal.SIGTERM,), signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(numbers: tuple[signal.Signals, ...], handler: Callable[..., object]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
