@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images.columns import Categories, Strings
 from featcache.images.image_set import ImageSet, content_hash
 
 
@@ -623,7 +622,7 @@ def test_torchvision_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     images = ImageSet.open("CIFAR10", root=tmp_path)
     assert len(images) == 17
-    assert images.splits.distinct() == ["test", "train"]
+    assert set(images.splits) == {"test", "train"}
     assert list(images.ids)[:3] == ["test/00000000", "test/00000001", "train/00000000"]
     assert images.labels[0] == "class5" and images.labels[2] == "class0"
     raw = images.read(0)
@@ -714,6 +713,59 @@ def test_ids_are_the_same_in_every_run(tmp_path: Path) -> None:
         ]
 
 
+def test_tables_hold_what_the_source_says(tmp_path: Path) -> None:
+    expected = [{"labels"}, {"labels", "groups"}, set(), {"labels"}, set(), {"labels"}]
+    for images, names in zip(sources(tmp_path), expected, strict=True):
+        assert set(images.tables) == {"ids"} | names
+        for name, table in images.tables.items():
+            assert table.dtype == np.dtypes.StringDType() and table.shape == (len(images),)
+            assert getattr(images, name) is table and isinstance(table[0], str)
+
+
+def test_another_process_lists_the_same_images(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    np.save(tmp_path / "p.npy", np.zeros((2, 3, 4), np.uint8))
+    given = [
+        *sources(tmp_path / "1")[:4],
+        ImageSet.open("../1/f"),
+        ImageSet.open("../1/s.tar"),
+        ImageSet.open("../1/*.tar"),
+        ImageSet.open("../p.npy"),
+        ImageSet.open("*.jpg"),
+        ImageSet.open("a.jpg"),
+        ImageSet.open(["b.jpg", "x/c.jpg"]),
+        ImageSet.open("../1/f", labels_csv="../1/labels.csv", group_column="group"),
+    ]
+    monkeypatch.chdir("/")
+    for images in given:
+        assert images.opened_with is not None
+        again = ImageSet.open(**json.loads(json.dumps(images.opened_with)))
+        assert again.opened_with == images.opened_with
+        assert again.tables.keys() == images.tables.keys()
+        for name, column in images.tables.items():
+            assert np.array_equal(column, again.tables[name])
+        assert content(again, 0) == content(images, 0)
+    assert given[0].select([0]).opened_with is None
+
+
+def test_what_open_would_not_list_alike_has_no_arguments_for_it(tmp_path: Path) -> None:
+    for images in sources(tmp_path / "1")[4:]:
+        assert images.opened_with is None
+    fill(tmp_path, "a.npy", "b.tar")
+    assert ImageSet.from_files(tmp_path / "a.npy").opened_with is None
+    assert ImageSet.from_files([tmp_path / "b.tar"]).opened_with is None
+    assert ImageSet.from_folder(tmp_path, suffixes=[".npy"]).opened_with is None
+
+
+@pytest.mark.parametrize("label", ["\ud800", "caf\udce9"])
+def test_text_that_is_not_unicode_is_refused(label: str) -> None:
+    pixels = np.zeros((2, 3, 4), np.uint8)
+    with pytest.raises(ImageSetError, match="is not valid Unicode"):
+        ImageSet.from_arrays(pixels, labels=["a", label])
+
+
 def test_open_needs_one_folder_for_a_table(tmp_path: Path) -> None:
     with pytest.raises(ImageSetError, match="a table of labels goes with one folder, got 2"):
         ImageSet.open(["a", "b"], labels_csv="labels.csv")
@@ -751,34 +803,3 @@ def test_content_hash_tells_images_apart() -> None:
     assert len(set(hashes)) == len(raws) and {len(h) for h in hashes} == {32}
     assert content_hash(pixels.reshape(6, 4).T) == content_hash(pixels.reshape(6, 4).T.copy())
     assert content_hash(red.copy()) == hashes[-1]
-
-
-# -- columns -------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=6)), st.data())
-def test_columns_behave_as_lists(rows: list[str], data: st.DataObject) -> None:
-    indices = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=9)) if rows else []
-    for column in (Strings(rows), Categories(rows)):
-        assert list(column) == rows and len(column) == len(rows)
-        assert column == rows and column != [*rows, "more"]
-        assert list(column.take(indices)) == [rows[k] for k in indices]
-        assert list(column[1:4]) == rows[1:4] and list(column[::-2]) == rows[::-2]
-        assert [column[k] for k in range(-len(rows), len(rows))] == rows + rows
-        with pytest.raises(IndexError):
-            column[len(rows)]
-        if not any("\0" in row for row in rows):  # numpy strips trailing nulls
-            assert np.asarray(column).tolist() == rows
-    assert Categories(rows).distinct() == sorted(set(rows))
-    assert Strings.from_utf8(row.encode() for row in rows) == Strings(rows)
-
-
-def test_columns_longer_than_a_block() -> None:
-    rows = [str(k) for k in range(140_000)]
-    column = Strings(rows)
-    assert list(column) == rows
-    backwards = np.arange(140_000)[::-1]
-    assert list(column.take(backwards)) == rows[::-1]
-    assert list(Categories(rows).take(backwards)) == rows[::-1]
-    assert repr(column) == "Strings(['0', '1', '2', ...] (140000 rows))"
-    assert repr(Categories("ab")) == "Categories(['a', 'b'])"

@@ -5,17 +5,19 @@ torchvision data set, and reads one image at a time. One rule holds for all ids:
 sorted by their UTF-8 bytes, relative to what was given (``/`` between folders), and the same in
 every run. A file whose name is not UTF-8 gets an escaped id and cannot be read.
 
-Nothing is kept per image but the bytes of its id and small integers (see
-`featcache.images.columns`): ten million images take some hundred megabytes, and worker processes
-share them without a copy.
+No Python object is kept for an image: texts are columns of numpy's `StringDType`. Ten million
+images take some hundred megabytes.
 """
+
+# A relative path must stay as it is written, links included: not pathlib's resolve().
+# ruff: noqa: PTH100, PTH118
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,16 +43,19 @@ class ImageSet:
 
     Attributes
     ----------
-    ids : Sequence of str
-        One id an image: unique, sorted, relative to what was given.
-    labels : Sequence of str or None
-        Class names, "" where an image has none; None where no image has one.
-    groups, splits : Sequence of str or None
-        What must not be divided between training and test, and a division given in advance.
+    tables : dict of str to ndarray of StringDType, shape (n,)
+        What the source says of each image: always "ids" (unique, sorted, relative to what was
+        given), and "labels" (class names), "groups" (what must not be divided between training
+        and test) and "splits" (a division given in advance) where it has them; "" is none. They
+        are also attributes: `ids`, `labels`, `groups`, `splits`.
     source : str
         Where the images are, for messages.
     ignored : int
         Number of files that were passed over because they are not images by their name.
+    opened_with : dict or None
+        Arguments of `open`, as JSON values with absolute paths, that list the same images again
+        in another process: ``ImageSet.open(**images.opened_with)``. None for images in memory,
+        for a selection, and for what `open` cannot list alike.
 
     Examples
     --------
@@ -61,25 +66,45 @@ class ImageSet:
     ('alpine/0001.jpg', 'alpine')
     """
 
-    def __init__(self, listing: Listing) -> None:
-        if not len(listing.ids):
+    def __init__(self, listing: Listing, opened_with: dict[str, Any] | None = None) -> None:
+        if not len(listing.tables["ids"]):
             raise ImageSetError(f"{listing.source}: there are no images")
-        self.ids = listing.ids
-        self.labels = listing.labels
-        self.groups = listing.groups
-        self.splits = listing.splits
+        self.tables = listing.tables
         self.source = listing.source
         self.ignored = listing.ignored
+        self.opened_with = opened_with
         self._reader = listing.reader
-        self._rows: NDArray[np.int64] | None = None  # rows of the reader; None is all of them
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
+    def ids(self) -> NDArray[Any]:
+        """The table "ids": unique, sorted, relative to what was given."""
+        return self.tables["ids"]
+
+    @property
+    def labels(self) -> NDArray[Any] | None:
+        """The table "labels", or None: class names, "" where an image has none."""
+        return self.tables.get("labels")
+
+    @property
+    def groups(self) -> NDArray[Any] | None:
+        """The table "groups", or None: what training and test must not share."""
+        return self.tables.get("groups")
+
+    @property
+    def splits(self) -> NDArray[Any] | None:
+        """The table "splits", or None: a division given in advance."""
+        return self.tables.get("splits")
+
+    @property
     def classes(self) -> list[str]:
         """The distinct labels, sorted; "" (no label) is not one of them."""
-        return [] if self.labels is None else [x for x in self.labels.distinct() if x]
+        return sorted(self._distinct("labels") - {""})
+
+    def _distinct(self, name: str) -> set[str]:
+        return set(self.tables.get(name, ()))
 
     def read(self, index: int) -> RawImage:
         """Return image number `index` as it is stored: a file's bytes, an array, a PIL image.
@@ -89,16 +114,14 @@ class ImageSet:
         DecodeError
             With stage "read" and the reason, if it cannot be read.
         """
-        row = index if self._rows is None else int(self._rows[index])
-        return self._reader.read(row, self.ids[index])
+        return self._reader.read(index, self.ids[index])
 
     def stat(self, index: int) -> tuple[int, int]:
         """Return size (bytes) and time of the last change (ns) of image number `index`.
 
         Both are -1 where there is no file, or no file any more.
         """
-        row = index if self._rows is None else int(self._rows[index])
-        return self._reader.stat(row, self.ids[index])
+        return self._reader.stat(index, self.ids[index])
 
     def select(self, indices: ArrayLike) -> ImageSet:
         """Return the images with these numbers, in this order.
@@ -114,13 +137,10 @@ class ImageSet:
             A set of k images that reads from the same place.
         """
         rows = np.asarray(indices, np.int64)
-        chosen = object.__new__(ImageSet)
-        chosen.ids = self.ids.take(rows)
-        for name in ("labels", "groups", "splits"):
-            column = getattr(self, name)
-            setattr(chosen, name, None if column is None else column.take(rows))
-        chosen.source, chosen.ignored, chosen._reader = self.source, self.ignored, self._reader
-        chosen._rows = rows if self._rows is None else self._rows[rows]
+        chosen = copy.copy(self)
+        chosen.tables = {name: table[rows] for name, table in self.tables.items()}
+        chosen.opened_with = None
+        chosen._reader = self._reader.select(rows)
         return chosen
 
     def parts(self, n: int) -> list[ImageSet]:
@@ -140,9 +160,9 @@ class ImageSet:
         if self.labels is not None:
             words.append(f"{len(self.classes)} classes")
         if self.groups is not None:
-            words.append(f"{len(self.groups.distinct())} groups")
+            words.append(f"{len(self._distinct('groups'))} groups")
         if self.splits is not None:
-            words.append(f"splits {', '.join(self.splits.distinct())}")
+            words.append(f"splits {', '.join(sorted(self._distinct('splits')))}")
         if self.ignored:
             words.append(f"{self.ignored} other files ignored")
         return f"ImageSet({', '.join(words)}, from {self.source})"
@@ -152,7 +172,7 @@ class ImageSet:
     @classmethod
     def open(
         cls,
-        spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         labels_csv: str | os.PathLike[str] | None = None,
         id_column: str = "id",
@@ -162,30 +182,33 @@ class ImageSet:
         suffix: str = "",
         root: str | os.PathLike[str] | None = None,
         download: bool = False,
+        relative_to: str | os.PathLike[str] = "",
     ) -> ImageSet:
         """Make a set of whatever the command line calls IMAGES.
 
         Parameters
         ----------
-        spec : str, path, or sequence of them
+        images : str, path, or sequence of them
             A folder; a glob, a file or several files; ``.tar`` shards; a ``.npy`` or ``.npz`` file
             of images; the name of a torchvision data set (CIFAR10, FashionMNIST, Flowers102,
             OxfordIIITPet), also as ``NAME:ROOT``.
         labels_csv : path, optional
-            Table for `from_csv`; `spec` is then the folder of the images.
+            Table for `from_csv`; `images` is then the folder of the images.
         id_column, label_column, group_column, split_column, suffix
             As for `from_csv`.
         root : path, optional
             Folder of a torchvision data set.
         download : bool
             Whether a torchvision data set may be downloaded into `root`.
+        relative_to : path, optional
+            As for `from_files`.
 
         Raises
         ------
         ImageSetError
             If nothing is there, or it cannot be listed.
         """
-        names = [os.fspath(name) for name in _several(spec)]
+        names = [os.fspath(name) for name in _several(images)]
         if labels_csv is not None:
             if len(names) != 1:
                 raise ImageSetError(f"a table of labels goes with one folder, got {len(names)}")
@@ -198,23 +221,18 @@ class ImageSet:
                 split_column=split_column,
                 suffix=suffix,
             )
-        if len(names) > 1:
-            return cls(sources.tars(names) if sources.are_tars(names) else sources.files(names))
-        return cls._of_one(names[0], root, download)
-
-    @classmethod
-    def _of_one(cls, name: str, root: str | os.PathLike[str] | None, download: bool) -> ImageSet:
-        path = Path(name)
-        known, _, place = name.partition(":")
-        if known in TORCHVISION_SETS and not path.exists():
-            return cls.from_torchvision(known, place or root, download=download)
-        if path.is_dir():
-            return cls.from_folder(path)
-        if sources.are_tars(sources.matches(name)):
-            return cls(sources.tars(sources.matches(name)))
-        if path.suffix.lower() in (".npy", ".npz"):
-            return cls(sources.array_file(name))
-        return cls.from_files(name)
+        match sources.kind_of(names, os.fspath(relative_to)):
+            case "torchvision":
+                name, _, place = names[0].partition(":")
+                return cls.from_torchvision(name, place or root, download=download)
+            case "folder":
+                return cls.from_folder(names[0])
+            case "tars":
+                return cls.from_tar(sources.matches(names[0]) if len(names) == 1 else names)
+            case "array file":
+                return cls(sources.array_file(names[0]), {"images": os.path.abspath(names[0])})
+            case _:
+                return cls.from_files(names, relative_to=relative_to)
 
     @classmethod
     def from_folder(
@@ -238,7 +256,9 @@ class ImageSet:
         ImageSetError
             If the folder is missing, cannot be read, or holds no image.
         """
-        return cls(sources.folder(os.fspath(root), frozenset(suffixes)))
+        listing = sources.folder(os.fspath(root), frozenset(suffixes))
+        again = {"images": os.path.abspath(root)}
+        return cls(listing, again if suffixes is SUFFIXES else None)
 
     @classmethod
     def from_csv(
@@ -275,17 +295,26 @@ class ImageSet:
             as an absolute path, or by a link.
         """
         columns = {
-            "id": id_column,
-            "label": label_column,
-            "group": group_column,
-            "split": split_column,
+            "ids": id_column,
+            "labels": label_column,
+            "groups": group_column,
+            "splits": split_column,
         }
-        named = {role: column for role, column in columns.items() if column is not None}
-        return cls(sources.table(os.fspath(csv), os.fspath(root), named, suffix))
+        named = {table: column for table, column in columns.items() if column is not None}
+        again = {
+            "images": os.path.abspath(root),
+            "labels_csv": os.path.abspath(csv),
+            **{f"{table[:-1]}_column": column for table, column in columns.items()},
+            "suffix": suffix,
+        }
+        return cls(sources.table(os.fspath(csv), os.fspath(root), named, suffix), again)
 
     @classmethod
     def from_files(
-        cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+        cls,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        *,
+        relative_to: str | os.PathLike[str] = "",
     ) -> ImageSet:
         """List files, without labels.
 
@@ -295,6 +324,8 @@ class ImageSet:
             A glob such as ``"photos/**/*.jpg"`` gives ids relative to its folder (``photos``) and
             passes over files that are not images by their suffix. Paths are ids as they stand;
             one that is given twice counts once.
+        relative_to : path, optional
+            Folder that relative paths begin in. The working directory if left out.
 
         Raises
         ------
@@ -302,9 +333,12 @@ class ImageSet:
             If a file is missing or is a folder, or a glob matches no image.
         """
         names = [os.fspath(path) for path in _several(paths)]
-        if len(names) == 1 and sources.is_glob(names[0]):
-            return cls(sources.globbed(names[0]))
-        return cls(sources.files(names))
+        root = os.path.abspath(relative_to)
+        alike = sources.kind_of(names, root) == "files"
+        opened_with = {"images": names, "relative_to": root} if alike else None
+        if len(names) == 1 and sources.is_glob(os.path.join(root, names[0])):
+            return cls(sources.globbed(names[0], root), opened_with)
+        return cls(sources.files(names, root), opened_with)
 
     @classmethod
     def from_tar(cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> ImageSet:
@@ -324,7 +358,9 @@ class ImageSet:
         ImageSetError
             If a file is missing, is not a tar, is cut short or compressed, or holds no image.
         """
-        return cls(sources.tars([os.fspath(path) for path in _several(paths)]))
+        names = [os.fspath(path) for path in _several(paths)]
+        again = {"images": [os.path.abspath(name) for name in names]}
+        return cls(sources.tars(names), again if sources.are_tars(names) else None)
 
     @classmethod
     def from_arrays(

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,9 @@ class Reader(Protocol):
 
     def stat(self, row: int, id: str) -> tuple[int, int]:
         """Return size in bytes and time of the last change in ns; (-1, -1) is unknown."""
+
+    def select(self, rows: NDArray[np.int64]) -> Self:
+        """Return a reader of these rows alone."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Files:
         except OSError:
             return -1, -1
         return result.st_size, result.st_mtime_ns
+
+    def select(self, rows: NDArray[np.int64]) -> Files:
+        """Return this reader: it finds a file by its id."""
+        return self
 
 
 def _read(path: bytes) -> bytes:
@@ -142,6 +149,10 @@ class TarMembers:
         """Return the member's size, and the time of its shard's last change."""
         return int(self.size[row]), self.shards[self.shard[row]].mtime_ns
 
+    def select(self, rows: NDArray[np.int64]) -> TarMembers:
+        """Return a reader of these members alone."""
+        return replace(self, shard=self.shard[rows], offset=self.offset[rows], size=self.size[rows])
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -151,20 +162,24 @@ class Arrays:
     ----------
     images : array_like, shape (n, h, w) or (n, h, w, c)
         The pixels.
-    order : ndarray of int64 or None
-        For each row, its index in `images`; None where they are the same.
+    order : ndarray of int64, shape (n,)
+        For each row, its index in `images`.
     """
 
     images: Any
-    order: NDArray[np.int64] | None = None
+    order: NDArray[np.int64]
 
     def read(self, row: int, id: str) -> NDArray[Any]:
         """Return the image's pixels."""
-        return np.asarray(self.images[row if self.order is None else self.order[row]])
+        return np.asarray(self.images[self.order[row]])
 
     def stat(self, row: int, id: str) -> tuple[int, int]:
         """Return that nothing is known."""
         return -1, -1
+
+    def select(self, rows: NDArray[np.int64]) -> Arrays:
+        """Return a reader of these rows alone."""
+        return replace(self, order=self.order[rows])
 
 
 @dataclass(frozen=True)
@@ -193,3 +208,7 @@ class Datasets:
     def stat(self, row: int, id: str) -> tuple[int, int]:
         """Return that nothing is known."""
         return -1, -1
+
+    def select(self, rows: NDArray[np.int64]) -> Datasets:
+        """Return a reader of these items alone."""
+        return replace(self, dataset=self.dataset[rows], item=self.item[rows])

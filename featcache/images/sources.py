@@ -4,7 +4,7 @@ Each function lists one kind of source and returns a `Listing`: sorted unique id
 them, and what else the source says about its images.
 """
 # Not pathlib: there may be millions of paths, and some are not text.
-# ruff: noqa: PTH100, PTH109, PTH110, PTH112, PTH116, PTH118, PTH119, PTH122, PTH123, PTH207, PTH208
+# ruff: noqa: PTH100, PTH110, PTH112, PTH116, PTH118, PTH119, PTH122, PTH123, PTH207, PTH208
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import stat
 import tarfile
 import zipfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from featcache.errors import ImageSetError
-from featcache.images.columns import Categories, Strings
 from featcache.images.readers import Arrays, Datasets, Files, Reader, Shard, TarMembers
+from featcache.images.tables import column
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,23 +57,19 @@ class Listing:
 
     Attributes
     ----------
-    ids : Strings
-        Sorted and unique.
+    tables : dict of str to ndarray
+        What the source says of each image: "ids", sorted and unique, and "labels", "groups" and
+        "splits" where it has them.
     reader : Reader
         Reads them by row and id.
-    labels, groups, splits : Categories or None
-        What the source says of each row.
     source : str
         Where it is, for messages.
     ignored : int
         Number of files that were passed over.
     """
 
-    ids: Strings
+    tables: dict[str, NDArray[Any]]
     reader: Reader
-    labels: Categories | None = None
-    groups: Categories | None = None
-    splits: Categories | None = None
     source: str = ""
     ignored: int = 0
 
@@ -89,8 +85,6 @@ class _Folder:
     ----------
     path, prefix : bytes
         Where it is, and what the ids below it begin with.
-    label : bytes or None
-        The label of its images; None in the uppermost folder.
     readable : bool
         Whether all names down to here are UTF-8.
     above : tuple of (int, int)
@@ -105,7 +99,6 @@ class _Folder:
 
     path: bytes
     prefix: bytes
-    label: bytes | None
     readable: bool
     above: tuple[tuple[int, int], ...]
     identity: tuple[int, int]
@@ -126,29 +119,19 @@ class _FolderScan:
         self.suffixes = suffixes
         self.ignored = 0
         self.unreadable: list[str] = []
-        self._codes = array("i")
-        self._labels: dict[bytes, int] = {}
 
-    def labels(self) -> Categories | None:
-        """Return the labels of the rows so far; None where there is no folder with images."""
-        if set(self._labels) <= {b""}:
-            return None
-        values = [label.decode() for label in self._labels]
-        return Categories.of(np.array(self._codes, np.int32), values)
-
-    def __iter__(self) -> Iterator[bytes]:
-        stack = [self._enter(self.root, b"", None, True, ())]
+    def __iter__(self) -> Iterator[str]:
+        stack = [self._enter(self.root, b"", True, ())]
         while stack:
             folder = stack[-1]
             for name in folder.names:
                 if name.endswith(b"/"):
                     stack.append(self._below(folder, name))
                     break
-                label = folder.label or b""
-                self._codes.append(self._labels.setdefault(label, len(self._labels)))
+                id = (folder.prefix + name).decode()
                 if not folder.readable or name in folder.escaped:
-                    self.unreadable.append((folder.prefix + name).decode())
-                yield folder.prefix + name
+                    self.unreadable.append(id)
+                yield id
             else:
                 stack.pop()
 
@@ -156,7 +139,6 @@ class _FolderScan:
         return self._enter(
             os.path.join(folder.path, folder.escaped.get(name, name[:-1])),
             folder.prefix + name,
-            name[:-1] if folder.label is None else folder.label,
             folder.readable and name not in folder.escaped,
             (*folder.above, folder.identity),
         )
@@ -165,14 +147,13 @@ class _FolderScan:
         self,
         path: bytes,
         prefix: bytes,
-        label: bytes | None,
         readable: bool,
         above: tuple[tuple[int, int], ...],
     ) -> _Folder:
         names, escaped, identity = self._entries(path)
         # A link may lead to a folder that it lies in; such a folder is taken for empty.
         entries = iter(() if identity in above else names)
-        return _Folder(path, prefix, label, readable, above, identity, entries, escaped)
+        return _Folder(path, prefix, readable, above, identity, entries, escaped)
 
     def _entries(self, folder: bytes) -> tuple[list[bytes], dict[bytes, bytes], tuple[int, int]]:
         """List one folder.
@@ -228,17 +209,17 @@ def _is_utf8(name: bytes) -> bool:
 def folder(root: str, suffixes: frozenset[str]) -> Listing:
     """List the images below a folder; see `ImageSet.from_folder`."""
     scan = _FolderScan(root, frozenset(suffix.lower().encode() for suffix in suffixes))
-    ids = Strings.from_utf8(scan)
+    ids = column(scan, root)
     if not len(ids):
         raise ImageSetError(_no_images(root, scan.ignored, suffixes))
-    labels = scan.labels()
-    splits = None
-    if labels is not None and _are_splits(labels):
-        inner = [id.split("/", 2)[1:] for id in ids]
-        if all(len(parts) == 2 for parts in inner):
-            labels, splits = Categories(parts[0] for parts in inner), labels
+    tables = {"ids": ids}
+    if any("/" in id for id in ids):
+        tables["labels"] = column((id.rpartition("/")[0].partition("/")[0] for id in ids), root)
+        if _are_splits(set(tables["labels"])) and all(id.count("/") > 1 for id in ids):
+            tables["splits"] = tables["labels"]
+            tables["labels"] = column((id.split("/", 2)[1] for id in ids), root)
     reader = Files(os.path.abspath(scan.root), unreadable=frozenset(scan.unreadable))
-    return Listing(ids, reader, labels, None, splits, root, scan.ignored)
+    return Listing(tables, reader, root, scan.ignored)
 
 
 def _no_images(source: str, others: int, suffixes: Iterable[str]) -> str:
@@ -246,9 +227,24 @@ def _no_images(source: str, others: int, suffixes: Iterable[str]) -> str:
     return f"{source}: expected images, found none among {others} files. Known suffixes: {known}"
 
 
-def _are_splits(labels: Categories) -> bool:
-    names = set(labels.distinct())
+def _are_splits(names: set[str]) -> bool:
     return len(names) > 1 and "train" in names and names <= _SPLIT_FOLDERS
+
+
+def kind_of(names: list[str], root: str = "") -> str:
+    """Return the kind of source that `ImageSet.open` takes these names for, relative to `root`."""
+    if len(names) > 1:
+        return "tars" if are_tars(names) else "files"
+    name = os.path.join(root, names[0])
+    if names[0].partition(":")[0] in TORCHVISION_SETS and not os.path.exists(name):
+        return "torchvision"
+    if os.path.isdir(name):
+        return "folder"
+    if are_tars(matches(name)):
+        return "tars"
+    if name.lower().endswith((".npy", ".npz")) and not is_glob(name):
+        return "array file"
+    return "files"
 
 
 def is_glob(name: str) -> bool:
@@ -262,31 +258,32 @@ def matches(pattern: str) -> list[str]:
     return sorted(name for name in names if not os.path.isdir(name))
 
 
-def globbed(pattern: str) -> Listing:
-    """List the images that a pattern matches; see `ImageSet.from_files`."""
-    found = matches(pattern)
+def globbed(pattern: str, base: str) -> Listing:
+    """List the images that a pattern in the folder `base` matches; see `ImageSet.from_files`."""
+    parts = pattern.split("/")
+    plain = next(k for k, part in enumerate(parts) if glob.has_magic(part))
+    root = os.path.join(base, "/".join(parts[:plain]) or ("/" if pattern.startswith("/") else ""))
+    found = matches("/".join([glob.escape(root), *parts[plain:]]))
     images = [name for name in found if os.path.splitext(name)[1].lower() in SUFFIXES]
     if not images:
         raise ImageSetError(_no_images(pattern, len(found), SUFFIXES))
-    parts = pattern.split("/")
-    plain = next(k for k, part in enumerate(parts) if glob.has_magic(part))
-    root = "/".join(parts[:plain]) or ("/" if pattern.startswith("/") else ".")
     names = [os.path.relpath(name, root) for name in images]
     return _named(names, root, pattern, len(found) - len(images))
 
 
-def files(names: list[str]) -> Listing:
-    """List files by their names; see `ImageSet.from_files`."""
+def files(names: list[str], root: str) -> Listing:
+    """List files by their names, relative to `root`; see `ImageSet.from_files`."""
     names = sorted({os.path.normpath(name) for name in names})
-    missing = [name for name in names if not os.path.lexists(name)]
+    missing = [name for name in names if not os.path.lexists(os.path.join(root, name))]
     if missing:
-        raise ImageSetError(f"no such file: {_listed(missing)}.{_near_names(missing[0])}")
-    folders = [name for name in names if os.path.isdir(name)]
+        near = _near_names(os.path.join(root, missing[0]))
+        raise ImageSetError(f"no such file: {_listed(missing)}.{near}")
+    folders = [name for name in names if os.path.isdir(os.path.join(root, name))]
     if folders:
         raise ImageSetError(
             f"expected files, got {_listed(folders)}, which is a folder. Give one folder alone"
         )
-    return _named(names, os.getcwd(), names[0] if len(names) == 1 else f"{len(names)} files")
+    return _named(names, root, names[0] if len(names) == 1 else f"{len(names)} files")
 
 
 def _named(names: Iterable[str], root: str, source: str, ignored: int = 0) -> Listing:
@@ -297,9 +294,9 @@ def _named(names: Iterable[str], root: str, source: str, ignored: int = 0) -> Li
         ids.append(raw.decode(errors="backslashreplace"))
         if not _is_utf8(raw):
             unreadable.add(ids[-1])
-    order = _sorted_rows(ids, source)
+    tables, _ = _sorted_tables({"ids": ids}, source)
     reader = Files(os.fsencode(os.path.abspath(root)), unreadable=frozenset(unreadable))
-    return Listing(Strings(ids[k] for k in order), reader, source=source, ignored=ignored)
+    return Listing(tables, reader, source, ignored)
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -308,19 +305,11 @@ def _named(names: Iterable[str], root: str, source: str, ignored: int = 0) -> Li
 def table(path: str, root: str, columns: dict[str, str], suffix: str) -> Listing:
     """List the images that a table names; see `ImageSet.from_csv`."""
     values = _read_table(path, columns)
-    ids = values.pop("id")
-    _check_ids(ids, root, suffix, path)
-    ids = [os.path.normpath(id) for id in ids]  # ./a.jpg is a.jpg, and must not count twice
-    order = _sorted_rows(ids, f"{path}, column {columns['id']!r}")
-    rest = {role: Categories(column).take(order) for role, column in values.items()}
-    return Listing(
-        Strings(ids[row] for row in order),
-        Files(os.fsencode(os.path.abspath(root)), suffix.encode()),
-        rest.get("label"),
-        rest.get("group"),
-        rest.get("split"),
-        path,
-    )
+    _check_ids(values["ids"], root, suffix, path)
+    # ./a.jpg is a.jpg, and must not count twice
+    values["ids"] = [os.path.normpath(id) for id in values["ids"]]
+    tables, _ = _sorted_tables(values, path, f", column {columns['ids']!r}")
+    return Listing(tables, Files(os.fsencode(os.path.abspath(root)), suffix.encode()), path)
 
 
 def _read_table(path: str, columns: dict[str, str]) -> dict[str, list[str]]:
@@ -331,12 +320,12 @@ def _read_table(path: str, columns: dict[str, str]) -> dict[str, list[str]]:
     path : str
         The table.
     columns : dict
-        For each role (id, label, ...), the name of its column.
+        For each table ("ids", "labels", ...), the name of its column.
 
     Returns
     -------
     dict
-        For each role, its values, line by line.
+        For each table, its values, line by line.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -358,9 +347,9 @@ def _delimiter(header: str) -> str:
 
 def _columns_of(lines: Any, path: str, columns: dict[str, str]) -> dict[str, list[str]]:
     header = [name.strip() for name in next(lines, [])]
-    places = {role: _place(name, header, path, role) for role, name in columns.items()}
+    places = {role: _place(name, header, path, role[:-1]) for role, name in columns.items()}
     table: dict[str, list[str]] = {role: [] for role in columns}
-    fields = [(table[role], place, role != "id") for role, place in places.items()]
+    fields = [(table[role], place, role != "ids") for role, place in places.items()]
     for line in lines:
         if not line:
             continue
@@ -464,7 +453,8 @@ def tars(names: list[str]) -> Listing:
         index.add(shard)
     if not index.ids:
         raise ImageSetError(_no_images(source, index.ignored, SUFFIXES))
-    order = np.array(_sorted_rows(index.ids, source), np.int64)
+    values = {"ids": index.ids} | ({"labels": index.labels} if any(index.labels) else {})
+    tables, order = _sorted_tables(values, source)
     reader = TarMembers(
         tuple(index.shards),
         np.array(index.shard, np.int64)[order],
@@ -472,9 +462,7 @@ def tars(names: list[str]) -> Listing:
         np.array(index.size, np.int64)[order],
         frozenset(index.unreadable),
     )
-    labels = Categories(index.labels).take(order) if any(index.labels) else None
-    ids = Strings(index.ids[row] for row in order)
-    return Listing(ids, reader, labels, source=source, ignored=index.ignored)
+    return Listing(tables, reader, source, index.ignored)
 
 
 @dataclass
@@ -586,19 +574,16 @@ def arrays(
             f"{source}: expected uint8 pixels of shape (n, h, w) or (n, h, w, c), "
             f"got {images.dtype} {images.shape}"
         )
-    names = _numbered(len(images)) if ids is None else ids
-    for what, column in (("ids", names), ("labels", labels)):
-        if column is not None and len(column) != len(images):
+    values = {"ids": _numbered(len(images)) if ids is None else ids}
+    if labels is not None:
+        values["labels"] = labels
+    for what, texts in values.items():
+        if len(texts) != len(images):
             raise ImageSetError(
-                f"{source}: expected {len(images)} {what}, one an image, got {len(column)}"
+                f"{source}: expected {len(images)} {what}, one an image, got {len(texts)}"
             )
-    order = np.array(_sorted_rows(names, source), np.int64)
-    return Listing(
-        Strings(names[row] for row in order),
-        Arrays(images, order),
-        None if labels is None else Categories(labels).take(order),
-        source=source,
-    )
+    tables, order = _sorted_tables(values, source)
+    return Listing(tables, Arrays(images, order), source)
 
 
 def array_file(path: str) -> Listing:
@@ -643,18 +628,16 @@ def datasets(parts: dict[str, Any], source: str) -> Listing:
         for split, length in zip(parts, lengths, strict=True)
         for number in _numbered(length)
     ]
-    labels = [label for dataset in parts.values() for label in _dataset_labels(dataset)]
-    order = np.array(_sorted_rows(ids, source), np.int64)
+    values = {
+        "ids": ids,
+        "labels": [label for dataset in parts.values() for label in _dataset_labels(dataset)],
+    }
+    if "" not in parts:
+        values["splits"] = [id.partition("/")[0] for id in ids]
+    tables, order = _sorted_tables(values, source)
     which = np.repeat(np.arange(len(lengths)), lengths)
     item = np.concatenate([np.arange(length) for length in lengths])
-    splits = Categories.of(which.astype(np.int32), list(parts)).take(order)
-    return Listing(
-        Strings(ids[row] for row in order),
-        Datasets(tuple(parts.values()), which[order], item[order]),
-        Categories(labels).take(order),
-        splits=None if "" in parts else splits,
-        source=source,
-    )
+    return Listing(tables, Datasets(tuple(parts.values()), which[order], item[order]), source)
 
 
 def _check_items(dataset: Any, source: str) -> None:
@@ -720,15 +703,19 @@ def _numbered(n: int) -> list[str]:
     return [f"{number:08d}" for number in range(n)]
 
 
-def _sorted_rows(ids: list[str], source: str) -> list[int]:
-    """Return the rows in the order of their ids; refuse ids that occur twice."""
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    twice = sorted({ids[a] for a, b in itertools.pairwise(order) if ids[a] == ids[b]})
+def _sorted_tables(
+    values: Mapping[str, Sequence[str]], source: str, where: str = ""
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+    """Return the tables sorted by "ids", and the order; refuse ids that occur twice."""
+    tables = {name: column(texts, source) for name, texts in values.items()}
+    order = np.argsort(tables["ids"], kind="stable")
+    tables = {name: table[order] for name, table in tables.items()}
+    twice = sorted({a for a, b in itertools.pairwise(tables["ids"]) if a == b})
     if twice:
         raise ImageSetError(
-            f"{source}: {len(twice)} ids occur more than once (first: {_listed(twice)})"
+            f"{source}{where}: {len(twice)} ids occur more than once (first: {_listed(twice)})"
         )
-    return order
+    return tables, order
 
 
 def _listed(names: Sequence[object]) -> str:

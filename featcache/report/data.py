@@ -245,7 +245,7 @@ class _Pictures:
         if self.images is None:
             return [-1] * len(ids)
         if self._ids is None:
-            self._ids = np.asarray(self.images.ids)
+            self._ids = np.array(self.images.ids.tolist())
         return [int(row) for row in _lookup(self._ids, ids)]
 
     def of(self, id: str) -> str | None:

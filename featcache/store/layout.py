@@ -207,7 +207,7 @@ def feature_name(tap: str) -> str:
     return "features/" + tap.replace("%", "%25").replace("/", "%2F")
 
 
-def encode_table(texts: Sequence[str], what: str) -> np.ndarray:
+def encode_table(texts: Sequence[str] | np.ndarray, what: str) -> np.ndarray:
     """Return texts as UTF-8 of fixed width.
 
     Raises

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +146,7 @@ def relabel_file(file: StoreFile, images: ImageSet, row_of: Mapping[str, int]) -
         )
     rows = [row_of[name] for name in ids]
 
-    def table(values: Sequence[str] | None, what: str) -> np.ndarray | None:
+    def table(values: np.ndarray | None, what: str) -> np.ndarray | None:
         return None if values is None else layout.encode_table([values[i] for i in rows], what)
 
     contents = contents_of(file)

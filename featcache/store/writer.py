@@ -641,7 +641,7 @@ def _contents(
     if len(images) == 0:
         raise StoreError(f"There are no images in {images.source}.")
 
-    def table(texts: Sequence[str] | None, what: str) -> np.ndarray | None:
+    def table(texts: np.ndarray | None, what: str) -> np.ndarray | None:
         return None if texts is None else layout.encode_table(texts, what)
 
     return layout.Contents(
