@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -191,6 +199,15 @@ class Tokens(nn.Module):
         return self.head((x + self.mlp(x)).mean(1))
 
 
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Return whether this processor and this torch can multiply such matrices by oneDNN."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(8, 8, dtype=dtype))
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_matrix_products_by_onednn_give_the_same_features(
@@ -199,15 +216,23 @@ def test_matrix_products_by_onednn_give_the_same_features(
     monkeypatch.setattr(packing, "products_pay", lambda *_: packed)
     taken = backbone(Tokens, layers=["mlp.0:input:mean", "head:input"])
     runtime = Runtime(taken, device="cpu", precision=precision, batch_size=4)
-    assert runtime.settings.packed_products == packed
+    possible = onednn_multiplies(torch.float32 if precision == "float32" else torch.bfloat16)
+    assert runtime.settings.packed_products == (packed and possible)
     batch = pixels(6)
     found = runtime(batch)
     for tap, expected in reference(taken, batch).items():
         assert error(found[tap], expected) < (1e-5 if precision == "float32" else 0.03)
 
 
-def test_which_library_multiplies_is_measured() -> None:
-    assert packing.products_pay((8, 16, 16), 4, torch.float32) in (True, False)
+def test_which_library_multiplies_follows_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = (197, 768, 3072), (8, 16, 16)
+    monkeypatch.setattr(packing, "_cpu_vendor", lambda: "GenuineIntel")
+    assert not packing.products_pay(large, 8, torch.float32)
+    monkeypatch.setattr(packing, "_cpu_vendor", lambda: "AuthenticAMD")
+    with_both = torch.backends.mkl.is_available() and onednn_multiplies(torch.float32)
+    assert packing.products_pay(large, 8, torch.float32) == with_both
+    assert not packing.products_pay(large, 8, torch.bfloat16)
+    assert not packing.products_pay(small, 4, torch.float32)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -256,8 +281,8 @@ def test_an_image_gives_the_same_bits_in_every_batch() -> None:
 
 
 def test_a_long_run_finds_out_whether_places_in_a_batch_matter() -> None:
-    assert Runtime(backbone(), device="cpu", batch_size=4, count=4).settings.aligned
-    assert not Runtime(backbone(), device="cpu", batch_size=4, count=4000).settings.aligned
+    assert Runtime(backbone(), device="cpu", batch_size=4, count=4).settings.fixed_slots
+    assert not Runtime(backbone(), device="cpu", batch_size=4, count=4000).settings.fixed_slots
 
 
 class Uneven(Network):
@@ -268,7 +293,7 @@ class Uneven(Network):
 
 
 def test_a_network_to_which_places_matter_is_found_out() -> None:
-    assert Runtime(backbone(Uneven), device="cpu", batch_size=4, count=4000).settings.aligned
+    assert Runtime(backbone(Uneven), device="cpu", batch_size=4, count=4000).settings.fixed_slots
 
 
 def test_a_batch_for_which_memory_runs_out_is_halved_and_tried_again() -> None:
@@ -328,48 +353,81 @@ def test_memory_is_kept_from_batch_to_batch() -> None:
         assert faults < 2000
 
 
-# --- measuring ------------------------------------------------------------------------------------
+# --- the same bits --------------------------------------------------------------------------------
+
+PROCESS = """
+import hashlib, json, sys
+import numpy as np
+from featcache.networks.backbone import Backbone
+from featcache.networks.forward import Runtime, Settings
+
+recorded = Settings.from_dict(json.loads(sys.argv[1]))
+backbone = Backbone.from_torchvision("mobilenet_v2", weights=None, image_size=64)
+runtime = Runtime(backbone, device="cpu", settings=recorded, count=100_000)
+pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 64, 64), np.uint8)
+(features,) = runtime(pixels).values()
+print(json.dumps([runtime.settings.to_dict(), hashlib.sha256(features.tobytes()).hexdigest()]))
+"""
 
 
-def measured(
-    monkeypatch: pytest.MonkeyPatch, seconds: dict[Any, float], count: int, **options: Any
-) -> Settings:
-    """Return the settings that are chosen where batches take so long, by size or "compiled"."""
-
-    def pretended(self: Runtime, settings: Settings) -> tuple[float, bool]:
-        return seconds["compiled" if settings.compiled else settings.batch_size], True
-
-    monkeypatch.setattr(Runtime, "_tried", pretended)
-    return Runtime(backbone(), device="cpu", count=count, **options).settings
-
-
-SPEEDS = {8: 1.0, 16: 0.9, 32: 0.8, 64: 0.7, "compiled": 0.5}
-
-
-def test_the_batch_size_is_chosen_by_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measured(monkeypatch, SPEEDS, 10**6, compile=False).batch_size == 64
-    even = dict.fromkeys(SPEEDS, 1.0) | {64: 0.97}
-    assert measured(monkeypatch, even, 10**6, compile=False).batch_size == 8
-    assert measured(monkeypatch, SPEEDS, 10**6, compile=False, batch_size=16).batch_size == 16
+def fresh_run(settings: dict[str, Any] | None = None, **environment: str) -> list[Any]:
+    """Return the settings and the hash of the features of a run in a process of its own."""
+    found = subprocess.run(
+        [sys.executable, "-c", PROCESS, json.dumps(settings or {})],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result: list[Any] = json.loads(found.stdout)
+    return result
 
 
-def test_no_larger_batch_is_tried_once_one_was_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = {8: 1.0, 16: 0.98}  # a batch of 32 would be a KeyError
-    assert measured(monkeypatch, two, 10**6, compile=False).batch_size == 8
+@contextlib.contextmanager
+def load() -> Iterator[None]:
+    """Keep every core busy, twice over."""
+    command = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(command) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
-def test_what_a_run_is_too_short_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measured(monkeypatch, {}, 500).batch_size == 8
-    assert measured(monkeypatch, {8: 0.01}, 550).batch_size == 8
-    assert measured(monkeypatch, {8: 0.01, 16: 0.005}, 2000).batch_size == 16
+def test_a_fresh_run_under_load_gives_the_same_bits() -> None:
+    alone = fresh_run()
+    with load():
+        assert fresh_run() == alone
 
 
-def test_compilation_is_kept_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_settings_give_the_same_bits_whatever_the_environment_says() -> None:
+    settings, digest = fresh_run(OMP_NUM_THREADS="2")
+    assert settings["threads"] == 2
+    assert fresh_run(settings, OMP_NUM_THREADS="1") == [settings, digest]
+
+
+@pytest.mark.parametrize("count", [5, 10**6])
+def test_no_clock_has_a_say(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> float:
+        raise AssertionError("the clock was read")
+
+    for clock in ("perf_counter", "monotonic", "process_time", "thread_time"):
+        monkeypatch.setattr(time, clock, refuse)
+    settings = Runtime(backbone(Tokens, layers=["head:input"]), device="cpu", count=count).settings
+    assert settings.batch_size == min(count, 8)
+    assert not settings.compiled
+
+
+def test_compilation_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    assert measured(monkeypatch, SPEEDS, 10**6).compiled
-    assert not measured(monkeypatch, SPEEDS | {"compiled": 0.69}, 10**6).compiled
-    assert not measured(monkeypatch, SPEEDS, 10**6, batch_size=16, compile=False).compiled
-    assert measured(monkeypatch, SPEEDS, 5, compile=True).compiled
+    asked = Runtime(backbone(), device="cpu", compile=True).settings
+    assert asked.compiled
+    assert not Runtime(backbone(), device="cpu", count=10**6).settings.compiled
+    assert Runtime(backbone(), device="cpu", settings=asked).settings.compiled
+    assert not Runtime(backbone(), device="cpu", settings=asked, compile=False).settings.compiled
 
 
 def test_a_network_that_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

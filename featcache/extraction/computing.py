@@ -120,7 +120,7 @@ def compute(
     count = default_workers(runtime) if workers is None else workers
     group = max(1, runtime.settings.batch_size // views)
     size = _images_a_task(group, views, threads=count == 0)
-    tasks = Tasks(rows, size, aligned=runtime.settings.aligned)
+    tasks = Tasks(rows, size, aligned=runtime.settings.fixed_slots)
     decoder = Decoder(images, runtime.backbone.preprocessing, augmentation, views)
     on_gpu = runtime.device.type == "cuda"
     batches = Loader(decoder, workers=count, pin=on_gpu).batches(tasks)

@@ -172,7 +172,7 @@ def extract(
     path : str or Path
         The HDF5 file to be. Until it is complete it is called ``PATH.partial``.
     batch_size : int, optional
-        Images a forward pass; left out, chosen.
+        Images in one forward pass. Left out: 8 on a CPU, 128 with CUDA.
     workers : int, optional
         Processes that decode; 0 decodes in this one. Left out, chosen.
     device : str or sequence of str
@@ -183,7 +183,7 @@ def extract(
     store_dtype : {"float32", "float16"}
         Of the stored features.
     compile : bool, optional
-        Whether to use ``torch.compile``; left out, where it pays.
+        Use ``torch.compile``. Left out: as the rows that are there were computed, otherwise not.
     views : int
         Augmented views of each image; with more than one the features are (n, views, d).
     augmentation : Augmentation, optional

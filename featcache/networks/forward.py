@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
@@ -37,18 +36,10 @@ __all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "select_device"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Images a forward pass, to begin with. On a CPU more than a few for each thread are no faster, and
-# take memory.
+# Images a forward pass, by the kind of device alone.
 _DEFAULT_BATCH = {"cpu": 8, "cuda": 128, "mps": 64}
-_IMAGES_A_THREAD = 4
-_OTHER_BATCHES = {"cpu": (16, 32, 64), "cuda": (64, 256, 512), "mps": (32, 128)}
-# Measuring must pay: the length of a run, in batches, from which on it begins, the share of the run
-# that it may take, the seconds of a run from which on compiling (10 to 30 s) is tried, and what
-# counts as faster. Noise shall not decide: it would give two runs different last bits.
-_WORTH_MEASURING = 64
-_SHARE_FOR_MEASURING = 0.03
-_WORTH_COMPILING = 400.0
-_CLEARLY = 0.93
+# From so many batches on it pays to find out whether an image may change its place in a batch.
+_LONG_RUN = 64
 _SPEED_UPS = ("folded", "packed_products")
 # Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
 _SAME = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
@@ -113,7 +104,7 @@ class Settings:
         Whether types are chosen operation by operation instead of converting the network.
     compiled : bool
         Whether ``torch.compile`` is used.
-    aligned : bool
+    fixed_slots : bool
         Whether an image must keep its place in a batch to give the same bits.
     """
 
@@ -126,7 +117,7 @@ class Settings:
     packed_products: bool
     autocast: bool
     compiled: bool
-    aligned: bool = False
+    fixed_slots: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -180,14 +171,15 @@ class Runtime:
     precision : {"float32", "bfloat16", "float16"}
         Of the forward pass. The features are float32 in any case.
     batch_size : int, optional
-        Images a forward pass; left out, it is chosen.
+        Images in one forward pass. Left out: 8 on a CPU, 128 with CUDA, 64 on an Apple GPU.
     compile : bool, optional
-        Whether to use ``torch.compile``; left out, where it pays.
+        Use ``torch.compile``. Left out: as in `settings`, otherwise not.
     settings : Settings, optional
-        Of an earlier run, to compute the same bits. Not used where they are of another device or
-        precision; a `batch_size` or `compile` that is given counts more.
+        Settings recorded by an earlier run or on another machine; reused so that results are
+        identical. They are ignored if they belong to another kind of device or another precision;
+        `batch_size` and `compile` take precedence over them.
     count : int, optional
-        How many images are to come: more is measured where many are. Left out, nothing is.
+        Number of images to come. A batch is never larger than that.
     processes : int
         How many processes share the cores of the CPU.
 
@@ -367,8 +359,8 @@ class Runtime:
                 continue
             plain = not any(getattr(settings, name) for name in _SPEED_UPS)
             if agrees or plain:
-                self._compute, self._settings = tapped, settings
-                self._measure(seen)
+                self._compute = tapped
+                self._settings = self._finish(settings, seen)
                 if library := glibc():
                     library.malloc_trim(0)  # what choosing took need not stay beside the batches
                 return
@@ -387,11 +379,9 @@ class Runtime:
             )
         cpu = self.device.type == "cpu"
         threads = max(1, torch.get_num_threads() // self._processes) if cpu else 1
-        default = max(_DEFAULT_BATCH[self.device.type], _IMAGES_A_THREAD * threads)
-        batch_size = self._batch_size or default
+        batch_size = self._batch_size or _DEFAULT_BATCH[self.device.type]
         if self._batch_size is None and self._count is not None:
             batch_size = max(1, min(batch_size, self._count))
-        dtype = PRECISIONS[self.precision]
         return Settings(
             device=self.device.type,
             precision=self.precision,
@@ -401,7 +391,7 @@ class Runtime:
             folded=bool(seen.pairs),
             packed_products=cpu
             and seen.product is not None
-            and packing.products_pay(seen.product, batch_size, dtype),
+            and packing.products_pay(seen.product, batch_size, PRECISIONS[self.precision]),
             autocast=False,
             compiled=bool(self._compile),
         )
@@ -447,90 +437,21 @@ class Runtime:
             found = tapped(batch)
         return _same(found, seen.features, self.precision)
 
-    # --- measuring ------------------------------------------------------------------------------
-
-    def _measure(self, seen: fusion.Observed) -> None:
-        """Choose what only running whole batches tells, as far as the run is long enough.
-
-        Batch sizes are tried, then compilation; each is kept if it is clearly faster. Then it is
-        found out whether an image gives the same bits in every place of a batch.
-        """
-        settings = self.settings
-        if settings.compiled:  # as asked, or as recorded
+    def _finish(self, settings: Settings, seen: fusion.Observed) -> Settings:
+        """Compile where that is wanted, and find out whether slots of a batch are alike."""
+        if settings.compiled:
             settings = self._compiled(settings, seen)
-        if settings != self._recorded:
-            settings = self._measured(settings, seen, self._count or 0)
-        self._settings = settings
+        if settings == self._recorded:
+            return settings
+        # Keeping every image's slot is always right, and costs a short run nothing.
+        long_run = (self._count or 0) >= _LONG_RUN * settings.batch_size
+        fixed = not (long_run and self._same_bits_in_every_slot(settings))
+        return replace(settings, fixed_slots=fixed)
 
-    def _measured(self, settings: Settings, seen: fusion.Observed, count: int) -> Settings:
-        if count < _WORTH_MEASURING * settings.batch_size:
-            # To keep every image's place is always right, and costs a short run nothing.
-            return replace(settings, aligned=True)
-        seconds, even = self._tried(settings)
-        chosen = settings
-        if self._batch_size is None and not settings.compiled:
-            chosen, seconds = self._best_batch(settings, seconds, count)
-        if self._compile is None and count * seconds > _WORTH_COMPILING:
-            chosen = self._best_compiled(chosen, seen)
-        if chosen != settings:
-            _, even = self._tried(chosen)
-        return replace(chosen, aligned=not even)
-
-    def _best_batch(self, settings: Settings, seconds: float, count: int) -> tuple[Settings, float]:
-        """Try other batch sizes as long as that takes no more than a few percent of the run.
-
-        Returns
-        -------
-        tuple
-            The settings, and the seconds that an image takes.
-        """
-        others = _OTHER_BATCHES[self.device.type]
-        sizes = [settings.batch_size, *(n for n in others if n != settings.batch_size)]
-        budget = _SHARE_FOR_MEASURING * count
-        best, fastest = settings, seconds
-        for size in sizes:
-            budget -= 2 * size
-            if budget < 0:
-                break
-            other = replace(settings, batch_size=size)
-            try:
-                # The first time it is run, a size is prepared; the second time counts.
-                seconds = min(self._tried(other)[0] for _ in range(2))
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                break
-            if other == settings or seconds < _CLEARLY * fastest:
-                best, fastest = other, seconds
-            elif size > best.batch_size:
-                break  # a still larger one would not be faster either, and take twice the memory
-        return best, fastest
-
-    def _best_compiled(self, settings: Settings, seen: fusion.Observed) -> Settings:
-        """Compile; keep that if it is clearly faster."""
-        plain = self._compute
-        seconds = min(self._tried(settings)[0] for _ in range(3))
-        compiled = self._compiled(settings, seen)
-        if compiled.compiled:
-            if min(self._tried(compiled)[0] for _ in range(3)) < _CLEARLY * seconds:
-                return compiled
-            self._compute = plain
-        return settings
-
-    def _tried(self, settings: Settings) -> tuple[float, bool]:
-        """Run a batch of one image again and again.
-
-        Returns
-        -------
-        tuple
-            The seconds that an image takes, and whether it gives the same bits in every place.
-        """
-        batch = self._noise(settings)
-        started = time.perf_counter()
-        features = self._run(batch, settings)
-        found = {tap: value.cpu() for tap, value in features.items()}
-        seconds = (time.perf_counter() - started) / settings.batch_size
-        return seconds, all(bool((value == value[:1]).all()) for value in found.values())
+    def _same_bits_in_every_slot(self, settings: Settings) -> bool:
+        """Fill a batch with one image and compare the features of its slots."""
+        features = self._run(self._noise(settings), settings)
+        return all(bool((value == value[:1]).all()) for value in features.values())
 
     def _noise(self, settings: Settings) -> Tensor:
         batch = self._example().expand(settings.batch_size, -1, -1, -1)
