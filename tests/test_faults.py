@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from featcache.errors import DecodeError, StoreError, TooManyFailures
+from featcache.extraction.decoding import Batch, Decoder, Loader, Tasks
 from featcache.extraction.extract import extract
-from featcache.extraction.loading import Decoder, Fetched, Loader, Tasks
 from featcache.images.image_set import ImageSet
 from featcache.pixels.decoding import Preprocessing
+from featcache.store.layout import DONE
 from featcache.store.store import FeatureStore
 from tests.small import TAP, backbone, folder, network, photograph, plainest
 
@@ -48,13 +49,13 @@ class Deadly(Decoder):
     once: tuple[int, ...] = ()
     marks: Path
 
-    def decode(self, fetched: Any, out: np.ndarray) -> Any:
-        if isinstance(fetched, Fetched):
-            mark = self.marks / str(fetched.row)
-            if fetched.row in self.always or (fetched.row in self.once and not mark.exists()):
-                mark.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return super().decode(fetched, out)
+    def decode(self, batch: Batch, k: int, raw: Any) -> None:
+        row = int(batch.rows[k])
+        mark = self.marks / str(row)
+        if row in self.always or (row in self.once and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().decode(batch, k, raw)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def deadly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Deadly]:
     class Configured(Deadly):
         marks = tmp_path
 
-    monkeypatch.setattr("featcache.extraction.computing.Decoder", Configured)
+    monkeypatch.setattr("featcache.extraction.stream.Decoder", Configured)
     return Configured
 
 
@@ -98,7 +99,7 @@ def test_after_a_loss_fewer_workers_go_on(root: Path, deadly: type[Deadly]) -> N
 def test_a_mistake_in_the_decoder_is_not_taken_for_a_lost_worker(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(self: Decoder, fetched: Any, out: Any) -> Any:
+    def mistaken(self: Decoder, batch: Batch, k: int, raw: Any) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(Decoder, "decode", mistaken)
@@ -184,9 +185,9 @@ def test_a_file_that_never_stands_still_is_recorded(
     monkeypatch.setattr(ImageSet, "stat", restless)
     decoder = Decoder(images, Preprocessing(resize=32, crop=32))
     (batch,) = Loader(decoder, workers=0).batches(Tasks(np.arange(6), 6))
-    assert [(f.row, f.stage) for f in batch.failures] == [(3, "read")]
-    assert "changed" in batch.failures[0].reason
-    assert batch.rows.tolist() == [0, 1, 2, 4, 5]
+    assert [(row, error.stage) for row, error in batch.failures.items()] == [(3, "read")]
+    assert "changed" in batch.failures[3].reason
+    assert batch.rows[batch.entries["status"] == DONE].tolist() == [0, 1, 2, 4, 5]
 
 
 def test_an_image_replaced_during_the_run_is_computed_once_more(

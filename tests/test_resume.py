@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from featcache.errors import Interrupted, StoreError, StoreLocked
+from featcache.extraction import stream
+from featcache.extraction.decoding import Decoder, Loader
 from featcache.extraction.extract import extract
 from featcache.images.image_set import ImageSet
 from featcache.networks.forward import Runtime
@@ -250,14 +252,12 @@ def test_a_second_run_beside_the_first_says_who_holds_the_file(root: Path, tmp_p
 def test_after_a_crash_other_processes_decode(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featcache.extraction import loading
-
     counts: list[int] = []
-    init = loading.Loader.__init__
+    init = Loader.__init__
 
-    def noting(self: loading.Loader, decoder: Any, *, workers: int, pin: bool = False) -> None:
+    def noting(self: Loader, decoder: Any, *, workers: int, **options: Any) -> None:
         counts.append(workers)
-        init(self, decoder, workers=workers, pin=pin)
+        init(self, decoder, workers=workers, **options)
 
     for number in (signal.SIGKILL, signal.SIGTERM):
         path = tmp_path / f"{number}.h5"
@@ -265,10 +265,87 @@ def test_after_a_crash_other_processes_decode(
         child.wait_for(4)
         child.end(number)
         with monkeypatch.context() as patch:
-            patch.setattr(loading.Loader, "__init__", noting)
+            patch.setattr(Loader, "__init__", noting)
             run(root, path, workers=None)
     assert counts[0] >= 1  # killed: an image may have done it
     assert counts[1] == 0  # stopped
+
+
+# --- decoding processes ---------------------------------------------------------------------------
+
+
+def children(pid: int) -> list[int]:
+    """Return the ids of a process's children."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    """Return whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_hold_no_lock_and_die_with_their_parent(
+    root: Path, whole: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.h5"
+    for rows in (4, 20):
+        child = Child(root, path, workers=2)
+        child.wait_for(rows)
+        workers = children(child.pid)
+        assert len(workers) == 2
+        held = [fd.readlink() for pid in workers for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        assert held
+        assert not [target for target in held if target.suffix == ".lock"]
+        child.end(signal.SIGKILL)
+        if rows == 4:  # the next run begins at once
+            continue
+        deadline = time.monotonic() + 30
+        while any(runs(pid) for pid in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    np.testing.assert_array_equal(run(root, path).load(TAP)[0], whole)
+
+
+class Crashing(Decoder):
+    """Ends the process that decodes image 13."""
+
+    def decode(self, batch: Any, k: int, raw: Any) -> None:
+        if batch.rows[k] == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().decode(batch, k, raw)
+
+
+def as_an_engine(root: Path, path: Path, decoder: type[Decoder]) -> None:
+    """Run an extraction in a process that may have no children, as Dask's workers are."""
+    assert multiprocessing.current_process().daemon
+    stream.Decoder = decoder  # type: ignore[misc]
+    run(root, path, workers=2, max_failures=0.1)
+    assert multiprocessing.current_process().daemon
+
+
+def test_a_daemonic_process_decodes_in_threads_and_finds_the_image_that_crashed_it(
+    root: Path, whole: np.ndarray, tmp_path: Path
+) -> None:
+    def ended(path: Path, decoder: type[Decoder]) -> int | None:
+        process = PROCESSES.Process(target=as_an_engine, args=(root, path, decoder), daemon=True)
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert ended(tmp_path / "good.h5", Decoder) == 0
+    np.testing.assert_array_equal(FeatureStore.open(tmp_path / "good.h5").load(TAP)[0], whole)
+    path = tmp_path / "bad.h5"
+    assert ended(path, Crashing) == -signal.SIGKILL
+    assert ended(path, Crashing) == 0
+    store = FeatureStore.open(path)
+    assert [failure.id for failure in store.failures] == [ImageSet.from_folder(root).ids[13]]
+    assert "killed by SIGKILL" in store.failures[0].reason
+    np.testing.assert_array_equal(store.load(TAP)[0], np.delete(whole, 13, 0))
 
 
 # --- a campaign -----------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """`extract`: from images to a feature store, each image computed once.
 
-Decoding (worker processes), the forward pass (this thread) and writing (a thread) overlap. Rows are
-committed as they come; a run that was stopped by whatever goes on where it stopped, with the same
-settings, and ends with the same bits. A second run over a changed folder copies the features of
-unchanged images, and one over an unchanged folder loads no weights at all.
+Decoding, the forward pass and writing overlap: decoding in threads or worker processes, the forward
+pass in this thread, writing in another. Rows are committed as they come; a run that was stopped,
+whatever stopped it, goes on where it stopped, with the same settings, and ends with the same bits.
+A second run over a changed folder copies the features of unchanged images, and one over an
+unchanged folder loads no weights at all.
 
-`features` is the one path from images to features: prediction uses it too.
+`features` is the same path without a file; prediction uses it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -27,16 +28,14 @@ import numpy as np
 
 from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
 from featcache.extraction import parallel, reuse
-from featcache.extraction.computing import (
+from featcache.extraction.stream import (
     Chunk,
     Clock,
-    checked_augmentation,
+    Options,
+    WriterThread,
     compute,
     default_workers,
-    of_canaries,
 )
-from featcache.extraction.loading import Failed
-from featcache.extraction.recording import Recorder
 from featcache.extraction.summary import Summary
 from featcache.fingerprint import Fingerprint, RequestKey
 from featcache.images.image_set import ImageSet
@@ -70,7 +69,6 @@ def features(
     compile: bool | None = None,
     views: int = 1,
     augmentation: Augmentation | None = None,
-    settings: Settings | None = None,
 ) -> Iterator[Chunk]:
     """Compute features, a batch at a time, in the order of the rows.
 
@@ -81,32 +79,27 @@ def features(
     backbone : Backbone
         The network.
     rows : array of int, optional
-        Which images, ascending; all if left out.
+        Numbers of the images to compute, ascending; all if left out.
     batch_size, workers, device, precision, compile, views, augmentation
         As for `extract`.
-    settings : Settings, optional
-        Of an earlier run, to compute the same bits.
 
     Yields
     ------
     Chunk
         Features and failures of the next images.
     """
-    wanted = np.arange(len(images)) if rows is None else np.asarray(rows, np.int64)
-    runtime = Runtime(
-        backbone,
+    options = Options(
+        batch_size=batch_size,
+        workers=workers,
         device=device,
         precision=precision,
-        batch_size=batch_size,
         compile=compile,
-        settings=settings,
-        count=len(wanted) * views,
+        views=views,
+        augmentation=augmentation,
     )
-    augmentation = checked_augmentation(views, augmentation)
+    wanted = np.arange(len(images)) if rows is None else np.asarray(rows, np.int64)
     with keep_pages():
-        yield from compute(
-            images, runtime, wanted, views=views, augmentation=augmentation, workers=workers
-        )
+        yield from compute(images, options.runtime(backbone, len(wanted)), wanted, options)
 
 
 def canary_features(
@@ -115,7 +108,6 @@ def canary_features(
     *,
     device: str = "auto",
     precision: str = "float32",
-    settings: Settings | None = None,
 ) -> dict[str, np.ndarray]:
     """Compute the features of canary images.
 
@@ -125,19 +117,21 @@ def canary_features(
         The network.
     images : sequence of bytes
         Image files, as `featcache.pixels.canary.images` makes them or a store keeps them.
-    device, precision, settings
+    device, precision
         As for `features`.
 
     Returns
     -------
     dict of str to ndarray of float32, shape (k, ...)
-        By tap.
+        Features by tap.
     """
-    runtime = Runtime(
-        backbone, device=device, precision=precision, settings=settings, count=len(images)
-    )
+    runtime = Options(device=device, precision=precision).runtime(backbone, len(images))
     with keep_pages():
-        return of_canaries(runtime, images)
+        return _of_canaries(runtime, images)
+
+
+def _of_canaries(runtime: Runtime, images: Sequence[bytes]) -> dict[str, np.ndarray]:
+    return runtime(np.stack([runtime.backbone.preprocessing(image) for image in images]))
 
 
 def extract(
@@ -214,36 +208,68 @@ def extract(
     ExtractionError
         An image failed and `on_error` is ``"fail"``, or an argument is impossible.
     """
-    augmentation = checked_augmentation(views, augmentation)
-    _check(store_dtype, on_error, max_failures)
-    key = RequestKey(
-        **backbone.request,
-        precision=precision,
-        store_dtype=store_dtype,
-        augmentation=None if augmentation is None else augmentation.to_dict(),
-        views=views,
-    )
-    path = os.path.realpath(path)
-    store = None if retry_failed else reuse.complete_store(path, images, key)
-    if store is not None:
-        return _skipped(store, images)
-    job = _Job(
-        images=images,
-        backbone=backbone,
-        path=path,
-        key=key,
-        devices=[device] if isinstance(device, str) else list(device),
+    devices = [device] if isinstance(device, str) else list(device)
+    options = Options(
         batch_size=batch_size,
-        compile=compile,
-        augmentation=augmentation,
         workers=workers,
-        on_error=on_error,
-        max_failures=max_failures,
-        retry_failed=retry_failed,
-        progress=progress,
+        device=devices[0],
+        precision=precision,
+        compile=compile,
+        views=views,
+        augmentation=augmentation,
     )
+    _check(store_dtype, on_error, max_failures)
+    request = _request(backbone, options, store_dtype)
+    path = os.path.realpath(path)
+    store = None if retry_failed else reuse.complete_store(path, images, request)
+    if store is not None:
+        return _up_to_date(store, images)
+    summary = Summary(len(images))
+    started = time.perf_counter()
     with interruptible(), keep_pages():
-        return job.run()
+        known = reuse.known(path, request) or _from_network(backbone, request)
+        with FeatureWriter.open(
+            path,
+            images,
+            known.shapes,
+            fingerprint=known.fingerprint,
+            meta=_meta(request),
+            canaries=_canary_images(backbone),
+            retry_failed=retry_failed,
+        ) as writer:
+            reuse.forget_changed(writer, images)
+            reuse.take_over(
+                writer,
+                images,
+                retry_failed=retry_failed,
+                by_content=options.augmentation is None,
+            )
+            summary.copied = int(np.count_nonzero(writer.status == DONE))
+            summary.failed = int(np.count_nonzero(writer.status == FAILED))
+            if len(writer.pending):
+                _check_network(writer, _from_network(backbone, request).fingerprint)
+                bar = progress_bar(
+                    progress,
+                    total=len(images),
+                    initial=len(images) - len(writer.pending),
+                    unit="img",
+                    desc=backbone.name,
+                )
+
+                def advance(rows: int, failures: Mapping[int, DecodeError]) -> None:
+                    bar.update(rows)
+                    summary.computed += rows - len(failures)
+                    summary.failed += len(failures)
+                    if failures and on_error == "fail":
+                        raise _first_failure(images, path, failures)
+
+                with bar:
+                    _compute(images, writer, backbone, options, devices, summary, advance)
+            summary.seconds["total"] = time.perf_counter() - started
+            writer.set_meta("run", summary.to_dict())
+            store = writer.finish(max_failures)
+    store.extraction = summary
+    return store
 
 
 def _check(store_dtype: str, on_error: str, max_failures: float) -> None:
@@ -255,7 +281,18 @@ def _check(store_dtype: str, on_error: str, max_failures: float) -> None:
         raise ExtractionError(f"max_failures is a share from 0 to 1, not {max_failures}")
 
 
-def _skipped(store: FeatureStore, images: ImageSet) -> FeatureStore:
+def _request(backbone: Backbone, options: Options, store_dtype: str) -> RequestKey:
+    augmentation = options.augmentation
+    return RequestKey(
+        **backbone.request,
+        precision=options.precision,
+        store_dtype=store_dtype,
+        augmentation=None if augmentation is None else augmentation.to_dict(),
+        views=options.views,
+    )
+
+
+def _up_to_date(store: FeatureStore, images: ImageSet) -> FeatureStore:
     """Return the store that is there already, with the labels as they are now."""
     summary = Summary(len(images), failed=len(store.failures), skipped=True)
     if not reuse.same_labels(store, images):
@@ -265,234 +302,144 @@ def _skipped(store: FeatureStore, images: ImageSet) -> FeatureStore:
     return store
 
 
-@dataclass
-class _Job:
-    """One call of `extract` that has something to do."""
+def _from_network(backbone: Backbone, request: RequestKey) -> reuse.Known:
+    """Compute fingerprint and shapes from the network."""
+    fingerprint = backbone.fingerprint(
+        precision=request.precision,
+        store_dtype=request.store_dtype,
+        augmentation=request.augmentation,
+        views=request.views,
+    )
+    views = (request.views,) if request.views > 1 else ()
+    shapes = {tap: (*views, *shape) for tap, shape in backbone.shapes.items()}
+    return reuse.Known(fingerprint, shapes)
 
-    images: ImageSet
-    backbone: Backbone
-    path: str
-    key: RequestKey
-    devices: list[str]
-    batch_size: int | None
-    compile: bool | None
-    augmentation: Augmentation | None
-    workers: int | None
-    on_error: str
-    max_failures: float
-    retry_failed: bool
-    progress: bool | None
 
-    def __post_init__(self) -> None:
-        self.summary = Summary(len(self.images))
+def _check_network(writer: FeatureWriter, fingerprint: Fingerprint) -> None:
+    difference = writer.fingerprint.diff(fingerprint, ("stored", "loaded"))
+    if difference:
+        raise FingerprintMismatch(
+            f"The network is not the one that {writer.path} was begun with:\n{difference}\n"
+            f"Choose another file with -o, or delete it: rm {writer.path}*"
+        )
 
-    def run(self) -> FeatureStore:
-        """Open the file, take over what is there, compute the rest, finish."""
-        started = time.perf_counter()
-        known = reuse.known(self.path, self.key) or self._loaded()
-        summary = self.summary
-        with FeatureWriter.open(
-            self.path,
-            self.images,
-            known.shapes,
-            fingerprint=known.fingerprint,
-            meta=self._meta(),
-            canaries=_canary_images(self.backbone),
-            retry_failed=self.retry_failed,
-        ) as writer:
-            reuse.forget_changed(writer, self.images)
-            there = np.count_nonzero(writer.status == DONE)
-            summary.copied = int(there) + reuse.take_over(
-                writer,
-                self.images,
-                retry_failed=self.retry_failed,
-                by_content=self.augmentation is None,
-            )
+
+def _compute(
+    images: ImageSet,
+    writer: FeatureWriter,
+    backbone: Backbone,
+    options: Options,
+    devices: Sequence[str],
+    summary: Summary,
+    advance: Callable[[int, Mapping[int, DecodeError]], None],
+) -> None:
+    """Compute the pending rows."""
+    pending, clock = writer.pending, Clock()
+    runtime = options.runtime(
+        backbone, len(pending), settings=_recorded(writer), processes=len(devices)
+    )
+    writer.set_meta("settings", runtime.settings.to_dict())
+    summary.rounding = _check_canaries(writer, runtime)
+    crashed = (writer.meta.get("run") or {}).get("state") == "running"
+    if options.workers is None:
+        options = replace(options, workers=default_workers(runtime, crashed=crashed))
+    started = time.perf_counter()
+    with _marked_as_running(writer):
+        if len(devices) > 1:
+            work = parallel.Work(writer.path, images, backbone, options, runtime.settings)
+            runtime.release()
+            writer.share()
+            parallel.fill(work, pending, devices, clock, advance)
+        else:
+            _fill(images, writer, runtime, pending, options, clock, advance, crashed=crashed)
+            for _ in range(_ROUNDS):
+                reuse.forget_overtaken(writer, images, pending)
+                if not len(again := writer.pending):
+                    break
+                _fill(
+                    images, writer, runtime, again, options, clock, lambda _, bad: advance(0, bad)
+                )
+            # What the file says: features may not have been finite.
+            summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
             summary.failed = int(np.count_nonzero(writer.status == FAILED))
-            if len(writer.pending):
-                self._compute(writer, known.fingerprint)
-            summary.seconds["total"] = time.perf_counter() - started
-            writer.set_meta("run", summary.to_dict())
-            store = writer.finish(self.max_failures)
-        store.extraction = summary
-        return store
+    elapsed = time.perf_counter() - started
+    summary.measure(clock, elapsed, runtime.settings, options.workers or 0)
 
-    def _loaded(self) -> reuse.Known:
-        """Load the network and ask it."""
-        fingerprint = self.backbone.fingerprint(
-            precision=self.key.precision,
-            store_dtype=self.key.store_dtype,
-            augmentation=self.key.augmentation,
-            views=self.key.views,
-        )
-        views = (self.key.views,) if self.key.views > 1 else ()
-        shapes = {tap: (*views, *shape) for tap, shape in self.backbone.shapes.items()}
-        return reuse.Known(fingerprint, shapes)
 
-    def _meta(self) -> dict[str, Any]:
-        command = Path(sys.argv[0]).name
-        meta = {"request": json.loads(self.key.to_json()), "versions": _versions()}
-        if command == "featcache":
-            meta["command"] = shlex.join([command, *sys.argv[1:]])
-        return meta
+def _fill(
+    images: ImageSet,
+    writer: FeatureWriter,
+    runtime: Runtime,
+    rows: np.ndarray,
+    options: Options,
+    clock: Clock,
+    advance: Callable[[int, Mapping[int, DecodeError]], None],
+    *,
+    crashed: bool = False,
+) -> None:
+    """Compute rows and write them."""
+    settings = runtime.settings
+    chunks = compute(images, runtime, rows, options, clock=clock, crashed=crashed)
+    with WriterThread(writer, clock) as thread, contextlib.closing(chunks):
+        for chunk in chunks:
+            if runtime.settings != settings:  # memory ran out, and the batch was halved
+                settings = runtime.settings
+                writer.set_meta("settings", settings.to_dict())
+            thread.submit(chunk)
+            advance(len(chunk.rows), chunk.failures)
 
-    def _compute(self, writer: FeatureWriter, expected: Fingerprint) -> None:
-        """Compute what is pending."""
-        difference = expected.diff(self._loaded().fingerprint, ("stored", "loaded"))
-        if difference:
-            raise FingerprintMismatch(
-                f"The network is not the one that {self.path} was begun with:\n{difference}\n"
-                f"Choose another file with -o, or delete it: rm {self.path}*"
-            )
-        pending = writer.pending
-        clock = Clock()
-        runtime = self._runtime(len(pending) * self.key.views, self._recorded(writer))
-        writer.set_meta("settings", runtime.settings.to_dict())
-        self._check_canaries(writer, runtime)
-        bar = progress_bar(
-            self.progress,
-            total=len(self.images),
-            initial=len(self.images) - len(pending),
-            unit="img",
-            desc=self.backbone.name,
-        )
-        self._choose_workers(writer, runtime)
-        started = time.perf_counter()
-        with bar, _marked_as_running(writer):
-            if len(self.devices) > 1:
-                self._fill_in_parallel(writer, runtime, pending, clock, bar)
-            else:
-                self._fill(writer, runtime, pending, clock, bar)
-                self._fill_overtaken(writer, runtime, pending, clock, bar)
-        if len(self.devices) == 1:  # what the file says: features may not have been finite
-            self.summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
-            self.summary.failed = int(np.count_nonzero(writer.status == FAILED))
-        elapsed = time.perf_counter() - started
-        self.summary.measure(clock, elapsed, runtime.settings, self.workers or 0)
 
-    def _choose_workers(self, writer: FeatureWriter, runtime: Runtime) -> None:
-        """Say how many processes decode, if the user did not.
+def _first_failure(
+    images: ImageSet, path: str, failures: Mapping[int, DecodeError]
+) -> ExtractionError:
+    row = min(failures)
+    return ExtractionError(
+        f"{images.ids[row]} failed ({failures[row]}). What was computed is kept in "
+        f"{path}.partial. Mend or remove the image, or leave out --on-error fail, and run the same "
+        "command again."
+    )
 
-        After a run that ended without a word they do in any case: an image that crashes its decoder
-        would take this run down as well, and so every run.
-        """
-        if self.workers is None:
-            crashed = (writer.meta.get("run") or {}).get("state") == "running"
-            self.workers = default_workers(runtime) or (int(crashed) and (os.cpu_count() or 1))
 
-    def _runtime(self, count: int, recorded: Settings | None) -> Runtime:
-        return Runtime(
-            self.backbone,
-            device=self.devices[0],
-            precision=self.key.precision,
-            batch_size=self.batch_size,
-            compile=self.compile,
-            settings=recorded,
-            count=count,
-            processes=len(self.devices),
-        )
+def _recorded(writer: FeatureWriter) -> Settings | None:
+    """Return the settings of the rows that are there already."""
+    records = [writer.meta.get("settings")]
+    records += [source.meta.get("settings") for source in writer.sources()]
+    for record in records:
+        if record and (settings := Settings.from_dict(record)):
+            return settings
+    return None
 
-    def _fill(
-        self, writer: FeatureWriter, runtime: Runtime, rows: np.ndarray, clock: Clock, bar: Any
-    ) -> None:
-        """Compute rows in this process."""
-        settings = runtime.settings
-        chunks = compute(
-            self.images,
-            runtime,
-            rows,
-            views=self.key.views,
-            augmentation=self.augmentation,
-            workers=self.workers,
-            clock=clock,
-        )
-        with Recorder(writer, clock) as recorder, contextlib.closing(chunks):
-            for chunk in chunks:
-                if runtime.settings != settings:  # memory ran out, and the batch was halved
-                    settings = runtime.settings
-                    writer.set_meta("settings", settings.to_dict())
-                recorder.put(chunk)
-                self._advance(bar, len(chunk.rows), chunk.failures)
 
-    def _fill_overtaken(
-        self, writer: FeatureWriter, runtime: Runtime, rows: np.ndarray, clock: Clock, bar: Any
-    ) -> None:
-        """Compute once more what was replaced while the run went on."""
-        for _ in range(_ROUNDS):
-            reuse.forget_overtaken(writer, self.images, rows)
-            rows = writer.pending
-            if not len(rows):
-                return
-            bar.total += len(rows)
-            self._fill(writer, runtime, rows, clock, bar)
+def _check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:
+    """Store the canaries' features; compare them with those of rows that are there already.
 
-    def _fill_in_parallel(
-        self, writer: FeatureWriter, runtime: Runtime, rows: np.ndarray, clock: Clock, bar: Any
-    ) -> None:
-        """Compute rows in one process a device."""
-        work = parallel.Work(
-            path=self.path,
-            images=self.images,
-            backbone=self.backbone,
-            settings=runtime.settings,
-            views=self.key.views,
-            augmentation=self.augmentation,
-            workers=self.workers,
-        )
-        runtime.release()
-        writer.share()
-        parallel.fill(
-            work,
-            rows,
-            self.devices,
-            clock,
-            lambda progress: self._advance(bar, progress.computed, progress.failures),
-        )
-
-    def _advance(self, bar: Any, computed: int, failures: Sequence[Failed]) -> None:
-        bar.update(computed + len(failures))
-        self.summary.computed += computed
-        self.summary.failed += len(failures)
-        if failures and self.on_error == "fail":
-            first = failures[0]
-            raise ExtractionError(
-                f"{self.images.ids[first.row]} failed ({first.stage}: {first.reason}). What was "
-                f"computed is kept in {self.path}.partial. Mend or remove the image, or leave out "
-                "--on-error fail, and run the same command again."
-            )
-
-    def _recorded(self, writer: FeatureWriter) -> Settings | None:
-        """Return the settings of the rows that are there already."""
-        records = [writer.meta.get("settings")]
-        records += [source.meta.get("settings") for source in writer.sources()]
-        for record in records:
-            if record and (settings := Settings.from_dict(record)):
-                return settings
+    Returns
+    -------
+    float or None
+        What rounding costs, see `Summary`; None in float32 or without canaries.
+    """
+    canaries = writer.canaries
+    if canaries is None:
         return None
-
-    def _check_canaries(self, writer: FeatureWriter, runtime: Runtime) -> None:
-        """Store the canaries' features; compare them with those of rows that are there already."""
-        canaries = writer.canaries
-        if canaries is None:
-            return
-        found = of_canaries(runtime, canaries.images)
-        earlier = [canaries, *(source.canaries for source in writer.sources())]
-        for other in earlier:
-            if other is None or not other.features or other.images != canaries.images:
-                continue
-            for tap, values in other.features.items():
-                error = np.abs(found[tap] - values).max() / max(np.abs(values).max(), 1e-30)
-                if not error <= _CANARY_TOLERANCE[self.key.precision]:
-                    raise FingerprintMismatch(
-                        f"The features of test images differ from those that {self.path} was begun "
-                        f"with by {error:.1e} of the largest: this machine decodes, resizes or "
-                        "computes otherwise (other versions of Pillow or torch?). Begin anew: "
-                        f"rm {self.path}*"
-                    )
-        if not canaries.features:
-            writer.set_canaries(found)
-        if self.key.precision != "float32":
-            self.summary.rounding = _rounding(self.backbone, canaries.images, found)
+    found = _of_canaries(runtime, canaries.images)
+    earlier = [canaries, *(source.canaries for source in writer.sources())]
+    for other in earlier:
+        if other is None or not other.features or other.images != canaries.images:
+            continue
+        for tap, values in other.features.items():
+            error = np.abs(found[tap] - values).max() / max(np.abs(values).max(), 1e-30)
+            if not error <= _CANARY_TOLERANCE[runtime.precision]:
+                raise FingerprintMismatch(
+                    f"The features of test images differ from those that {writer.path} was begun "
+                    f"with by {error:.1e} of the largest: this machine decodes, resizes or "
+                    "computes otherwise (other versions of Pillow or torch?). Begin anew: "
+                    f"rm {writer.path}*"
+                )
+    if not canaries.features:
+        writer.set_canaries(found)
+    if runtime.precision == "float32":
+        return None
+    return _rounding(runtime.backbone, canaries.images, found)
 
 
 @contextlib.contextmanager
@@ -520,7 +467,7 @@ def _rounding(
     backbone: Backbone, images: Sequence[bytes], found: Mapping[str, np.ndarray]
 ) -> float:
     """Return how far features (k, ...) are from float32 ones: see `Summary`."""
-    plain = of_canaries(Runtime(backbone, device="cpu"), images)
+    plain = _of_canaries(Runtime(backbone, device="cpu"), images)
     worst = 0.0
     for tap, value in found.items():
         expected = plain[tap].reshape(len(images), -1)
@@ -528,6 +475,15 @@ def _rounding(
         length = np.maximum(np.linalg.norm(expected, axis=1), np.finfo(np.float32).tiny)
         worst = max(worst, float(np.median(distance / length)))
     return worst
+
+
+def _meta(request: RequestKey) -> dict[str, Any]:
+    """Return what the file says about how it came to be."""
+    command = Path(sys.argv[0]).name
+    meta = {"request": json.loads(request.to_json()), "versions": _versions()}
+    if command == "featcache":
+        meta["command"] = shlex.join([command, *sys.argv[1:]])
+    return meta
 
 
 def _versions() -> dict[str, str]:

@@ -12,21 +12,18 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 import numpy as np
 
-from featcache.errors import ExtractionError, FeatcacheError, Interrupted
-from featcache.extraction.computing import Clock, compute
-from featcache.extraction.loading import Failed
-from featcache.extraction.recording import Recorder
+from featcache.errors import DecodeError, ExtractionError, FeatcacheError, Interrupted
+from featcache.extraction.stream import Clock, Options, WriterThread, compute
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
-from featcache.networks.forward import Runtime, Settings
-from featcache.pixels.decoding import Augmentation
+from featcache.networks.forward import Settings
 from featcache.store.writer import FeatureWriter
 from featcache.system.console import interruptible
 from featcache.system.memory import keep_pages
@@ -50,39 +47,25 @@ class Work:
         The images.
     backbone : Backbone
         The network; each process loads it for itself.
+    options : Options
+        Options of each process.
     settings : Settings
         For all of them.
-    views : int
-        Views of each image.
-    augmentation : Augmentation or None
-        What they look like.
-    workers : int or None
-        Decoding processes of each process.
     """
 
     path: str
     images: ImageSet
     backbone: Backbone
+    options: Options
     settings: Settings
-    views: int
-    augmentation: Augmentation | None
-    workers: int | None
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What one chunk came to.
+    """Number of images of one chunk, and reasons of those that failed, by row."""
 
-    Attributes
-    ----------
-    computed : int
-        Images whose features were written.
-    failures : list of Failed
-        The others.
-    """
-
-    computed: int
-    failures: list[Failed]
+    rows: int
+    failures: dict[int, DecodeError]
 
 
 def fill(
@@ -90,7 +73,7 @@ def fill(
     rows: np.ndarray,
     devices: Sequence[str],
     clock: Clock,
-    on_chunk: Callable[[Progress], None],
+    on_chunk: Callable[[int, Mapping[int, DecodeError]], None],
 ) -> None:
     """Compute rows on several devices at once.
 
@@ -105,7 +88,7 @@ def fill(
     clock : Clock
         Is told the times of all processes together.
     on_chunk : callable
-        Called with the `Progress` of each chunk.
+        Called with the fields of the `Progress` of each chunk.
 
     Raises
     ------
@@ -125,7 +108,7 @@ def fill(
                 elif isinstance(message, Clock):
                     clock.add(message)
                 else:
-                    on_chunk(message)
+                    on_chunk(message.rows, message.failures)
     finally:
         for hand in crew:
             hand.stop()
@@ -205,27 +188,14 @@ def _run(work: Work, device: str, rows: np.ndarray, sender: Connection) -> None:
 
 def _fill(work: Work, device: str, rows: np.ndarray, sender: Connection) -> None:
     parent = os.getppid()
-    runtime = Runtime(
-        work.backbone,
-        device=device,
-        precision=work.settings.precision,
-        settings=work.settings,
-        count=len(rows) * work.views,
-    )
+    options = replace(work.options, device=device)
+    runtime = options.runtime(work.backbone, len(rows), settings=work.settings)
     clock = Clock()
-    chunks = compute(
-        work.images,
-        runtime,
-        rows,
-        views=work.views,
-        augmentation=work.augmentation,
-        workers=work.workers,
-        clock=clock,
-    )
+    chunks = compute(work.images, runtime, rows, options, clock=clock)
     with FeatureWriter.open_shared(work.path, rows) as writer:
-        with Recorder(writer, clock) as recorder, contextlib.closing(chunks):
+        with WriterThread(writer, clock) as thread, contextlib.closing(chunks):
             for chunk in chunks:
-                recorder.put(chunk)
+                thread.submit(chunk)
                 sender.send(Progress(len(chunk.rows), chunk.failures))
                 if os.getppid() != parent:
                     return  # the parent was killed: let another run take the file

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from featcache.extraction.computing import Clock
+from featcache.extraction.stream import Clock
 from featcache.networks.forward import Settings
 
 __all__ = ["Summary"]
@@ -84,10 +84,14 @@ class Summary:
             "decode": clock.decode,
             "forward": clock.forward,
             "write": clock.write,
-            "waited_for_decode": clock.waited,
-            "waited_for_write": clock.blocked,
+            "waited_for_decode": clock.waiting_for_images,
+            "waited_for_write": clock.waiting_for_writer,
         }
-        spent = {"decode": clock.waited, "forward": clock.forward, "write": clock.blocked}
+        spent = {
+            "decode": clock.waiting_for_images,
+            "forward": clock.forward,
+            "write": clock.waiting_for_writer,
+        }
         self.bottleneck = max(spent, key=lambda part: spent[part])
         self.settings = settings.to_dict()
         self.hint = _hint(self.bottleneck, settings, workers)

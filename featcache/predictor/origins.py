@@ -333,12 +333,12 @@ def stream(
         augmentation=None if augmentation is None else Augmentation.from_dict(augmentation),
     )
     for chunk in chunks:
-        rows = [
-            ImageRow(int(row), {tap: array[i] for tap, array in chunk.features.items()})
-            for i, row in enumerate(chunk.rows)
-        ]
-        rows += [ImageRow(f.row, {}, f"{f.stage}: {f.reason}") for f in chunk.failures]
-        yield from sorted(rows, key=lambda one: one.row)
+        positions = np.cumsum(chunk.done) - 1
+        for row, k in zip(chunk.rows.tolist(), positions.tolist(), strict=True):
+            if row in chunk.failures:
+                yield ImageRow(row, {}, str(chunk.failures[row]))
+            else:
+                yield ImageRow(row, {tap: array[k] for tap, array in chunk.features.items()})
 
 
 def canary_features(

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Self
 
@@ -65,6 +66,13 @@ class WriteLock:
                     os.close(descriptor)
         if not shared:
             self._sign()
+        register_after_fork(self, WriteLock._forget)
+
+    def _forget(self) -> None:
+        """Let go of the lock in a forked child, which would otherwise hold it too."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def _take(self, descriptor: int, kind: int) -> None:
         try:

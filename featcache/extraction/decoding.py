@@ -1,0 +1,388 @@
+"""Read and decode images into batches of pixels, in threads or in worker processes.
+
+A task names the images of one batch and the slot that each of them takes. Whoever decodes it reads
+the files, hashes them, and fills the slots of one block of uint8 pixels; a worker process sends
+that block back through shared memory. An image that cannot be read or decoded leaves its slot
+black, and its entry says that it failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing import get_context
+
+from featcache.errors import DecodeError, ExtractionError
+from featcache.images.image_set import ImageSet, RawImage, content_hash
+from featcache.pixels.decoding import Augmentation, Preprocessing
+from featcache.store.layout import DONE, FAILED, PENDING
+
+__all__ = ["ENTRY", "PREFETCH", "Batch", "Decoder", "Loader", "Tasks"]
+
+PREFETCH = 2  # tasks in the making for each worker process
+READ_ATTEMPTS = 3
+DEATHS = 2  # a process of its own dies so often before an image counts as failed
+
+# What is known of an image beside its features, under the names that the feature file uses.
+ENTRY = np.dtype([("status", "u1"), ("size", "<i8"), ("mtime_ns", "<i8"), ("sha256", "u1", (32,))])
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Batch:
+    """Images decoded together.
+
+    Attributes
+    ----------
+    rows : ndarray of int64, shape (k,)
+        Numbers of the images in the image set, ascending.
+    slots : ndarray of int64, shape (k,)
+        Index of each image in `pixels`.
+    entries : ndarray of ENTRY, shape (k,)
+        Status, file size, time of the last change, and hash of each image. The status is DONE for
+        an image that was decoded, else FAILED.
+    pixels : torch.Tensor of uint8, shape (slots, [views,] channels, h, w)
+        The images; black where a slot has none. Channels are adjacent in memory.
+    failures : dict of int to DecodeError
+        Reasons of the images that failed, by row.
+    seconds : float
+        Time spent on reading and decoding.
+    """
+
+    rows: np.ndarray
+    slots: np.ndarray
+    entries: np.ndarray
+    pixels: Tensor
+    failures: dict[int, DecodeError] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def fail(self, k: int, error: DecodeError) -> None:
+        """Record that image `k` of this batch has no pixels, and why."""
+        self.entries["status"][k] = FAILED
+        self.failures[int(self.rows[k])] = error
+
+
+Task = tuple[np.ndarray, np.ndarray, int]  # rows (k,), slots (k,), and the slots of the batch
+
+
+class Tasks(Sequence[Task]):
+    """The tasks that cover some rows, made when they are asked for.
+
+    Parameters
+    ----------
+    rows : ndarray of int64
+        Numbers of the images, ascending.
+    size : int
+        Slots of a batch.
+    fixed_slots : bool
+        Give every row the slot ``row % size``, whichever other rows there are: for networks whose
+        features depend, in their last bits, on an image's place in the batch.
+    """
+
+    def __init__(self, rows: np.ndarray, size: int, *, fixed_slots: bool = False) -> None:
+        self._rows = np.asarray(rows, np.int64)
+        self._size = size
+        self._fixed_slots = fixed_slots
+        if fixed_slots:
+            starts = np.flatnonzero(np.diff(self._rows // size, prepend=-1))
+        else:
+            starts = np.arange(0, len(self._rows), size)
+        self._edges = np.append(starts, len(self._rows))
+
+    def __len__(self) -> int:
+        return len(self._edges) - 1
+
+    def __getitem__(self, index: int) -> Task:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = self._rows[self._edges[index] : self._edges[index + 1]]
+        slots = rows % self._size if self._fixed_slots else np.arange(len(rows))
+        return rows, slots, self._size
+
+
+class Decoder:
+    """Reads and decodes the images of tasks.
+
+    Parameters
+    ----------
+    images : ImageSet
+        The images.
+    preprocessing : Preprocessing
+        How they are resized and cropped.
+    augmentation : Augmentation, optional
+        Draw views instead; the pixels then have an axis of views.
+    views : int
+        Number of views.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation | None = None,
+        views: int = 1,
+    ) -> None:
+        self.images = images
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.views = views
+
+    def blank(self, task: Task) -> Batch:
+        """Return a batch of black images, none of them read."""
+        rows, slots, size = task
+        entries = np.zeros(len(rows), ENTRY)
+        entries["status"], entries["size"], entries["mtime_ns"] = PENDING, -1, -1
+        channels, height, width = self.preprocessing.output_shape
+        axes = (size,) if self.augmentation is None else (size, self.views)
+        # In memory (slots, [views,] h, w, c): torch then sees channels_last without a copy.
+        pixels = np.moveaxis(np.zeros((*axes, height, width, channels), np.uint8), -1, -3)
+        return Batch(rows, slots, entries, torch.from_numpy(pixels))
+
+    def read(self, batch: Batch, k: int) -> RawImage | None:
+        """Read image `k` of a batch and fill in its entry; None if it cannot be read."""
+        row, entry = int(batch.rows[k]), batch.entries[k]
+        try:
+            for _ in range(READ_ATTEMPTS):
+                stat = self.images.stat(row)
+                entry["size"], entry["mtime_ns"] = stat
+                raw = self.images.read(row)
+                if self.images.stat(row) == stat:
+                    entry["sha256"] = np.frombuffer(content_hash(raw), np.uint8)
+                    return raw
+            raise DecodeError("read", f"the file changed during each of {READ_ATTEMPTS} readings")
+        except DecodeError as error:
+            batch.fail(k, error)
+            return None
+
+    def decode(self, batch: Batch, k: int, raw: RawImage | None) -> None:
+        """Decode what was read of image `k` into its slot."""
+        if raw is None:
+            return
+        try:
+            # (c, h, w), or (views, c, h, w)
+            batch.pixels[int(batch.slots[k])].numpy()[...] = self._pixels(int(batch.rows[k]), raw)
+            batch.entries["status"][k] = DONE
+        except DecodeError as error:
+            batch.fail(k, error)
+
+    def _pixels(self, row: int, raw: RawImage) -> np.ndarray:
+        if self.augmentation is None:
+            return self.preprocessing(raw)
+        return self.preprocessing.views(raw, self.augmentation, self.images.ids[row], self.views)
+
+
+class Loader:
+    """Yields batches in the order of their tasks.
+
+    With workers, processes decode ahead. A worker that is killed (out of memory, a decoder that
+    crashes) ends nothing: the tasks in the making are decoded again image by image in a process of
+    their own, an image whose process dies twice is recorded as failed, and decoding goes on with
+    half the workers.
+
+    Without workers, threads read the next batch ahead, and decode it when it is asked for. So it is
+    in a daemonic process too, such as Dask's worker, which may have no children.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        What is done to each image.
+    workers : int
+        Worker processes; 0 decodes in threads of this process.
+    suspects : int
+        Number of tasks to decode image by image in a process of their own before threads go on:
+        those that were in the making when an earlier run crashed.
+    """
+
+    def __init__(self, decoder: Decoder, *, workers: int, suspects: int = 0) -> None:
+        self.decoder = decoder
+        self.workers = 0 if multiprocessing.current_process().daemon else workers
+        self.suspects = suspects
+
+    def batches(self, tasks: Tasks) -> Generator[Batch, None, None]:
+        """Yield one batch for each task."""
+        if self.workers:
+            yield from self._from_processes(tasks)
+            return
+        suspects = min(self.suspects, len(tasks))
+        for number in range(suspects):
+            yield self._decode_one_by_one(tasks[number])
+        yield from self._from_threads(tasks, suspects)
+
+    def _from_threads(self, tasks: Tasks, start: int) -> Generator[Batch, None, None]:
+        decoder, threads = self.decoder, os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as decoders:
+
+            def read(number: int) -> tuple[Batch, list[Future[RawImage | None]]]:
+                batch = decoder.blank(tasks[number])
+                return batch, [
+                    readers.submit(decoder.read, batch, k) for k in range(len(batch.rows))
+                ]
+
+            ahead = read(start) if start < len(tasks) else None
+            for number in range(start, len(tasks)):
+                assert ahead is not None
+                (batch, raws), started = ahead, time.perf_counter()
+                ahead = read(number + 1) if number + 1 < len(tasks) else None
+                decode = decoders.map(
+                    lambda batch, k, raw: decoder.decode(batch, k, raw.result()),
+                    itertools.repeat(batch),
+                    range(len(raws)),
+                    raws,
+                )
+                list(decode)  # raises what a thread raised
+                batch.seconds = time.perf_counter() - started
+                yield batch
+
+    def _from_processes(self, tasks: Tasks) -> Generator[Batch, None, None]:
+        done = 0
+        while done < len(tasks):
+            in_the_making = self.workers * PREFETCH
+            futures: dict[int, Future[Batch]] = {}
+            with _worker_pool(self.decoder, self.workers) as pool:
+                try:
+                    while done < len(tasks):
+                        for number in range(done, min(done + in_the_making, len(tasks))):
+                            if number not in futures:
+                                futures[number] = pool.submit(_decode, tasks[number])
+                        batch = futures.pop(done).result()
+                        done += 1
+                        yield batch
+                except BrokenProcessPool:
+                    pass
+            for number in range(done, min(done + in_the_making, len(tasks))):
+                yield self._decode_one_by_one(tasks[number])
+                done += 1
+            self.workers = max(1, self.workers // 2)
+
+    def _decode_one_by_one(self, task: Task) -> Batch:
+        """Decode a task image by image, each waited for before the next is begun."""
+        batch = self.decoder.blank(task)
+        k = deaths = 0
+        while k < len(batch.rows):
+            others = set(multiprocessing.active_children())
+            with _worker_pool(self.decoder, 1) as pool:
+                processes = set(multiprocessing.active_children()) - others
+                try:
+                    while k < len(batch.rows):
+                        alone = batch.rows[k : k + 1], np.zeros(1, np.int64), 1
+                        one = pool.submit(_decode, alone).result()
+                        batch.entries[k] = one.entries[0]
+                        batch.pixels[int(batch.slots[k])] = one.pixels[0]
+                        batch.failures |= one.failures
+                        batch.seconds += one.seconds
+                        k, deaths = k + 1, 0
+                except BrokenProcessPool:
+                    deaths += 1
+            if deaths == DEATHS:
+                batch.entries[["size", "mtime_ns"]][k] = self.decoder.images.stat(
+                    int(batch.rows[k])
+                )
+                codes = [process.exitcode or 0 for process in processes]
+                batch.fail(k, DecodeError("decode", _how_it_died(min(codes, default=0))))
+                k, deaths = k + 1, 0
+        return batch
+
+
+def _how_it_died(code: int) -> str:
+    """Return in words how a decoding process with this exit code ended."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended"
+    return f"the process that decoded it {how}, twice"
+
+
+# --- worker processes -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _worker_pool(decoder: Decoder, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Start worker processes; on leaving, stop them after the image that each is decoding.
+
+    Linux forks them, as `torch.utils.data.DataLoader` does: images in memory and the ids of
+    millions of files are shared instead of copied to each worker, any data set works, and a script
+    need not protect its first line. A forked child can hang on a lock that another thread held;
+    therefore the children do nothing but decode, in one thread, with no kernel of torch, and all
+    start before the pool's own thread does. A daemonic process is an engine's, with busy threads
+    unknown to us; from there, and on other systems, the one child is started afresh ("spawn").
+    """
+    this = multiprocessing.current_process()
+    daemon = this.daemon
+    fork = sys.platform.startswith("linux") and not daemon
+    stop = torch.zeros((), dtype=torch.bool)  # without a lock, which a killed worker could hold
+    stop.share_memory_()  # type: ignore[no-untyped-call]
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("fork" if fork else "spawn"),
+        initializer=_start_worker,
+        initargs=(decoder, stop, os.getpid()),
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+            # Blocked from birth in the children, whatever handlers they inherit.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            if daemon:
+                this.daemon = False  # the reason against children is that they would be orphans
+            try:
+                pool.submit(os.getpid).result()
+            except BrokenProcessPool as error:
+                raise ExtractionError(
+                    "The processes that decode images end as soon as they are started. Type "
+                    "--workers 0 (workers=0), or put what your script does below "
+                    'if __name__ == "__main__":'
+                ) from error
+            finally:
+                if daemon:
+                    this.daemon = True
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield pool
+    finally:
+        stop.fill_(True)
+        pool.shutdown(cancel_futures=True)
+
+
+_decoder: Decoder  # of this worker process
+_stop: Tensor
+
+
+def _start_worker(decoder: Decoder, stop: Tensor, parent: int) -> None:
+    """Prepare a worker process.
+
+    SIGINT stays blocked: the main process stops the workers when everything is committed. The
+    kernel kills a worker whose parent has died.
+    """
+    global _decoder, _stop
+    _decoder, _stop = decoder, stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    torch.set_num_threads(1)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _decode(task: Task) -> Batch:
+    """Decode a task in a worker process."""
+    started = time.perf_counter()
+    batch = _decoder.blank(task)
+    for k in range(len(batch.rows)):
+        if _stop:
+            break
+        _decoder.decode(batch, k, _decoder.read(batch, k))
+    batch.seconds = time.perf_counter() - started
+    return batch
