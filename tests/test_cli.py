@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -72,6 +73,19 @@ def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_help_text_is_whole_and_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in [("", main), *main.commands.items()]:
+        text = succeed(*name.split(), "--help")
+        assert "\\" not in text
+        assert max(map(len, text.splitlines())) <= 80
+        for option in command.params:
+            assert not isinstance(option, click.Option) or option.help, (name, option.name)
+    listed = succeed("--help")
+    for name in main.commands:
+        assert re.search(rf"^  {name} +[A-Z].*[^.]\.$", listed, re.MULTILINE), name
 
 
 def test_processes_say_nothing_on_standard_error_but_what_featcache_says(

@@ -11,22 +11,26 @@ to resume).
 from __future__ import annotations
 
 import json
-import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
+from click import option
 
 import featcache
+from featcache.cli import options
+from featcache.cli.options import count
 from featcache.errors import FeatcacheError
-from featcache.finetuning.settings import SCHEDULES, SuffixSettings
+from featcache.finetuning.settings import SuffixSettings
 from featcache.system.console import sigterm_as_ctrl_c
 from featcache.version import __version__
 
-DEVICES = "auto, cpu, cuda, cuda:1, mps"
+PRECISION = click.Choice(["float32", "bfloat16", "float16"])
+STORED = click.Choice(["float32", "float16"])
+FORMAT = click.Choice(["csv", "json"])
 
 
 class Message(click.ClickException):
@@ -64,6 +68,10 @@ class Commands(Command, click.Group):
             warnings.showwarning = _show_warning
             return super().invoke(ctx)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of this module, which is that of the work."""
+        return list(self.commands)
+
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     title = click.style("Warning:", fg="yellow", bold=True)
@@ -76,159 +84,39 @@ def _colour(stream: Any) -> bool:
     return "NO_COLOR" not in os.environ and stream.isatty()
 
 
-class Percent(click.ParamType[float]):
-    """A share: ``1%`` or ``0.01``."""
-
-    name = "share"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the share as a number from 0 to 1."""
-        if isinstance(value, float):
-            return value
-        text = str(value).strip()
-        try:
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            self.fail(f"{text!r} is not a share; type 1% or 0.01", param, ctx)
-        if not 0 <= share <= 1:
-            self.fail(f"{text!r} is not between 0% and 100%", param, ctx)
-        return share
-
-
-class Memory(click.ParamType[int]):
-    """A number of bytes: ``500MB``, ``1GB``, ``2GiB``."""
-
-    name = "size"
-    _units = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}  # noqa: RUF012
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", str(value).strip().lower())
-        if match is None:
-            self.fail(f"{value!r} is not a size; type 500MB or 1GB", param, ctx)
-        number, unit, binary = match.groups()
-        power = "kmgt".find(unit) + 1 if unit else 0
-        return int(float(number) * (1024**power if binary else self._units[unit]))
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Stack option decorators in the order in which help shall list them."""
-
-    def apply(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
-_weights = click.option(
-    "--weights",
-    default=None,
-    metavar="W",
-    help="A weights name (IMAGENET1K_V2), a checkpoint file, or 'none' for random weights. "
-    "Left out: the newest pinned name.",
-)
-_image_size = click.option(
-    "--image-size", type=click.IntRange(min=1), help="Side of the crop, in pixels."
-)
-_batch_size = click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="Images in one forward pass.  [8 on a CPU, 128 with CUDA]",
-)
-_workers = click.option(
-    "--workers", type=click.IntRange(min=0), help="Decoding workers. Left out: chosen."
-)
-_layers = click.option(
-    "--layer",
-    "layers",
-    multiple=True,
-    metavar="TAP",
-    help="Where features are read: LAYER[#K][:input|:output][:mean|:max|:flatten|:map|:cls|"
-    ":patches]. May be repeated. Left out: the pooling layer, or the head's input.",
-)
-
-_suffix_options = _options(
-    click.option(
-        "--from", "first", metavar="LAYER", help="suffix: first layer to train. Left out: all."
-    ),
-    click.option(
-        "--epochs",
-        type=click.IntRange(min=1),
-        help=f"suffix: at most so many.  [{SuffixSettings.epochs}]",
-    ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(min=2),
-        help=f"suffix: images a step.  [{SuffixSettings.batch_size}]",
-    ),
-    click.option(
-        "--lr",
-        type=float,
-        help=f"suffix: highest learning rate of the new layer.  [{SuffixSettings.lr:g}]",
-    ),
-    click.option(
-        "--schedule",
-        type=click.Choice(SCHEDULES),
-        help=f"suffix: of the learning rate.  [{SuffixSettings.schedule}]",
-    ),
-    click.option(
-        "--unfreeze-every",
-        type=click.IntRange(min=0),
-        metavar="EPOCHS",
-        help="suffix: unfreeze one block more every so many epochs; 0: all at once.  "
-        f"[{SuffixSettings.unfreeze_every}]",
-    ),
-    click.option(
-        "--patience",
-        type=click.IntRange(min=0),
-        metavar="EPOCHS",
-        help="suffix: stop after so many without a better validation loss; 0: never.  "
-        f"[{SuffixSettings.patience}]",
-    ),
-    click.option(
-        "--validation",
-        type=Percent(),
-        metavar="SHARE",
-        help="suffix: images set aside to stop by; 0: train on all, to the last epoch.  "
-        f"[{SuffixSettings.validation:.0%}]",
-    ),
-    click.option("--device", help=f"suffix: {DEVICES}.  [{SuffixSettings.device}]"),
-    click.option("--backbone", help="suffix: the network, where it is package.module:callable."),
-    click.option("--weights", help="suffix: the network's checkpoint file, where it has one."),
-)
-
-
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
+    epilog="""\b
+Examples:
+  featcache extract flowers -o flowers.h5 --backbone resnet50
+  featcache train flowers.h5 -o flowers.featcache
+  featcache predict flowers.featcache new_photos
+""",
 )
 @click.version_option(__version__, prog_name="featcache")
 def main() -> None:
-    r"""Compute image features once with a frozen network; train on them in seconds.
-
-    \b
-    featcache extract flowers -o flowers.h5 --backbone resnet50
-    featcache train flowers.h5 -o flowers.featcache
-    featcache predict flowers.featcache new_photos
-    """
+    """Compute image features once with a frozen network; train on them in seconds."""
 
 
 @main.command()
 @click.argument("backbone")
-@_weights
-@_image_size
-@_json
+@options.weights
+@options.image_size
+@options.json_output
 def layers(backbone: str, weights: str | None, image_size: int | None, as_json: bool) -> None:
-    """List the layers of BACKBONE: output shape, parameters, share of the forward cost.
+    """List the layers of BACKBONE, their shapes and their cost.
 
     BACKBONE is a torchvision name (resnet50), timm/NAME, or package.module:callable.
+
+    The cost of a layer is its share of the operations of a forward pass. Any layer of the list may
+    be given to "featcache extract" as --layer, alone or as LAYER[#K][:SIDE][:REDUCTION]: K counts
+    the runs of a layer that runs several times, SIDE is input or output, and REDUCTION, which makes
+    a vector of maps and tokens, is mean, max, flatten, map, cls or patches.
     """
     network = _backbone(backbone, weights or "none", (), image_size)
     table = network.layers()
@@ -262,40 +150,53 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
 
 @main.command()
 @click.argument("images")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="STORE.h5")
-@click.option("--backbone", required=True, help="resnet50, timm/NAME, or package.module:callable.")
-@_weights
-@click.option("--partial", is_flag=True, help="Take a checkpoint that fits in part; record which.")
-@_layers
-@_image_size
-@click.option("--views", type=click.IntRange(min=1), default=1, help="Augmented views an image.")
-@click.option("--labels", type=click.Path(path_type=Path), help="A CSV or TSV file of labels.")
-@click.option("--id-column", default="id", show_default=True)
-@click.option("--label-column", default="label", show_default=True)
-@click.option("--group-column", help="Images of one group never fall on both sides of a split.")
-@click.option("--split-column", help="A predefined split: train, validation, test.")
-@click.option("--suffix", default="", help="Appended to each id to make a file name: .jpg")
-@click.option("--root", type=click.Path(path_type=Path), help="Folder of a torchvision data set.")
-@click.option("--download", is_flag=True, help="Let torchvision fetch the data set.")
-@_batch_size
-@_workers
-@click.option(
-    "--device", "devices", multiple=True, help=f"{DEVICES}. Repeated: one process each.  [auto]"
+@options.output("STORE.h5", "Feature file to write, or to bring up to date.")
+@options.backbone
+@options.weights
+@options.flag("--partial", "Accept a checkpoint that fits in part, and record which part.")
+@options.layer(
+    'Layer to read features from, such as layer4:max; see "featcache layers --help". May be '
+    "repeated. Default: the pooling layer, or the input of the network's head."
 )
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
+@options.image_size
+@option("--views", **count(), default=1, help="Number of augmented views of each image.")
+@options.path_option(
+    "--labels", "FILE.csv", "CSV or TSV table of ids and labels; IMAGES is a folder."
 )
-@click.option(
-    "--store-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True
+@options.column("--id-column", "Column with the file name of each image.", default="id")
+@option("--suffix", default="", show_default=False, help="Ending that the file names lack: .jpg")
+@options.column("--label-column", "Column with the label.", default="label")
+@options.column("--group-column", "Column with the group, such as a patient or a site.")
+@options.column("--split-column", "Column with a given split: train, validation or test.")
+@options.path_option("--root", "FOLDER", "Folder of a torchvision data set.")
+@options.flag("--download", "Download the torchvision data set if it is not in --root.")
+@options.batch_size
+@options.workers
+@option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="DEVICE",
+    help=f"{options.DEVICES}. May be repeated to use several, with a process for each.  "
+    "[default: auto]",
 )
-@click.option("--compile/--no-compile", "compiled", default=None, help="Use torch.compile.")
-@click.option("--on-error", type=click.Choice(["skip", "fail"]), default="skip", show_default=True)
-@click.option("--max-failures", type=Percent(), default="1%", show_default=True)
-@click.option("--retry-failed", is_flag=True, help="Try the images again that failed before.")
-@_json
+@option("--precision", type=PRECISION, default="float32", help="Format of the forward pass.")
+@option("--store-dtype", type=STORED, default="float32", help="Format of the stored features.")
+@option("--compile/--no-compile", default=None, help="Use torch.compile.  [default: no]")
+@option(
+    "--on-error",
+    type=click.Choice(["skip", "fail"]),
+    default="skip",
+    help="Leave out an image that cannot be read and record the reason, or stop at it.",
+)
+@option(
+    "--max-failures",
+    type=options.Percent(),
+    default="1%",
+    help="Fail if a larger share of the images than this cannot be read.",
+)
+@options.flag("--retry-failed", "Try the images again that failed in an earlier run.")
+@options.json_output
 def extract(
     images: str,
     output: Path,
@@ -304,58 +205,27 @@ def extract(
     partial: bool,
     layers: tuple[str, ...],
     image_size: int | None,
-    views: int,
     labels: Path | None,
-    id_column: str,
-    label_column: str,
-    group_column: str | None,
-    split_column: str | None,
-    suffix: str,
-    root: Path | None,
-    download: bool,
-    batch_size: int | None,
-    workers: int | None,
     devices: tuple[str, ...],
-    precision: str,
-    store_dtype: str,
-    compiled: bool | None,
-    on_error: Literal["skip", "fail"],
-    max_failures: float,
-    retry_failed: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Stage one: compute the features of IMAGES and keep them in an HDF5 file.
+    """Compute the features of IMAGES into an HDF5 file.
 
     IMAGES is a folder (class folders give labels), a folder with --labels, a torchvision data set
-    (CIFAR10, FashionMNIST, OxfordIIITPet, Flowers102) with --root, or WebDataset tars. Run the same
-    command again to resume, or to bring the file up to date with a changed folder.
+    (CIFAR10, FashionMNIST, OxfordIIITPet, Flowers102) with --root, or WebDataset tars.
+
+    Run the same command again to resume after an interruption, or to bring the file up to date with
+    a changed folder: only new content is computed.
     """
-    image_set = featcache.ImageSet.open(
-        images,
-        labels_csv=labels,
-        id_column=id_column,
-        label_column=label_column,
-        group_column=group_column,
-        split_column=split_column,
-        suffix=suffix,
-        root=root,
-        download=download,
-    )
+    listing = {name: settings.pop(name) for name in options.LISTING}
     store = featcache.extract(
-        image_set,
+        featcache.ImageSet.open(images, labels_csv=labels, **listing),
         _backbone(backbone, weights, layers, image_size, partial=partial),
         output,
-        batch_size=batch_size,
-        workers=workers,
         device=devices[0] if len(devices) == 1 else (list(devices) or "auto"),
-        precision=precision,
-        store_dtype=store_dtype,
-        compile=compiled,
-        views=views,
-        on_error=on_error,
-        max_failures=max_failures,
-        retry_failed=retry_failed,
         progress=True,
+        **settings,
     )
     if as_json:
         _print_json({"store": str(output), **store.extraction.to_dict()})
@@ -364,10 +234,13 @@ def extract(
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
-@_json
+@options.path_argument("store")
+@options.json_output
 def info(store: Path, as_json: bool) -> None:
-    """Say what STORE holds: images, classes, taps and shapes, size, fingerprint, failures."""
+    """Describe STORE: its images, classes, features and network.
+
+    Images that could not be read are listed with their reasons.
+    """
     opened = featcache.FeatureStore.open(store)
     if as_json:
         _print_json(opened.describe())
@@ -376,10 +249,10 @@ def info(store: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
-@_json
+@options.path_argument("store")
+@options.json_output
 def verify(store: Path, as_json: bool) -> None:
-    """Read every byte of STORE again and check it against its checksums."""
+    """Check every byte of STORE against its checksums."""
     from featcache.errors import CorruptStore
 
     report = featcache.FeatureStore.open(store).verify()
@@ -392,75 +265,77 @@ def verify(store: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="PREDICTOR")
-@_layers
-@click.option(
+@options.path_argument("stores", nargs=-1, required=True)
+@options.output("PREDICTOR", "Predictor file to write.")
+@options.layer(
+    "Layer of STORES to train on. May be repeated to use several side by side. Default: all."
+)
+@option(
     "--head",
     "heads",
     multiple=True,
-    help="linear, svm, rbf-svm, forest, boosting, knn, mlp, ridge, all, or suffix: the rest of the "
-    "network. May be repeated.  [linear, svm, rbf-svm, forest]",
+    metavar="HEAD",
+    help="linear, svm, rbf-svm, forest, boosting, knn, mlp, ridge, all, or suffix (the rest of the "
+    "network). May be repeated.  [default: linear, svm, rbf-svm, forest]",
 )
-@click.option("--cv", type=click.IntRange(min=2), default=5, show_default=True, help="Folds.")
-@click.option(
+@option("--cv", **count(2), default=5, help="Number of folds of the cross-validation.")
+@option(
     "--test-size",
-    type=Percent(),
-    help="Share held out, scored once. Left out: the split column, else 25%.",
+    type=options.Percent(),
+    help="Share of the images to hold out and score once. Default: as the split column says, or "
+    "25%.",
 )
-@click.option("--group", is_flag=True, help="Keep the images of a group on one side of a split.")
-@click.option("--scoring", default="accuracy", show_default=True, help="scikit-learn's name.")
-@click.option("--class-weight", type=click.Choice(["balanced"]))
-@click.option("--memory", type=Memory(), help="Train in blocks within this much: 1GB.")
-@click.option("--n-jobs", type=int, default=1, show_default=True)
-@click.option("--random-state", type=int, default=0, show_default=True)
-@_suffix_options
-@_json
+@options.flag("--group", "Keep the images of a group on one side of every split.")
+@option("--scoring", metavar="NAME", default="accuracy", help="Metric, by scikit-learn's name.")
+@option(
+    "--class-weight",
+    type=click.Choice(["balanced"]),
+    help="Give rare classes the same total weight as frequent ones.",
+)
+@option(
+    "--memory",
+    type=options.Memory(),
+    help="Memory to stay within, such as 1GB; features are then read in blocks. Default: what is "
+    "free.",
+)
+@option("--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core.")
+@option("--random-state", type=int, default=0, help="Seed of everything that is drawn.")
+@options.suffix_training
+@options.json_output
 def train(
     stores: tuple[Path, ...],
     output: Path,
     layers: tuple[str, ...],
     heads: tuple[str, ...],
-    cv: int,
-    test_size: float | None,
-    group: bool,
-    scoring: str,
-    class_weight: str | None,
-    memory: int | None,
-    n_jobs: int,
-    random_state: int,
     backbone: str | None,
     weights: str | None,
     as_json: bool,
-    **suffix: Any,
+    **settings: Any,
 ) -> None:
-    """Stage two: train and compare heads on the features in STORE, keep the best as PREDICTOR.
+    """Train and compare classifiers on the features in STORES.
 
-    Several stores are joined: by rows where they share a fingerprint, else by image id.
+    The best by cross-validation is kept as PREDICTOR. Several stores are joined: one below the
+    other if their features come from the same network and layers, else side by side, by the ids of
+    their images.
 
-    With --head suffix the rest of the network is trained, on maps that STORE keeps (extract with
-    --layer LAYER:input:map). Interrupted, it resumes from its last epoch by the same command.
+    With --head suffix the rest of the network is trained, on maps that STORES keep (extract them
+    with --layer LAYER:input:map). If it is interrupted, the same command resumes after the last
+    finished epoch.
     """
+    suffix = {name: settings.pop(name) for name in vars(SuffixSettings()) if name in settings}
     given = {name: value for name, value in suffix.items() if value is not None}
     if "suffix" not in heads and (given or backbone or weights):
         name = next(iter(given), "backbone" if backbone else "weights")
-        option = {"first": "from"}.get(name, name).replace("_", "-")
-        raise click.UsageError(f"--{option} is for --head suffix.")
+        name = {"first": "from"}.get(name, name).replace("_", "-")
+        raise click.UsageError(f"--{name} is for --head suffix.")
     result = featcache.train_files(
         list(stores),
         output,
         heads=list(heads),
         layers=list(layers) or None,
-        cv=cv,
-        test_size=test_size,
-        group=group,
-        scoring=scoring,
-        class_weight=class_weight,
-        memory=memory,
-        n_jobs=n_jobs,
-        random_state=random_state,
         suffix=SuffixSettings(**given),
         backbone=None if backbone is None else _backbone(backbone, weights, (), None),
+        **settings,
     )
     if as_json:
         _print_json(result.to_dict())
@@ -469,13 +344,12 @@ def train(
 
 
 @main.command()
-@click.argument("predictor", type=click.Path(path_type=Path))
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html")
-@click.option("--images", help="IMAGES that STORE was extracted from: pictures for the report.")
-@click.option("--backbone", help="Needed by a suffix of a network that is package.module:callable.")
-@_weights
-@_json
+@options.path_argument("predictor")
+@options.path_argument("store")
+@options.path_option("--report", "FILE.html", "Write a page with figures, maps and mistakes.")
+@option("--images", metavar="IMAGES", help="The images of STORE, to show them in the report.")
+@options.own_network
+@options.json_output
 def evaluate(
     predictor: Path,
     store: Path,
@@ -485,11 +359,15 @@ def evaluate(
     weights: str | None,
     as_json: bool,
 ) -> None:
-    """Score PREDICTOR on the rows of STORE that it was not trained on."""
+    """Measure PREDICTOR on the images that it was not trained on.
+
+    These are the images of STORE whose content is not among the training images.
+    """
     opened = featcache.FeatureStore.open(store)
     loaded = featcache.Predictor.load(predictor)
-    if backbone is not None or weights is not None:
-        loaded.attach(loaded.rebuild_backbone(backbone=backbone, weights=weights))
+    network = _own_network(loaded, backbone, weights)
+    if network is not None:
+        loaded.attach(network)
     evaluation = featcache.evaluate(loaded, opened)
     if report is not None:
         pictures = None if images is None else featcache.ImageSet.open(images)
@@ -505,16 +383,15 @@ def evaluate(
 
 
 @main.command()
-@click.argument("predictor", type=click.Path(path_type=Path))
+@options.path_argument("predictor")
 @click.argument("images", nargs=-1, required=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Left out: standard output.")
-@click.option("--format", "file_format", type=click.Choice(["csv", "json"]), default="csv")
-@click.option("--top-k", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--backbone", help="Needed where the predictor's is package.module:callable.")
-@_weights
-@_batch_size
-@_workers
-@click.option("--device", default="auto", show_default=True, help=DEVICES)
+@options.output("FILE", "File to write. Default: standard output.", required=False)
+@option("--format", "file_format", type=FORMAT, default="csv", help="Format of the predictions.")
+@option("--top-k", **count(), default=1, help="Number of classes to list for each image.")
+@options.own_network
+@options.batch_size
+@options.workers
+@option("--device", metavar="DEVICE", default="auto", help=f"{options.DEVICES}.")
 def predict(
     predictor: Path,
     images: tuple[str, ...],
@@ -523,48 +400,40 @@ def predict(
     top_k: int,
     backbone: str | None,
     weights: str | None,
-    batch_size: int | None,
-    workers: int | None,
-    device: str,
+    **settings: Any,
 ) -> None:
     """Label new IMAGES (files or folders) with PREDICTOR.
 
-    An image that cannot be read has an empty label and its reason in the column 'error'.
+    An image that cannot be read has an empty label, and the reason in the column 'error'.
     """
     from featcache.predictor.predictions import write_predictions
 
     loaded = featcache.Predictor.load(predictor)
-    network = None
-    if backbone is not None or weights is not None:
-        network = loaded.rebuild_backbone(backbone=backbone, weights=weights)
     predictions = loaded.stream(
         list(images),
         top_k=top_k,
-        backbone=network,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
+        backbone=_own_network(loaded, backbone, weights),
         progress=output is not None,  # not between predictions that go to the terminal
+        **settings,
     )
     write_predictions(predictions, output, file_format=file_format, top_k=top_k)
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.csv")
+@options.path_argument("store")
+@options.output("FILE.csv", "Table of findings to write.")
 def audit(store: Path, output: Path) -> None:
-    """List the images of STORE whose label, copies or features look wrong."""
-    opened = featcache.FeatureStore.open(store)
+    """List images whose label, copies or features look wrong."""
     from featcache.study.audit import audit as audit_store
 
-    findings = audit_store(opened)
+    findings = audit_store(featcache.FeatureStore.open(store))
     findings.to_csv(output)
     click.echo(f"{output}: {findings}")
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE")
+@options.path_argument("store")
+@options.output("FILE", "File to write; its ending decides the format.")
 def export(store: Path, output: Path) -> None:
     """Write the features of STORE as .npz, .npy, .parquet or .csv."""
     from featcache.store.export import export_store
@@ -574,19 +443,15 @@ def export(store: Path, output: Path) -> None:
 
 
 @main.command("export-model")
-@click.argument("predictor", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE")
-@click.option("--backbone", help="Needed where the predictor's is package.module:callable.")
-@_weights
+@options.path_argument("predictor")
+@options.output("FILE", "File to write: .onnx, or .pt2 for torch.export.load.")
+@options.own_network
 def export_model(predictor: Path, output: Path, backbone: str | None, weights: str | None) -> None:
-    """Write network and head as one model for serving: .onnx or .pt2."""
-    loaded = featcache.Predictor.load(predictor)
-    network = None
-    if backbone is not None or weights is not None:
-        network = loaded.rebuild_backbone(backbone=backbone, weights=weights)
+    """Write network and head as one model: .onnx or .pt2."""
     from featcache.predictor.export import export_model as export_predictor
 
-    export_predictor(loaded, output, backbone=network)
+    loaded = featcache.Predictor.load(predictor)
+    export_predictor(loaded, output, backbone=_own_network(loaded, backbone, weights))
     click.echo(str(output))
 
 
@@ -605,6 +470,14 @@ def _backbone(
         image_size=image_size,
         partial=partial,
     )
+
+
+def _own_network(
+    predictor: featcache.Predictor, backbone: str | None, weights: str | None
+) -> featcache.Backbone | None:
+    if backbone is None and weights is None:
+        return None
+    return predictor.rebuild_backbone(backbone=backbone, weights=weights)
 
 
 def _print_json(value: Any) -> None:

@@ -1,0 +1,198 @@
+"""Options that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache.finetuning.settings import SCHEDULES, SuffixSettings
+
+Decorator = Callable[[Any], Any]
+
+DEVICES = "auto, cpu, cuda, cuda:1 or mps"
+# Parameters of `ImageSet.open` with an option of the same name.
+LISTING = (
+    "id_column",
+    "label_column",
+    "group_column",
+    "split_column",
+    "suffix",
+    "root",
+    "download",
+)
+
+
+class Percent(click.ParamType[float]):
+    """A share: ``1%`` or ``0.01``."""
+
+    name = "share"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the share as a number from 0 to 1."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"{text!r} is not a share; type 1% or 0.01", param, ctx)
+        if not 0 <= share <= 1:
+            self.fail(f"{text!r} is not between 0% and 100%", param, ctx)
+        return share
+
+
+class Memory(click.ParamType[int]):
+    """A number of bytes: ``500MB``, ``1GB``, ``2GiB``."""
+
+    name = "size"
+    _units = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}  # noqa: RUF012
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", str(value).strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is not a size; type 500MB or 1GB", param, ctx)
+        number, unit, binary = match.groups()
+        power = "kmgt".find(unit) + 1 if unit else 0
+        return int(float(number) * (1024**power if binary else self._units[unit]))
+
+
+def count(minimum: int = 1) -> dict[str, Any]:
+    """Return the type of an option that is a whole number, as keywords of `click.option`."""
+    return {"type": click.IntRange(min=minimum), "metavar": "N"}
+
+
+def stacked(*options: Decorator) -> Decorator:
+    """Return one decorator for several options, which help lists in this order."""
+
+    def apply(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def path_argument(name: str, **more: Any) -> Decorator:
+    """Return an argument that is a path."""
+    return click.argument(name, type=click.Path(path_type=Path), **more)
+
+
+def path_option(name: str, metavar: str, help: str, *names: str, **more: Any) -> Decorator:
+    """Return an option that is a path."""
+    path = click.Path(path_type=Path)
+    return click.option(name, *names, type=path, metavar=metavar, help=help, **more)
+
+
+def output(metavar: str, help: str, *, required: bool = True) -> Decorator:
+    """Return the option that names the file to write."""
+    return path_option("-o", metavar, help, "--output", required=required)
+
+
+def flag(name: str, help: str) -> Decorator:
+    """Return an option without a value."""
+    return click.option(name, is_flag=True, help=help)
+
+
+def column(name: str, help: str, default: str | None = None) -> Decorator:
+    """Return an option that names a column of the table of labels."""
+    return click.option(name, metavar="NAME", default=default, help=help)
+
+
+def layer(help: str) -> Decorator:
+    """Return the option that names layers."""
+    return click.option("--layer", "layers", multiple=True, metavar="TAP", help=help)
+
+
+json_output = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
+)
+backbone = click.option(
+    "--backbone",
+    required=True,
+    metavar="NETWORK",
+    help="A torchvision name (resnet50), timm/NAME, or package.module:callable.",
+)
+weights = click.option(
+    "--weights",
+    metavar="WEIGHTS",
+    help="Name of pretrained weights (IMAGENET1K_V2), a checkpoint file, or 'none' for random "
+    "weights. Default: the pretrained weights that featcache pins for this network.",
+)
+image_size = click.option(
+    "--image-size", **count(), help="Side of the square crop in pixels. Default: as for WEIGHTS."
+)
+batch_size = click.option(
+    "--batch-size", **count(), help="Images per forward pass. Default: 8 on a CPU, 128 with CUDA."
+)
+workers = click.option(
+    "--workers",
+    **count(0),
+    help="Number of processes that decode images; 0 decodes in this one. Default: by processor.",
+)
+own_network = stacked(
+    click.option(
+        "--backbone",
+        metavar="MODULE:CALLABLE",
+        help="Import path of the network, if PREDICTOR was trained on a network of your own.",
+    ),
+    click.option(
+        "--weights",
+        metavar="FILE",
+        help="Checkpoint of the network, if PREDICTOR was trained with weights of your own.",
+    ),
+)
+
+
+def _suffix(name: str, help: str, *, show: str = "", **more: Any) -> Decorator:
+    """Return an option of ``--head suffix`` that shows its default."""
+    default = getattr(SuffixSettings, name.removeprefix("--").replace("-", "_"))
+    return click.option(name, help=f"suffix: {help}  [{show or default}]", **more)
+
+
+suffix_training = stacked(
+    click.option(
+        "--from",
+        "first",
+        metavar="LAYER",
+        help="suffix: first layer to train. Default: the first one behind the cut.",
+    ),
+    _suffix("--epochs", "train for at most this many epochs.", **count()),
+    _suffix("--batch-size", "number of images per step.", **count(2)),
+    _suffix("--lr", "highest learning rate of the new last layer.", type=float),
+    _suffix("--schedule", "learning rate schedule.", type=click.Choice(SCHEDULES)),
+    _suffix(
+        "--unfreeze-every",
+        "unfreeze one block more every N epochs; 0 trains all of them at once.",
+        **count(0),
+    ),
+    _suffix(
+        "--patience",
+        "stop after N epochs without a better validation loss; 0 never stops early.",
+        **count(0),
+    ),
+    _suffix(
+        "--validation",
+        "share of the images set aside to decide when to stop; with 0, train on all of them, to "
+        "the last epoch.",
+        type=Percent(),
+        show=f"{SuffixSettings.validation:.0%}",
+    ),
+    _suffix("--device", f"{DEVICES}.", metavar="DEVICE"),
+    click.option(
+        "--backbone",
+        metavar="MODULE:CALLABLE",
+        help="suffix: import path of the network, if it is one of your own.",
+    ),
+    click.option(
+        "--weights", metavar="FILE", help="suffix: checkpoint of the network, if it has one."
+    ),
+)
