@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import DeviceError
-from featcache.networks import fusion, packing
+from featcache.networks import faster, forward
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings, select_device
 from featcache.networks.taps import Tapped
@@ -111,13 +111,13 @@ def test_the_backbones_own_network_is_not_touched() -> None:
 def test_batch_normalisations_are_folded_but_not_where_a_tap_is() -> None:
     taken = backbone()
     example = torch.randn(1, 3, SIDE, SIDE)
-    assert fusion.observe(taken.module, taken.points, example).pairs == [
+    assert faster.find_speed_ups(taken.module, taken.points, example).foldable == [
         ("stem", "norm"),
         ("body", "norm2"),
     ]
     for layer, left in (("stem", "body"), ("norm2:input", "stem")):
         taken = backbone(layers=[layer, "pool"])
-        pairs = fusion.observe(taken.module, taken.points, example).pairs
+        pairs = faster.find_speed_ups(taken.module, taken.points, example).foldable
         assert [convolution for convolution, _ in pairs] == [left]
 
 
@@ -176,7 +176,7 @@ def test_shared_activations_change_no_features(layer: str, precision: str) -> No
 def test_what_lies_behind_the_last_tap_is_neither_run_nor_converted() -> None:
     taken = backbone()
     example = torch.randn(1, 3, SIDE, SIDE)
-    unused = fusion.observe(taken.module, taken.points, example).unused
+    unused = faster.find_speed_ups(taken.module, taken.points, example).unused
     assert {id(p) for p in taken.module.head.parameters()} <= unused
     assert id(taken.module.stem.weight) not in unused
 
@@ -213,7 +213,7 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 def test_matrix_products_by_onednn_give_the_same_features(
     packed: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "products_pay", lambda *_: packed)
+    monkeypatch.setattr(forward, "products_pay", lambda *_: packed)
     taken = backbone(Tokens, layers=["mlp.0:input:mean", "head:input"])
     runtime = Runtime(taken, device="cpu", precision=precision, batch_size=4)
     possible = onednn_multiplies(torch.float32 if precision == "float32" else torch.bfloat16)
@@ -226,13 +226,13 @@ def test_matrix_products_by_onednn_give_the_same_features(
 
 def test_which_library_multiplies_follows_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = (197, 768, 3072), (8, 16, 16)
-    monkeypatch.setattr(packing, "_cpu_vendor", lambda: "GenuineIntel")
-    assert not packing.products_pay(large, 8, torch.float32)
-    monkeypatch.setattr(packing, "_cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(faster, "_cpu_vendor", lambda: "GenuineIntel")
+    assert not faster.products_pay(large, 8, torch.float32)
+    monkeypatch.setattr(faster, "_cpu_vendor", lambda: "AuthenticAMD")
     with_both = torch.backends.mkl.is_available() and onednn_multiplies(torch.float32)
-    assert packing.products_pay(large, 8, torch.float32) == with_both
-    assert not packing.products_pay(large, 8, torch.bfloat16)
-    assert not packing.products_pay(small, 4, torch.float32)
+    assert faster.products_pay(large, 8, torch.float32) == with_both
+    assert not faster.products_pay(large, 8, torch.bfloat16)
+    assert not faster.products_pay(small, 4, torch.float32)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -1,16 +1,19 @@
-"""Where and how a network runs: device, precision, memory format, fusion, batch size.
+"""Run a network: device, precision, memory format, batch size.
 
-What was measured (ResNet-50, 224 x 224, two cores with AVX-512) decides what is done here:
+On a CPU four things decide how fast a network runs (measured with ResNet-50 on 224 x 224 images,
+two cores with AVX-512), and all of them are done here:
 
-- On a CPU the system's allocator gives every large tensor's pages back to the kernel and faults
-  them in again, a million times a batch. `keep_pages` stops that; it doubles the speed.
-- Convolutions run faster on maps whose channels lie side by side (channels_last), and batch
-  normalisations are folded into them.
-- bfloat16 and float16 convert the network itself: ``torch.autocast`` converts weights again and
+- The system's allocator gives the pages of every large tensor back to the kernel and faults them in
+  again, a million times a batch. `featcache.system.memory.keep_pages` stops that; it doubles the
+  speed.
+- Convolutions run faster on maps whose channels lie side by side (channels_last).
+- Batch normalisations are folded into convolutions; see `featcache.networks.faster`.
+- bfloat16 and float16 convert the network itself. ``torch.autocast`` converts weights again and
   again, and stays a fallback for networks that mix types.
 
-All of it may change the last bits of a feature. `Settings` holds every such choice; extraction
-records it in the partial file, and a resumed run repeats it.
+Each of them may change the last bits of a feature. `Settings` holds every such choice. None is made
+by a clock, so two runs on one machine make the same; extraction records the settings, and a resumed
+run or another machine repeats them.
 """
 
 from __future__ import annotations
@@ -20,19 +23,21 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from featcache.errors import BackboneError, DeviceError
-from featcache.networks import fusion, packing
 from featcache.networks.backbone import Backbone
+from featcache.networks.faster import SpeedUps, faster_copy, find_speed_ups, products_pay
 from featcache.networks.taps import Tapped
 from featcache.system.memory import glibc
 
 __all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "select_device"]
+
+_Compute: TypeAlias = Callable[[Tensor], dict[str, Tensor]]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -214,7 +219,7 @@ class Runtime:
         self._count = count
         self._processes = processes
         self._settings: Settings | None = None
-        self._compute: Callable[[Tensor], dict[str, Tensor]] | None = None
+        self._compute: _Compute | None = None
 
     @property
     def settings(self) -> Settings:
@@ -345,22 +350,21 @@ class Runtime:
 
     def _prepare(self) -> None:
         """Load the network and choose the settings; the first that work and agree are taken."""
-        example = self._example()
-        seen = fusion.observe(self.backbone.module, self.backbone.points, example)
+        original = self.backbone.module
+        found = find_speed_ups(original, self.backbone.points, self._example())
         failure: Exception | None = None
-        for settings in self._attempts(self._wanted(seen)):
+        for settings in self._attempts(self._wanted(found)):
             try:
-                tapped = self._network(settings, seen)
-                agrees = self._agrees(tapped, settings, seen, example)
+                tapped = self._tapped_copy(settings, found)
+                matches = self._matches_original(tapped, settings, found)
             except (RuntimeError, TypeError, ValueError, AttributeError) as error:
                 if _is_out_of_memory(error):
                     raise
                 failure = error
                 continue
-            plain = not any(getattr(settings, name) for name in _SPEED_UPS)
-            if agrees or plain:
+            if matches or not any(getattr(settings, name) for name in _SPEED_UPS):
                 self._compute = tapped
-                self._settings = self._finish(settings, seen)
+                self._settings = self._finish(settings, found)
                 if library := glibc():
                     library.malloc_trim(0)  # what choosing took need not stay beside the batches
                 return
@@ -369,7 +373,8 @@ class Runtime:
             f"{self.device}: {failure}. Try --precision float32 or --device cpu"
         ) from failure
 
-    def _wanted(self, seen: fusion.Observed) -> Settings:
+    def _wanted(self, found: SpeedUps) -> Settings:
+        """Return the recorded settings, else what the device, the network and the user ask for."""
         recorded = self._recorded
         if recorded and (recorded.device, recorded.precision) == (self.device.type, self.precision):
             return replace(
@@ -382,16 +387,16 @@ class Runtime:
         batch_size = self._batch_size or _DEFAULT_BATCH[self.device.type]
         if self._batch_size is None and self._count is not None:
             batch_size = max(1, min(batch_size, self._count))
+        largest = found.largest_product
+        pays = largest is not None and products_pay(largest, batch_size, PRECISIONS[self.precision])
         return Settings(
             device=self.device.type,
             precision=self.precision,
             batch_size=batch_size,
             threads=threads,
             channels_last=True,
-            folded=bool(seen.pairs),
-            packed_products=cpu
-            and seen.product is not None
-            and packing.products_pay(seen.product, batch_size, PRECISIONS[self.precision]),
+            folded=bool(found.foldable),
+            packed_products=cpu and pays,
             autocast=False,
             compiled=bool(self._compile),
         )
@@ -407,40 +412,38 @@ class Runtime:
                 yield replace(settings, autocast=True, packed_products=False)
 
     def _example(self) -> Tensor:
-        """Return one normalised image of noise, the same every time."""
+        """Return one normalised image of noise (1, c, h, w), the same every time."""
         pixels = np.random.default_rng(0).integers(
             0, 256, (1, *self.backbone.preprocessing.output_shape), dtype=np.uint8
         )
         return self.backbone.preprocessing.normalize(torch.from_numpy(pixels))
 
-    def _network(self, settings: Settings, seen: fusion.Observed) -> Tapped:
-        module = fusion.shallow_copy(self.backbone.module)
-        if settings.folded:
-            fusion.fold(module, seen.pairs)
-        fusion.converted(
-            module,
-            seen.unused,
+    def _tapped_copy(self, settings: Settings, found: SpeedUps) -> Tapped:
+        module = faster_copy(
+            self.backbone.module,
+            found,
+            fold=settings.folded,
+            pack=settings.packed_products,
             device=self.device,
             dtype=self._dtype(settings),
             channels_last=settings.channels_last,
         )
-        if settings.packed_products:
-            packing.pack(module, seen.layers)
         return Tapped(module, self.backbone.points)
 
-    def _agrees(
-        self, tapped: Tapped, settings: Settings, seen: fusion.Observed, example: Tensor
+    def _matches_original(
+        self, compute: _Compute, settings: Settings, found: SpeedUps, images: int = 1
     ) -> bool:
-        """Run the copy on one image and compare its features with the original's."""
-        batch = example.to(self.device, self._dtype(settings))
-        with self._without_gradients(settings), self._configured(settings):
-            found = tapped(batch)
-        return _same(found, seen.features, self.precision)
+        """Run a copy on one image, or a batch of it, and compare with the original's features."""
+        features = self._run(compute, self._noise(settings, images), settings)
+        return all(
+            _allclose(features[tap], expected, relative=_SAME[self.precision])
+            for tap, expected in found.features.items()
+        )
 
-    def _finish(self, settings: Settings, seen: fusion.Observed) -> Settings:
-        """Compile where that is wanted, and find out whether slots of a batch are alike."""
+    def _finish(self, settings: Settings, found: SpeedUps) -> Settings:
+        """Compile where that is wanted, and find out whether the slots of a batch are alike."""
         if settings.compiled:
-            settings = self._compiled(settings, seen)
+            settings = self._compiled(settings, found)
         if settings == self._recorded:
             return settings
         # Keeping every image's slot is always right, and costs a short run nothing.
@@ -450,38 +453,39 @@ class Runtime:
 
     def _same_bits_in_every_slot(self, settings: Settings) -> bool:
         """Fill a batch with one image and compare the features of its slots."""
-        features = self._run(self._noise(settings), settings)
+        assert self._compute is not None
+        batch = self._noise(settings, settings.batch_size)
+        features = self._run(self._compute, batch, settings)
         return all(bool((value == value[:1]).all()) for value in features.values())
 
-    def _noise(self, settings: Settings) -> Tensor:
-        batch = self._example().expand(settings.batch_size, -1, -1, -1)
+    def _noise(self, settings: Settings, images: int) -> Tensor:
+        """Return a batch of one image of noise: (images, c, h, w), as the network takes it."""
+        batch = self._example().expand(images, -1, -1, -1)
         batch = batch.to(self.device, self._dtype(settings))
         form = torch.channels_last if settings.channels_last else torch.contiguous_format
         return batch.contiguous(memory_format=form)
 
-    def _run(self, batch: Tensor, settings: Settings) -> dict[str, Tensor]:
-        assert self._compute is not None
+    def _run(self, compute: _Compute, batch: Tensor, settings: Settings) -> dict[str, Tensor]:
         with self._without_gradients(settings), self._configured(settings):
-            return self._compute(batch)
+            return compute(batch)
 
-    def _compiled(self, settings: Settings, seen: fusion.Observed) -> Settings:
+    def _compiled(self, settings: Settings, found: SpeedUps) -> Settings:
         """Compile the network; return the settings without that if it cannot be done here."""
-        before = self._compute
         # The compiler packs by itself, and does not see through layers that are packed already.
         compiled = replace(settings, compiled=True, packed_products=False)
-        tapped = self._network(compiled, seen)
+        tapped = self._tapped_copy(compiled, found)
         tapped.__enter__()  # hooks that come after compiling would never fire
         options: dict[str, Any] = {"freezing": True} if settings.device == "cpu" else {}
-        self._compute = torch.compile(tapped.capture, dynamic=False, options=options)
+        compute = torch.compile(tapped.capture, dynamic=False, options=options)
         try:
             with _quiet_compiler():
-                found = self._run(self._noise(compiled), compiled)
-            if _same(found, seen.features, self.precision):
-                return compiled
+                matches = self._matches_original(compute, compiled, found, compiled.batch_size)
         except Exception:  # no compiler, an operation it does not know: hundreds of reasons
-            pass
-        self._compute = before
-        return replace(settings, compiled=False)
+            matches = False
+        if not matches:
+            return replace(settings, compiled=False)
+        self._compute = compute
+        return compiled
 
 
 @contextlib.contextmanager
@@ -496,13 +500,10 @@ def _quiet_compiler() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: str) -> bool:
-    """Say whether the features of copies of one image are the original's, but for rounding."""
-    return all(
-        float((found[tap].float().cpu() - value).norm())
-        <= _SAME[precision] * float(value.norm()) * math.sqrt(len(found[tap]))
-        for tap, value in expected.items()
-    )
+def _allclose(features: Tensor, expected: Tensor, *, relative: float) -> bool:
+    """Return whether copies of one image (b, ...) have the features (1, ...), but for rounding."""
+    difference = float((features.float().cpu() - expected).norm())
+    return difference <= relative * float(expected.norm()) * math.sqrt(len(features))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
