@@ -363,7 +363,7 @@ def _compute(
             summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
             summary.failed = int(np.count_nonzero(writer.status == FAILED))
     elapsed = time.perf_counter() - started
-    summary.measure(clock, elapsed, runtime.settings, options.workers or 0)
+    summary.measure(clock, elapsed, runtime.settings)
 
 
 def _fill(
