@@ -62,6 +62,7 @@ check: $(VENV)/.dev ## Lint, check the format, the types and who imports whom; c
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python tests/tools/lines.py
 
 format: $(VENV)/.dev ## Format the code
@@ -74,7 +75,7 @@ constraints: $(VENV)/.dev ## Upgrade every package, run the tests, and allow the
 	$(BIN)/python tests/tools/constraints.py
 
 clean: ## Remove what the tools made (your features and predictors in out/ stay)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find featcache pipelines tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The weights' package pins an old torch in its metadata, so it comes without its dependencies.

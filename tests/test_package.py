@@ -34,6 +34,23 @@ def test_import_loads_no_heavy_library() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_no_package_and_no_table_of_options_loads_a_heavy_library() -> None:
+    light = [f"featcache.{path.parent.name}" for path in sorted(ROOT.glob("*/__init__.py"))]
+    light += ["featcache.cli.options", "featcache.cli.main", "featcache.finetuning.settings"]
+    code = (
+        f"import sys, {', '.join(light)}\n"
+        "heavy = {'torch', 'torchvision', 'sklearn', 'numpy', 'scipy', 'h5py'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_package_says_what_lives_there_and_holds_no_code() -> None:
+    for path in ROOT.glob("*/__init__.py"):
+        (docstring,) = ast.parse(path.read_text()).body
+        assert isinstance(docstring, ast.Expr), path
+
+
 def imports(path: Path) -> set[str]:
     """Return the modules of featcache that a module imports at its top, for types alone as well."""
     found = set()
