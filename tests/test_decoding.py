@@ -26,8 +26,7 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as F
 
 from featcache.errors import DecodeError
-from featcache.images.image_set import RawImage
-from featcache.pixels.decoding import Augmentation, Preprocessing, decode
+from featcache.pixels.decoding import Augmentation, Preprocessing, RawImage, decode
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:

@@ -177,7 +177,7 @@ def test_streaming_reads_no_further_than_it_must(predictor: Predictor) -> None:
             read.append(index)
             return Image.new("RGB", (40, 40), (index % 256, 9, 9)), 0
 
-    pictures = ImageSet.from_torchvision(Pictures())  # reads all of them, for their labels
+    pictures = ImageSet.from_dataset(Pictures())  # reads all of them, for their labels
     read.clear()
     stream = predictor.stream(pictures, backbone=own(), workers=0)
     first = next(stream)

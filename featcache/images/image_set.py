@@ -1,44 +1,48 @@
 """Which images there are: an ordered list of ids, where their bytes come from, and their labels.
 
 An `ImageSet` is made of class folders, a table, a list of files, WebDataset shards, arrays, or a
-torchvision data set, and reads one image at a time. One rule holds for all ids: they are unique,
+data set of PIL images, and reads one image at a time. One rule holds for all ids: they are unique,
 sorted by their UTF-8 bytes, relative to what was given (``/`` between folders), and the same in
 every run. A file whose name is not UTF-8 gets an escaped id and cannot be read.
 
-No Python object is kept for an image: texts are columns of numpy's `StringDType`. Ten million
-images take some hundred megabytes.
+Each kind of source is a subclass of `featcache.images.source.Source`, in a module with the
+functions that list it: `folders`, `csv_tables`, `tars`, `arrays`.
 """
-
 # A relative path must stay as it is written, links included: not pathlib's resolve().
-# ruff: noqa: PTH100, PTH118
+# ruff: noqa: PTH100, PTH110, PTH112, PTH118
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from featcache.errors import ImageSetError
-from featcache.images import sources
-from featcache.images.readers import RawImage
-from featcache.images.sources import SUFFIXES, TORCHVISION_SETS, Listing
+from featcache.images import arrays, csv_tables, folders, tars
+from featcache.images.arrays import TORCHVISION_SETS
+from featcache.images.source import SUFFIXES, Source
 from featcache.pixels import pillow
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["SUFFIXES", "TORCHVISION_SETS", "ImageSet", "RawImage", "content_hash"]
+    from featcache.pixels.decoding import RawImage
+
+__all__ = ["SUFFIXES", "TORCHVISION_SETS", "ImageSet", "content_hash"]
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Paths: TypeAlias = PathLike | Iterable[PathLike]
 
 
 class ImageSet:
     """An ordered list of images: their ids, where their bytes are, and perhaps their labels.
 
     Made by one of `from_folder`, `from_csv`, `from_files`, `from_tar`, `from_arrays`,
-    `from_torchvision`, or by `open`, which chooses among them. Sets can be pickled, and sent to
+    `from_dataset`, or by `open`, which chooses among them. Sets can be pickled, and sent to
     worker processes.
 
     Attributes
@@ -66,17 +70,29 @@ class ImageSet:
     ('alpine/0001.jpg', 'alpine')
     """
 
-    def __init__(self, listing: Listing, opened_with: dict[str, Any] | None = None) -> None:
-        if not len(listing.tables["ids"]):
-            raise ImageSetError(f"{listing.source}: there are no images")
-        self.tables = listing.tables
-        self.source = listing.source
-        self.ignored = listing.ignored
+    def __init__(self, source: Source, opened_with: dict[str, Any] | None = None) -> None:
+        if not len(source.tables["ids"]):
+            raise ImageSetError(f"{source.name}: there are no images")
         self.opened_with = opened_with
-        self._reader = listing.reader
+        self._source = source
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def tables(self) -> dict[str, NDArray[Any]]:
+        """What the source says of each image: "ids", and "labels", "groups", "splits"."""
+        return self._source.tables
+
+    @property
+    def source(self) -> str:
+        """Where the images are, for messages."""
+        return self._source.name
+
+    @property
+    def ignored(self) -> int:
+        """Number of files that were passed over because they are not images by their name."""
+        return self._source.ignored
 
     @property
     def ids(self) -> NDArray[Any]:
@@ -114,14 +130,14 @@ class ImageSet:
         DecodeError
             With stage "read" and the reason, if it cannot be read.
         """
-        return self._reader.read(index, self.ids[index])
+        return self._source.read(index)
 
     def stat(self, index: int) -> tuple[int, int]:
         """Return size (bytes) and time of the last change (ns) of image number `index`.
 
         Both are -1 where there is no file, or no file any more.
         """
-        return self._reader.stat(index, self.ids[index])
+        return self._source.stat(index)
 
     def select(self, indices: ArrayLike) -> ImageSet:
         """Return the images with these numbers, in this order.
@@ -136,11 +152,9 @@ class ImageSet:
         ImageSet
             A set of k images that reads from the same place.
         """
-        rows = np.asarray(indices, np.int64)
         chosen = copy.copy(self)
-        chosen.tables = {name: table[rows] for name, table in self.tables.items()}
+        chosen._source = self._source.select(np.asarray(indices, np.int64))
         chosen.opened_with = None
-        chosen._reader = self._reader.select(rows)
         return chosen
 
     def parts(self, n: int) -> list[ImageSet]:
@@ -172,17 +186,13 @@ class ImageSet:
     @classmethod
     def open(
         cls,
-        images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        images: Paths,
         *,
-        labels_csv: str | os.PathLike[str] | None = None,
-        id_column: str = "id",
-        label_column: str | None = "label",
-        group_column: str | None = None,
-        split_column: str | None = None,
-        suffix: str = "",
-        root: str | os.PathLike[str] | None = None,
+        labels_csv: PathLike | None = None,
+        root: PathLike | None = None,
         download: bool = False,
-        relative_to: str | os.PathLike[str] = "",
+        relative_to: PathLike = "",
+        **columns: Any,
     ) -> ImageSet:
         """Make a set of whatever the command line calls IMAGES.
 
@@ -191,53 +201,46 @@ class ImageSet:
         images : str, path, or sequence of them
             A folder; a glob, a file or several files; ``.tar`` shards; a ``.npy`` or ``.npz`` file
             of images; the name of a torchvision data set (CIFAR10, FashionMNIST, Flowers102,
-            OxfordIIITPet), also as ``NAME:ROOT``.
+            OxfordIIITPet), also as ``NAME:ROOT``. All splits of a data set are listed: ids begin
+            with the split, and the table "splits" holds it.
         labels_csv : path, optional
             Table for `from_csv`; `images` is then the folder of the images.
-        id_column, label_column, group_column, split_column, suffix
-            As for `from_csv`.
         root : path, optional
             Folder of a torchvision data set.
         download : bool
             Whether a torchvision data set may be downloaded into `root`.
         relative_to : path, optional
             As for `from_files`.
+        **columns
+            `id_column`, `label_column`, `group_column`, `split_column` and `suffix` of `from_csv`.
 
         Raises
         ------
         ImageSetError
             If nothing is there, or it cannot be listed.
         """
-        names = [os.fspath(name) for name in _several(images)]
+        names = _names(images)
         if labels_csv is not None:
             if len(names) != 1:
                 raise ImageSetError(f"a table of labels goes with one folder, got {len(names)}")
-            return cls.from_csv(
-                labels_csv,
-                names[0],
-                id_column=id_column,
-                label_column=label_column,
-                group_column=group_column,
-                split_column=split_column,
-                suffix=suffix,
-            )
-        match sources.kind_of(names, os.fspath(relative_to)):
+            return cls.from_csv(labels_csv, names[0], **columns)
+        first = names[0] if names else ""
+        match _kind(names, os.fspath(relative_to)):
             case "torchvision":
-                name, _, place = names[0].partition(":")
-                return cls.from_torchvision(name, place or root, download=download)
+                name, _, place = first.partition(":")
+                found = arrays.torchvision_set(name, place or root, download)
+                return cls(found, {"images": name, "root": os.path.abspath(place or root or "")})
             case "folder":
-                return cls.from_folder(names[0])
+                return cls.from_folder(first)
             case "tars":
-                return cls.from_tar(sources.matches(names[0]) if len(names) == 1 else names)
+                return cls.from_tar(folders.matches(first) if len(names) == 1 else names)
             case "array file":
-                return cls(sources.array_file(names[0]), {"images": os.path.abspath(names[0])})
+                return cls(arrays.array_file(first), {"images": os.path.abspath(first)})
             case _:
                 return cls.from_files(names, relative_to=relative_to)
 
     @classmethod
-    def from_folder(
-        cls, root: str | os.PathLike[str], *, suffixes: Iterable[str] = SUFFIXES
-    ) -> ImageSet:
+    def from_folder(cls, root: PathLike, *, suffixes: Iterable[str] = SUFFIXES) -> ImageSet:
         """List the images below a folder; the first folder below it is the label.
 
         A folder without folders gives no labels. Folders named like splits (train, val, test)
@@ -256,15 +259,15 @@ class ImageSet:
         ImageSetError
             If the folder is missing, cannot be read, or holds no image.
         """
-        listing = sources.folder(os.fspath(root), frozenset(suffixes))
+        found = folders.folder(os.fspath(root), suffixes)
         again = {"images": os.path.abspath(root)}
-        return cls(listing, again if suffixes is SUFFIXES else None)
+        return cls(found, again if suffixes is SUFFIXES else None)
 
     @classmethod
     def from_csv(
         cls,
-        csv: str | os.PathLike[str],
-        root: str | os.PathLike[str],
+        csv: PathLike,
+        root: PathLike,
         *,
         id_column: str = "id",
         label_column: str | None = "label",
@@ -291,8 +294,8 @@ class ImageSet:
         ------
         ImageSetError
             If the table cannot be read, a column is missing, a line has too many or too few
-            fields, an id is empty, occurs twice, has no file, or leaves the folder: by "..",
-            as an absolute path, or by a link.
+            fields, an id is empty, occurs twice, has no file, or leaves the folder: by ".."
+            or as an absolute path.
         """
         columns = {
             "ids": id_column,
@@ -307,14 +310,14 @@ class ImageSet:
             **{f"{table[:-1]}_column": column for table, column in columns.items()},
             "suffix": suffix,
         }
-        return cls(sources.table(os.fspath(csv), os.fspath(root), named, suffix), again)
+        return cls(csv_tables.table(os.fspath(csv), os.fspath(root), named, suffix), again)
 
     @classmethod
     def from_files(
         cls,
-        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        paths: Paths,
         *,
-        relative_to: str | os.PathLike[str] = "",
+        relative_to: PathLike = "",
     ) -> ImageSet:
         """List files, without labels.
 
@@ -332,16 +335,15 @@ class ImageSet:
         ImageSetError
             If a file is missing or is a folder, or a glob matches no image.
         """
-        names = [os.fspath(path) for path in _several(paths)]
-        root = os.path.abspath(relative_to)
-        alike = sources.kind_of(names, root) == "files"
+        names, root = _names(paths), os.path.abspath(relative_to)
+        alike = _kind(names, root) == "files"
         opened_with = {"images": names, "relative_to": root} if alike else None
-        if len(names) == 1 and sources.is_glob(os.path.join(root, names[0])):
-            return cls(sources.globbed(names[0], root), opened_with)
-        return cls(sources.files(names, root), opened_with)
+        if len(names) == 1 and folders.is_glob(os.path.join(root, names[0])):
+            return cls(folders.globbed(names[0], root), opened_with)
+        return cls(folders.files(names, root), opened_with)
 
     @classmethod
-    def from_tar(cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> ImageSet:
+    def from_tar(cls, paths: Paths) -> ImageSet:
         """List the images in WebDataset shards; they are read in place, nothing is extracted.
 
         Members that share their path up to the first dot are one sample; its label is the text of
@@ -358,9 +360,9 @@ class ImageSet:
         ImageSetError
             If a file is missing, is not a tar, is cut short or compressed, or holds no image.
         """
-        names = [os.fspath(path) for path in _several(paths)]
+        names = _names(paths)
         again = {"images": [os.path.abspath(name) for name in names]}
-        return cls(sources.tars(names), again if sources.are_tars(names) else None)
+        return cls(tars.tars(names), again if tars.are_tars(names) else None)
 
     @classmethod
     def from_arrays(
@@ -385,48 +387,31 @@ class ImageSet:
         ImageSetError
             If shapes, types or lengths do not fit, or an id occurs twice.
         """
-        pixels = images if isinstance(images, np.ndarray) else np.asarray(images)
         return cls(
-            sources.arrays(
-                pixels,
+            arrays.arrays(
+                images if isinstance(images, np.ndarray) else np.asarray(images),
                 None if labels is None else [str(label) for label in labels],
                 None if ids is None else list(ids),
             )
         )
 
     @classmethod
-    def from_torchvision(
-        cls,
-        dataset: Any,
-        root: str | os.PathLike[str] | None = None,
-        *,
-        download: bool = False,
-        split: str | None = None,
-    ) -> ImageSet:
-        """Make a set of a map-style data set of (PIL image, int), or of one known by name.
+    def from_dataset(cls, dataset: Any) -> ImageSet:
+        """Make a set of a map-style data set of (PIL image, int), as those of torchvision are.
 
         Parameters
         ----------
-        dataset : Dataset or str
-            A data set without transform, or CIFAR10, FashionMNIST, Flowers102 or OxfordIIITPet.
-            Labels are its ``classes`` where it has them, else numbers as text. They are taken
-            from its ``targets`` (or ``labels``) where it has these, else from all its items.
-        root : path, optional
-            Folder of a data set known by name.
-        download : bool
-            Whether it may be downloaded into `root`.
-        split : str, optional
-            One split of a data set known by name. Left out, all splits are listed one after the
-            other, ids begin with the split, and `splits` is set.
+        dataset : Dataset
+            A data set without transform. Labels are its ``classes`` where it has them, else
+            numbers as text. They are taken from its ``targets`` (or ``labels``) where it has
+            these, else from all its items.
 
         Raises
         ------
         ImageSetError
-            If the name is unknown, the data set is not there, or holds other items.
+            If it is empty, or holds other items.
         """
-        if isinstance(dataset, str):
-            return cls(sources.torchvision_set(dataset, root, split, download))
-        return cls(sources.datasets({"": dataset}, type(dataset).__name__))
+        return cls(arrays.datasets({"": dataset}, type(dataset).__name__))
 
 
 def content_hash(raw: RawImage) -> bytes:
@@ -457,7 +442,22 @@ def content_hash(raw: RawImage) -> bytes:
     return digest.digest()
 
 
-def _several(
-    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-) -> list[str | os.PathLike[str]]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+def _names(paths: Paths) -> list[str]:
+    several = [paths] if isinstance(paths, str | os.PathLike) else paths
+    return [os.fspath(path) for path in several]
+
+
+def _kind(names: list[str], root: str) -> str:
+    """Return the kind of source that `open` takes names for, some relative to `root`."""
+    if len(names) != 1:
+        return "tars" if tars.are_tars(names) else "files"
+    name = os.path.join(root, names[0])
+    if names[0].partition(":")[0] in TORCHVISION_SETS and not os.path.exists(name):
+        return "torchvision"
+    if os.path.isdir(name):
+        return "folder"
+    if tars.are_tars(folders.matches(name)):
+        return "tars"
+    if name.lower().endswith((".npy", ".npz")) and not folders.is_glob(name):
+        return "array file"
+    return "files"

@@ -26,7 +26,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from featcache.errors import DecodeError
-from featcache.images.image_set import RawImage
 from featcache.pixels import pillow
 from featcache.pixels.views import Augmentation, View
 
@@ -34,7 +33,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["Augmentation", "Preprocessing", "View", "decode"]
+    RawImage: TypeAlias = bytes | NDArray[Any] | Image.Image
+else:
+    RawImage: TypeAlias = Any
+
+__all__ = ["Augmentation", "Preprocessing", "RawImage", "View", "decode"]
 
 Interpolation: TypeAlias = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Fit: TypeAlias = Literal["stretch", "cover", "contain"]

@@ -67,9 +67,7 @@ def _without_warnings() -> warnings.catch_warnings[None]:
     saved: warnings.catch_warnings[None] = warnings.catch_warnings()
     saved.__enter__()
     # Some of Pillow's warnings are attributed to its caller, one of these modules.
-    warnings.filterwarnings(
-        "ignore", module=r"(PIL|pillow_\w+)(\.|$)|featcache\.(decoding|readers|pillow)$"
-    )
+    warnings.filterwarnings("ignore", module=r"(PIL|pillow_\w+)(\.|$)|featcache\.(images|pixels)\.")
     return saved
 
 

@@ -670,7 +670,7 @@ def _image_sets(images: Any) -> Iterator[ImageSet]:
         if not items:
             raise PredictorError("There is no image to predict: the list is empty.")
         if all(isinstance(item, Image.Image) for item in items):
-            yield ImageSet.from_torchvision([(item, 0) for item in items])
+            yield ImageSet.from_dataset([(item, 0) for item in items])
             return
         for is_folder, run in itertools.groupby(items, lambda item: Path(item).is_dir()):
             if is_folder:

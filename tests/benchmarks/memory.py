@@ -39,7 +39,7 @@ def extraction(count: int, workers: int | None) -> dict[str, Any]:
     """Extract in this process and return its peak in MB."""
     import featcache as fc
 
-    images = fc.ImageSet.from_torchvision(Drawn(count))
+    images = fc.ImageSet.from_dataset(Drawn(count))
     backbone = fc.Backbone.from_torchvision("mobilenet_v2", weights=None, image_size=64)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features.h5"

@@ -1,0 +1,178 @@
+"""Images in memory: arrays, ``.npy`` and ``.npz`` files, and map-style data sets of PIL images."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from featcache.errors import DecodeError, ImageSetError
+from featcache.images.source import Source, numbered, sorted_tables
+from featcache.pixels import pillow
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TORCHVISION_SETS: dict[str, dict[str, dict[str, Any]]] = {
+    "CIFAR10": {"train": {"train": True}, "test": {"train": False}},
+    "FashionMNIST": {"train": {"train": True}, "test": {"train": False}},
+    "Flowers102": {split: {"split": split} for split in ("train", "val", "test")},
+    "OxfordIIITPet": {split: {"split": split} for split in ("trainval", "test")},
+}
+"""Data sets of torchvision that are known by name: for each split, the arguments that give it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrays(Source):
+    """Images in one array of shape (n, h, w) or (n, h, w, c); `places` are their indices in it."""
+
+    images: NDArray[Any]
+
+    def read(self, row: int) -> NDArray[Any]:
+        """Return the image's pixels, shape (h, w) or (h, w, c)."""
+        return np.asarray(self.images[self.places[row]])
+
+
+def arrays(
+    images: NDArray[Any], labels: list[str] | None, ids: list[str] | None, source: str = ""
+) -> Arrays:
+    """List the images of an array; see `ImageSet.from_arrays`."""
+    source = source or f"an array {images.shape}"
+    if images.ndim not in (3, 4) or images.dtype not in (np.uint8, np.uint16, np.bool_):
+        raise ImageSetError(
+            f"{source}: expected uint8 pixels of shape (n, h, w) or (n, h, w, c), "
+            f"got {images.dtype} {images.shape}"
+        )
+    values = {"ids": numbered(len(images)) if ids is None else ids}
+    if labels is not None:
+        values["labels"] = labels
+    for what, texts in values.items():
+        if len(texts) != len(images):
+            raise ImageSetError(
+                f"{source}: expected {len(images)} {what}, one an image, got {len(texts)}"
+            )
+    tables, order = sorted_tables(values, source)
+    return Arrays(tables=tables, name=source, places=order, images=images)
+
+
+def array_file(path: str) -> Arrays:
+    """List a ``.npy`` of images, or a ``.npz`` with ``images`` and perhaps ``labels``, ``ids``."""
+    try:
+        if path.lower().endswith(".npy"):
+            return arrays(np.load(path, mmap_mode="r"), None, None, path)
+        # numpy leaves a damaged .npz open when it is given a name
+        with Path(path).open("rb") as file, np.load(file) as parts:
+            if "images" not in parts:
+                raise ImageSetError(f"{path}: expected an array 'images', got {parts.files}")
+            texts = {k: parts[k].astype(str).tolist() for k in ("labels", "ids") if k in parts}
+            return arrays(parts["images"], texts.get("labels"), texts.get("ids"), path)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ImageSetError(f"{path}: cannot read this array: {error}") from error
+
+
+# -- data sets -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasets(Source):
+    """Items of map-style data sets; `places` are numbers of data set and item, shape (n, 2)."""
+
+    datasets: tuple[Any, ...]
+
+    def read(self, row: int) -> Image.Image:
+        """Return the item's image."""
+        which, item = self.places[row].tolist()
+        try:
+            with pillow.quiet:
+                image = self.datasets[which][item][0]
+                if isinstance(image, Image.Image):
+                    image.load()  # now, where a damaged file is this image's failure
+        except Exception as error:  # a data set is foreign code that may raise anything
+            raise DecodeError("read", pillow.reason(error)) from error
+        if not isinstance(image, Image.Image):
+            raise DecodeError("read", f"expected a PIL image, got {type(image).__name__}")
+        return image
+
+
+def datasets(parts: Mapping[str, Any], source: str) -> Datasets:
+    """List map-style data sets, one a split; "" names the only one that is no split."""
+    ids, labels, splits, places = [], [], [], []
+    for number, (split, dataset) in enumerate(parts.items()):
+        _check_items(dataset, source)
+        n = len(dataset)
+        ids += [f"{split}/{name}" if split else name for name in numbered(n)]
+        labels += _labels(dataset)
+        splits += [split] * n
+        places += [np.stack([np.full(n, number), np.arange(n)], axis=1)]  # (n, 2)
+    values = {"ids": ids, "labels": labels} | ({} if "" in parts else {"splits": splits})
+    tables, order = sorted_tables(values, source)
+    return Datasets(
+        tables=tables,
+        name=source,
+        places=np.concatenate(places)[order],
+        datasets=tuple(parts.values()),
+    )
+
+
+def torchvision_set(name: str, root: str | os.PathLike[str] | None, download: bool) -> Datasets:
+    """List all splits of a data set of torchvision by its name; see `ImageSet.open`."""
+    if root is None:
+        raise ImageSetError(f"{name}: expected the folder that it is in. Type {name}:FOLDER")
+    import torchvision.datasets
+
+    make: Callable[..., Any] = getattr(torchvision.datasets, name)
+    try:
+        parts = {
+            split: make(os.fspath(root), download=download, **arguments)
+            for split, arguments in TORCHVISION_SETS[name].items()
+        }
+    except (RuntimeError, OSError) as error:
+        hint = "" if download else ". To download it, type --download"
+        raise ImageSetError(f"{name}: expected it in {os.fspath(root)}: {error}{hint}") from error
+    return datasets(parts, f"{name}:{os.fspath(root)}")
+
+
+def _check_items(dataset: Any, source: str) -> None:
+    """Refuse a data set whose first item is no (PIL image, target)."""
+    if not len(dataset):
+        raise ImageSetError(f"{source}: there are no images")
+    item = dataset[0]
+    if not (isinstance(item, tuple | list) and len(item) == 2):
+        raise ImageSetError(f"{source}: expected items (PIL image, int), got {type(item).__name__}")
+    if not isinstance(item[0], Image.Image):
+        raise ImageSetError(
+            f"{source}: expected items (PIL image, int), got ({type(item[0]).__name__}, ...). "
+            "Make the data set without transform: the backbone brings its own"
+        )
+
+
+def _labels(dataset: Any) -> list[str]:
+    """Return the labels of a data set's items, without decoding images where that is possible."""
+    names = getattr(dataset, "classes", None)
+    targets = _targets(dataset)
+    if targets is None:
+        targets = [dataset[index][1] for index in range(len(dataset))]
+    if names is None and hasattr(dataset, "dataset"):  # torch.utils.data.Subset
+        names = getattr(dataset.dataset, "classes", None)
+    return [str(target) if names is None else str(names[int(target)]) for target in targets]
+
+
+def _targets(dataset: Any) -> list[Any] | None:
+    """Return the targets that a data set keeps as a list; None if only its items tell them."""
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        inner = _targets(dataset.dataset)
+        return None if inner is None else [inner[index] for index in dataset.indices]
+    for name in ("targets", "labels", "_labels"):
+        values = getattr(dataset, name, None)
+        if values is not None and len(values) == len(dataset):
+            listed: list[Any] = np.asarray(values).tolist()
+            return listed
+    return None

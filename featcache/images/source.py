@@ -1,0 +1,152 @@
+"""What all sources of images have in common: tables of text sorted by id, and words for messages.
+
+A text column is an array of numpy's `StringDType`: ten million ids take 16 bytes a row and the
+text itself, and no Python objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.dtypes import StringDType
+
+from featcache.errors import ImageSetError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from featcache.pixels.decoding import RawImage
+
+SUFFIXES = frozenset(
+    {".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe"}
+    | {".jpeg", ".jpg", ".npy", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff"}
+    | {".webp"}
+)
+"""Suffixes of the files that are taken for images, in lower case."""
+
+NOT_UTF8 = "its name is not UTF-8; rename the file"
+_TWICE = "{count} ids occur more than once (first: {first})"
+_NAMED = 3  # so many names are given in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The images of one source, listed and ready to be read.
+
+    Each kind of source is a subclass that says how an image is read. Sources can be pickled and
+    hold no open files.
+
+    Attributes
+    ----------
+    tables : dict of str to ndarray of StringDType, shape (n,)
+        "ids", sorted and unique, and "labels", "groups" and "splits" where the source has them.
+    name : str
+        Where the images are, for messages.
+    ignored : int
+        Number of files that were passed over.
+    places : ndarray of int64, shape (n,) or (n, k)
+        Where each image is in the source; empty where its id says that.
+    """
+
+    tables: dict[str, NDArray[Any]]
+    name: str
+    ignored: int = 0
+    places: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def read(self, row: int) -> RawImage:
+        """Return one image as it is stored; raise `DecodeError` with stage "read"."""
+        raise NotImplementedError
+
+    def stat(self, row: int) -> tuple[int, int]:
+        """Return size in bytes and time of the last change in ns; (-1, -1) is unknown."""
+        return -1, -1
+
+    def select(self, rows: NDArray[np.int64]) -> Self:
+        """Return a source of these images alone, in this order."""
+        return replace(
+            self,
+            tables={name: table[rows] for name, table in self.tables.items()},
+            places=self.places[rows] if len(self.places) else self.places,
+        )
+
+
+def column(texts: Iterable[str], source: str) -> NDArray[Any]:
+    """Return texts as an array of `StringDType`, shape (n,).
+
+    Raises
+    ------
+    ImageSetError
+        If a text is not valid Unicode. The message names `source`.
+    """
+    try:
+        return np.fromiter(texts, StringDType())
+    except UnicodeEncodeError as error:
+        raise ImageSetError(f"{source}: {error.object!r} is not valid Unicode") from error
+
+
+def sorted_tables(
+    values: Mapping[str, Iterable[str]], source: str, twice: str = _TWICE
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+    """Make the tables of a source, sorted by "ids".
+
+    Returns
+    -------
+    tables : dict of str to ndarray of StringDType, shape (n,)
+        The values as columns.
+    order : ndarray of int64, shape (n,)
+        For each row of the tables, its place in `values`.
+
+    Raises
+    ------
+    ImageSetError
+        If an id occurs twice (`twice` is the template of the message), or a text is not valid
+        Unicode.
+    """
+    tables = {name: column(texts, source) for name, texts in values.items()}
+    order = np.argsort(tables["ids"], kind="stable")
+    tables = {name: table[order] for name, table in tables.items()}
+    same = sorted({a for a, b in itertools.pairwise(tables["ids"]) if a == b})
+    if same:
+        what = twice.format(count=len(same), first=first_few(same))
+        raise ImageSetError(f"{source}: {what}")
+    return tables, order
+
+
+def numbered(n: int) -> list[str]:
+    """Return ids for n images without names: they sort like their numbers."""
+    return [f"{number:08d}" for number in range(n)]
+
+
+def is_utf8(name: bytes) -> bool:
+    """Tell whether a file's name is UTF-8."""
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def no_images(source: str, others: int, suffixes: Iterable[str] = SUFFIXES) -> ImageSetError:
+    """Return the error for a source in which no file is an image."""
+    known = " ".join(sorted(suffixes))
+    return ImageSetError(
+        f"{source}: expected images, found none among {others} files. Known suffixes: {known}"
+    )
+
+
+def first_few(names: Sequence[object]) -> str:
+    """Return the first few names, for a message."""
+    text = ", ".join(str(name) for name in names[:_NAMED])
+    return f"{text}, ..." if len(names) > _NAMED else text
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question after names like this one, whatever their case; "" if there are none."""
+    spelling = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), spelling, n=_NAMED, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(spelling[k]) for k in near)}?" if near else ""
