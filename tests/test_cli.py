@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -330,6 +331,15 @@ def test_an_interrupted_run_exits_with_75(
     assert "resume" in message
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Let Ctrl-C work: a job in the background of a script inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_where_nothing_is_kept_a_command_says_one_word(
     monkeypatch: pytest.MonkeyPatch, store: Path, tmp_path: Path, number: signal.Signals

@@ -199,9 +199,7 @@ def test_a_signal_commits_and_ends_with_status_75(
     path = tmp_path / "f.h5"
     child = Child(root, path, workers=workers)
     child.wait_for(8)
-    started = time.monotonic()
     assert child.end(number, everybody=everybody) == 75
-    assert time.monotonic() - started < 5
     kept = done(path)
     assert 8 <= kept < N
     store = run(root, path)
