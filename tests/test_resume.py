@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -278,6 +279,15 @@ def children(pid: int) -> list[int]:
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
+def open_files(pid: int) -> list[Path]:
+    """Return what a process has open; files come and go meanwhile."""
+    found = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(descriptor.readlink())
+    return found
+
+
 def runs(pid: int) -> bool:
     """Return whether a process is there and has not ended."""
     try:
@@ -296,7 +306,7 @@ def test_workers_hold_no_lock_and_die_with_their_parent(
         child.wait_for(rows)
         workers = children(child.pid)
         assert len(workers) == 2
-        held = [fd.readlink() for pid in workers for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        held = [target for pid in workers for target in open_files(pid)]
         assert held
         assert not [target for target in held if target.suffix == ".lock"]
         child.end(signal.SIGKILL)

@@ -219,10 +219,9 @@ class Loader:
         if self.workers:
             yield from self._from_processes(tasks)
             return
-        suspects = min(self.suspects, len(tasks))
-        for number in range(suspects):
-            yield self._decode_one_by_one(tasks[number])
-        yield from self._from_threads(tasks, suspects)
+        first = list(itertools.islice(tasks, self.suspects))
+        yield from self._decode_one_by_one(first)
+        yield from self._from_threads(tasks, len(first))
 
     def _from_threads(self, tasks: Tasks, start: int) -> Generator[Batch, None, None]:
         decoder, threads = self.decoder, os.cpu_count() or 1
@@ -252,57 +251,61 @@ class Loader:
     def _from_processes(self, tasks: Tasks) -> Generator[Batch, None, None]:
         done = 0
         while done < len(tasks):
-            in_the_making = self.workers * PREFETCH
+            ahead = self.workers * PREFETCH
             futures: dict[int, Future[Batch]] = {}
             with _worker_pool(self.decoder, self.workers) as pool:
                 try:
                     while done < len(tasks):
-                        for number in range(done, min(done + in_the_making, len(tasks))):
+                        for number in range(done, min(done + ahead, len(tasks))):
                             if number not in futures:
                                 futures[number] = pool.submit(_decode, tasks[number])
                         batch = futures.pop(done).result()
                         done += 1
                         yield batch
+                    return
                 except BrokenProcessPool:
                     pass
-            for number in range(done, min(done + in_the_making, len(tasks))):
-                yield self._decode_one_by_one(tasks[number])
-                done += 1
+            in_the_making = [tasks[k] for k in range(done, min(done + ahead, len(tasks)))]
+            yield from self._decode_one_by_one(in_the_making)
+            done += len(in_the_making)
             self.workers = max(1, self.workers // 2)
 
-    def _decode_one_by_one(self, task: Task) -> Batch:
-        """Decode a task image by image, each waited for before the next is begun."""
-        batch = self.decoder.blank(task)
+    def _decode_one_by_one(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
+        """Decode tasks image by image, each waited for before the next is begun."""
+        rows = np.concatenate([np.zeros(0, np.int64), *(rows for rows, _, _ in tasks)])
+        with contextlib.closing(self._alone(rows)) as images:
+            for task in tasks:
+                batch = self.decoder.blank(task)
+                for k, slot in enumerate(batch.slots.tolist()):
+                    one = next(images)
+                    batch.entries[k], batch.pixels[slot] = one.entries[0], one.pixels[0]
+                    batch.failures |= one.failures
+                    batch.seconds += one.seconds
+                yield batch
+
+    def _alone(self, rows: np.ndarray) -> Generator[Batch, None, None]:
+        """Decode images in a process of their own; yield a batch of one slot for each."""
         k = deaths = 0
-        while k < len(batch.rows):
+        while k < len(rows):
             others = set(multiprocessing.active_children())
             with _worker_pool(self.decoder, 1) as pool:
                 processes = set(multiprocessing.active_children()) - others
                 try:
-                    while k < len(batch.rows):
-                        alone = batch.rows[k : k + 1], np.zeros(1, np.int64), 1
-                        one = pool.submit(_decode, alone).result()
-                        batch.entries[k] = one.entries[0]
-                        batch.pixels[int(batch.slots[k])] = one.pixels[0]
-                        batch.failures |= one.failures
-                        batch.seconds += one.seconds
+                    while k < len(rows):
+                        task = rows[k : k + 1], np.zeros(1, np.int64), 1
+                        batch = pool.submit(_decode, task).result()
                         k, deaths = k + 1, 0
+                        yield batch
                 except BrokenProcessPool:
                     deaths += 1
             if deaths == DEATHS:
-                batch.entries[["size", "mtime_ns"]][k] = self.decoder.images.stat(
-                    int(batch.rows[k])
-                )
-                codes = [process.exitcode or 0 for process in processes]
-                batch.fail(k, DecodeError("decode", _how_it_died(min(codes, default=0))))
+                code = min((process.exitcode or 0 for process in processes), default=0)
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended"
+                batch = self.decoder.blank(task)
+                batch.entries[["size", "mtime_ns"]] = self.decoder.images.stat(int(rows[k]))
+                batch.fail(0, DecodeError("decode", f"the process that decoded it {how}, twice"))
                 k, deaths = k + 1, 0
-        return batch
-
-
-def _how_it_died(code: int) -> str:
-    """Return in words how a decoding process with this exit code ended."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended"
-    return f"the process that decoded it {how}, twice"
+                yield batch
 
 
 # --- worker processes -----------------------------------------------------------------------------
