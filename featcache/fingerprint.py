@@ -23,7 +23,7 @@ from featcache.errors import CorruptStore, FormatVersionError
 __all__ = ["FORMAT_VERSION", "Fingerprint", "RequestKey", "canonical_json", "state_sha256"]
 
 #: Version of the feature file's format. Another version is refused, never guessed at.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def canonical_json(value: Any) -> str:

@@ -60,8 +60,8 @@ def make_store(
     f = fingerprint(tuple(by_tap), **fingerprint_changes)
     shapes = {tap: array.shape[1:] for tap, array in by_tap.items()}
     rows = np.arange(len(y))
-    with FeatureWriter.open(
-        path, images, shapes, fingerprint=f, canaries=CANARIES if canaries else ()
+    with FeatureWriter.begin(
+        path, images.tables, shapes, fingerprint=f, canaries=CANARIES if canaries else ()
     ) as writer:
         writer.write(
             rows,

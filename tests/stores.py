@@ -19,9 +19,7 @@ CANARIES = [("grey", b"\x89PNG 1"), ("exif", b"\xff\xd8 22")]
 
 
 class Images:
-    """The part of an `ImageSet` that a store reads."""
-
-    source = "a test"
+    """The part of an `ImageSet` that a store reads: its tables."""
 
     def __init__(
         self,
@@ -34,6 +32,13 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def tables(self) -> dict[str, np.ndarray]:
+        """The columns of text."""
+        names = ("ids", "labels", "groups", "splits")
+        columns = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: np.array(x, np.dtypes.StringDType()) for name, x in columns.items()}
 
 
 def images(n: int = 12, start: int = 0) -> Images:
@@ -86,9 +91,16 @@ def fill(writer: FeatureWriter, imgs: Images, rows: np.ndarray, d: int = 8) -> N
     writer.write(rows, features(ids, f, d), sha256=sha256(ids), size=rows + 100, mtime_ns=rows)
 
 
-def writer(path: Path, imgs: Images, f: Fingerprint | None = None, **options: Any) -> FeatureWriter:
+def writer(
+    path: Path,
+    imgs: Images,
+    f: Fingerprint | None = None,
+    shapes_: dict[str, tuple[int, ...]] | None = None,
+    **options: Any,
+) -> FeatureWriter:
     f = f or fingerprint()
-    return FeatureWriter.open(path, imgs, shapes(f), fingerprint=f, canaries=CANARIES, **options)
+    options = {"fingerprint": f, "canaries": CANARIES, **options}
+    return FeatureWriter.begin(path, imgs.tables, shapes_ or shapes(f), **options)
 
 
 def store(

@@ -24,7 +24,7 @@ from featcache.errors import (
     MissingStore,
     StoreError,
 )
-from featcache.store.layout import StoreFile
+from featcache.store.format import StoreFile
 from featcache.store.store import FeatureStore
 from tests import stores
 from tests.stores import MAPS, POOL
@@ -63,7 +63,7 @@ def test_plain_h5py_reads_everything(path: Path) -> None:
         assert file["failures"][0]["reason"] == b"not an image"
         assert json.loads(file["meta/fingerprint"][()]) == json.loads(f.to_json())
         assert json.loads(file["meta/classes"][()]) == ["a", "b", "c"]
-        assert json.loads(file["meta/versions"][()])["format"] == 1
+        assert json.loads(file["meta/versions"][()])["format"] == 2
         assert list(file["canaries/names"].asstr()) == ["grey", "exif"]
         assert file["canaries/images/1"][:].tobytes() == b"\xff\xd8 22"
 
@@ -104,7 +104,7 @@ def test_checksums_are_those_of_the_specification(path: Path) -> None:
                 stored = file["features"][tap][i].tobytes()
                 assert row["crc32"][k] == zlib.crc32(stored, seed)
             name_seed = zlib.crc32(file["ids"][i])
-            assert row["check"] == zlib.crc32(row.tobytes()[:-4], name_seed)
+            assert row["entry_crc"] == zlib.crc32(row.tobytes()[:-4], name_seed)
         digest = hashlib.sha256()
         names: list[str] = []
         file.visit(
@@ -130,7 +130,7 @@ def test_names_that_hdf5_reads_otherwise(path: Path) -> None:
     f = stores.fingerprint(taps=taps)
     imgs = stores.images(3)
     values = {tap: np.full((3, 2), k, np.float32) for k, tap in enumerate(taps)}
-    with stores.FeatureWriter.open(path, imgs, dict.fromkeys(taps, (2,)), fingerprint=f) as writer:
+    with stores.writer(path, imgs, f, dict.fromkeys(taps, (2,))) as writer:
         writer.write([0, 1, 2], values, sha256=stores.sha256(imgs.ids))
         store = writer.finish()
     assert list(store.taps) == list(taps)
@@ -231,7 +231,7 @@ def test_swapped_taps_are_seen(path: Path) -> None:
     f = stores.fingerprint(taps=("a:output:mean", "b:output:mean"))
     imgs = stores.images(3)
     values = {tap: np.full((3, 2), k, np.float32) for k, tap in enumerate(f.taps)}
-    with stores.FeatureWriter.open(path, imgs, dict.fromkeys(f.taps, (2,)), fingerprint=f) as w:
+    with stores.writer(path, imgs, f, dict.fromkeys(f.taps, (2,))) as w:
         w.write([0, 1, 2], values, sha256=stores.sha256(imgs.ids))
         w.finish()
     with h5py.File(path) as file:
@@ -313,13 +313,13 @@ def test_somebody_elses_hdf5_is_refused_and_left_alone(path: Path) -> None:
         assert list(file) == ["x"]
 
 
-@pytest.mark.parametrize(("version", "advice"), [(2, "pip install"), (0, "featcache extract")])
+@pytest.mark.parametrize(("version", "advice"), [(3, "pip install"), (1, "featcache extract")])
 def test_other_format_versions_are_refused(path: Path, version: int, advice: str) -> None:
     stores.store(path)
     with h5py.File(path) as file:
         meta = file["meta/versions"]
         offset, text = meta.id.get_offset(), meta[()]
-    changed = text.replace(b'"format":1', b'"format":%d' % version)
+    changed = text.replace(b'"format":2', b'"format":%d' % version)
     data = bytearray(path.read_bytes())
     data[offset : offset + len(text)] = changed
     path.write_bytes(data)
@@ -359,8 +359,8 @@ from tests import stores
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
 f = stores.fingerprint()
 try:
-    stores.FeatureWriter.open(
-        {str(tmp_path / "a.h5")!r}, stores.images(100), {{stores.POOL: (100_000,)}}, fingerprint=f
+    stores.writer(
+        {str(tmp_path / "a.h5")!r}, stores.images(100), f, {{stores.POOL: (100_000,)}}
     )
 except DiskFull as error:
     print(error)
@@ -398,7 +398,7 @@ def test_without_reservation_zeros_are_written(path: Path, monkeypatch: pytest.M
 
 def test_space_is_reserved_at_the_start(path: Path) -> None:
     f = stores.fingerprint()
-    with stores.FeatureWriter.open(path, stores.images(50), {POOL: (10_000,)}, fingerprint=f):
+    with stores.writer(path, stores.images(50), f, {POOL: (10_000,)}):
         status = Path(f"{path}.partial").stat()
         assert status.st_blocks * 512 >= status.st_size > 50 * 10_000 * 4
 

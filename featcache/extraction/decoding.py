@@ -30,7 +30,7 @@ from torch.multiprocessing import get_context
 from featcache.errors import DecodeError, ExtractionError
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.pixels.decoding import Augmentation, Preprocessing, RawImage
-from featcache.store.layout import DONE, FAILED, PENDING
+from featcache.store.format import DONE, FAILED, PENDING
 
 __all__ = ["ENTRY", "PREFETCH", "Batch", "Decoder", "Loader", "Tasks"]
 

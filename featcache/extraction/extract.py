@@ -43,9 +43,9 @@ from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings
 from featcache.pixels import canary
 from featcache.pixels.decoding import Augmentation
-from featcache.store.layout import DONE, FAILED
+from featcache.store.format import DONE, FAILED
 from featcache.store.store import FeatureStore
-from featcache.store.writer import FeatureWriter
+from featcache.store.writer import FeatureWriter, relabel
 from featcache.system.console import interruptible, progress_bar
 from featcache.system.memory import keep_pages
 
@@ -228,9 +228,9 @@ def extract(
     started = time.perf_counter()
     with interruptible(), keep_pages():
         known = reuse.known(path, request) or _from_network(backbone, request)
-        with FeatureWriter.open(
+        with FeatureWriter.begin(
             path,
-            images,
+            images.tables,
             known.shapes,
             fingerprint=known.fingerprint,
             meta=_meta(request),
@@ -296,7 +296,7 @@ def _up_to_date(store: FeatureStore, images: ImageSet) -> FeatureStore:
     """Return the store that is there already, with the labels as they are now."""
     summary = Summary(len(images), failed=len(store.failures), skipped=True)
     if not reuse.same_labels(store, images):
-        store = store.relabel(images)
+        store = relabel(store, images.tables)
         summary.relabelled = True
     store.extraction = summary
     return store
@@ -403,7 +403,7 @@ def _first_failure(
 def _recorded(writer: FeatureWriter) -> Settings | None:
     """Return the settings of the rows that are there already."""
     records = [writer.meta.get("settings")]
-    records += [source.meta.get("settings") for source in writer.sources()]
+    records += [source.meta.get("settings") for source in writer.earlier_stores]
     for record in records:
         if record and (settings := Settings.from_dict(record)):
             return settings
@@ -422,7 +422,7 @@ def _check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:
     if canaries is None:
         return None
     found = _of_canaries(runtime, canaries.images)
-    earlier = [canaries, *(source.canaries for source in writer.sources())]
+    earlier = [canaries, *(source.canaries for source in writer.earlier_stores)]
     for other in earlier:
         if other is None or not other.features or other.images != canaries.images:
             continue

@@ -16,7 +16,7 @@ import numpy as np
 from featcache.errors import DecodeError, StoreError
 from featcache.fingerprint import Fingerprint, RequestKey, canonical_json
 from featcache.images.image_set import ImageSet, content_hash
-from featcache.store.layout import DONE, FAILED, PENDING, StoreFile
+from featcache.store.format import DONE, FAILED, PENDING, StoreFile
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
 
@@ -158,7 +158,7 @@ def forget_changed(writer: FeatureWriter, images: ImageSet) -> None:
             same = _is_same(images, row, entry["sha256"].tobytes(), size, mtime_ns)
         if not same:
             changed.append(row)
-    writer.retry(changed)
+    writer.mark_pending(changed)
 
 
 def forget_overtaken(writer: FeatureWriter, images: ImageSet, rows: np.ndarray) -> None:
@@ -171,17 +171,12 @@ def forget_overtaken(writer: FeatureWriter, images: ImageSet, rows: np.ndarray) 
         now = images.stat(row)
         if now[0] >= 0 and now != (int(entry["size"]), int(entry["mtime_ns"])):
             overtaken.append(row)
-    writer.retry(overtaken)
+    writer.mark_pending(overtaken)
 
 
 def _entries(writer: FeatureWriter, rows: np.ndarray) -> Iterator[tuple[int, np.void]]:
     """Yield rows with what the partial file holds of them."""
-    if not len(rows):
-        return
-    file = StoreFile(f"{writer.path}.partial")
-    entries = file.read("rows")[rows]
-    file.close()
-    yield from zip(rows.tolist(), entries, strict=True)
+    yield from zip(rows.tolist(), writer.entries(rows), strict=True)
 
 
 def take_over(
@@ -207,7 +202,7 @@ def take_over(
         Rows copied.
     """
     copied = 0
-    for source in writer.sources():
+    for source in writer.earlier_stores:
         pending = writer.pending
         if not len(pending):
             break

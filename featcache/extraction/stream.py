@@ -24,7 +24,7 @@ from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Pending, Runtime, Settings
 from featcache.pixels.decoding import Augmentation
-from featcache.store.layout import DONE
+from featcache.store.format import DONE
 from featcache.store.writer import FeatureWriter
 
 __all__ = ["Chunk", "Clock", "Options", "WriterThread", "compute", "default_workers"]

@@ -1,28 +1,45 @@
-"""Bytes on a disk: reserving room, writing in full, copying, and renaming so that it lasts."""
+"""Bytes on a disk: reserve room, read and write in full, rename durably, one writer at a time.
+
+A `WriteLock` is ``flock`` on a small file beside the store. The kernel drops it when its holder
+dies, however it dies, so there is no stale lock to remove by hand. The text in the file (process,
+host, since when) is for messages only.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import socket
+import time
 from collections.abc import Iterator
+from multiprocessing.util import register_after_fork
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import numpy as np
 
-from featcache.errors import CorruptStore, DiskFull, StoreError
-from featcache.store.locking import fcntl
+from featcache.errors import CorruptStore, DiskFull, StoreError, StoreLocked
 
-_COPY_BYTES = 8 << 20
+try:
+    import fcntl
+except ImportError as error:  # pragma: no cover (Windows)
+    raise StoreError(
+        "Feature files need a POSIX system (Linux or macOS). On Windows, run featcache inside "
+        "the Windows Subsystem for Linux: https://learn.microsoft.com/windows/wsl/install"
+    ) from error
+
+_ZEROS_BYTES = 8 << 20
+_POLL_SECONDS = 0.2
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
 
 def reserve(descriptor: int, start: int, stop: int, *, zeros: bool) -> None:
-    """Have the file system keep room for bytes `start` to `stop`.
+    """Reserve room in the file system for bytes `start` to `stop`.
 
-    Where it cannot promise (macOS, some network file systems), write zeros if `zeros`.
+    A file system that cannot promise it (macOS, some over networks) gets zeros written if `zeros`.
 
     Raises
     ------
@@ -48,7 +65,7 @@ def reserve(descriptor: int, start: int, stop: int, *, zeros: bool) -> None:
 
 def _write_zeros(descriptor: int, start: int, stop: int) -> None:
     """Fill the holes between `start` and `stop`, keeping what is written already."""
-    block = bytes(_COPY_BYTES)
+    block = bytes(_ZEROS_BYTES)
     position = start
     while position < stop:
         length = min(len(block), stop - position)
@@ -60,7 +77,7 @@ def _write_zeros(descriptor: int, start: int, stop: int) -> None:
 def raise_for(
     error: OSError, path: str, *, needed: int = 0, so_far: str = "", advice: str = ""
 ) -> NoReturn:
-    """Raise what an operating system's refusal to write `path` means to the user.
+    """Translate an error of the disk into a `StoreError` that says what to do.
 
     Parameters
     ----------
@@ -139,29 +156,8 @@ def pread_into(descriptor: int, out: memoryview, offset: int) -> None:
         out, offset = out[count:], offset + count
 
 
-def copy_range(source: int, start: int, target: int, to: int, count: int) -> None:
-    """Copy bytes between files, inside the kernel where it can (shared extents cost nothing)."""
-    kernel_copy = getattr(os, "copy_file_range", None)
-    while count and kernel_copy is not None:
-        try:
-            copied = kernel_copy(source, target, count, start, to)
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED | {errno.EXDEV, errno.EPERM, errno.EBADF}:
-                raise
-            break
-        if copied == 0:
-            break  # the source's end, or a file system that pretends: read and see
-        start, to, count = start + copied, to + copied, count - copied
-    buffer = memoryview(bytearray(min(count, _COPY_BYTES)))
-    while count:
-        block = buffer[: min(count, len(buffer))]
-        pread_into(source, block, start)
-        pwrite_all(target, block, to)
-        start, to, count = start + len(block), to + len(block), count - len(block)
-
-
 def fsync(descriptor: int) -> None:
-    """Have the bytes on the disk itself, through the drive's cache on macOS too."""
+    """Sync the file to the disk itself, through the drive's cache on macOS too."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
         with contextlib.suppress(OSError):  # not every file system knows it
@@ -189,3 +185,111 @@ def runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
     stops = np.concatenate([cuts, [len(rows)]])
     for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         yield start, int(rows[start]), stop - start
+
+
+def is_at(descriptor: int, path: str) -> bool:
+    """Return whether `path` still leads to the open file."""
+    try:
+        there, here = Path(path).stat(), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+class WriteLock:
+    """The right to write one store, held until `release` or the end of the process.
+
+    Parameters
+    ----------
+    store : str
+        Path of the store; the lock file is ``PATH.partial.lock``, made if there is none.
+    wait : float
+        Seconds to wait for another process that holds it.
+    shared : bool
+        Share it with other processes that fill the same file. Nobody can take it alone then.
+
+    Raises
+    ------
+    StoreLocked
+        Another process holds it; the message says which, where, and since when.
+    OSError
+        The lock file cannot be made.
+    """
+
+    def __init__(self, store: str, *, wait: float = 0, shared: bool = False) -> None:
+        self._path = f"{store}.partial.lock"
+        self._store = store
+        self._descriptor = -1
+        self.shared = shared
+        until = time.monotonic() + wait
+        while self._descriptor < 0:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._take(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+                # Its last holder may have removed the file between our open and our lock.
+                if is_at(descriptor, self._path):
+                    self._descriptor, descriptor = descriptor, -1
+            except StoreLocked:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_POLL_SECONDS)
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
+        if not shared:
+            # For those who come second.
+            who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(who).encode(), 0)
+        register_after_fork(self, WriteLock._forget)
+
+    def _forget(self) -> None:
+        """Let go of the lock in a forked child, which would otherwise hold it too."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _take(self, descriptor: int, kind: int) -> None:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreLocked(
+                f"{self._store} is being written by {_holder(descriptor)}. Wait until it is "
+                "done, or stop it and run the same command again."
+            ) from error
+
+    def share(self) -> None:
+        """Let other processes take it with ``shared=True``."""
+        self._take(self._descriptor, fcntl.LOCK_SH)
+        self.shared = True
+
+    def own(self) -> None:
+        """Have it alone again; `StoreLocked` while another process still shares it."""
+        self._take(self._descriptor, fcntl.LOCK_EX)
+        self.shared = False
+
+    def release(self) -> None:
+        """Give it up, and remove the lock file unless others share it."""
+        if self._descriptor < 0:
+            return
+        if not self.shared:
+            with contextlib.suppress(OSError):
+                Path(self._path).unlink()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _holder(descriptor: int) -> str:
+    """Return who signed the lock file, in words."""
+    try:
+        who = json.loads(os.pread(descriptor, 4096, 0))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who["since"]))
+        return f"process {who['pid']} on {who['host']} (since {since})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

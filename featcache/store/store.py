@@ -6,12 +6,14 @@ until it is asked for, and the file's arrays are mapped, not loaded: `load` of f
 costs no memory of its own. float16 features come as float32 (scikit-learn would make float64 of
 them); `blocks` walks through files that are larger than memory, in the order of the disk.
 
-The format is specified in `featcache.store.layout`.
+The format is specified in `featcache.store.format`.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import json
 import math
 from collections import Counter
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -33,19 +35,17 @@ from featcache.errors import (
     TrainingError,
 )
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint, RequestKey, canonical_json
-from featcache.store import checksums, layout
-from featcache.store.layout import DONE, StoreFile
-from featcache.store.rows import Source, convert
-from featcache.store.upkeep import Canaries, VerifyReport, read_canaries, relabel_file, verify_file
+from featcache.store import checksums, disk, format
+from featcache.store.checksums import VerifyReport
+from featcache.store.format import DONE, Canaries, Dataset, Failure, StoreFile
 from featcache.system.tables import some, table
-
-if TYPE_CHECKING:
-    from featcache.images.image_set import ImageSet
 
 __all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "VerifyReport"]
 
 _BLOCK_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 20
+# A gap that is cheaper to read than to seek over.
+_GAP_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,95 @@ class TapInfo:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An image that has no features, and why."""
-
-    id: str
-    stage: str
-    reason: str
-    size: int = -1
-    mtime_ns: int = -1
-
-
-@dataclass(frozen=True)
 class _Column:
     """One tap of one source, under the name that the user sees."""
 
     source: int
     tap: str
+
+
+class FileGroup:
+    """Rows of one fingerprint: files one after the other."""
+
+    def __init__(self, files: Sequence[StoreFile], name: str) -> None:
+        self.files = list(files)
+        self.name = name
+        self.fingerprint = files[0].fingerprint
+        self.starts = np.cumsum([0, *(file.n for file in files)]).tolist()
+        self._tables: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def table(self, name: str) -> np.ndarray | None:
+        """Return a table of all files, None where no file has it; absent ones count as ``""``."""
+        if not any(name in file.datasets for file in self.files):
+            return None
+        if name not in self._tables:
+            parts = [
+                file.read(name) if name in file.datasets else np.zeros(file.n, "S1")
+                for file in self.files
+            ]
+            self._tables[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._tables[name]
+
+    def locate(self, tap: str, row: int) -> tuple[StoreFile, Dataset, int]:
+        """Return the file that holds a row, the dataset, and the row's number there."""
+        k = bisect.bisect_right(self.starts, row) - 1
+        return self.files[k], self.files[k].features[tap], row - self.starts[k]
+
+    def fetch(self, tap: str, rows: slice | np.ndarray, out: np.ndarray) -> None:
+        """Fill `out` (m, ...), in the type stored, with rows given as a run or as numbers."""
+        if isinstance(rows, slice):
+            self._fetch_run(tap, rows.start, out)
+            return
+        if (np.diff(rows) >= 0).all():
+            self._fetch_ascending(tap, rows, out)
+            return
+        order = np.argsort(rows, kind="stable")
+        ascending = np.empty_like(out)
+        self._fetch_ascending(tap, rows[order], ascending)
+        out[order] = ascending
+
+    def _fetch_ascending(self, tap: str, rows: np.ndarray, out: np.ndarray) -> None:
+        """Read rows with small gaps between them as one span, and pick them from it."""
+        row_bytes = max(self.files[0].features[tap].row_bytes, 1)
+        cuts = np.flatnonzero(np.diff(rows) > max(1, _GAP_BYTES // row_bytes)) + 1
+        for start, stop in itertools.pairwise([0, *cuts.tolist(), len(rows)]):
+            if start < stop:
+                first, last = int(rows[start]), int(rows[stop - 1])
+                if (np.diff(rows[start:stop]) == 1).all():
+                    self._fetch_run(tap, first, out[start:stop])
+                else:
+                    span = np.empty((last - first + 1, *out.shape[1:]), out.dtype)
+                    self._fetch_run(tap, first, span)
+                    np.take(span, rows[start:stop] - first, axis=0, out=out[start:stop])
+
+    def _fetch_run(self, tap: str, start: int, out: np.ndarray) -> None:
+        """Read consecutive rows, across files."""
+        done = 0
+        while done < len(out):
+            file, dataset, row = self.locate(tap, start + done)
+            count = min(len(out) - done, file.n - row)
+            part = out[done : done + count]
+            if part.nbytes:
+                offset = dataset.offset + row * dataset.row_bytes
+                disk.pread_into(file.descriptor, disk.as_bytes(part), offset)
+            done += count
+
+
+def convert(source: np.ndarray, out: np.ndarray) -> None:
+    """Copy between types; for float16 and float32 torch is ten times as fast as numpy.
+
+    Both round to nearest, ties to even. (From float64 torch rounds twice, so that is numpy's.)
+    """
+    halves = {source.dtype, out.dtype} == {np.dtype(np.float16), np.dtype(np.float32)}
+    if halves and source.flags.writeable and source.size > 4096:
+        import torch
+
+        torch.from_numpy(out).copy_(torch.from_numpy(source))
+    else:
+        out[...] = source
 
 
 class FeatureStore:
@@ -114,7 +187,7 @@ class FeatureStore:
     >>> X, y = store.load("avgpool")                     # doctest: +SKIP
     """
 
-    def __init__(self, sources: Sequence[Source], indices: Sequence[np.ndarray | None]) -> None:
+    def __init__(self, sources: Sequence[FileGroup], indices: Sequence[np.ndarray | None]) -> None:
         # The `featcache.extraction.summary.Summary` of the run that gave this store; None where it
         # was opened. Any: the summary is a matter of extraction, which imports this module.
         self.extraction: Any = None
@@ -156,10 +229,21 @@ class FeatureStore:
                     f"{files[0].path} and {file.path} hold features of different origin and "
                     f"cannot be one store:\n{difference}"
                 )
-        source = Source(files, files[0].fingerprint.backbone)
+        source = FileGroup(files, files[0].fingerprint.backbone)
         if len(files) > 1:
             _check_disjoint(files)
         return cls([source], [None])
+
+    @classmethod
+    def of_file(cls, file: StoreFile, rows: np.ndarray | None = None) -> Self:
+        """Return some rows of an open file, finished or not, as a store."""
+        return cls([FileGroup([file], file.fingerprint.backbone)], [rows])
+
+    def close(self) -> None:
+        """Close the files. Nothing can be read any more, but arrays that were mapped stay."""
+        for source in self._sources:
+            for file in source.files:
+                file.close()
 
     @classmethod
     def join(cls, stores: Sequence[FeatureStore]) -> Self:
@@ -179,12 +263,12 @@ class FeatureStore:
             raise StoreError("No store was given to join.")
         if len(stores) == 1:
             return cls(stores[0]._sources, stores[0]._indices)
-        sources: list[Source] = []
+        sources: list[FileGroup] = []
         indices: list[np.ndarray | None] = []
         for store in stores:
             rows = _match(stores[0], store)
             for source, index in zip(store._sources, store._indices, strict=True):
-                sources.append(Source(source.files, source.fingerprint.backbone))
+                sources.append(FileGroup(source.files, source.fingerprint.backbone))
                 indices.append(rows if index is None else index[rows])
         _name_apart(sources)
         return cls(sources, indices)
@@ -216,7 +300,7 @@ class FeatureStore:
 
     def _text(self, name: str) -> np.ndarray | None:
         table = self._take(self._sources[0].table(name))
-        return None if table is None else layout.decode_table(table)
+        return None if table is None else format.decode_table(table)
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -249,7 +333,7 @@ class FeatureStore:
     @cached_property
     def _label_counts(self) -> Counter[str]:
         table = self._take(self._sources[0].table("labels"))
-        return Counter({"": len(self)}) if table is None else layout.counts(table)
+        return Counter({"": len(self)}) if table is None else format.counts(table)
 
     @cached_property
     def _entries(self) -> np.ndarray:
@@ -324,10 +408,7 @@ class FeatureStore:
         found: dict[str, Failure] = {}
         for source in self._sources:
             for file in source.files:
-                for name, stage, reason, size, mtime_ns in file.read("failures").tolist():
-                    failure = Failure(
-                        name.decode(), stage.decode(), reason.decode(), size, mtime_ns
-                    )
+                for failure in file.failures():
                     found.setdefault(failure.id, failure)
         return list(found.values())
 
@@ -346,7 +427,7 @@ class FeatureStore:
     @cached_property
     def canaries(self) -> Canaries | None:
         """Test images and their features of the (first) file; None where there are none."""
-        return read_canaries(self._sources[0].files[0])
+        return self._sources[0].files[0].canaries
 
     @property
     def parts(self) -> tuple[FeatureStore, ...]:
@@ -569,7 +650,7 @@ class FeatureStore:
         if row + len(self) > file.n or dataset.nbytes == 0:
             return None
         with Path(file.path).open("rb") as handle:
-            if not file.is_at(file.path):
+            if not disk.is_at(file.descriptor, file.path):
                 return None  # replaced meanwhile; what we opened is still there to be read
             return np.memmap(
                 handle,
@@ -682,15 +763,7 @@ class FeatureStore:
                 np.empty((*self._head(count), width), np.float32) if out is None else out[:count]
             )
             self._read_block(names, part, block)
-            self._advise(names, part.stop, part.stop + step)
             yield part, block
-
-    def _advise(self, names: Sequence[str], start: int, stop: int) -> None:
-        """Have the next block read while the caller computes, where rows are those of the disk."""
-        for name in names:
-            column = self._columns[name]
-            if self._indices[column.source] is None:
-                self._sources[column.source].advise(column.tap, start, stop)
 
     def _read_block(self, names: Sequence[str], part: slice, out: np.ndarray) -> None:
         """Fill `out` ([m, [views,] d]) with taps side by side."""
@@ -746,7 +819,7 @@ class FeatureStore:
         intact = entries["status"] == DONE
         ids = self._take(self._sources[0].table("ids"))
         assert ids is not None
-        intact &= checksums.entry_checks(entries, ids) == entries["check"]
+        intact &= checksums.entry_crcs(entries, ids) == entries["entry_crc"]
         seeds = checksums.row_seeds(entries["sha256"])
         found = {}
         for k, (name, info) in enumerate(self.taps.items()):
@@ -756,42 +829,13 @@ class FeatureStore:
             intact &= sums == entries["crc32"][:, k]
         return found, intact
 
-    # --- care -----------------------------------------------------------------------------------
-
     def verify(self) -> VerifyReport:
         """Read everything and compare it with its checksums.
 
         Finds flipped bits, torn, lost and swapped writes, in features and tables.
         """
-        rows, bad, problems = 0, [], []
-        for file in {f.path: f for source in self._sources for f in source.files}.values():
-            rows += file.n
-            bad_here, problems_here = verify_file(file)
-            bad += bad_here
-            problems += problems_here
-        return VerifyReport(rows, bad, problems)
-
-    def relabel(self, images: ImageSet) -> FeatureStore:
-        """Give the files the labels, groups and splits of `images`; features stay as they are.
-
-        Returns
-        -------
-        FeatureStore
-            Opened anew. This one keeps reading the old file.
-
-        Raises
-        ------
-        MissingFeatures
-            `images` lacks an image of the store.
-        StoreLocked
-            The file is being written.
-        """
-        if len(self._sources) > 1:
-            raise StoreError("This is a join of several stores: relabel each by itself.")
-        row_of = {name: i for i, name in enumerate(images.ids)}
-        for file in self._sources[0].files:
-            relabel_file(file, images, row_of)
-        return FeatureStore.open([file.path for file in self._sources[0].files])
+        files = {file.path: file for source in self._sources for file in source.files}
+        return checksums.verify(list(files.values()))
 
 
 def _open_finished(path: str) -> StoreFile:
@@ -881,7 +925,7 @@ def _rows_of(first: FeatureStore, other: FeatureStore) -> np.ndarray:
     return rows
 
 
-def _name_apart(sources: Sequence[Source]) -> None:
+def _name_apart(sources: Sequence[FileGroup]) -> None:
     """Give sources of the same backbone names that do not depend on the order."""
     names = [source.fingerprint.backbone for source in sources]
     for source, name in zip(sources, names, strict=True):

@@ -4,55 +4,55 @@ Beside ``flowers.h5`` there may be, until it is complete:
 
 ======================================= =========================================================
 ``flowers.h5.partial``                  the file being filled, valid HDF5 from its first moment
-``flowers.h5.partial.failures``         JSON lines: row, id, stage, reason of images that failed
 ``flowers.h5.partial.lock``             held by the writer; the kernel lets go when it dies
 ``flowers.h5.partial.old``              an earlier partial file of other images, kept until its
-                                        rows were taken over
+                                        rows are copied
 ======================================= =========================================================
 
 Order of writing: a row's features first, then its entry with checksum. Whatever a kill, a crash or
 a power cut leaves of that, a row counts only if entry and features match their checksums, and
-`pending` is exactly the rest. `finish` writes the digest, fsyncs, and renames. Where images failed,
-it first makes a second file without their rows: moving rows inside the one file would save
-the space, but a kill in the middle could then lose some.
+`pending` is exactly the rest. `finish` writes the digest, fsyncs, and renames.
+
+There is one way to make a file from others: begin a file with its tables, copy rows (each is
+checked), finish. An image set that grew is filled that way from the earlier store; `finish` leaves
+failed rows out that way (moving rows inside the one file would save the space, but a kill in the
+middle could then lose some); `relabel` changes the tables, and `merge` puts parts together.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
 from featcache.errors import (
     FingerprintMismatch,
     IncompleteStore,
-    MissingStore,
+    MissingFeatures,
     StoreError,
     TooManyFailures,
 )
 from featcache.fingerprint import Fingerprint
-from featcache.store import checksums, disk, layout
-from featcache.store.layout import DONE, FAILED, PENDING, StoreFile
-from featcache.store.locking import WriteLock
-from featcache.store.rows import Source, convert
-from featcache.store.store import Failure, FeatureStore
-from featcache.store.upkeep import Canaries, contents_of, read_canaries
+from featcache.store import checksums, disk, format
+from featcache.store.disk import WriteLock
+from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Failure, StoreFile
+from featcache.store.store import FeatureStore, convert
 
-if TYPE_CHECKING:
-    from featcache.images.image_set import ImageSet
-
-__all__ = ["FeatureWriter"]
+__all__ = ["FeatureWriter", "merge", "relabel"]
 
 _COPY_ROWS_BYTES = 8 << 20
 
+# Columns of text, as they come (of str) and as they are stored (of UTF-8).
+Tables = Mapping[str, np.ndarray]
+
 
 class FeatureWriter:
-    """Fills the features of an image set. Made by `open`, `create`, `resume` or `open_shared`.
+    """Fills the features of a list of images. Made by `begin`.
 
     Use it as a context manager: leaving it releases the lock and keeps what was written.
 
@@ -65,7 +65,7 @@ class FeatureWriter:
 
     Examples
     --------
-    >>> with FeatureWriter.open(path, images, shapes, fingerprint=f) as writer:  # doctest: +SKIP
+    >>> with FeatureWriter.begin(path, tables, shapes, fingerprint=f) as writer:  # doctest: +SKIP
     ...     for rows in batches(writer.pending):
     ...         writer.write(rows, network(rows), sha256=hashes[rows])
     ...     store = writer.finish()
@@ -75,65 +75,52 @@ class FeatureWriter:
         self,
         path: str,
         file: StoreFile,
-        lock: WriteLock,
+        lock: WriteLock | None,
         *,
+        kept: str = "",
+        earlier: Sequence[str | Path] = (),
         shared_rows: np.ndarray | None = None,
         retry_failed: bool = False,
     ) -> None:
         self.path = path
         self._file = file
         self._lock = lock
+        self._kept = kept or f"Everything computed so far is kept in {path}.partial."
+        self._earlier = [path, f"{path}.partial.old", *map(str, earlier)]
         self._shared_rows = shared_rows
         self._rows = file.datasets["rows"]
-        self._retry_failed = retry_failed
-        self.status = np.zeros(file.n, np.uint8)
-        self._refresh()
+        self.status = checksums.row_status(file)
+        if retry_failed:
+            self.status[self.status == FAILED] = PENDING
 
     # --- opening --------------------------------------------------------------------------------
 
     @classmethod
-    def open(
+    def begin(
         cls,
         path: str | Path,
-        images: ImageSet,
+        tables: Tables,
         shapes: Mapping[str, tuple[int, ...]],
         *,
         fingerprint: Fingerprint,
         meta: Mapping[str, Any] | None = None,
         canaries: Sequence[tuple[str, bytes]] = (),
+        earlier: Sequence[str | Path] = (),
         retry_failed: bool = False,
+        wait: float = 0,
     ) -> Self:
-        """Resume the partial file where it is of the same images, else make a new one.
+        """Resume the partial file if it has exactly these tables, else make a new one.
 
-        Parameters and errors are those of `create`.
-        """
-        real, lock = _locked(path)
-        with _releasing(lock):
-            contents = _contents(images, shapes, fingerprint, meta, canaries)
-            file = _partial_of(real, contents) or _begin(real, contents)
-            return cls(real, file, lock, retry_failed=retry_failed)
-
-    @classmethod
-    def create(
-        cls,
-        path: str | Path,
-        images: ImageSet,
-        shapes: Mapping[str, tuple[int, ...]],
-        *,
-        fingerprint: Fingerprint,
-        meta: Mapping[str, Any] | None = None,
-        canaries: Sequence[tuple[str, bytes]] = (),
-    ) -> Self:
-        """Make a new partial file with all its space reserved; no row is done.
-
-        An earlier partial file is kept as ``PATH.partial.old`` for `sources`.
+        A new one has all its space reserved, and no row is done. An earlier partial file is kept
+        as ``PATH.partial.old`` for `earlier_stores`.
 
         Parameters
         ----------
         path : path
             The store to be; its folder is made.
-        images : ImageSet
-            The rows.
+        tables : dict of str to ndarray of str, shape (n,)
+            Columns of text (of numpy's ``StringDType``): ``ids``, all different, and perhaps
+            ``labels``, ``groups``, ``splits``, and others.
         shapes : dict of str to tuple of int
             Shape of one image's features by canonical tap, the axis of views included.
         fingerprint : Fingerprint
@@ -143,6 +130,12 @@ class FeatureWriter:
             to resume, for messages), ``versions``.
         canaries : list of (name, bytes)
             Encoded test images to keep in the file.
+        earlier : list of path
+            Further files with rows that may be copied, see `earlier_stores`.
+        retry_failed : bool
+            Count images that failed as pending.
+        wait : float
+            Seconds to wait for another process that writes this store.
 
         Raises
         ------
@@ -155,37 +148,18 @@ class FeatureWriter:
         StoreError
             No images, or the folder cannot be written to.
         """
-        real, lock = _locked(path)
+        real, lock = _locked(path, wait)
         with _releasing(lock):
-            file = _begin(real, _contents(images, shapes, fingerprint, meta, canaries))
-            return cls(real, file, lock)
-
-    @classmethod
-    def resume(
-        cls,
-        path: str | Path,
-        images: ImageSet,
-        fingerprint: Fingerprint,
-        *,
-        retry_failed: bool = False,
-    ) -> Self:
-        """Go on with the partial file of the same images.
-
-        Raises
-        ------
-        MissingStore
-            There is no partial file of these images.
-        FingerprintMismatch
-            It holds other features.
-        StoreLocked
-            Another process writes it.
-        """
-        real, lock = _locked(path)
-        with _releasing(lock):
-            file = _partial_of(real, _contents(images, {}, fingerprint, {}, ()))
-            if file is None:
-                raise MissingStore(f"There is no partial file of these images at {real}.partial.")
-            return cls(real, file, lock, retry_failed=retry_failed)
+            names, images = zip(*canaries, strict=True) if canaries else ((), ())
+            contents = Contents(
+                fingerprint=fingerprint,
+                shapes=shapes,
+                tables=_encoded(tables, real),
+                meta=dict(meta or {}),
+                canaries=Canaries(list(names), list(images)) if canaries else None,
+            )
+            file = _resumed(real, contents) or _begun(real, contents)
+            return cls(real, file, lock, earlier=earlier, retry_failed=retry_failed)
 
     @classmethod
     def open_shared(cls, path: str | Path, rows: np.ndarray | Sequence[int]) -> Self:
@@ -194,7 +168,7 @@ class FeatureWriter:
         The leader gives every process rows of its own, and calls `finish` when all have closed.
         """
         real = os.path.realpath(path)
-        lock = WriteLock(_lock_path(real), real, shared=True)
+        lock = WriteLock(real, shared=True)
         with _releasing(lock):
             file = StoreFile(f"{real}.partial", writable=True)
             # A failed row among them is there because the leader wants it tried again.
@@ -202,12 +176,16 @@ class FeatureWriter:
 
     def share(self) -> None:
         """Let other processes fill rows of this file by `open_shared`, until `finish`."""
+        assert self._lock is not None
         self._lock.share()
 
     def close(self) -> None:
-        """Let go of file and lock; what was written stays. A second call does nothing."""
+        """Close the files and release the lock; what was written stays. A second call is free."""
         self._file.close()
-        self._lock.release()
+        for store in self.__dict__.pop("earlier_stores", ()):
+            store.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -216,33 +194,6 @@ class FeatureWriter:
         self.close()
 
     # --- state ----------------------------------------------------------------------------------
-
-    def _refresh(self, *, features: bool = True) -> None:
-        """Read from the file which rows are done, and believe only checksums.
-
-        Parameters
-        ----------
-        features : bool
-            Read the features too: what a power cut lost is found only there.
-        """
-        mine = np.ones(self._file.n, bool)
-        if self._shared_rows is not None:
-            mine[:] = False
-            mine[self._shared_rows] = True
-        for first, entries, ids in checksums.chunks(self._file):
-            part = slice(first, first + len(entries))
-            status = entries["status"].copy()
-            touched = np.flatnonzero(status != PENDING)
-            checks = checksums.entry_checks(entries[touched], ids[touched])
-            status[touched[checks != entries["check"][touched]]] = PENDING
-            status[status > FAILED] = PENDING
-            done = (status == DONE) & mine[part]
-            if features and done.any():
-                for wrong in checksums.bad_features(self._file, first, entries, done).values():
-                    status[wrong] = PENDING
-            if self._retry_failed:
-                status[status == FAILED] = PENDING
-            self.status[part] = status
 
     @property
     def pending(self) -> np.ndarray:
@@ -255,43 +206,22 @@ class FeatureWriter:
     @property
     def failures(self) -> list[Failure]:
         """Images that failed so far, in the order of the rows."""
-        lines = self._failure_lines()
-        ids = self._file.read("ids")
-        unknown = {"stage": "unknown", "reason": "the record of the reason was lost"}
-        return [
-            Failure(ids[row].decode(), **(lines.get(row) or unknown))
-            for row in np.flatnonzero(self.status == FAILED).tolist()
-        ]
+        return self._file.failures(np.flatnonzero(self.status == FAILED))
 
-    def stats(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (size, mtime_ns) as recorded of each image: int64, shape (n,); 0 while pending."""
-        entries = self._file.read("rows")
-        return entries["size"].copy(), entries["mtime_ns"].copy()
+    def entries(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Return what the file holds of some rows.
 
-    def retry(self, rows: np.ndarray | Sequence[int]) -> None:
+        Returns
+        -------
+        structured ndarray, shape (k,)
+            With the fields ``sha256``, ``size`` and ``mtime_ns`` among others: see
+            `featcache.store.format`.
+        """
+        return self._file.read("rows")[np.asarray(rows, np.int64)]
+
+    def mark_pending(self, rows: np.ndarray | Sequence[int]) -> None:
         """Count rows as pending: images that failed or changed since, to be computed again."""
         self.status[np.asarray(rows, np.int64)] = PENDING
-
-    def _failure_lines(self) -> dict[int, dict[str, Any]]:
-        """Return the last readable line of each row; a kill may have torn one."""
-        found = {}
-        try:
-            lines = Path(self._failures_path).read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return {}
-        for line in lines:
-            try:
-                values = json.loads(line)
-                found[int(values.pop("row"))] = {
-                    key: values[key] for key in ("stage", "reason", "size", "mtime_ns")
-                }
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
-        return found
-
-    @property
-    def _failures_path(self) -> str:
-        return f"{self.path}.partial.failures"
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -310,12 +240,12 @@ class FeatureWriter:
     @property
     def canaries(self) -> Canaries | None:
         """The test images, and their features once they are set."""
-        return read_canaries(self._file)
+        return self._file.canaries
 
     def set_canaries(self, features: Mapping[str, np.ndarray]) -> None:
         """Keep the features of the test images: by tap, (k, ...) float32, without views."""
         for tap in self._file.features:
-            dataset = self._file.datasets[f"canaries/{layout.feature_name(tap)}"]
+            dataset = self._file.datasets[f"canaries/{format.feature_name(tap)}"]
             values = np.ascontiguousarray(features[tap], dataset.dtype)
             self._file.write_rows(dataset, 0, values.reshape(dataset.shape))
 
@@ -354,6 +284,7 @@ class FeatureWriter:
         stored = {}
         finite = np.ones(len(rows), bool)
         for tap, dataset in self._file.features.items():
+            # (k, ...) in any type -> (k, ...) contiguous in the type stored
             stored[tap] = _as_stored(features[tap], (len(rows), *dataset.shape[1:]), dataset.dtype)
             finite &= _finite_rows(stored[tap])
         entries = np.zeros(len(rows), self._rows.dtype)
@@ -375,7 +306,7 @@ class FeatureWriter:
         return rows[~finite]
 
     def _overflow_hint(self, features: Mapping[str, np.ndarray], k: int) -> str:
-        """Say which flag helps where the features were finite before they were rounded."""
+        """Return which flag helps if the features were finite before they were rounded."""
         if all(np.isfinite(features[tap][k]).all() for tap in self._file.features):
             return " (larger than 65,504): use --store-dtype float32"
         return ""
@@ -383,36 +314,27 @@ class FeatureWriter:
     def _store(
         self, rows: np.ndarray, stored: Mapping[str, np.ndarray], entries: np.ndarray
     ) -> None:
-        """Write features, then entries, run by run."""
+        """Write features (k, ...), then entries (k,), run by run."""
         if len(rows) == 0:
             return
         self._check_rows(rows)
-        with self._keeping():
-            self._store_runs(rows, stored, entries)
-
-    def _store_runs(
-        self, rows: np.ndarray, stored: Mapping[str, np.ndarray], entries: np.ndarray
-    ) -> None:
         seeds = checksums.row_seeds(entries["sha256"])
-        for k, (tap, dataset) in enumerate(self._file.features.items()):
-            entries["crc32"][:, k] = checksums.row_checksums(stored[tap], seeds)
-            for position, first, count in disk.runs(rows):
-                self._file.write_rows(dataset, first, stored[tap][position : position + count])
-        entries["status"] = DONE
-        self._write_entries(rows, entries)
+        with self._keeping():
+            for k, (tap, dataset) in enumerate(self._file.features.items()):
+                entries["crc32"][:, k] = checksums.row_checksums(stored[tap], seeds)
+                for position, first, count in disk.runs(rows):
+                    self._file.write_rows(dataset, first, stored[tap][position : position + count])
+            entries["status"] = DONE
+            self._write_entries(rows, entries)
 
     @contextlib.contextmanager
     def _keeping(self) -> Iterator[None]:
-        """Say in words that the disk refused, and that nothing written is lost."""
+        """Translate an error of the disk; the message says that nothing written is lost."""
         try:
             yield
         except OSError as error:
-            disk.raise_for(
-                error,
-                self.path,
-                needed=os.fstat(self._file.descriptor).st_size,
-                so_far=f"Everything computed so far is kept in {self.path}.partial.",
-            )
+            needed = os.fstat(self._file.descriptor).st_size
+            disk.raise_for(error, self.path, needed=needed, so_far=self._kept)
 
     def _write_entries(self, rows: np.ndarray, entries: np.ndarray) -> None:
         """Sign entries with their ids and write them."""
@@ -420,7 +342,7 @@ class FeatureWriter:
         for position, first, count in disk.runs(rows):
             part = entries[position : position + count]
             names = self._file.read_rows(ids, first, first + count)
-            part["check"] = checksums.entry_checks(part, names)
+            part["entry_crc"] = checksums.entry_crcs(part, names)
             self._file.write_rows(self._rows, first, part)
         self.status[rows] = entries["status"]
 
@@ -436,55 +358,41 @@ class FeatureWriter:
     ) -> None:
         """Record that an image has no features, and why."""
         self._check_rows(np.array([row]))
-        name = self._file.read_rows(self._file.datasets["ids"], row, row + 1)
-        record = {
-            "row": row,
-            "id": name[0].decode(),
-            "stage": stage,
-            "reason": reason,
-            "size": size,
-            "mtime_ns": mtime_ns,
-        }
-        # A line of its own whatever a kill left before it; one write, so that processes that
-        # append to the same file do not mix.
-        line = b"\n" + json.dumps(record).encode() + b"\n"
         entry = np.zeros(1, self._rows.dtype)
         entry["size"], entry["mtime_ns"], entry["status"] = size, mtime_ns, FAILED
         with self._keeping():
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-            with disk.opened(self._failures_path, flags) as descriptor:
-                os.write(descriptor, line)
+            self._file.add_reason(row, stage, reason)
             self._write_entries(np.array([row]), entry)
 
-    # --- taking rows over -----------------------------------------------------------------------
+    # --- copying rows ---------------------------------------------------------------------------
 
-    def sources(self) -> list[FeatureStore]:
-        """Return the stores whose rows may be copied: the finished one, and an old partial one.
+    @cached_property
+    def earlier_stores(self) -> list[FeatureStore]:
+        """Stores whose rows may be copied; they are closed with the writer.
 
-        Of partial ones, rows that are done; whether their bytes are intact is checked by
-        `copy_rows`. Only stores with the same fingerprint are returned.
+        These are the finished store, an older partial file, and those that `begin` was given, if
+        their fingerprint is the same. Of partial ones the rows that are done; whether their bytes
+        are intact is checked by `copy_rows`.
         """
         found = []
-        for path in (self.path, f"{self.path}.partial.old"):
-            try:
+        for path in self._earlier:
+            with contextlib.suppress(StoreError):
                 file = StoreFile(path)
-            except StoreError:
-                continue
-            if file.fingerprint == self.fingerprint:
-                done = np.flatnonzero(file.read("rows")["status"] == DONE)
-                found.append(FeatureStore([Source([file], file.fingerprint.backbone)], [done]))
+                if file.fingerprint == self.fingerprint:
+                    done = np.flatnonzero(file.read("rows")["status"] == DONE)
+                    found.append(FeatureStore.of_file(file, done))
         return found
 
     def copy_rows(
         self,
         store: FeatureStore,
-        source_rows: np.ndarray,
-        rows: np.ndarray,
+        source_rows: np.ndarray | Sequence[int],
+        rows: np.ndarray | Sequence[int],
         *,
         size: np.ndarray | None = None,
         mtime_ns: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Take features over from a store of the same fingerprint, bit for bit.
+        """Copy features from a store of the same fingerprint, bit for bit.
 
         Parameters
         ----------
@@ -515,17 +423,41 @@ class FeatureWriter:
             entries["sha256"] = chosen.sha256
             entries["size"] = chosen.sizes if size is None else size[part]
             entries["mtime_ns"] = chosen.mtimes_ns if mtime_ns is None else mtime_ns[part]
-            stored, good = chosen.stored_rows()
-            good = np.flatnonzero(good)
+            stored, intact = chosen.stored_rows()
+            good = np.flatnonzero(intact)
             taken = {tap: np.ascontiguousarray(array[good]) for tap, array in stored.items()}
             self._store(rows[part][good], taken, entries[good])
             copied.append(rows[part][good])
         return np.concatenate(copied)
 
+    def _move_part(self, part: str, wait: float) -> None:
+        """Copy the rows of a part, sync them, and remove the part."""
+        with WriteLock(part, wait=wait):
+            file = StoreFile(part)
+            # (rows of the part,) -> their rows here; -1 = they are not wanted
+            ours = _positions(self._file.read("ids"), file.read("ids"))
+            entries = file.read("rows")
+            theirs = np.flatnonzero((entries["status"] == DONE) & (ours >= 0))
+            ours, written = ours[theirs], self.entries(ours[theirs])["entry_crc"]
+            missing = self.status[ours] != DONE
+            missing |= written != entries["entry_crc"][theirs]
+            ours, theirs = ours[missing], theirs[missing]
+            with self._keeping():
+                for dataset in self._file.features.values():
+                    for _, first, count in disk.runs(ours):
+                        start = dataset.offset + first * dataset.row_bytes
+                        end = start + count * dataset.row_bytes
+                        disk.reserve(self._file.descriptor, start, end, zeros=True)
+            copied = self.copy_rows(FeatureStore.of_file(file), theirs, ours)
+            _check_copied(part, file, theirs[~np.isin(ours, copied)])
+            file.close()
+            self.commit()
+            Path(part).unlink()
+
     # --- ending ---------------------------------------------------------------------------------
 
     def commit(self) -> None:
-        """Have everything written so far on the disk."""
+        """Sync everything written so far to the disk."""
         with self._keeping():
             disk.fsync(self._file.descriptor)
 
@@ -545,77 +477,278 @@ class FeatureWriter:
             More failed, or all. The partial file is kept with all its good rows.
         DiskFull
             There is no room for the file without the failed rows. Everything is kept.
+        StoreError
+            A row was damaged on the disk after it was written. Run the same command again.
         StoreLocked
             A process that fills this file has not closed it.
         """
-        if self._lock.shared:
+        if self._lock is not None and self._lock.shared:
             self._lock.own()
-            self._retry_failed = False
-            self._refresh(features=False)
+            self.status = checksums.row_status(self._file, features=False)
+        self._check_complete()
+        images = self._file.n + len(self._file.read("failures"))
+        _check_failures(self.path, self.failures, images, max_failures)
+        done = np.flatnonzero(self.status == DONE)
+        if len(done) < self._file.n:
+            self._leave_out_failures(done)
+        else:
+            with self._keeping():
+                self._file.seal()
+                disk.rename(self._file.path, self.path)
+        self._clean_up()
+        return FeatureStore.open(self.path)
+
+    def finish_part(self) -> None:
+        """Give the file its name with its failed rows in it: a part for `merge`, not a store.
+
+        Raises
+        ------
+        IncompleteStore
+            Rows are pending.
+        """
+        self._check_complete()
+        self.commit()
+        with self._keeping():
+            disk.rename(self._file.path, self.path)
+        self._clean_up()
+
+    def _check_complete(self) -> None:
         if len(self.pending):
             raise IncompleteStore(
                 f"{len(self.pending):,} of {self._file.n:,} images of {self.path} are pending. "
                 "Run the same command again."
             )
-        failures = self.failures
-        self._check_failures(failures, max_failures)
-        partial = f"{self.path}.partial"
-        try:
-            if failures:
-                self._compact(failures, f"{partial}.compact")
-                disk.rename(f"{partial}.compact", self.path)
-            else:
-                self._file.seal()
-                disk.rename(partial, self.path)
-        except OSError as error:
-            disk.raise_for(
-                error,
-                self.path,
-                needed=os.fstat(self._file.descriptor).st_size,
-                so_far=f"All features are kept in {partial}; only leaving out the "
-                f"{len(failures)} failed images needs the room.",
-            )
-        for leftover in ("", ".old", ".failures", ".compact", ".fresh", ".relabelled"):
-            Path(partial + leftover).unlink(missing_ok=True)
-        self.close()
-        return FeatureStore.open(self.path)
 
-    def _check_failures(self, failures: Sequence[Failure], max_failures: float) -> None:
-        n = self._file.n
-        if len(failures) <= max_failures * n and len(failures) < n:
-            return
-        some = "; ".join(f"{f.id} ({f.stage}: {f.reason})" for f in failures[:3])
-        raise TooManyFailures(
-            f"{len(failures):,} of {n:,} images failed ({len(failures) / n:.1%}; "
-            f"{max_failures:.1%} are allowed): {some}. The features of the others are kept in "
-            f"{self.path}.partial; the reasons are in {self._failures_path}. Mend or remove the "
-            "images and run the same command again, or accept more with --max-failures."
+    def _leave_out_failures(self, done: np.ndarray) -> None:
+        """Make the store from the rows that are done."""
+        partial, failures = f"{self.path}.partial", self.failures
+        tables = {name: self._file.read(name)[done] for name in self._file.tables}
+        refused = _make(
+            self._file,
+            done,
+            self._file.contents(tables, failures),
+            f"{partial}.compact",
+            self.path,
+            kept=f"All features are kept in {partial}; only leaving out the {len(failures)} "
+            "failed images needs the room.",
+        )
+        self.mark_pending(refused)
+        _check_copied(partial, self._file, refused)
+
+    def _clean_up(self) -> None:
+        """Remove what only an unfinished file needs, and close."""
+        for leftover in ("", ".old", ".compact", ".fresh", ".relabelled"):
+            Path(f"{self.path}.partial{leftover}").unlink(missing_ok=True)
+        self.close()
+
+
+def relabel(store: FeatureStore, tables: Tables) -> FeatureStore:
+    """Give the files of a store other labels, groups and splits; features stay as they are.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        The store. It keeps reading its old files.
+    tables : dict of str to ndarray of str, shape (m,)
+        As for `FeatureWriter.begin`; of these images or more, in any order.
+
+    Returns
+    -------
+    FeatureStore
+        Opened anew.
+
+    Raises
+    ------
+    MissingFeatures
+        The tables lack an image of the store.
+    StoreLocked
+        The file is being written.
+    StoreError
+        A row fails its checksum. The file is left as it is.
+    """
+    if len(store.fingerprints) > 1:
+        raise StoreError("This is a join of several stores: relabel each by itself.")
+    for path in store.paths:
+        real, lock = _locked(path)
+        with lock:
+            _relabel(StoreFile(real), _encoded(tables, real))
+    return FeatureStore.open(store.paths)
+
+
+def _relabel(file: StoreFile, tables: Tables) -> None:
+    """Replace one file by one with other tables."""
+    ids = file.read("ids")
+    rows = _positions(tables["ids"], ids)
+    missing = ids[rows < 0]
+    if len(missing):
+        raise MissingFeatures(
+            f"{len(missing)} of {len(ids)} images of {file.path} are not among the images given "
+            f"(first: {missing[0].decode()}). Run `featcache extract` to drop them."
+        )
+    new = {name: table[rows] for name, table in tables.items()}
+    contents = file.contents(new, file.failures())
+    working = f"{file.path}.partial.relabelled"
+    kept = f"{file.path} is as it was."
+    refused = _make(file, np.arange(file.n), contents, working, file.path, kept=kept)
+    _check_copied(file.path, file, refused)
+
+
+def merge(
+    path: str | Path,
+    tables: Tables,
+    parts: Sequence[str | Path],
+    *,
+    run: Any = None,
+    max_failures: float = 0.01,
+    wait: float = 0,
+) -> FeatureStore:
+    """Make one store from parts that hold different rows of it.
+
+    Each part is removed as soon as its rows are copied, checked and synced, so the disk holds one
+    part more than the store. After a kill at any moment call it again with the same arguments.
+
+    Parameters
+    ----------
+    path : path
+        The store to be.
+    tables : dict of str to ndarray of str, shape (n,)
+        As for `FeatureWriter.begin`: of all images, in the order of the rows.
+    parts : list of path
+        Files that `FeatureWriter.finish_part` ended. Those that are not there any more were merged
+        by an earlier call.
+    run : object, optional
+        JSON value to keep under ``/meta/run``.
+    max_failures : float
+        Share of the images that may have failed, 0 to 1.
+    wait : float
+        Seconds to wait for another process that writes the store or a part.
+
+    Returns
+    -------
+    FeatureStore
+        Without the failed images; its ``failures`` are those of all parts.
+
+    Raises
+    ------
+    IncompleteStore
+        An image is in no part.
+    TooManyFailures
+        More failed, or all. The parts are kept.
+    DiskFull
+        There is no room for the tables and one more part. Everything is kept.
+    StoreLocked
+        Another process writes the store or a part.
+    StoreError
+        A row of a part fails its checksum. The part is kept.
+    """
+    real, lock = _locked(path, wait)
+    with _releasing(lock):
+        there = [os.path.realpath(part) for part in parts if Path(part).exists()]
+        file = _merging(real, _encoded(tables, real), there, max_failures)
+        kept = f"All rows are kept, in {real}.partial and in the parts that are left."
+        writer = FeatureWriter(real, file, lock, kept=kept)
+    with writer:
+        for part in there:
+            writer._move_part(part, wait)
+        if run is not None:
+            writer.set_meta("run", run)
+        return writer.finish(max_failures)
+
+
+def _merging(path: str, tables: Tables, parts: Sequence[str], max_failures: float) -> StoreFile:
+    """Return the file to merge into: that of an earlier call, or a new one."""
+    ids = tables["ids"]
+    covered = np.zeros(len(ids), bool)
+    failures: list[tuple[int, Failure]] = []
+    room, model = 0, None
+    for part in parts:
+        file = StoreFile(part)
+        model = model or file
+        _refuse_overwrite(part, model.fingerprint)
+        rows, status = _positions(ids, file.read("ids")), checksums.row_status(file, features=False)
+        status[rows < 0] = PENDING
+        done, failed = np.flatnonzero(status == DONE), np.flatnonzero(status == FAILED)
+        covered[rows[done]] = covered[rows[failed]] = True
+        failures += zip(rows[failed].tolist(), file.failures(failed), strict=True)
+        room = max(room, len(done) * sum(data.row_bytes for data in file.features.values()))
+    partial = f"{path}.partial"
+    with contextlib.suppress(StoreError):
+        file = StoreFile(partial, writable=True)
+        known = {failure.id for failure in file.failures()}
+        keep = np.array([name.decode() not in known for name in ids.tolist()])
+        same = file.tables == sorted(tables) and all(
+            np.array_equal(file.read(name), table[keep]) for name, table in tables.items()
+        )
+        if same and known >= {failure.id for _, failure in failures}:
+            return file
+    if model is None or not covered.all():
+        first = ids[np.argmin(covered)].decode()
+        raise IncompleteStore(
+            f"{np.count_nonzero(~covered):,} of {len(ids):,} images of {path} are in no finished "
+            f"part (first: {first}). Run the same command again."
+        )
+    failures.sort(key=lambda failure: failure[0])
+    without = [failure for _, failure in failures]
+    _check_failures(path, without, len(ids), max_failures)
+    gone = [row for row, _ in failures]
+    contents = model.contents({name: np.delete(x, gone) for name, x in tables.items()}, without)
+    return _begun(path, contents, room=room)
+
+
+def _make(
+    source: StoreFile,
+    rows: np.ndarray,
+    contents: Contents,
+    working: str,
+    path: str,
+    *,
+    kept: str,
+) -> np.ndarray:
+    """Make the finished file `path`, by way of `working`, from some rows of another file.
+
+    Returns the rows that fail their checksums. If there are any, nothing is made.
+    """
+    try:
+        format.create_file(working, contents)
+        with FeatureWriter(path, StoreFile(working, writable=True), None, kept=kept) as target:
+            store, numbers = FeatureStore.of_file(source, rows), np.arange(len(rows))
+            copied = target.copy_rows(store, numbers, numbers)
+            if len(copied) == len(rows):
+                target._file.seal()
+                disk.rename(working, path)
+            return np.delete(rows, copied)
+    except OSError as error:
+        disk.raise_for(error, path, needed=contents.feature_bytes, so_far=kept)
+    finally:
+        Path(working).unlink(missing_ok=True)
+
+
+def _check_copied(path: str, file: StoreFile, refused: np.ndarray) -> None:
+    """Raise if rows of a file could not be copied because they are damaged."""
+    if len(refused):
+        first = file.read("ids")[refused[0]].decode()
+        raise StoreError(
+            f"{len(refused):,} rows of {path} are damaged on the disk and cannot be copied (first: "
+            f"{first}). Nothing else is lost. To compute them again, run `featcache extract` with "
+            f"the same arguments; a finished file is first renamed: mv {path} {path}.partial"
         )
 
-    def _compact(self, failures: Sequence[Failure], path: str) -> None:
-        """Make a finished file of the rows that did not fail."""
-        keep = np.flatnonzero(self.status == DONE)
-        contents = contents_of(self._file)
-        contents.ids = contents.ids[keep]
-        for name in ("labels", "groups", "splits"):
-            table = getattr(contents, name)
-            setattr(contents, name, None if table is None else table[keep])
-        contents.failures = [(f.id, f.stage, f.reason, f.size, f.mtime_ns) for f in failures]
-        layout.rewrite(self._file, path, contents, keep)
+
+def _positions(ids: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Return where each of `names` (k,) is in `ids` (n,): int64 (k,), -1 = nowhere."""
+    order = np.argsort(ids)
+    found = order[np.minimum(np.searchsorted(ids, names, sorter=order), len(ids) - 1)]
+    return np.where(ids[found] == names, found, -1)
 
 
-def _lock_path(path: str) -> str:
-    return f"{path}.partial.lock"
-
-
-def _locked(path: str | Path) -> tuple[str, WriteLock]:
+def _locked(path: str | Path, wait: float = 0) -> tuple[str, WriteLock]:
     """Return the real path of a store, its folder made, and the lock on it."""
     real = os.path.realpath(path)
     try:
         if Path(real).is_dir():
             raise StoreError(f"{path} is a folder. Name a file: -o {path}/features.h5")
         Path(real).parent.mkdir(parents=True, exist_ok=True)
-        return real, WriteLock(_lock_path(real), real)
+        return real, WriteLock(real, wait=wait)
     except OSError as error:
         disk.raise_for(error, real)
 
@@ -630,57 +763,40 @@ def _releasing(lock: WriteLock) -> Iterator[None]:
         raise
 
 
-def _contents(
-    images: ImageSet,
-    shapes: Mapping[str, tuple[int, ...]],
-    fingerprint: Fingerprint,
-    meta: Mapping[str, Any] | None,
-    canaries: Sequence[tuple[str, bytes]],
-) -> layout.Contents:
-    """Return what a new file of these images is made from."""
-    if len(images) == 0:
-        raise StoreError(f"There are no images in {images.source}.")
-
-    def table(texts: np.ndarray | None, what: str) -> np.ndarray | None:
-        return None if texts is None else layout.encode_table(texts, what)
-
-    return layout.Contents(
-        fingerprint=fingerprint,
-        shapes=shapes,
-        ids=layout.encode_table(images.ids, "ids"),
-        labels=table(images.labels, "labels"),
-        groups=table(images.groups, "groups"),
-        splits=table(images.splits, "splits"),
-        meta=dict(meta or {}),
-        canary_names=[name for name, _ in canaries],
-        canary_images=[image for _, image in canaries],
-    )
+def _encoded(tables: Tables, path: str) -> dict[str, np.ndarray]:
+    """Return columns of text as they are stored, of one length that is not 0."""
+    encoded = format.encode_tables(tables)
+    lengths = {name: len(table) for name, table in encoded.items()}
+    if not lengths["ids"]:
+        raise StoreError(f"There are no images to make {path} of.")
+    if len(set(lengths.values())) > 1:
+        raise StoreError(f"The columns of {path} are not of one length: {lengths}.")
+    return encoded
 
 
-def _begin(path: str, contents: layout.Contents) -> StoreFile:
+def _begun(path: str, contents: Contents, room: int | None = None) -> StoreFile:
     """Make the partial file; keep an earlier one aside, refuse to replace other features."""
     partial = f"{path}.partial"
     for existing in (path, partial):
-        _refuse_other(existing, contents.fingerprint)
+        _refuse_overwrite(existing, contents.fingerprint)
     try:
-        layout.create_file(f"{partial}.fresh", contents)
+        format.create_file(f"{partial}.fresh", contents, room=room)
     except OSError as error:
         disk.raise_for(
             error,
             path,
-            needed=contents.feature_bytes,
-            so_far="Nothing was computed.",
-            advice="; --store-dtype float16 needs half the space",
+            needed=contents.feature_bytes if room is None else room,
+            so_far="Nothing was computed." if room is None else "The parts are kept.",
+            advice="; --store-dtype float16 needs half the space" if room is None else "",
         )
     if Path(partial).exists():
-        _set_aside(partial)
-    Path(f"{partial}.failures").unlink(missing_ok=True)
+        _keep_earlier_partial(partial)
     disk.rename(f"{partial}.fresh", partial)
     return StoreFile(partial, writable=True)
 
 
-def _set_aside(partial: str) -> None:
-    """Keep a partial file for its rows, unless an earlier one set aside holds more."""
+def _keep_earlier_partial(partial: str) -> None:
+    """Keep a partial file for its rows, unless an earlier one that was kept holds more."""
 
     def done(path: str) -> int:
         try:
@@ -692,8 +808,8 @@ def _set_aside(partial: str) -> None:
         disk.rename(partial, f"{partial}.old")
 
 
-def _refuse_other(path: str, fingerprint: Fingerprint) -> None:
-    """Raise where `path` holds something that must not be replaced."""
+def _refuse_overwrite(path: str, fingerprint: Fingerprint) -> None:
+    """Raise if `path` holds something that must not be replaced."""
     if not Path(path).exists() or Path(path).stat().st_size == 0:
         return
     there = StoreFile(path).fingerprint
@@ -705,19 +821,35 @@ def _refuse_other(path: str, fingerprint: Fingerprint) -> None:
         )
 
 
-def _partial_of(path: str, contents: layout.Contents) -> StoreFile | None:
-    """Open the partial file if it is of these images, exactly."""
+def _resumed(path: str, contents: Contents) -> StoreFile | None:
+    """Open the partial file if it has exactly these tables."""
     partial = f"{path}.partial"
     if not Path(partial).exists() or Path(partial).stat().st_size == 0:
         return None
-    _refuse_other(partial, contents.fingerprint)
+    _refuse_overwrite(partial, contents.fingerprint)
     file = StoreFile(partial, writable=True)
-    for name in ("ids", "labels", "groups", "splits"):
-        asked = getattr(contents, name)
-        there = file.read(name) if name in file.datasets else None
-        if not (asked is there if asked is None or there is None else np.array_equal(asked, there)):
-            return None
+    if file.tables != sorted(contents.tables) or file.datasets["failures"].nbytes:
+        return None
+    if not all(np.array_equal(file.read(name), x) for name, x in contents.tables.items()):
+        return None
+    try:  # what a merge began has room for the parts that were merged only
+        size = os.fstat(file.descriptor).st_size
+        disk.reserve(file.descriptor, 0, size, zeros=False)
+    except OSError as error:
+        so_far = f"Everything computed so far is kept in {partial}."
+        disk.raise_for(error, path, needed=contents.feature_bytes, so_far=so_far)
     return file
+
+
+def _check_failures(path: str, failures: Sequence[Failure], n: int, max_failures: float) -> None:
+    if len(failures) <= max_failures * n and len(failures) < n:
+        return
+    some = "; ".join(f"{f.id} ({f.stage}: {f.reason})" for f in failures[:3])
+    raise TooManyFailures(
+        f"{len(failures):,} of {n:,} images failed ({len(failures) / n:.1%}; "
+        f"{max_failures:.1%} are allowed): {some}. The features of the others are kept. Mend or "
+        "remove the images and run the same command again, or accept more with --max-failures."
+    )
 
 
 def _as_stored(values: np.ndarray, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -734,7 +866,7 @@ def _as_stored(values: np.ndarray, shape: tuple[int, ...], dtype: np.dtype[Any])
 
 
 def _finite_rows(features: np.ndarray) -> np.ndarray:
-    """Say of each row whether all its values are finite."""
+    """Return a mask of the rows whose values are all finite."""
     flat = features.reshape(len(features), -1)
     if features.dtype != np.float16 or flat.size == 0:
         return np.asarray(np.isfinite(flat).all(axis=1))

@@ -291,7 +291,9 @@ def write_store(path: Path, n: int) -> None:
     mixing = rng.normal(size=(32, WIDTH)).astype(np.float32) / 6
     centres = 0.25 * rng.normal(size=(CLASSES, 32)).astype(np.float32)
     images = Images(n, CLASSES)
-    with FeatureWriter.open(path, images, {TAP: (WIDTH,)}, fingerprint=FINGERPRINT) as writer:
+    with FeatureWriter.begin(
+        path, images.tables, {TAP: (WIDTH,)}, fingerprint=FINGERPRINT
+    ) as writer:
         for start in range(0, n, 8192):
             rows = np.arange(start, min(start + 8192, n))
             latent = centres[rows % CLASSES] + rng.normal(size=(len(rows), 32)).astype(np.float32)

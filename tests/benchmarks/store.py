@@ -62,7 +62,7 @@ def main() -> None:
         path = Path(folder) / "a.h5"
 
         def opened() -> FeatureWriter:
-            return FeatureWriter.open(path, Images(n), {TAP: (d,)}, fingerprint=FINGERPRINT)
+            return FeatureWriter.begin(path, Images(n).tables, {TAP: (d,)}, fingerprint=FINGERPRINT)
 
         with (Path(folder) / "raw").open("wb") as raw:
             disk.reserve(raw.fileno(), 0, size, zeros=True)

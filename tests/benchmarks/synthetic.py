@@ -24,17 +24,13 @@ FINGERPRINT = Fingerprint(
 
 
 class Images:
-    """The part of an `ImageSet` that a store reads: n names, and labels if there are classes."""
-
-    source = "a benchmark"
-    groups = splits = None
+    """The tables of n images that a store keeps: names, and labels if there are classes."""
 
     def __init__(self, n: int, classes: int = 0) -> None:
-        self.ids = [f"{i:08d}.jpg" for i in range(n)]
-        self.labels = [f"class {i % classes}" for i in range(n)] if classes else None
-
-    def __len__(self) -> int:
-        return len(self.ids)
+        names = {"ids": [f"{i:08d}.jpg" for i in range(n)]}
+        if classes:
+            names["labels"] = [f"class {i % classes}" for i in range(n)]
+        self.tables = {name: np.array(x, np.dtypes.StringDType()) for name, x in names.items()}
 
 
 def features(

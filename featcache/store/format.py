@@ -1,6 +1,6 @@
 """The feature file on disk: one plain HDF5 file that any HDF5 reader opens.
 
-Specification (format version 1)
+Specification (format version 2)
 --------------------------------
 A writer MUST lay the file out as follows; a reader MAY rely on it.
 
@@ -13,6 +13,7 @@ dataset              shape, type            content
 /ids                 (n,) UTF-8             ids of the images, all different
 /labels              (n,) UTF-8             labels, ``""`` = none; the dataset may be absent
 /groups /splits      (n,) UTF-8             as scanned; may be absent
+/NAME                (n,) UTF-8             any further column of text
 /failures            (k,) compound          images without features: id, stage, reason, size,
                                             mtime_ns
 /meta/KEY            scalar UTF-8           JSON: fingerprint, request, versions, classes, ...
@@ -24,19 +25,24 @@ dataset              shape, type            content
 ==================== ====================== =======================================================
 
 A row of /rows holds, packed and little-endian: ``sha256`` (32 bytes: of the image's file),
-``size`` and ``mtime_ns`` (int64, -1 = unknown), ``crc32`` (uint32 a tap, in the order of
+``size`` and ``mtime_ns`` (int64, -1 = unknown), ``crc32`` (uint32 for each tap, in the order of
 fingerprint.taps: CRC-32 of that tap's bytes as stored, seeded with the CRC-32 of ``sha256``),
-``status`` (uint8: 0 pending, 1 done, 2 failed) and ``check`` (uint32: CRC-32 of the bytes before
-it, seeded with the CRC-32 of the row's id). Seeds make a row that was written in another's place
-fail its checksum, be its bytes ever so intact.
+``status`` (uint8: 0 pending, 1 done, 2 failed) and ``entry_crc`` (uint32: CRC-32 of the bytes
+before it, seeded with the CRC-32 of the row's id). The seeds make a row that was written in the
+place of another one fail its checksum, even if its bytes are intact.
 
 Every dataset is contiguous, allocated early, little-endian, begins at a multiple of 4,096 bytes,
 and has no filter. Files are made with ``libver=("v110", "v110")``: that version's metadata is
 checksummed and every HDF5 since 2016 reads it. Strings are of fixed width, padded with NUL, so
 that the tables, too, are plain arrays at a known offset.
 
-The digest is taken over the datasets in the order of their names (``/`` left out in front), each
-as: name, NUL, number of bytes as 8 little-endian bytes, bytes.
+The digest is taken over the datasets in the order of their names (without the leading ``/``),
+each as: name, NUL, number of bytes as 8 little-endian bytes, bytes.
+
+A file that is not finished may go on behind the end of the HDF5 file (HDF5 ignores what is there)
+with the reasons of failed rows, one JSON array ``[row, stage, reason]`` a line; the last line of a
+row counts. Whether a row failed is said by its ``status`` alone. Finishing leaves the failed rows
+out, puts the reasons into /failures, and cuts the file at the end of the HDF5 file.
 
 Why libhdf5 writes nothing but the empty layout
 -----------------------------------------------
@@ -67,7 +73,7 @@ from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from featcache.store import disk
 from featcache.store.disk import as_bytes
 
-__all__ = ["DONE", "FAILED", "PENDING", "Contents", "Dataset", "StoreFile", "create_file"]
+__all__ = ["DONE", "FAILED", "PENDING", "Canaries", "Contents", "Failure", "StoreFile"]
 
 PENDING, DONE, FAILED = 0, 1, 2
 
@@ -78,10 +84,13 @@ _METADATA_BYTES = 65_536
 _META_SLOTS = {"settings": 4_096, "run": 32_768}
 _DIGEST_BYTES = 8 << 20
 _REASON_BYTES = 1000
+# Names at the root of the file that are not tables of text.
+_NOT_TABLES = {"features", "rows", "failures", "meta", "canaries", "digest"}
+_NO_REASON = ("unknown", "the record of the reason was lost")
 
 
 def rows_dtype(n_taps: int) -> np.dtype[Any]:
-    """Return the type of a row of /rows for so many taps."""
+    """Return the type of a row of /rows for a number of taps."""
     return np.dtype(
         [
             ("sha256", "u1", (32,)),
@@ -89,14 +98,14 @@ def rows_dtype(n_taps: int) -> np.dtype[Any]:
             ("mtime_ns", "<i8"),
             ("crc32", "<u4", (n_taps,)),
             ("status", "u1"),
-            ("check", "<u4"),
+            ("entry_crc", "<u4"),
         ]
     )
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a dataset's bytes lie in the file."""
+    """Where the bytes of a dataset lie in the file."""
 
     offset: int
     shape: tuple[int, ...]
@@ -104,7 +113,7 @@ class Dataset:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row (of the whole, where there is no axis of rows)."""
+        """Bytes of one row (of everything, if there is no axis of rows)."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
@@ -113,13 +122,43 @@ class Dataset:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Failure:
+    """An image that has no features, and why."""
+
+    id: str
+    stage: str
+    reason: str
+    size: int = -1
+    mtime_ns: int = -1
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """Test images kept in the file, and what the network made of them.
+
+    Parameters
+    ----------
+    names : list of str
+        Names of the images.
+    images : list of bytes
+        The images, encoded.
+    features : dict of str to ndarray, shape (k, ...), float32
+        Their features by tap, without views; empty if they were not computed.
+    """
+
+    names: list[str]
+    images: list[bytes]
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
 # Shape, type and first bytes (None = zeros) of each dataset, by name.
 Plan = dict[str, tuple[tuple[int, ...], np.dtype[Any], np.ndarray | None]]
 
 
 @dataclass
 class Contents:
-    """What a new file is made from: everything but the features.
+    """Everything that a new file holds except the features.
 
     Parameters
     ----------
@@ -127,38 +166,37 @@ class Contents:
         Its taps name the feature datasets.
     shapes : dict of str to tuple of int
         Shape of one image's features by tap, the axis of views included.
-    ids : ndarray of bytes, shape (n,)
-        UTF-8.
-    labels, groups, splits : ndarray of bytes, shape (n,), optional
-        UTF-8.
+    tables : dict of str to ndarray of bytes, shape (n,)
+        ``ids``, and any further column, in UTF-8.
     meta : dict
         JSON values by key; ``settings`` and ``run`` may also be set later.
-    failures : list of tuple
-        (id, stage, reason, size, mtime_ns).
-    canary_names, canary_images : list
-        Encoded images.
+    failures : list of Failure
+        Images without features.
+    canaries : Canaries, optional
+        Test images.
     """
 
     fingerprint: Fingerprint
     shapes: Mapping[str, tuple[int, ...]]
-    ids: np.ndarray
-    labels: np.ndarray | None = None
-    groups: np.ndarray | None = None
-    splits: np.ndarray | None = None
+    tables: Mapping[str, np.ndarray]
     meta: Mapping[str, Any] = field(default_factory=dict)
-    failures: Sequence[tuple[str, str, str, int, int]] = ()
-    canary_names: Sequence[str] = ()
-    canary_images: Sequence[bytes] = ()
+    failures: Sequence[Failure] = ()
+    canaries: Canaries | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one image's features."""
+        size = np.dtype(self.fingerprint.store_dtype).itemsize
+        return sum(math.prod(self.shapes[tap]) * size for tap in self.fingerprint.taps)
 
     @property
     def feature_bytes(self) -> int:
-        """Bytes that the features take."""
-        size = np.dtype(self.fingerprint.store_dtype).itemsize * len(self.ids)
-        return sum(math.prod(self.shapes[tap]) * size for tap in self.fingerprint.taps)
+        """Bytes of all features."""
+        return self.row_bytes * len(self.tables["ids"])
 
     def plan(self) -> Plan:
         """Return shape, type and first bytes (None = zeros) of each dataset by name."""
-        n = len(self.ids)
+        n = len(self.tables["ids"])
         taps = self.fingerprint.taps
         store_dtype = np.dtype(self.fingerprint.store_dtype).newbyteorder("<")
         plan: Plan = {}
@@ -169,23 +207,21 @@ class Contents:
         for tap in taps:
             plan[feature_name(tap)] = ((n, *self.shapes[tap]), store_dtype, None)
         plan["rows"] = ((n,), rows_dtype(len(taps)), None)
-        add("ids", self.ids)
-        for name in ("labels", "groups", "splits"):
-            table = getattr(self, name)
-            if table is not None:
-                add(name, table)
+        for name, table in sorted(self.tables.items()):
+            add(name, table)
         add("failures", _failure_table(self.failures))
-        for key, value in self._all_meta().items():
+        for key, value in sorted(self._all_meta().items()):
             text = canonical_json(value).encode()
             width = max(len(text), _META_SLOTS.get(key, 1))
             add(f"meta/{key}", np.array(text, dtype=f"S{width}"))
-        if self.canary_names:
-            add("canaries/names", encode_table(self.canary_names, "canary names"))
-            for i, image in enumerate(self.canary_images):
+        if self.canaries:
+            add("canaries/names", encode_table(self.canaries.names, "canary names"))
+            for i, image in enumerate(self.canaries.images):
                 add(f"canaries/images/{i}", np.frombuffer(image, np.uint8))
             for tap in taps:
                 shape = self.shapes[tap][1 if self.fingerprint.views > 1 else 0 :]
-                values = np.full((len(self.canary_names), *shape), np.nan, "<f4")
+                values = np.full((len(self.canaries.names), *shape), np.nan, "<f4")
+                values[...] = self.canaries.features.get(tap, np.nan)
                 add(f"canaries/{feature_name(tap)}", values)
         add("digest", np.zeros(32, np.uint8))
         return plan
@@ -194,27 +230,36 @@ class Contents:
         """Return the metadata with the keys that every file has."""
         versions = dict(self.meta.get("versions", {}))
         versions |= {"format": FORMAT_VERSION, "h5py": h5py.__version__}
+        labels = self.tables.get("labels")
         own = {
             "fingerprint": json.loads(self.fingerprint.to_json()),
-            "classes": [] if self.labels is None else sorted(counts(self.labels).keys() - {""}),
+            "classes": [] if labels is None else sorted(counts(labels).keys() - {""}),
             "versions": versions,
         }
         return {"settings": None, "run": None, **self.meta, **own}
 
 
 def feature_name(tap: str) -> str:
-    """Return the dataset that holds `tap`: HDF5 takes ``/`` for a group."""
+    """Return the name of the dataset that holds a tap: HDF5 takes ``/`` for a group."""
     return "features/" + tap.replace("%", "%25").replace("/", "%2F")
 
 
-def encode_table(texts: Sequence[str] | np.ndarray, what: str) -> np.ndarray:
-    """Return texts as UTF-8 of fixed width.
+def encode_tables(tables: Mapping[str, Sequence[str] | np.ndarray]) -> dict[str, np.ndarray]:
+    """Return columns of text as they are stored: UTF-8 of fixed width.
 
     Raises
     ------
     StoreError
-        A text holds a NUL or is not valid Unicode.
+        The name of a column is taken by the format, or a text holds a NUL or is not valid Unicode.
     """
+    for name in tables:
+        if not name or "/" in name or name.startswith(".") or name in _NOT_TABLES:
+            raise StoreError(f"A column cannot be called {name!r} in a feature file. Rename it.")
+    return {name: encode_table(texts, name) for name, texts in tables.items()}
+
+
+def encode_table(texts: Sequence[str] | np.ndarray, what: str) -> np.ndarray:
+    """Return texts as UTF-8 of fixed width."""
 
     def encoded() -> Iterator[bytes]:
         for text in texts:
@@ -244,38 +289,41 @@ def counts(table: np.ndarray) -> Counter[str]:
     return Counter({name.decode(): count for name, count in found.items()})
 
 
-def _failure_table(failures: Sequence[tuple[str, str, str, int, int]]) -> np.ndarray:
+def _failure_table(failures: Sequence[Failure]) -> np.ndarray:
     """Return failures as a compound array; long reasons are cut between characters."""
-    rows: list[tuple[bytes, bytes, bytes, int, int]] = [
-        (
-            name.encode(),
-            stage.encode(),
-            reason.encode(errors="backslashreplace")[:_REASON_BYTES]
-            .decode(errors="ignore")
-            .encode(),
-            size,
-            mtime_ns,
-        )
-        for name, stage, reason, size, mtime_ns in failures
-    ]
-    text = list(zip(*(row[:3] for row in rows), strict=True)) or [(b"",)] * 3
-    widths = [max(1, *map(len, column)) for column in text]
-    dtype = np.dtype(
-        [
-            ("id", f"S{widths[0]}"),
-            ("stage", f"S{widths[1]}"),
-            ("reason", f"S{widths[2]}"),
-            ("size", "<i8"),
-            ("mtime_ns", "<i8"),
-        ]
-    )
-    return np.array(rows, dtype=dtype)
+
+    def cut(reason: str) -> str:
+        text = reason.encode(errors="backslashreplace")
+        return text[:_REASON_BYTES].decode(errors="ignore")
+
+    texts = {
+        "id": encode_table([failure.id for failure in failures], "ids"),
+        "stage": encode_table([failure.stage for failure in failures], "stages"),
+        "reason": encode_table([cut(failure.reason) for failure in failures], "reasons"),
+    }
+    columns = [(name, column.dtype) for name, column in texts.items()]
+    table = np.zeros(len(failures), np.dtype([*columns, ("size", "<i8"), ("mtime_ns", "<i8")]))
+    for name, column in texts.items():
+        table[name] = column
+    table["size"] = [failure.size for failure in failures]
+    table["mtime_ns"] = [failure.mtime_ns for failure in failures]
+    return table
 
 
-def create_file(path: str, contents: Contents) -> None:
-    """Make a feature file with all space reserved, valid HDF5, closed and fsynced.
+def create_file(path: str, contents: Contents, *, room: int | None = None) -> None:
+    """Make a feature file, valid HDF5, closed and fsynced, with its space reserved.
 
     The file is made as ``PATH.new`` and renamed: at `path` there is a whole layout or none.
+
+    Parameters
+    ----------
+    path : str
+        The file to make.
+    contents : Contents
+        What it holds.
+    room : int, optional
+        Bytes of features for which there must be room now; none is reserved for them. If left
+        out, the room for all features is reserved.
 
     Raises
     ------
@@ -285,29 +333,30 @@ def create_file(path: str, contents: Contents) -> None:
     """
     plan = contents.plan()
     temporary = f"{path}.new"
+    bound = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in plan.values())
+    bound += _METADATA_BYTES * len(plan)
+    if room is not None:
+        bound += room - contents.feature_bytes
     try:
         # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
         with disk.opened(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as descriptor:
-            disk.reserve(descriptor, 0, _bound(plan), zeros=False)
+            disk.reserve(descriptor, 0, bound, zeros=False)
         _write_layout(temporary, plan)
         datasets = read_datasets(temporary)
         with disk.opened(temporary, os.O_RDWR) as descriptor:
-            disk.reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
+            if room is None:
+                disk.reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
             for name, (_, _, data) in plan.items():
-                if data is not None and data.nbytes:
-                    disk.pwrite_all(descriptor, as_bytes(data), datasets[name].offset)
+                start, size = datasets[name].offset, datasets[name].nbytes
+                if not name.startswith("features/"):
+                    disk.reserve(descriptor, start, start + size, zeros=True)
+                if data is not None and size:
+                    disk.pwrite_all(descriptor, as_bytes(data), start)
             disk.fsync(descriptor)
         disk.rename(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _bound(plan: Plan) -> int:
-    """Return an upper bound of the size of a file."""
-    return sum(
-        _METADATA_BYTES + math.prod(shape) * dtype.itemsize for shape, dtype, _ in plan.values()
-    )
 
 
 def _write_layout(path: str, plan: Plan) -> None:
@@ -319,7 +368,7 @@ def _write_layout(path: str, plan: Plan) -> None:
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_alignment(1, _ALIGNMENT)
-    access.set_file_locking(False, True)  # the lock is ours, see `featcache.store.locking`
+    access.set_file_locking(False, True)  # the lock is ours, see `featcache.store.disk`
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -432,7 +481,7 @@ class StoreFile:
         if Path(path).is_dir():
             raise StoreError(f"{path} is a folder, not a feature file.")
         self.datasets = read_datasets(path)
-        if not self.is_at(path):
+        if not disk.is_at(self.descriptor, path):
             raise StoreError(f"{path} was replaced while it was opened. Try again.")
         self._check_format()
         self.fingerprint = Fingerprint.from_json(canonical_json(self.meta("fingerprint")))
@@ -451,14 +500,6 @@ class StoreFile:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
-
-    def is_at(self, path: str) -> bool:
-        """Say whether `path` still leads to this file."""
-        try:
-            there, here = Path(path).stat(), os.fstat(self.descriptor)
-        except FileNotFoundError:
-            return False
-        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
     def _check_format(self) -> None:
         size = os.fstat(self.descriptor).st_size
@@ -509,8 +550,86 @@ class StoreFile:
         offset = dataset.offset + start * dataset.row_bytes
         disk.pwrite_all(self.descriptor, as_bytes(array), offset)
 
+    @property
+    def tables(self) -> list[str]:
+        """Names of the columns of text, ``ids`` among them."""
+        return [name for name in self.datasets if "/" not in name and name not in _NOT_TABLES]
+
+    def contents(self, tables: Mapping[str, np.ndarray], failures: Sequence[Failure]) -> Contents:
+        """Return what a file of other rows holds, with all that does not depend on rows from here.
+
+        Parameters
+        ----------
+        tables : dict of str to ndarray of bytes, shape (n,)
+            The columns of the new file, in UTF-8.
+        failures : list of Failure
+            Its failures.
+        """
+        return Contents(
+            fingerprint=self.fingerprint,
+            shapes={tap: dataset.shape[1:] for tap, dataset in self.features.items()},
+            tables=tables,
+            meta={key: self.meta(key) for key in self.meta_keys},
+            failures=failures,
+            canaries=self.canaries,
+        )
+
+    # --- failures -------------------------------------------------------------------------------
+
+    def failures(self, rows: np.ndarray | None = None) -> list[Failure]:
+        """Return the images without features.
+
+        Parameters
+        ----------
+        rows : ndarray of int, optional
+            The rows that failed; left out, those whose status says so.
+        """
+        found = [
+            Failure(name.decode(), stage.decode(), reason.decode(), size, mtime_ns)
+            for name, stage, reason, size, mtime_ns in self.read("failures").tolist()
+        ]
+        if rows is None:
+            status = self.read("rows")["status"] if not self.finished else np.zeros(0)
+            rows = np.flatnonzero(status == FAILED)
+        if not len(rows):
+            return found
+        entries, ids, reasons = self.read("rows"), self.read("ids"), self._reasons()
+        for row in rows.tolist():
+            size, mtime_ns = entries[row]["size"].item(), entries[row]["mtime_ns"].item()
+            stage, reason = reasons.get(row, _NO_REASON)
+            found.append(Failure(ids[row].decode(), stage, reason, size, mtime_ns))
+        return found
+
+    @property
+    def _end(self) -> int:
+        """Where the HDF5 file ends: the field of its superblock that says so."""
+        return int.from_bytes(os.pread(self.descriptor, 8, 28), "little")
+
+    def add_reason(self, row: int, stage: str, reason: str) -> None:
+        """Append the reason of a failure behind the HDF5 file."""
+        # A line of its own whatever a kill left before it; one write, so that processes that
+        # append to the same file do not mix.
+        line = b"\n" + json.dumps([row, stage, reason]).encode() + b"\n"
+        with disk.opened(self.path, os.O_WRONLY | os.O_APPEND) as descriptor:
+            os.write(descriptor, line)
+
+    def _reasons(self) -> dict[int, tuple[str, str]]:
+        """Return (stage, reason) by row from the last whole line of each; a kill may tear one."""
+        text = bytearray(os.fstat(self.descriptor).st_size - self._end)
+        disk.pread_into(self.descriptor, memoryview(text), self._end)
+        found = {}
+        for line in text.split(b"\n"):
+            try:
+                row, stage, reason = json.loads(line)
+                found[int(row)] = (str(stage), str(reason))
+            except (ValueError, TypeError):
+                continue
+        return found
+
+    # --- metadata -------------------------------------------------------------------------------
+
     def meta(self, key: str) -> Any:
-        """Return the JSON value under /meta, None where there is none."""
+        """Return the JSON value under /meta, None if there is none."""
         if f"meta/{key}" not in self.datasets:
             return None
         text = bytes(self.read(f"meta/{key}").item())
@@ -540,6 +659,19 @@ class StoreFile:
         disk.pwrite_all(self.descriptor, text.ljust(dataset.dtype.itemsize, b"\0"), dataset.offset)
         disk.fsync(self.descriptor)  # settings are on the disk before the rows that they decided
 
+    @property
+    def canaries(self) -> Canaries | None:
+        """The test images, and their features once they are set."""
+        if "canaries/names" not in self.datasets:
+            return None
+        names = decode_table(self.read("canaries/names")).tolist()
+        images = [self.read(f"canaries/images/{i}").tobytes() for i in range(len(names))]
+        features = {tap: self.read(f"canaries/{feature_name(tap)}") for tap in self.features}
+        known = not any(np.isnan(values).any() for values in features.values())
+        return Canaries(names, images, features if known else {})
+
+    # --- finishing ------------------------------------------------------------------------------
+
     def digest(self) -> bytes:
         """Return the SHA-256 over everything outside /features, as /digest should hold it."""
         digest = hashlib.sha256()
@@ -561,7 +693,8 @@ class StoreFile:
         return bool(self.read("digest").any())
 
     def seal(self) -> None:
-        """Write the digest and have everything on the disk."""
+        """Cut off the reasons behind the HDF5 file, write the digest, and sync everything."""
+        os.ftruncate(self.descriptor, self._end)
         disk.pwrite_all(self.descriptor, self.digest(), self.datasets["digest"].offset)
         disk.fsync(self.descriptor)
 
@@ -572,47 +705,3 @@ def _reopen(path: str, digest: bytes) -> StoreFile:
     if file.read("digest").tobytes() != digest:
         raise StoreError(f"{path} was replaced meanwhile. Run the command again.")
     return file
-
-
-def rewrite(
-    source: StoreFile,
-    path: str,
-    contents: Contents,
-    keep: np.ndarray,
-) -> None:
-    """Make a finished file at `path` from rows of another, in the order kept.
-
-    Parameters
-    ----------
-    source : StoreFile
-        Where features, rows and canaries come from.
-    path : str
-        Where the new file is made; renamed there only when it is whole.
-    contents : Contents
-        Tables of the new file, already restricted to `keep`.
-    keep : ndarray of int
-        Rows of `source`, ascending.
-    """
-    create_file(path, contents)
-    target = StoreFile(path, writable=True)
-    try:
-        for tap, dataset in source.features.items():
-            size, to = dataset.row_bytes, target.features[tap].offset
-            for position, first, count in disk.runs(keep):
-                disk.copy_range(
-                    source.descriptor,
-                    dataset.offset + first * size,
-                    target.descriptor,
-                    to + position * size,
-                    count * size,
-                )
-        target.write_rows(target.datasets["rows"], 0, source.read("rows")[keep])
-        for name in target.datasets:
-            if name.startswith("canaries/features/"):
-                target.write_rows(target.datasets[name], 0, source.read(name))
-        target.seal()
-    except BaseException:
-        Path(path).unlink(missing_ok=True)
-        raise
-    finally:
-        target.close()
