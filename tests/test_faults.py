@@ -16,7 +16,8 @@ import PIL
 import pytest
 from PIL import Image
 
-from featcache.errors import DecodeError, StoreError, TooManyFailures
+from featcache.errors import DecodeError, ExtractionError, StoreError, TooManyFailures
+from featcache.extraction import decoding
 from featcache.extraction.decoding import Batch, Decoder, Loader, Tasks
 from featcache.extraction.extract import extract
 from featcache.images.image_set import ImageSet
@@ -118,6 +119,15 @@ def test_losing_a_worker_never_disturbs_the_caller(root: Path, deadly: type[Dead
         sum(range(1000))
     assert first.rows.tolist() == [0, 1, 2, 3]
     assert sum(len(batch.rows) for batch in batches) == N - 4
+
+
+def test_workers_that_cannot_start_are_not_blamed_on_the_images(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_start_worker", lambda *_: os._exit(1))
+    with pytest.raises(ExtractionError, match=r"as soon as they are started.*--workers 0"):
+        run(root, workers=2)
+    assert run(root, workers=0).failures == []
 
 
 # --- files ----------------------------------------------------------------------------------------

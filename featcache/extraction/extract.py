@@ -227,7 +227,7 @@ def extract(
     summary = Summary(len(images))
     started = time.perf_counter()
     with interruptible(), keep_pages():
-        known = reuse.known(path, request) or _from_network(backbone, request)
+        known = reuse.stored_layout(path, request) or _from_network(backbone, request)
         with FeatureWriter.begin(
             path,
             images.tables,
@@ -237,8 +237,8 @@ def extract(
             canaries=_canary_images(backbone),
             retry_failed=retry_failed,
         ) as writer:
-            reuse.forget_changed(writer, images)
-            reuse.take_over(
+            reuse.mark_changed(writer, images)
+            reuse.copy_unchanged(
                 writer,
                 images,
                 retry_failed=retry_failed,
@@ -295,14 +295,14 @@ def _request(backbone: Backbone, options: Options, store_dtype: str) -> RequestK
 def _up_to_date(store: FeatureStore, images: ImageSet) -> FeatureStore:
     """Return the store that is there already, with the labels as they are now."""
     summary = Summary(len(images), failed=len(store.failures), skipped=True)
-    if not reuse.same_labels(store, images):
+    if not reuse.same_tables(store, images):
         store = relabel(store, images.tables)
         summary.relabelled = True
     store.extraction = summary
     return store
 
 
-def _from_network(backbone: Backbone, request: RequestKey) -> reuse.Known:
+def _from_network(backbone: Backbone, request: RequestKey) -> reuse.StoredLayout:
     """Compute fingerprint and shapes from the network."""
     fingerprint = backbone.fingerprint(
         precision=request.precision,
@@ -312,7 +312,7 @@ def _from_network(backbone: Backbone, request: RequestKey) -> reuse.Known:
     )
     views = (request.views,) if request.views > 1 else ()
     shapes = {tap: (*views, *shape) for tap, shape in backbone.shapes.items()}
-    return reuse.Known(fingerprint, shapes)
+    return reuse.StoredLayout(fingerprint, shapes)
 
 
 def _check_network(writer: FeatureWriter, fingerprint: Fingerprint) -> None:
@@ -353,7 +353,7 @@ def _compute(
         else:
             _fill(images, writer, runtime, pending, options, clock, advance, crashed=crashed)
             for _ in range(_ROUNDS):
-                reuse.forget_overtaken(writer, images, pending)
+                reuse.recheck_replaced_files(writer, images, pending)
                 if not len(again := writer.pending):
                     break
                 _fill(

@@ -1,19 +1,19 @@
-"""What an extraction need not compute: features that an earlier run left behind.
+"""Find the images that are still what an earlier run recorded; their features are copied.
 
-An image is the same image while the hash of its content is the same. Size and time of the last
-change only decide whether it must be read again to find out. Times are compared for equality,
-never for order, so clocks that are wrong do no harm.
+An image is the same while the hash of its content is the same. Size and time of the last change
+only decide whether it must be read again to find out. Times are compared for equality, never for
+order, so clocks that are wrong do no harm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from featcache.errors import DecodeError, StoreError
+from featcache.extraction.decoding import ENTRY
 from featcache.fingerprint import Fingerprint, RequestKey, canonical_json
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.store.format import DONE, FAILED, PENDING, StoreFile
@@ -21,249 +21,223 @@ from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
 
 __all__ = [
-    "Known",
+    "StoredLayout",
     "complete_store",
-    "forget_changed",
-    "forget_overtaken",
-    "known",
-    "same_labels",
-    "take_over",
+    "copy_unchanged",
+    "mark_changed",
+    "recheck_replaced_files",
+    "same_tables",
+    "stored_layout",
+    "unchanged",
 ]
 
 
-@dataclass(frozen=True)
-class Known:
-    """What a file on the disk says of the features asked for.
+def unchanged(
+    images: ImageSet, rows: np.ndarray, entries: np.ndarray, *, touched: bool = True
+) -> np.ndarray:
+    """Return a mask of the images that are still what their entries say.
 
-    Attributes
+    Parameters
     ----------
-    fingerprint : Fingerprint
-        Of the network, found without loading it.
-    shapes : dict of str to tuple of int
-        Of one image's features by tap, the axis of views included.
+    images : ImageSet
+        The images.
+    rows : ndarray of int64, shape (k,)
+        Numbers of the images to look at.
+    entries : structured ndarray, shape (k,)
+        What was recorded, with the fields of `featcache.extraction.decoding.ENTRY`.
+    touched : bool
+        Read and hash a file that has another time but the same size; otherwise it has changed.
+
+    Returns
+    -------
+    ndarray of bool, shape (k,)
+        An image that failed counts as unchanged if size and time are those recorded.
+    """
+    size, mtime_ns = _stats(images, rows).T
+    same = (size == entries["size"]) & (mtime_ns == entries["mtime_ns"])
+    # Of what is no file, such as an array, nothing but the content tells.
+    unsure = (size == entries["size"]) & (entries["status"] == DONE)
+    unsure &= (size < 0) | (~same & touched)
+    for k in np.flatnonzero(unsure).tolist():
+        same[k] = _hash(images, int(rows[k])) == entries["sha256"][k].tobytes()
+    return np.asarray(same)
+
+
+def _stats(images: ImageSet, rows: np.ndarray) -> np.ndarray:
+    """Return size and time of images now: int64, shape (k, 2)."""
+    return np.array([images.stat(row) for row in rows.tolist()], np.int64).reshape(-1, 2)
+
+
+def _hash(images: ImageSet, row: int) -> bytes:
+    """Return the hash of an image's content; b"" if the image cannot be read."""
+    try:
+        return content_hash(images.read(row))
+    except DecodeError:
+        return b""
+
+
+# --- a store that is there ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredLayout:
+    """Fingerprint and shapes of features, as a file records them.
+
+    The shapes are those of one image by tap, the axis of views included.
     """
 
     fingerprint: Fingerprint
     shapes: dict[str, tuple[int, ...]]
 
 
-def known(path: str, key: RequestKey) -> Known | None:
-    """Return what the store at `path`, finished or not, knows; None if it was asked for otherwise.
-
-    Parameters
-    ----------
-    path : str
-        Of the store.
-    key : RequestKey
-        What is asked for now.
-    """
+def stored_layout(path: str, request: RequestKey) -> StoredLayout | None:
+    """Return what the store at `path`, finished or not, records; None if it has other features."""
     for candidate in (f"{path}.partial", path):
         try:
             file = StoreFile(candidate)
         except StoreError:
             continue
         try:
-            if _requested(file) == key:
+            asked = file.meta("request")
+            if asked is not None and RequestKey.from_json(canonical_json(asked)) == request:
                 shapes = {tap: dataset.shape[1:] for tap, dataset in file.features.items()}
-                return Known(file.fingerprint, shapes)
+                return StoredLayout(file.fingerprint, shapes)
         finally:
             file.close()
     return None
 
 
-def _requested(file: StoreFile) -> RequestKey | None:
-    values = file.meta("request")
-    return None if values is None else RequestKey.from_json(canonical_json(values))
-
-
-def complete_store(path: str, images: ImageSet, key: RequestKey) -> FeatureStore | None:
-    """Return the finished store at `path` if it holds what is asked for, of exactly these images.
+def complete_store(path: str, images: ImageSet, request: RequestKey) -> FeatureStore | None:
+    """Return the finished store at `path` if nothing is to be done.
 
     Parameters
     ----------
     path : str
-        Of the store.
+        Path of the store.
     images : ImageSet
         The images. Their labels may differ from the store's.
-    key : RequestKey
+    request : RequestKey
         What is asked for.
 
     Returns
     -------
     FeatureStore or None
-        None where something is to be done: no store, other features, or images that were added,
-        removed, changed or rewritten.
+        None if something is to be done: there is no store, it has other features, or images were
+        added, removed, changed or rewritten.
     """
     if not Path(path).exists() or Path(f"{path}.partial").exists():
         return None
     store = FeatureStore.open(path)
-    if store.request_key != key:
+    if store.request_key != request:
         return None
-    failures = store.failures
-    if len(store) + len(failures) != len(images):
+    positions, entries = _recorded_images(store)
+    theirs = _positions(images, np.arange(len(images)), positions)
+    if len(entries) != len(images) or (theirs < 0).any():
         return None
-    row_of = {name: row for row, name in enumerate(images.ids)}
-    for failure in failures:
-        row = row_of.get(failure.id)
-        if row is None or images.stat(row) != (failure.size, failure.mtime_ns):
-            return None
-    content = zip(
-        store.ids, store.sizes.tolist(), store.mtimes_ns.tolist(), store.sha256, strict=True
-    )
-    for name, size, mtime_ns, sha256 in content:
-        row = row_of.get(name)
-        if row is None or images.stat(row) != (size, mtime_ns):
-            return None
-        if size < 0 and _hash(images, row) != sha256.tobytes():
-            return None
-    return store
+    same = unchanged(images, np.arange(len(images)), entries[theirs], touched=False)
+    return store if same.all() else None
 
 
-def same_labels(store: FeatureStore, images: ImageSet) -> bool:
-    """Say whether labels, groups and splits of the store are those of the images."""
-    if len(store) == len(images):
-        rows = None
-    else:
-        row_of = {name: row for row, name in enumerate(images.ids)}
-        rows = np.array([row_of[name] for name in store.ids])
+def same_tables(store: FeatureStore, images: ImageSet) -> bool:
+    """Return whether labels, groups and splits of a store are those of the images."""
+    row_of = {name: row for row, name in enumerate(images.ids.tolist())}
+    rows = np.array([row_of[name] for name in store.ids.tolist()], np.int64)
+    none = np.full(len(store), "")
     for name in ("labels", "groups", "splits"):
-        there, asked = getattr(store, name), getattr(images, name)
-        if asked is None:
-            if there is not None and any(there):
-                return False
-            continue
-        asked = np.asarray(asked)
-        if there is None or not np.array_equal(there, asked if rows is None else asked[rows]):
+        there, asked = getattr(store, name), images.tables.get(name)
+        there = none if there is None else there
+        if not np.array_equal(there, none if asked is None else asked[rows].astype(there.dtype)):
             return False
     return True
 
 
-def forget_changed(writer: FeatureWriter, images: ImageSet) -> None:
-    """Count as pending again what changed since the partial file's rows were written.
-
-    Parameters
-    ----------
-    writer : FeatureWriter
-        On a partial file that is resumed.
-    images : ImageSet
-        Its images.
-    """
-    settled = np.flatnonzero(writer.status != PENDING)
-    changed = []
-    for row, entry in _entries(writer, settled):
-        size, mtime_ns = int(entry["size"]), int(entry["mtime_ns"])
-        if entry["status"] == FAILED:
-            same = images.stat(row) == (size, mtime_ns)
-        else:
-            same = _is_same(images, row, entry["sha256"].tobytes(), size, mtime_ns)
-        if not same:
-            changed.append(row)
-    writer.mark_pending(changed)
+def _recorded_images(store: FeatureStore) -> tuple[dict[str, int], np.ndarray]:
+    """Return the entries of a store's images, failed ones last, and their positions by id."""
+    n, failures = len(store), store.failures
+    entries = np.zeros(n + len(failures), ENTRY)
+    entries["status"][:n], entries["status"][n:] = DONE, FAILED
+    entries["sha256"][:n] = store.sha256
+    entries["size"] = [*store.sizes, *(failure.size for failure in failures)]
+    entries["mtime_ns"] = [*store.mtimes_ns, *(failure.mtime_ns for failure in failures)]
+    ids = [*store.ids.tolist(), *(failure.id for failure in failures)]
+    return {name: k for k, name in enumerate(ids)}, entries
 
 
-def forget_overtaken(writer: FeatureWriter, images: ImageSet, rows: np.ndarray) -> None:
-    """Count as pending again the files among `rows` that were replaced after they were read.
+def _positions(images: ImageSet, rows: np.ndarray, positions: dict[str, int]) -> np.ndarray:
+    """Return the positions of images by their ids: int64, shape (k,); -1 if an id is not there."""
+    return np.array([positions.get(name, -1) for name in images.ids[rows].tolist()], np.int64)
+
+
+# --- a file that is being filled ------------------------------------------------------------------
+
+
+def mark_changed(writer: FeatureWriter, images: ImageSet) -> None:
+    """Mark as pending the rows of a resumed file whose images have changed since."""
+    rows = np.flatnonzero(writer.status != PENDING)
+    writer.mark_pending(rows[~unchanged(images, rows, writer.entries(rows))])
+
+
+def recheck_replaced_files(writer: FeatureWriter, images: ImageSet, rows: np.ndarray) -> None:
+    """Mark as pending the files among `rows` that were replaced after they were read.
 
     Those that are gone keep their features: the next run finds them missing.
     """
-    overtaken = []
-    for row, entry in _entries(writer, rows[writer.status[rows] == DONE]):
-        now = images.stat(row)
-        if now[0] >= 0 and now != (int(entry["size"]), int(entry["mtime_ns"])):
-            overtaken.append(row)
-    writer.mark_pending(overtaken)
+    rows = rows[writer.status[rows] == DONE]
+    rows = rows[_stats(images, rows)[:, 0] >= 0]
+    writer.mark_pending(rows[~unchanged(images, rows, writer.entries(rows))])
 
 
-def _entries(writer: FeatureWriter, rows: np.ndarray) -> Iterator[tuple[int, np.void]]:
-    """Yield rows with what the partial file holds of them."""
-    yield from zip(rows.tolist(), writer.entries(rows), strict=True)
-
-
-def take_over(
+def copy_unchanged(
     writer: FeatureWriter, images: ImageSet, *, retry_failed: bool, by_content: bool
-) -> int:
-    """Copy features of unchanged images from an earlier store into the pending rows.
+) -> None:
+    """Copy features of unchanged images from earlier stores into the pending rows.
 
     Parameters
     ----------
     writer : FeatureWriter
-        Of the new file.
+        Writer of the new file.
     images : ImageSet
         Its images.
     retry_failed : bool
         Try images again that are recorded as failed, unchanged or not.
     by_content : bool
-        Take the features of an image that has another id now. Not so for views, which depend on
-        the id.
-
-    Returns
-    -------
-    int
-        Rows copied.
+        Copy the features of an image that has another id now. Views depend on the id.
     """
-    copied = 0
-    for source in writer.earlier_stores:
-        pending = writer.pending
-        if not len(pending):
-            break
+    for store in writer.earlier_stores:
+        rows = writer.pending
+        positions, entries = _recorded_images(store) if len(rows) else ({}, rows)
+        if not len(entries):
+            continue
+        theirs = _positions(images, rows, positions)
+        there = np.flatnonzero(theirs >= 0)
+        same = np.zeros(len(rows), bool)
+        same[there] = unchanged(images, rows[there], entries[theirs[there]])
+        failed = same & (entries["status"][theirs] == FAILED)
         if not retry_failed:
-            _repeat_failures(writer, images, source, pending)
-        pairs = list(_matches(images, source, writer.pending.tolist(), by_content))
-        if pairs:
-            ours, theirs = (np.array(column, np.int64) for column in zip(*pairs, strict=True))
-            stats = np.array([images.stat(row) for row in ours.tolist()], np.int64)
-            copied += len(
-                writer.copy_rows(source, theirs, ours, size=stats[:, 0], mtime_ns=stats[:, 1])
-            )
-    return copied
+            for row, k in zip(rows[failed].tolist(), theirs[failed] - len(store), strict=True):
+                failure = store.failures[k]
+                stat = {"size": failure.size, "mtime_ns": failure.mtime_ns}
+                writer.fail(row, failure.stage, failure.reason, **stat)
+        if by_content and not same.all():
+            _find_by_content(images, rows, entries[: len(store)], theirs, same)
+        same &= ~failed
+        size, mtime_ns = _stats(images, rows[same]).T
+        writer.copy_rows(store, theirs[same], rows[same], size=size, mtime_ns=mtime_ns)
 
 
-def _repeat_failures(
-    writer: FeatureWriter, images: ImageSet, source: FeatureStore, pending: np.ndarray
+def _find_by_content(
+    images: ImageSet,
+    rows: np.ndarray,
+    entries: np.ndarray,
+    theirs: np.ndarray,
+    same: np.ndarray,
 ) -> None:
-    failures = {failure.id: failure for failure in source.failures}
-    if not failures:
-        return
-    for row in pending.tolist():
-        failure = failures.get(images.ids[row])
-        if failure and images.stat(row) == (failure.size, failure.mtime_ns):
-            writer.fail(
-                row,
-                failure.stage,
-                failure.reason,
-                size=failure.size,
-                mtime_ns=failure.mtime_ns,
-            )
-
-
-def _matches(
-    images: ImageSet, source: FeatureStore, rows: list[int], by_content: bool
-) -> Iterator[tuple[int, int]]:
-    """Yield (row, row of the source) for images whose content is in the source."""
-    row_of = {name: k for k, name in enumerate(source.ids)}
-    hashes, sizes, times = source.sha256, source.sizes, source.mtimes_ns
-    known_sizes = set(sizes.tolist())
-    by_hash = {sha256.tobytes(): k for k, sha256 in enumerate(hashes)} if by_content else {}
-    for row in rows:
-        k = row_of.get(images.ids[row])
-        if k is not None and _is_same(images, row, hashes[k].tobytes(), sizes[k], times[k]):
-            yield row, k
-        elif by_content and images.stat(row)[0] in known_sizes:
-            k = by_hash.get(_hash(images, row))
-            if k is not None:
-                yield row, k
-
-
-def _is_same(images: ImageSet, row: int, sha256: bytes, size: int, mtime_ns: int) -> bool:
-    now = images.stat(row)
-    if now == (size, mtime_ns) and size >= 0:
-        return True
-    return now[0] == size and _hash(images, row) == sha256
-
-
-def _hash(images: ImageSet, row: int) -> bytes:
-    """Return the hash of an image's content; of one that cannot be read, none that exists."""
-    try:
-        return content_hash(images.read(row))
-    except DecodeError:
-        return b""
+    """Look the images that are not `same` up by their hash; fill in `theirs` and `same`."""
+    sizes = set(entries["size"].tolist())
+    positions = {sha256.tobytes(): k for k, sha256 in enumerate(entries["sha256"])}
+    for k in np.flatnonzero(~same).tolist():
+        row = int(rows[k])
+        if images.stat(row)[0] in sizes:
+            found = positions.get(_hash(images, row))
+            if found is not None:
+                theirs[k], same[k] = found, True
