@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone as Backbone
     from featcache.networks.backbone import backbones as backbones
     from featcache.networks.taps import Tap as Tap
-    from featcache.pixels.decoding import Augmentation as Augmentation
-    from featcache.pixels.decoding import Preprocessing as Preprocessing
+    from featcache.pixels.preprocessing import Preprocessing as Preprocessing
+    from featcache.pixels.views import Augmentation as Augmentation
     from featcache.predictor.predictor import Prediction as Prediction
     from featcache.predictor.predictor import Predictor as Predictor
     from featcache.report.data import write_report as write_report
@@ -59,7 +59,8 @@ _NAMES = {
     "images.image_set": ("ImageSet",),
     "networks.backbone": ("Backbone", "backbones"),
     "networks.taps": ("Tap",),
-    "pixels.decoding": ("Augmentation", "Preprocessing"),
+    "pixels.preprocessing": ("Preprocessing",),
+    "pixels.views": ("Augmentation",),
     "predictor.predictor": ("Prediction", "Predictor"),
     "report.data": ("write_report",),
     "report.plots": (

@@ -39,7 +39,33 @@ def canonical_json(value: Any) -> str:
     )
 
 
-class _Record:
+class Record:
+    """A frozen dataclass whose fields are JSON values, to and from a dictionary."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the record that `to_dict` gave.
+
+        Raises
+        ------
+        ValueError
+            If a field is unknown or a value is impossible.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - known):
+            name = cls.__name__.lower()
+            article = "an" if name[0] in "aeiou" else "a"
+            raise ValueError(f"unknown fields of {article} {name}: {', '.join(unknown)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class _Record(Record):
     """JSON, digest and comparison of a frozen dataclass whose fields are JSON values."""
 
     def __post_init__(self) -> None:
@@ -53,8 +79,7 @@ class _Record:
 
     def to_json(self) -> str:
         """Return the canonical JSON text; equal records give equal text."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return canonical_json({field.name: getattr(self, field.name) for field in fields})
+        return canonical_json(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
-from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
 
 SIDE = 32
 TAP = "pool:output:flatten"

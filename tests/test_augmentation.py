@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from featcache.pixels.decoding import Augmentation, View
+from featcache.pixels.views import Augmentation, View
 
 SIZE = (375, 500)
 
@@ -36,7 +36,7 @@ def test_a_view_depends_on_seed_id_and_number_alone() -> None:
 
 def test_views_are_the_same_in_every_process_and_release() -> None:
     code = (
-        "from featcache.pixels.decoding import Augmentation\n"
+        "from featcache.pixels.views import Augmentation\n"
         "print(Augmentation().view('caf\\u00e9.jpg', 0, (100, 80)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

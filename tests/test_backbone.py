@@ -27,7 +27,7 @@ from featcache.networks.backbone import Backbone, backbones
 from featcache.networks.checkpoints import PACKAGED, PackagedFile, match_by_order, read_checkpoint
 from featcache.networks.families import RANDOM_SEED
 from featcache.networks.taps import Tapped
-from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
 
 SMALL = "squeezenet1_1"  # 5 MB
 NORMED = "shufflenet_v2_x0_5"  # with BatchNorm
@@ -394,7 +394,7 @@ def test_initial_batchnorm_statistics_tell_of_an_untrained_network() -> None:
 
 CALLABLE = """
 import torch
-from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
 
 def build():
     torch.manual_seed(0)

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from featcache.pixels import canary
-from featcache.pixels.decoding import Preprocessing, decode
+from featcache.pixels.decode import decode
+from featcache.pixels.preprocessing import Preprocessing
 
 
 def test_kinds_sizes_and_order() -> None:

@@ -19,7 +19,7 @@ from featcache.images.image_set import ImageSet
 from featcache.networks import families as networks
 from featcache.networks.backbone import Backbone
 from featcache.pixels.canary import images as canary_images
-from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.store.store import FeatureStore
 from tests.small import SIDE, TAP, backbone, folder, network, photograph, plainest

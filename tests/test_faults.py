@@ -21,7 +21,7 @@ from featcache.extraction import decoding
 from featcache.extraction.decoding import Batch, Decoder, Loader, Tasks
 from featcache.extraction.extract import extract
 from featcache.images.image_set import ImageSet
-from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
 from featcache.store.format import DONE
 from featcache.store.store import FeatureStore
 from tests.small import TAP, backbone, folder, network, photograph, plainest

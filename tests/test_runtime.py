@@ -23,7 +23,7 @@ from featcache.networks import faster, forward
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings, select_device
 from featcache.networks.taps import Tapped
-from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
 from featcache.system.memory import keep_pages
 from tests.small import SIDE, TAP, Network, backbone, network
 

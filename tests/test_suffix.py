@@ -55,7 +55,8 @@ from featcache.networks.surgery import (
 )
 from featcache.networks.taps import Tapped, resolve
 from featcache.networks.tracing import trace
-from featcache.pixels.decoding import Augmentation, Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
+from featcache.pixels.views import Augmentation
 from featcache.predictor import manifest, persistence
 from featcache.predictor.export import export_model
 from featcache.predictor.predictor import Predictor

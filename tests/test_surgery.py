@@ -33,7 +33,8 @@ from featcache.networks.surgery import (
     unfreeze_gradually,
 )
 from featcache.networks.taps import Tapped, resolve
-from featcache.pixels.decoding import Augmentation, Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
+from featcache.pixels.views import Augmentation
 from featcache.study.train import compare
 from tests.small import network as small_network
 

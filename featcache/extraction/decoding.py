@@ -29,7 +29,9 @@ from torch.multiprocessing import get_context
 
 from featcache.errors import DecodeError, ExtractionError
 from featcache.images.image_set import ImageSet, content_hash
-from featcache.pixels.decoding import Augmentation, Preprocessing, RawImage
+from featcache.pixels.decode import RawImage
+from featcache.pixels.preprocessing import Preprocessing
+from featcache.pixels.views import Augmentation
 from featcache.store.format import DONE, FAILED, PENDING
 
 __all__ = ["ENTRY", "PREFETCH", "Batch", "Decoder", "Loader", "Tasks"]

@@ -42,7 +42,7 @@ from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings
 from featcache.pixels import canary
-from featcache.pixels.decoding import Augmentation
+from featcache.pixels.views import Augmentation
 from featcache.store.format import DONE, FAILED
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter, relabel

@@ -23,7 +23,7 @@ from featcache.extraction.decoding import Batch, Decoder, Loader, Tasks
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Pending, Runtime, Settings
-from featcache.pixels.decoding import Augmentation
+from featcache.pixels.views import Augmentation
 from featcache.store.format import DONE
 from featcache.store.writer import FeatureWriter
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from featcache.errors import DecodeError, ImageSetError
 from featcache.images.source import Source, numbered, sorted_tables
-from featcache.pixels import pillow
+from featcache.pixels import decode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,12 +89,12 @@ class Datasets(Source):
         """Return the item's image."""
         which, item = self.places[row].tolist()
         try:
-            with pillow.quiet:
+            with decode.quiet:
                 image = self.datasets[which][item][0]
                 if isinstance(image, Image.Image):
                     image.load()  # now, where a damaged file is this image's failure
         except Exception as error:  # a data set is foreign code that may raise anything
-            raise DecodeError("read", pillow.reason(error)) from error
+            raise DecodeError("read", decode.reason(error)) from error
         if not isinstance(image, Image.Image):
             raise DecodeError("read", f"expected a PIL image, got {type(image).__name__}")
         return image

@@ -25,12 +25,12 @@ from featcache.errors import ImageSetError
 from featcache.images import arrays, csv_tables, folders, tars
 from featcache.images.arrays import TORCHVISION_SETS
 from featcache.images.source import SUFFIXES, Source
-from featcache.pixels import pillow
+from featcache.pixels import decode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from featcache.pixels.decoding import RawImage
+    from featcache.pixels.decode import RawImage
 
 __all__ = ["SUFFIXES", "TORCHVISION_SETS", "ImageSet", "content_hash"]
 
@@ -434,8 +434,8 @@ def content_hash(raw: RawImage) -> bytes:
         digest = hashlib.sha256(f"{raw.dtype.str} {raw.shape}\n".encode())
         digest.update(np.ascontiguousarray(raw).data)
         return digest.digest()
-    with pillow.quiet:
-        seen = f"{raw.mode} {raw.size} {raw.info.get('transparency')} {pillow.orientation(raw)}\n"
+    with decode.quiet:
+        seen = f"{raw.mode} {raw.size} {raw.info.get('transparency')} {decode.orientation(raw)}\n"
     digest = hashlib.sha256(seen.encode())
     digest.update(bytes(raw.getpalette() or ()))
     digest.update(raw.tobytes())

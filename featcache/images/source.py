@@ -20,7 +20,7 @@ from featcache.errors import ImageSetError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from featcache.pixels.decoding import RawImage
+    from featcache.pixels.decode import RawImage
 
 SUFFIXES = frozenset(
     {".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe"}

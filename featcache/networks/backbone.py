@@ -47,7 +47,7 @@ from featcache.networks.families import (
 )
 from featcache.networks.taps import ResolvedTap, resolve_traced
 from featcache.networks.tracing import Trace, trace
-from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
 
 __all__ = ["RANDOM_SEED", "Backbone", "LayerRow", "backbones"]
 

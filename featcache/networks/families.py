@@ -27,7 +27,7 @@ from featcache.errors import BackboneError, MissingExtra, UnknownBackbone, Weigh
 from featcache.fingerprint import state_sha256
 from featcache.networks import checkpoints
 from featcache.networks.checkpoints import KeyMap, PartialReport
-from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
 from featcache.system.console import is_shown
 
 #: Seed of weights that are drawn at random.
@@ -308,7 +308,10 @@ class Timm(Source):
         config: Any = timm.models.get_pretrained_cfg(self._full_name())
         resolve: Any = timm.data.config.resolve_data_config
         values = {} if config is None else config.to_dict()
-        return Preprocessing.from_timm(resolve(pretrained_cfg=values))
+        try:
+            return Preprocessing.from_timm(resolve(pretrained_cfg=values))
+        except ValueError as error:
+            raise BackboneError(f"timm/{self.name}: {error}") from error
 
     def skeleton(self) -> nn.Module | None:
         """Return the network on the meta device, or None: some compute with their weights."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from PIL import Image
 
+from featcache.fingerprint import Record
 
-@dataclass(frozen=True)
-class View:
+
+class View(NamedTuple):
     """One draw of an `Augmentation` for an image of one size.
 
     Attributes
@@ -41,7 +41,7 @@ class View:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augmentation:
+class Augmentation(Record):
     """Random views: rotation, random resized crop, horizontal flip, in this order.
 
     What a view looks like depends on `random_state`, the image's id and the number of the view
@@ -124,22 +124,6 @@ class Augmentation:
         h = min(height, max(1, round(width / self.ratio[0])))
         left, upper = (width - w) // 2, (height - h) // 2
         return left, upper, left + w, upper + h
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values; part of the fingerprint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make an augmentation of what `to_dict` gave."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown fields of an augmentation: {', '.join(unknown)}")
-        fixed: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-        return cls(**fixed)
 
 
 def _between(u: float, low: float, high: float) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from featcache.errors import MissingExtra, PredictorError
-from featcache.pixels.decoding import Preprocessing
+from featcache.pixels.preprocessing import Preprocessing
 from featcache.system.files import atomic_write, check_overwrite
 from featcache.version import __version__
 

@@ -174,7 +174,7 @@ def rebuild(
         There is no such network, or no such weights.
     """
     from featcache.networks.backbone import Backbone
-    from featcache.pixels.decoding import Preprocessing
+    from featcache.pixels.preprocessing import Preprocessing
 
     if fingerprint.source == "module":
         raise PredictorError(
@@ -319,7 +319,7 @@ def stream(
 ) -> Generator[ImageRow]:
     """Yield what a network makes of every image, in order, by the path that extraction takes."""
     from featcache.extraction import extract as extraction
-    from featcache.pixels.decoding import Augmentation
+    from featcache.pixels.views import Augmentation
 
     augmentation = fingerprint.augmentation
     chunks = extraction.features(

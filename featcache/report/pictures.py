@@ -17,7 +17,7 @@ from PIL import Image
 
 from featcache.errors import DecodeError
 from featcache.images.image_set import ImageSet
-from featcache.pixels.decoding import decode
+from featcache.pixels.decode import decode
 
 __all__ = ["Sheets", "sheets", "thumbnail"]
 
