@@ -147,12 +147,13 @@ def test_equals_timm(photographs: dict[str, bytes]) -> None:
     wide = {"crop_mode": "center", "input_size": (3, 160, 224), "crop_pct": 0.9}
     example = next(iter(configs.values()))
     configs["not square"] = {**example, **wide}
+    configs["border, not square"] = {**example, **wide, "crop_mode": "border"}
     configs["squash, not square"] = {**example, **wide, "crop_mode": "squash"}
     modes = Counter(config["crop_mode"] for config in configs.values())
     assert modes["center"] > 5 and modes["border"] > 0 and modes["squash"] > 1
     for name, config in configs.items():
         if config["crop_mode"] == "border":
-            with pytest.raises(ValueError, match=r"'border' pads images .* Hand over another"):
+            with pytest.raises(ValueError, match=r"'border' pads images .* Hand over another one"):
                 Preprocessing.from_timm(config)
             continue
         transform = timm.data.create_transform(**config)
