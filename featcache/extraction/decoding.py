@@ -118,6 +118,7 @@ class Tasks(Sequence[Task]):
         return rows, slots, self._size
 
 
+@dataclass
 class Decoder:
     """Reads and decodes the images of tasks.
 
@@ -133,17 +134,10 @@ class Decoder:
         Number of views.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        preprocessing: Preprocessing,
-        augmentation: Augmentation | None = None,
-        views: int = 1,
-    ) -> None:
-        self.images = images
-        self.preprocessing = preprocessing
-        self.augmentation = augmentation
-        self.views = views
+    images: ImageSet
+    preprocessing: Preprocessing
+    augmentation: Augmentation | None = None
+    views: int = 1
 
     def blank(self, task: Task) -> Batch:
         """Return a batch of black images, none of them read."""

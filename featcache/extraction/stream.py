@@ -7,11 +7,10 @@ machines, and prediction go through it.
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
@@ -266,51 +265,32 @@ class WriterThread:
     def __init__(self, writer: FeatureWriter, clock: Clock) -> None:
         self._writer = writer
         self._clock = clock
-        self._queue: queue.Queue[Chunk | None] = queue.Queue(MAX_QUEUED)
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="featcache-writer")
+        self._thread = ThreadPoolExecutor(1, "featcache-writer")
+        self._queued: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def submit(self, chunk: Chunk) -> None:
         """Queue a chunk, waiting while the queue is full. Raises what writing raised."""
         started = time.perf_counter()
-        self._queue.put(chunk)
+        while self._queued and (self._queued[0].done() or len(self._queued) > MAX_QUEUED):
+            self._queued.popleft().result()
         self._clock.waiting_for_writer += time.perf_counter() - started
-        self._raise()
+        self._queued.append(self._thread.submit(self._write, chunk))
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            self._guard(self._write, chunk)
-        self._guard(self._writer.commit)
-
-    def _guard(self, function: Callable[..., None], *args: Chunk) -> None:
-        """Keep the first error for the main thread; after it, write nothing more."""
-        if self._error is None:
-            try:
-                function(*args)
-            except Exception as error:
-                self._error = error
+        self._queued.append(self._thread.submit(self._writer.commit))
+        self._thread.shutdown()
+        while kind is None and self._queued:
+            self._queued.popleft().result()
 
     def _write(self, chunk: Chunk) -> None:
         started = time.perf_counter()
-        entries = {name: chunk.entries[name] for name in ("sha256", "size", "mtime_ns")}
-        done = {name: values[chunk.done] for name, values in entries.items()}
+        done = {name: chunk.entries[name][chunk.done] for name in ("sha256", "size", "mtime_ns")}
         self._writer.write(chunk.rows[chunk.done], chunk.features, **done)
-        for k in np.flatnonzero(~chunk.done).tolist():
-            error = chunk.failures[int(chunk.rows[k])]
-            stat = {name: int(entries[name][k]) for name in ("size", "mtime_ns")}
-            self._writer.fail(int(chunk.rows[k]), error.stage, error.reason, **stat)
+        for row, entry in zip(chunk.rows.tolist(), chunk.entries, strict=True):
+            if error := chunk.failures.get(row):
+                stat = {name: int(entry[name]) for name in ("size", "mtime_ns")}
+                self._writer.fail(row, error.stage, error.reason, **stat)
         self._clock.write += time.perf_counter() - started
