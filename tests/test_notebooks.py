@@ -34,9 +34,7 @@ def project(elpv_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = root / "out" / "elpv-labels.csv"
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("id", "label"), *some])
-    backbone = fc.Backbone.from_torchvision(
-        "mobilenet_v2", layers=["features.13:mean", "classifier.1:input"]
-    )
+    backbone = fc.Backbone("mobilenet_v2", layers=["features.13:mean", "classifier.1:input"])
     images = fc.ImageSet.from_csv(table, elpv_root)
     store = root / "out" / "elpv-mobilenet_v2.h5"
     fc.extract(images, backbone, store, workers=0, batch_size=8, progress=False)

@@ -45,12 +45,12 @@ def network(seed: int = 0) -> nn.Module:
 
 
 def own(seed: int = 0, **options: Any) -> Backbone:
-    return Backbone.from_module(network(seed), PREPARE, name=f"small{seed}", **options)
+    return Backbone(network(seed), preprocessing=PREPARE, name=f"small{seed}", **options)
 
 
 def public(**options: Any) -> Backbone:
     """Return a network that has a public name: its weights are drawn from a fixed seed."""
-    return Backbone.from_torchvision("squeezenet1_1", weights=None, image_size=48, **options)
+    return Backbone("squeezenet1_1", weights=None, image_size=48, **options)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_a_module_must_be_given_again(
 ) -> None:
     predictor.save(folder / "own.featcache")
     loaded = Predictor.load(folder / "own.featcache")
-    with pytest.raises(PredictorError, match=r"small0, was given as a module.*from_module"):
+    with pytest.raises(PredictorError, match=r"small0, was given as a module.*preprocessing="):
         loaded.predict(flower_folder)
     assert loaded.predict(flower_folder, backbone=own(), workers=0)
     # Once given, it is remembered.
@@ -290,7 +290,7 @@ def test_another_network_is_refused_field_by_field(
         predictor.predict(flower_folder, backbone=own(seed=1))
     assert "backbone: 'small0' (predictor), 'small1' (network)" in str(error.value)
     assert "state_sha256" in str(error.value)
-    other = Backbone.from_module(network(), Preprocessing(resize=40, crop=32), name="small0")
+    other = Backbone(network(), preprocessing=Preprocessing(resize=40, crop=32), name="small0")
     with pytest.raises(FingerprintMismatch, match=r"preprocessing\.resize: 36 .* 40"):
         predictor.predict(flower_folder, backbone=other)
 
@@ -300,7 +300,7 @@ def test_a_checkpoint_in_the_file_is_not_opened(
 ) -> None:
     path = folder / "weights.pth"
     torch.save(public().module.state_dict(), path)
-    backbone = Backbone.from_torchvision("squeezenet1_1", weights=path, image_size=48)
+    backbone = Backbone("squeezenet1_1", weights=path, image_size=48)
     store = extract(images, backbone, folder / "checkpoint.h5", workers=0, progress=False)
     train(store, cv=3).save(folder / "checkpoint.featcache")
     loaded = Predictor.load(folder / "checkpoint.featcache")
@@ -322,7 +322,7 @@ def test_a_callable_in_the_file_is_not_imported(
         "def small():\n    return network(), PREPARE\n"
     )
     monkeypatch.syspath_prepend(folder)
-    backbone = Backbone.from_callable("mynets:small")
+    backbone = Backbone("mynets:small")
     store = extract(images, backbone, folder / "callable.h5", workers=0, progress=False)
     train(store, cv=3).save(folder / "callable.featcache")
     loaded = Predictor.load(folder / "callable.featcache")

@@ -363,7 +363,7 @@ import sys
 from featcache.networks.backbone import Backbone
 from featcache.extraction.extract import extract
 from featcache.images.image_set import ImageSet
-backbone = Backbone.from_torchvision("mobilenet_v2", weights=None, image_size=96)
+backbone = Backbone("mobilenet_v2", weights=None, image_size=96)
 extract(ImageSet.from_folder(sys.argv[1]), backbone, sys.argv[2], device="cpu", batch_size=8)
 """
 

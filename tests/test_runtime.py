@@ -339,7 +339,7 @@ def test_torchs_own_settings_are_left_as_they_were() -> None:
 
 
 def test_memory_is_kept_from_batch_to_batch() -> None:
-    taken = Backbone.from_module(network(), Preprocessing(resize=192, crop=192), layers=["pool"])
+    taken = Backbone(network(), preprocessing=Preprocessing(resize=192, crop=192), layers=["pool"])
     runtime = Runtime(taken, device="cpu", batch_size=16)
     batch = pixels(16, side=192)
     with keep_pages() as tuned:
@@ -362,7 +362,7 @@ from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings
 
 recorded = Settings.from_dict(json.loads(sys.argv[1]))
-backbone = Backbone.from_torchvision("mobilenet_v2", weights=None, image_size=64)
+backbone = Backbone("mobilenet_v2", weights=None, image_size=64)
 runtime = Runtime(backbone, device="cpu", settings=recorded, count=100_000)
 pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 64, 64), np.uint8)
 (features,) = runtime(pixels).values()

@@ -34,7 +34,6 @@ from featcache.errors import (
     TooManyFailures,
     TrainingError,
 )
-from featcache.fingerprint import RequestKey
 from featcache.store import checksums, disk, format
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter, relabel
@@ -1038,16 +1037,14 @@ def test_a_split_column_decides(path: Path) -> None:
 
 
 def test_what_was_asked_for_is_kept(path: Path) -> None:
-    request = RequestKey("torchvision", "resnet18", taps=("avgpool",))
-    with stores.writer(
-        path, stores.images(3), meta={"request": json.loads(request.to_json())}
-    ) as writer:
+    request = {"source": "torchvision", "backbone": "resnet18", "taps": ["avgpool"]}
+    with stores.writer(path, stores.images(3), meta={"request": request}) as writer:
         stores.fill(writer, stores.images(3), writer.pending)
         writer.set_meta("run", {"computed": 3})
         store = writer.finish()
-    assert store.request_key == request
+    assert store.meta["request"] == request
     assert store.meta["run"] == {"computed": 3}
-    assert stores.store(path.with_name("b.h5")).request_key is None
+    assert "request" not in stores.store(path.with_name("b.h5")).meta
 
 
 def test_description_for_people_and_programs(path: Path) -> None:

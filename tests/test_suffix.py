@@ -108,7 +108,7 @@ class Sideways(Residual):
 
 def backbone(*layers: str, kind: type[nn.Module] | None = None) -> Backbone:
     module = network() if kind is None else network(kind)
-    return Backbone.from_module(module, Preprocessing(resize=SIDE, crop=SIDE), layers=layers)
+    return Backbone(module, preprocessing=Preprocessing(resize=SIDE, crop=SIDE), layers=layers)
 
 
 def images(each: int = 16) -> ImageSet:
@@ -323,8 +323,8 @@ def test_a_store_without_maps_says_what_to_type(folder: Path) -> None:
 
 
 def test_another_network_is_refused(store: FeatureStore) -> None:
-    other = Backbone.from_module(
-        network(seed=1), Preprocessing(resize=SIDE, crop=SIDE), layers=[BODY, "pool"]
+    other = Backbone(
+        network(seed=1), preprocessing=Preprocessing(resize=SIDE, crop=SIDE), layers=[BODY, "pool"]
     )
     with pytest.raises(FingerprintMismatch):
         train(store, head="suffix", backbone=other)
@@ -563,7 +563,7 @@ def test_stopped_by_a_signal_the_same_call_resumes(
 
 
 def test_a_command_stopped_by_a_signal_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    network_ = Backbone.from_callable("tests.small:own", layers=[BODY])
+    network_ = Backbone("tests.small:own", layers=[BODY])
     extract(images(), network_, tmp_path / "a.h5", workers=0, progress=False)
     command = ["train", str(tmp_path / "a.h5"), "--head", "suffix", "--cv", "2", "--device", "cpu"]
     command += ["--backbone", "tests.small:own", "--epochs", "60", "--patience", "0"]

@@ -331,7 +331,7 @@ def test_recipe_9_csv_of_breeds_by_hand_and_from_the_cache(tmp_path: Path) -> No
     prepare = Preprocessing(resize=32, crop=32)
     augment = Augmentation(scale=(0.6, 1.0))
     pretrained = small_network()
-    network = Backbone.from_module(pretrained, prepare, layers=["pool:input:map", "pool"])
+    network = Backbone(pretrained, preprocessing=prepare, layers=["pool:input:map", "pool"])
     store = extract(
         images,
         network,

@@ -485,7 +485,7 @@ def test_the_demo_reaches_what_is_promised(elpv_root: Path, tmp_path: Path) -> N
     from featcache import Backbone, extract
     from pipelines.study import demo_images
 
-    backbone = Backbone.from_torchvision("mobilenet_v2", weights="IMAGENET1K_V1")
+    backbone = Backbone("mobilenet_v2", weights="IMAGENET1K_V1")
     store = extract(demo_images(tmp_path), backbone, tmp_path / "elpv.h5", progress=False)
     fit, test = store.split(0.25)
     best = compare(fit, test, heads=["linear", "rbf-svm"])[0]

@@ -463,10 +463,10 @@ def _backbone(
     *,
     partial: bool = False,
 ) -> featcache.Backbone:
-    return featcache.Backbone.from_name(
+    return featcache.Backbone(
         spec,
-        weights={"none": None, None: "auto"}.get(weights, weights),
-        layers=list(layers) or None,
+        weights=weights or "auto",
+        layers=layers,
         image_size=image_size,
         partial=partial,
     )

@@ -12,7 +12,6 @@ unchanged folder loads no weights at all.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import shlex
@@ -37,7 +36,7 @@ from featcache.extraction.stream import (
     default_workers,
 )
 from featcache.extraction.summary import Summary
-from featcache.fingerprint import Fingerprint, RequestKey
+from featcache.fingerprint import Fingerprint
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings
@@ -281,15 +280,16 @@ def _check(store_dtype: str, on_error: str, max_failures: float) -> None:
         raise ExtractionError(f"max_failures is a share from 0 to 1, not {max_failures}")
 
 
-def _request(backbone: Backbone, options: Options, store_dtype: str) -> RequestKey:
+def _request(backbone: Backbone, options: Options, store_dtype: str) -> dict[str, Any]:
+    """Return what is asked for, as JSON values: equal requests give equal features."""
     augmentation = options.augmentation
-    return RequestKey(
+    return {
         **backbone.request,
-        precision=options.precision,
-        store_dtype=store_dtype,
-        augmentation=None if augmentation is None else augmentation.to_dict(),
-        views=options.views,
-    )
+        "precision": options.precision,
+        "store_dtype": store_dtype,
+        "augmentation": None if augmentation is None else augmentation.to_dict(),
+        "views": options.views,
+    }
 
 
 def _up_to_date(store: FeatureStore, images: ImageSet) -> FeatureStore:
@@ -302,15 +302,15 @@ def _up_to_date(store: FeatureStore, images: ImageSet) -> FeatureStore:
     return store
 
 
-def _from_network(backbone: Backbone, request: RequestKey) -> reuse.StoredLayout:
+def _from_network(backbone: Backbone, request: dict[str, Any]) -> reuse.StoredLayout:
     """Compute fingerprint and shapes from the network."""
     fingerprint = backbone.fingerprint(
-        precision=request.precision,
-        store_dtype=request.store_dtype,
-        augmentation=request.augmentation,
-        views=request.views,
+        precision=request["precision"],
+        store_dtype=request["store_dtype"],
+        augmentation=request["augmentation"],
+        views=request["views"],
     )
-    views = (request.views,) if request.views > 1 else ()
+    views = (request["views"],) if request["views"] > 1 else ()
     shapes = {tap: (*views, *shape) for tap, shape in backbone.shapes.items()}
     return reuse.StoredLayout(fingerprint, shapes)
 
@@ -477,10 +477,10 @@ def _rounding(
     return worst
 
 
-def _meta(request: RequestKey) -> dict[str, Any]:
+def _meta(request: dict[str, Any]) -> dict[str, Any]:
     """Return what the file says about how it came to be."""
     command = Path(sys.argv[0]).name
-    meta = {"request": json.loads(request.to_json()), "versions": _versions()}
+    meta: dict[str, Any] = {"request": request, "versions": _versions()}
     if command == "featcache":
         meta["command"] = shlex.join([command, *sys.argv[1:]])
     return meta

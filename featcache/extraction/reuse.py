@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from featcache.errors import DecodeError, StoreError
 from featcache.extraction.decoding import ENTRY
-from featcache.fingerprint import Fingerprint, RequestKey, canonical_json
+from featcache.fingerprint import Fingerprint
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.store.format import DONE, FAILED, PENDING, StoreFile
 from featcache.store.store import FeatureStore
@@ -90,7 +91,7 @@ class StoredLayout:
     shapes: dict[str, tuple[int, ...]]
 
 
-def stored_layout(path: str, request: RequestKey) -> StoredLayout | None:
+def stored_layout(path: str, request: dict[str, Any]) -> StoredLayout | None:
     """Return what the store at `path`, finished or not, records; None if it has other features."""
     for candidate in (f"{path}.partial", path):
         try:
@@ -98,8 +99,7 @@ def stored_layout(path: str, request: RequestKey) -> StoredLayout | None:
         except StoreError:
             continue
         try:
-            asked = file.meta("request")
-            if asked is not None and RequestKey.from_json(canonical_json(asked)) == request:
+            if file.meta("request") == request:
                 shapes = {tap: dataset.shape[1:] for tap, dataset in file.features.items()}
                 return StoredLayout(file.fingerprint, shapes)
         finally:
@@ -107,7 +107,7 @@ def stored_layout(path: str, request: RequestKey) -> StoredLayout | None:
     return None
 
 
-def complete_store(path: str, images: ImageSet, request: RequestKey) -> FeatureStore | None:
+def complete_store(path: str, images: ImageSet, request: dict[str, Any]) -> FeatureStore | None:
     """Return the finished store at `path` if nothing is to be done.
 
     Parameters
@@ -116,7 +116,7 @@ def complete_store(path: str, images: ImageSet, request: RequestKey) -> FeatureS
         Path of the store.
     images : ImageSet
         The images. Their labels may differ from the store's.
-    request : RequestKey
+    request : dict
         What is asked for.
 
     Returns
@@ -128,7 +128,7 @@ def complete_store(path: str, images: ImageSet, request: RequestKey) -> FeatureS
     if not Path(path).exists() or Path(f"{path}.partial").exists():
         return None
     store = FeatureStore.open(path)
-    if store.request_key != request:
+    if store.meta.get("request") != request:
         return None
     positions, entries = _recorded_images(store)
     theirs = _positions(images, np.arange(len(images)), positions)

@@ -30,9 +30,9 @@ from featcache.finetuning.head import SuffixClassifier
 from featcache.finetuning.settings import SuffixSettings
 from featcache.finetuning.training import Epoch, Finetuned, Maps, finetune, scores_of
 from featcache.heads.table import Candidate, SearchResult, fit_temperature, score_folds
+from featcache.networks import identity
 from featcache.networks.forward import select_device
 from featcache.networks.tracing import Trace, trace
-from featcache.predictor import origins
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.system.console import progress_bar
@@ -114,7 +114,7 @@ class SuffixSearch:
                 f"stores hold those of {len(store.fingerprints)}. Name one store."
             )
         # Whatever taps a network was given with: its weights and preprocessing count.
-        (chosen,) = origins.choose([replace(store.fingerprint, taps=())], backbone)
+        (chosen,) = identity.choose([replace(store.fingerprint, taps=())], backbone)
         shape = chosen.preprocessing.output_shape
         traced = trace(chosen.module, torch.zeros((2, *shape)))
         tap = choose_tap(store, layers, chosen.module, traced, settings.first)
@@ -373,6 +373,6 @@ def _command(store: FeatureStore, layer: str) -> str:
     fingerprint = store.fingerprint
     views = f" --views {fingerprint.views}" if fingerprint.views > 1 else ""
     return (
-        f"featcache extract IMAGES -o maps.h5 --backbone {origins.spec_of(fingerprint)} "
+        f"featcache extract IMAGES -o maps.h5 --backbone {identity.spec_of(fingerprint)} "
         f"--layer {layer}:input:map{views}"
     )

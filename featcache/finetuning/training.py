@@ -18,7 +18,7 @@ nine epochs on four augmented views of the pooling layer's input, then SVM and t
 >>> images = fc.ImageSet.from_csv(
 ...     "labels.csv", "train", label_column="breed", suffix=".jpg"
 ... )  # doctest: +SKIP
->>> backbone = fc.Backbone.from_torchvision(
+>>> backbone = fc.Backbone(
 ...     "resnet50", layers=["avgpool:input:map", "avgpool"]
 ... )  # doctest: +SKIP
 >>> store = fc.extract(images, backbone, "breeds.h5", views=4)  # doctest: +SKIP

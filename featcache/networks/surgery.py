@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from featcache.errors import BackboneError
 from featcache.networks import checkpoints
-from featcache.networks.checkpoints import KeyMap, PartialReport
+from featcache.networks.checkpoints import PartialReport
 from featcache.networks.tracing import trace
 from featcache.system.tables import table
 
@@ -579,13 +579,8 @@ def _adapted(weight: Tensor, channels: int, rule: str) -> Tensor:
     return torch.cat([weight, extra.expand(-1, channels - old, -1, -1)], 1)
 
 
-def load_partial(
-    module: nn.Module,
-    checkpoint: Mapping[str, Tensor] | str | Path,
-    *,
-    key_map: KeyMap | None = None,
-) -> PartialReport:
-    """Load what fits of a checkpoint, by name and shape, and say what was left out.
+def load_partial(module: nn.Module, checkpoint: Mapping[str, Tensor] | str | Path) -> PartialReport:
+    """Load what fits of a checkpoint, by name and shape, and report what was left out.
 
     Parameters
     ----------
@@ -593,8 +588,6 @@ def load_partial(
         The network; what the checkpoint does not have keeps its values.
     checkpoint : mapping of str to torch.Tensor, str or Path
         A ``state_dict``, or a file (``.pth``, ``.safetensors``) that holds one.
-    key_map : mapping or callable, optional
-        From the checkpoint's keys to the network's; see `featcache.networks.checkpoints.match`.
 
     Returns
     -------
@@ -616,7 +609,7 @@ def load_partial(
     """
     if isinstance(checkpoint, (str, Path)):
         checkpoint = checkpoints.read_checkpoint(checkpoint)
-    fitting, report = checkpoints.match(module, checkpoint, key_map)
+    fitting, report = checkpoints.match(module, checkpoint)
     module.load_state_dict(fitting, strict=False)
     return report
 

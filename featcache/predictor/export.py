@@ -136,7 +136,7 @@ def _metadata(predictor: Predictor) -> dict[str, Any]:
         "head": predictor.head,
         "input": "images: uint8 (batch, channels, height, width), decoded, resized and cropped",
         "preprocessing": dict(predictor.fingerprints[0].preprocessing),
-        "fingerprints": [json.loads(one.to_json()) for one in predictor.fingerprints],
+        "fingerprints": [one.to_dict() for one in predictor.fingerprints],
     }
 
 

@@ -29,7 +29,7 @@ from featcache.networks.taps import ResolvedTap, StopForward, Tapped
 
 if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone
-    from featcache.predictor.origins import Column
+    from featcache.predictor.inputs import InputTap
 
 __all__ = ["Grafted", "graft", "head_layers"]
 
@@ -43,7 +43,7 @@ class Trained(Protocol):
     head: str
     classes: tuple[str, ...]
     temperature: float
-    columns: tuple[Column, ...]
+    columns: tuple[InputTap, ...]
 
     @property
     def n_features(self) -> int:

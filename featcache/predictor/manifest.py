@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from featcache.errors import PredictorError
 from featcache.fingerprint import Fingerprint
-from featcache.predictor.origins import Column
+from featcache.predictor.inputs import InputTap
 from featcache.version import __version__
 
 FORMAT = "featcache-predictor"
@@ -142,11 +142,11 @@ def temperature(manifest: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def column(values: Any) -> Column:
+def column(values: Any) -> InputTap:
     """Return a column of the manifest after checking the types of its fields."""
     if not isinstance(values, dict):
         raise PredictorError(f"A column of the manifest is {values!r:.80}.")
-    made = Column(
+    made = InputTap(
         typed(values, "source", int), typed(values, "tap", str), typed(values, "width", int)
     )
     if made.source < 0 or made.width < 1:
@@ -156,7 +156,7 @@ def column(values: Any) -> Column:
 
 def fingerprint(values: Any) -> Fingerprint:
     """Return a fingerprint of the manifest after checking the types of its fields."""
-    made = Fingerprint.from_json(json.dumps(values))
+    made = Fingerprint.from_dict(values)
     right = (
         made.source in ("torchvision", "timm", "callable", "module")
         and all(isinstance(x, str) for x in (made.backbone, made.weights, made.state_sha256))

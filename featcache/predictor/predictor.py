@@ -29,9 +29,10 @@ from scipy.special import softmax
 from featcache.errors import FeatcacheError, PredictorError
 from featcache.fingerprint import Fingerprint
 from featcache.heads.table import logits as head_logits
-from featcache.predictor import manifest, origins, persistence
+from featcache.networks import identity
+from featcache.predictor import inputs, manifest, persistence
+from featcache.predictor.inputs import InputTap
 from featcache.predictor.manifest import CanaryRows, is_predictor
-from featcache.predictor.origins import Column
 from featcache.predictor.predictions import Prediction, write_predictions
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CanaryRows",
-    "Column",
+    "InputTap",
     "Prediction",
     "Predictor",
     "is_predictor",
@@ -76,7 +77,7 @@ class Predictor:
         Class names, sorted: the columns of probabilities.
     temperature : float
         Probabilities are ``softmax(logits / temperature)``.
-    columns : tuple of Column
+    columns : tuple of InputTap
         Where the features come from, in order.
     fingerprints : tuple of Fingerprint
         One a network; their taps are those that the head uses.
@@ -99,7 +100,7 @@ class Predictor:
     params: Mapping[str, Any]
     classes: tuple[str, ...]
     temperature: float
-    columns: tuple[Column, ...]
+    columns: tuple[InputTap, ...]
     fingerprints: tuple[Fingerprint, ...]
     train_sha256: npt.NDArray[np.uint8]
     canaries: CanaryRows
@@ -189,7 +190,7 @@ class Predictor:
             The features are not what the predictor was trained on; with the difference, field by
             field.
         """
-        return origins.layers_of(self.columns, self.fingerprints, store)
+        return inputs.layers_of(self.columns, self.fingerprints, store)
 
     # --- from images ---------------------------------------------------------------------------
 
@@ -297,15 +298,15 @@ class Predictor:
         PredictorError
             The predictor has several networks and none is named, or one that no name leads to.
         """
-        chosen = origins.named(self.fingerprints, backbone)
-        return origins.rebuild(chosen, backbone=backbone, weights=weights)
+        chosen = identity.named(self.fingerprints, backbone)
+        return identity.rebuild(chosen, backbone=backbone, weights=weights)
 
     def _backbones(self, given: Backbone | Sequence[Backbone] | None) -> list[Backbone]:
         """Return a network for every fingerprint; those built by name are kept for later."""
         if given is not None:
             self._networks, self._checked = None, False
         if self._networks is None:
-            self._networks = origins.choose(self.fingerprints, given)
+            self._networks = identity.choose(self.fingerprints, given)
         return self._networks
 
     def attach(self, backbone: Backbone | Sequence[Backbone]) -> None:
@@ -327,7 +328,7 @@ class Predictor:
         if not hasattr(head, "bind"):
             return
         if not head.is_bound:
-            known = networks or self._networks or [origins.rebuild(self.fingerprints[0])]
+            known = networks or self._networks or [identity.rebuild(self.fingerprints[0])]
             shape = known[0].preprocessing.output_shape
             try:
                 head.bind(known[0].skeleton(), shape)
@@ -354,12 +355,12 @@ class Predictor:
             return
         found = self._columns_of(
             [
-                origins.canary_features(network, fingerprint, kept.images, device)
+                inputs.canary_features(network, fingerprint, kept.images, device)
                 for network, fingerprint in zip(networks, self.fingerprints, strict=True)
             ]
         )
-        limit = max(origins.CLOSE[one.precision] for one in self.fingerprints)
-        off = [origins.distance(a, b) for a, b in zip(found, kept.x, strict=True)]
+        limit = max(inputs.CLOSE[one.precision] for one in self.fingerprints)
+        off = [inputs.distance(a, b) for a, b in zip(found, kept.x, strict=True)]
         worst = int(np.argmax(off))
         if not off[worst] <= limit:
             text = (
@@ -368,7 +369,7 @@ class Predictor:
                 "Another Pillow, torch or device decodes, resizes or computes differently: "
                 f"{manifest.then_and_now(self.versions)}."
             )
-            if not off[worst] <= origins.FAR:
+            if not off[worst] <= inputs.FAR:
                 raise PredictorError(f"{text} Predictions would be meaningless.")
             warnings.warn(f"{text} Predictions may differ slightly.", stacklevel=4)
         self._checked = True
@@ -402,7 +403,7 @@ class Predictor:
         with contextlib.ExitStack() as stack:
             streams = [
                 stack.enter_context(
-                    contextlib.closing(origins.stream(images, network, fingerprint, **settings))
+                    contextlib.closing(inputs.stream(images, network, fingerprint, **settings))
                 )
                 for network, fingerprint in zip(networks, self.fingerprints, strict=True)
             ]
@@ -415,7 +416,7 @@ class Predictor:
                 bar.update(len(block))
 
     def _predictions(
-        self, images: ImageSet, block: Sequence[tuple[origins.ImageRow, ...]], top_k: int
+        self, images: ImageSet, block: Sequence[tuple[inputs.ImageRow, ...]], top_k: int
     ) -> Iterator[Prediction]:
         """Predict some images, each given as its rows from all networks."""
         good = [rows for rows in block if not any(row.error for row in rows)]
@@ -584,7 +585,7 @@ class Predictor:
             "classes": list(self.classes),
             "temperature": self.temperature,
             "columns": [dataclasses.asdict(column) for column in self.columns],
-            "fingerprints": [json.loads(one.to_json()) for one in self.fingerprints],
+            "fingerprints": [one.to_dict() for one in self.fingerprints],
             "canaries": list(self.canaries.names),
             "metrics": dict(self.metrics),
             "leaderboard": None if self.leaderboard is None else self.leaderboard.to_dict(),
@@ -643,7 +644,7 @@ class Predictor:
                 f"The head in this file cannot compute ({error}): it is damaged, or a package has "
                 f"changed: {manifest.then_and_now(self.versions)}. Train again."
             ) from error
-        if found.shape != expected.shape or not origins.distance(found, expected) <= _SAME:
+        if found.shape != expected.shape or not inputs.distance(found, expected) <= _SAME:
             raise PredictorError(
                 "The head no longer computes what it did when it was saved: "
                 f"{manifest.then_and_now(self.versions)}. Install the former, or train again."

@@ -232,7 +232,7 @@ class Contents:
         versions |= {"format": FORMAT_VERSION, "h5py": h5py.__version__}
         labels = self.tables.get("labels")
         own = {
-            "fingerprint": json.loads(self.fingerprint.to_json()),
+            "fingerprint": self.fingerprint.to_dict(),
             "classes": [] if labels is None else sorted(counts(labels).keys() - {""}),
             "versions": versions,
         }
@@ -484,7 +484,7 @@ class StoreFile:
         if not disk.is_at(self.descriptor, path):
             raise StoreError(f"{path} was replaced while it was opened. Try again.")
         self._check_format()
-        self.fingerprint = Fingerprint.from_json(canonical_json(self.meta("fingerprint")))
+        self.fingerprint = Fingerprint.from_dict(self.meta("fingerprint"))
         self.features = {tap: self._features(tap) for tap in self.fingerprint.taps}
         self.n = self.datasets["ids"].shape[0]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from featcache.errors import (
     StoreError,
     TrainingError,
 )
-from featcache.fingerprint import FORMAT_VERSION, Fingerprint, RequestKey, canonical_json
+from featcache.fingerprint import FORMAT_VERSION, Fingerprint
 from featcache.store import checksums, disk, format
 from featcache.store.checksums import VerifyReport
 from featcache.store.format import DONE, Canaries, Dataset, Failure, StoreFile
@@ -418,12 +417,6 @@ class FeatureStore:
         file = self._sources[0].files[0]
         return {key: file.meta(key) for key in file.meta_keys}
 
-    @property
-    def request_key(self) -> RequestKey | None:
-        """What was asked for when the (first) file was made; None where it was not recorded."""
-        request = self.meta.get("request")
-        return None if request is None else RequestKey.from_json(canonical_json(request))
-
     @cached_property
     def canaries(self) -> Canaries | None:
         """Test images and their features of the (first) file; None where there are none."""
@@ -456,7 +449,7 @@ class FeatureStore:
                 for name, tap in self.taps.items()
             },
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
-            "fingerprints": [json.loads(f.to_json()) for f in self.fingerprints],
+            "fingerprints": [f.to_dict() for f in self.fingerprints],
             "versions": self.meta.get("versions"),
             "run": self.meta.get("run"),
         }

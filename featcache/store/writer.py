@@ -126,7 +126,7 @@ class FeatureWriter:
         fingerprint : Fingerprint
             Its ``taps`` give the order, its ``store_dtype`` the type.
         meta : dict, optional
-            JSON values kept under /meta: ``request`` (the `RequestKey` as a dict), ``command`` (how
+            JSON values kept under /meta: ``request`` (what was asked for), ``command`` (how
             to resume, for messages), ``versions``.
         canaries : list of (name, bytes)
             Encoded test images to keep in the file.

@@ -44,7 +44,7 @@ from featcache.finetuning.settings import SuffixSettings
 from featcache.heads import table as head_kinds
 from featcache.heads.table import CLASSICS, HEADS, score_folds
 from featcache.heads.table import logits as head_logits
-from featcache.predictor.origins import Column, source_taps
+from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.predictor import CanaryRows, Predictor, is_predictor
 from featcache.results.evaluation import Evaluation, groups_of
 from featcache.results.leaderboard import Leaderboard, Row
@@ -566,7 +566,7 @@ def _predictor(task: _Task, found: Any, out_of_fold: Evaluation) -> Predictor:
     """Wrap a found head with all that it needs to be used later."""
     store = task.store
     keys = {name: key for key, name in source_taps(store).items()}
-    columns = [Column(*keys[name], store.taps[name].width) for name in task.layers]
+    columns = [InputTap(*keys[name], store.taps[name].width) for name in task.layers]
     used = {column.source for column in columns}
     renumbered = {source: k for k, source in enumerate(sorted(used))}
     fingerprints = [
@@ -590,7 +590,7 @@ def _predictor(task: _Task, found: Any, out_of_fold: Evaluation) -> Predictor:
     )
 
 
-def _canaries(task: _Task, estimator: Any, columns: Sequence[Column]) -> CanaryRows:
+def _canaries(task: _Task, estimator: Any, columns: Sequence[InputTap]) -> CanaryRows:
     """Return the features of the store's canary images, or some training rows, with scores."""
     kept = {c.source: task.store.parts[c.source].canaries for c in columns}
     first = next(iter(kept.values()))

@@ -275,7 +275,7 @@ def precisions(folder: Path) -> None:
     from pipelines.study import demo_images
 
     images = demo_images(folder)
-    backbone = fc.Backbone.from_torchvision("mobilenet_v2")
+    backbone = fc.Backbone("mobilenet_v2")
     features = {}
     for precision in ("float32", "bfloat16"):
         path = folder / f"{precision}.h5"

@@ -40,7 +40,7 @@ def extraction(count: int, workers: int | None) -> dict[str, Any]:
     import featcache as fc
 
     images = fc.ImageSet.from_dataset(Drawn(count))
-    backbone = fc.Backbone.from_torchvision("mobilenet_v2", weights=None, image_size=64)
+    backbone = fc.Backbone("mobilenet_v2", weights=None, image_size=64)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features.h5"
         # A batch size of one's own: what is measured to choose one depends on the length of a run.

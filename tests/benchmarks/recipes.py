@@ -75,7 +75,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def pretrained() -> nn.Module:
-    return copy.deepcopy(fc.Backbone.from_torchvision("mobilenet_v2").module)
+    return copy.deepcopy(fc.Backbone("mobilenet_v2").module)
 
 
 def scored(ids: Any, codes: np.ndarray, scores: np.ndarray, classes: Any) -> str:
@@ -94,7 +94,7 @@ class Photographs(Dataset[Any]):
 
     def __init__(self, images: fc.ImageSet, codes: np.ndarray, *, augmented: bool) -> None:
         self.images, self.codes, self.augmented = images, codes, augmented
-        self.prepare = fc.Backbone.from_torchvision("mobilenet_v2").preprocessing
+        self.prepare = fc.Backbone("mobilenet_v2").preprocessing
 
     def __len__(self) -> int:
         return len(self.images)
@@ -164,7 +164,7 @@ def nine(folder: Path, device: torch.device, count: int | None) -> None:
 
     store = folder / "nine.h5"
     store.unlink(missing_ok=True)
-    network = fc.Backbone.from_torchvision("mobilenet_v2")
+    network = fc.Backbone("mobilenet_v2")
     extracting, made = timed(lambda: fc.extract(listed, network, store, device=str(device)))
     row_of = {name: k for k, name in enumerate(made.ids)}
     inside = made.select([row_of[name] for name in listed.select(rows).ids])
@@ -250,7 +250,7 @@ def epoch(folder: Path, device: torch.device, stage: int) -> None:
     listed = demo_images(folder)
     rows = np.random.default_rng(0).permutation(len(listed))[: STEPS * BATCH]
     listed = listed.select(np.sort(rows))
-    prepare = fc.Backbone.from_torchvision("mobilenet_v2").preprocessing
+    prepare = fc.Backbone("mobilenet_v2").preprocessing
     pixels = torch.stack([torch.from_numpy(prepare(listed.read(i))) for i in range(len(listed))])
     say(f"\none epoch from features.{stage} on: {len(listed)} images, {STEPS} steps")
     classes, codes = np.unique(np.asarray(listed.labels), return_inverse=True)
@@ -288,7 +288,7 @@ def epoch(folder: Path, device: torch.device, stage: int) -> None:
 
     # How far rounding alone takes them: the same training in another memory format.
     rounded = inside(in_memory(), torch.channels_last)
-    network = fc.Backbone.from_torchvision("mobilenet_v2", layers=[tap])
+    network = fc.Backbone("mobilenet_v2", layers=[tap])
     path = folder / f"epoch-{stage}.h5"
     path.unlink(missing_ok=True)
     store = fc.extract(listed, network, path, device=str(device), progress=False)
@@ -330,11 +330,11 @@ def accuracy(folder: Path, device: torch.device, count: int | None) -> None:
     listed = photographs(folder, count)
     plain = fc.extract(
         listed,
-        fc.Backbone.from_torchvision("mobilenet_v2"),
+        fc.Backbone("mobilenet_v2"),
         folder / "plain.h5",
         device=str(device),
     )
-    maps = fc.Backbone.from_torchvision("mobilenet_v2", layers=["features.14:input:map"])
+    maps = fc.Backbone("mobilenet_v2", layers=["features.14:input:map"])
     seconds, viewed = timed(
         lambda: fc.extract(
             listed,

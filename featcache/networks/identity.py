@@ -1,0 +1,207 @@
+"""Build the network that a fingerprint names, and say how another one differs from it.
+
+Public names of torchvision and timm are built, with weights that these libraries publish.
+Everything else (a callable, the path of a weights file, a module in memory) must be given again by
+the user: what a file names is neither imported nor opened. Whatever network results, its
+fingerprint must equal the one that the features were computed with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.errors import FingerprintMismatch, PredictorError
+from featcache.fingerprint import Fingerprint
+
+if TYPE_CHECKING:  # torch is imported by who builds a network: to compare takes no torch
+    from featcache.networks.backbone import Backbone
+    from featcache.pixels.preprocessing import Preprocessing
+
+__all__ = ["choose", "difference", "named", "public_weights", "rebuild", "spec_of"]
+
+_MOST_VALUES = 2**30  # of one image's pixels: 1 GiB; 300 views of 1,000 x 1,000 fit
+
+
+def difference(
+    trained: Fingerprint, found: Fingerprint, names: tuple[str, str] = ("predictor", "store")
+) -> str:
+    """Return what makes features of `found` unusable where `trained` were trained on, or ``""``.
+
+    The storage type may differ (the same features, rounded), and there may be more taps.
+    """
+    changes: dict[str, Any] = {"store_dtype": trained.store_dtype}
+    if set(trained.taps) <= set(found.taps):
+        changes["taps"] = trained.taps
+    return trained.diff(dataclasses.replace(found, **changes), names=names)
+
+
+def spec_of(fingerprint: Fingerprint) -> str:
+    """Return what a network is called on the command line."""
+    prefix = "timm/" if fingerprint.source == "timm" else ""
+    return f"{prefix}{fingerprint.backbone}"
+
+
+def public_weights(fingerprint: Fingerprint) -> str | None:
+    """Return the weights' name if torchvision or timm publish weights of that name, else None.
+
+    What a predictor file says is only compared with the published names; it is never taken for
+    the path of a file.
+    """
+    name, weights = fingerprint.backbone, fingerprint.weights
+    if fingerprint.partial is not None:
+        return None
+    if fingerprint.source == "torchvision":
+        from torchvision.models import get_model_weights
+
+        from featcache.networks.backbone import backbones
+
+        known = {"none", *(w.name for w in get_model_weights(name))} if name in backbones() else ()
+    elif fingerprint.source == "timm":
+        known = {"none", *_timm_weights(name)}
+    else:
+        known = ()
+    return weights if weights in known else None
+
+
+def _timm_weights(name: str) -> set[str]:
+    """Return the names of the weights that timm has for a network."""
+    try:
+        import timm
+    except ImportError:
+        return set()
+    if not timm.is_model(name):
+        return set()
+    return {full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")}
+
+
+def rebuild(
+    fingerprint: Fingerprint, *, backbone: str | None = None, weights: str | Path | None = None
+) -> Backbone:
+    """Build a network with the taps and the preprocessing of a fingerprint.
+
+    Parameters
+    ----------
+    fingerprint : Fingerprint
+        What the predictor was trained on.
+    backbone : str, optional
+        What the user calls it on the command line; left out, its public name.
+    weights : str or Path, optional
+        What the user names; left out, the fingerprint's own, where they are public.
+
+    Raises
+    ------
+    PredictorError
+        The user must name what is not public.
+    BackboneError
+        There is no such network, or no such weights.
+    """
+    from featcache.networks.backbone import Backbone
+
+    if fingerprint.source == "module":
+        raise PredictorError(
+            f"The predictor's network, {fingerprint.backbone}, was given as a module; no name "
+            "leads back to it. Give it again: predict(..., backbone=Backbone(module, "
+            "preprocessing=...))."
+        )
+    if fingerprint.source == "callable" and backbone is None:
+        raise PredictorError(
+            f"The predictor's network comes from the callable {fingerprint.backbone}. What a "
+            "predictor names is not imported: name it again with --backbone "
+            "PACKAGE.MODULE:CALLABLE (library: backbone=Backbone(...))."
+        )
+    chosen = weights if weights is not None else public_weights(fingerprint)
+    if chosen is None and fingerprint.weights != "as given":
+        raise PredictorError(
+            f"The predictor was trained on {spec_of(fingerprint)} with weights from a file, "
+            f"{fingerprint.weights}. What a predictor names is not opened: name the file again "
+            "with --weights FILE (library: backbone=)."
+        )
+    spec = backbone if backbone is not None else spec_of(fingerprint)
+    partial = fingerprint.partial is not None
+    # A callable says itself what it expects of images; the fingerprints are compared later.
+    given = None if ":" in spec else _preprocessing(fingerprint)
+    return Backbone(
+        spec, weights=chosen, layers=fingerprint.taps, partial=partial, preprocessing=given
+    )
+
+
+def _preprocessing(fingerprint: Fingerprint) -> Preprocessing:
+    from featcache.pixels.preprocessing import Preprocessing
+
+    try:
+        preprocessing = Preprocessing.from_dict(fingerprint.preprocessing)
+    except (TypeError, ValueError) as error:
+        raise PredictorError(f"The predictor's preprocessing is damaged: {error}") from error
+    # Before anything of that size is made: the file may be hostile.
+    values = math.prod(preprocessing.output_shape) * fingerprint.views
+    if values > _MOST_VALUES:
+        size = " x ".join(map(str, preprocessing.output_shape))
+        raise PredictorError(
+            f"The predictor's preprocessing is damaged: {fingerprint.views} views of {size} for "
+            f"each image are {values:,} values; no more than {_MOST_VALUES:,} are made."
+        )
+    return preprocessing
+
+
+def choose(
+    fingerprints: Sequence[Fingerprint], given: Backbone | Sequence[Backbone] | None
+) -> list[Backbone]:
+    """Return a network for every fingerprint: one of those given, or built by its public name.
+
+    Raises
+    ------
+    FingerprintMismatch
+        A network is not the one of training; with the difference, field by field.
+    PredictorError
+        The user must name what is not public.
+    """
+    from featcache.networks.backbone import Backbone
+
+    offered = [given] if isinstance(given, Backbone) else list(given or ())
+    networks = []
+    for fingerprint in fingerprints:
+        fitting = [one for one in offered if one.name == fingerprint.backbone]
+        if not fitting and len(fingerprints) == len(offered) == 1:
+            fitting = offered  # whatever it is: the message below says what differs
+        # Of two of the same name (two image sizes, say), the one that agrees.
+        compared = [(_unlike(one, fingerprint), one) for one in fitting or [rebuild(fingerprint)]]
+        unlike, network = min(compared, key=lambda pair: len(pair[0]))
+        if unlike:
+            raise FingerprintMismatch(
+                f"The network is not the one that the predictor was trained on:\n{unlike}"
+            )
+        networks.append(network)
+    return networks
+
+
+def _unlike(network: Backbone, fingerprint: Fingerprint) -> str:
+    found = network.fingerprint(
+        precision=fingerprint.precision,
+        store_dtype=fingerprint.store_dtype,
+        augmentation=fingerprint.augmentation,
+        views=fingerprint.views,
+    )
+    return difference(fingerprint, found, ("predictor", "network"))
+
+
+def named(fingerprints: Sequence[Fingerprint], backbone: str | None) -> Fingerprint:
+    """Return the fingerprint that a name on the command line means.
+
+    Raises
+    ------
+    PredictorError
+        There are several, and the name is none of theirs.
+    """
+    for fingerprint in fingerprints:
+        if backbone in (fingerprint.backbone, spec_of(fingerprint)):
+            return fingerprint
+    private = [one for one in fingerprints if public_weights(one) is None]
+    candidates = private or list(fingerprints)
+    if len(candidates) > 1:
+        names = ", ".join(spec_of(one) for one in fingerprints)
+        raise PredictorError(f"The predictor uses several networks: name one of {names}.")
+    return candidates[0]

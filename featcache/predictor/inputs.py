@@ -1,0 +1,152 @@
+"""What the head of a predictor takes: columns of a store, or features of new images."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import FingerprintMismatch
+from featcache.fingerprint import Fingerprint
+from featcache.networks.identity import difference
+
+if TYPE_CHECKING:
+    from featcache.images.image_set import ImageSet
+    from featcache.networks.backbone import Backbone
+    from featcache.store.store import FeatureStore
+
+# Features of the canary images, relative to the largest. Another Pillow or libjpeg moves single
+# pixels by one level; another device or instruction set moves the sums.
+CLOSE: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+FAR = 0.2
+
+
+@dataclass(frozen=True)
+class InputTap:
+    """Features of one tap among the columns that a head takes.
+
+    Attributes
+    ----------
+    source : int
+        Number of the fingerprint.
+    tap : str
+        Canonical tap.
+    width : int
+        InputTaps.
+    """
+
+    source: int
+    tap: str
+    width: int
+
+
+def source_taps(store: FeatureStore) -> dict[tuple[int, str], str]:
+    """Return the name that each tap of each network has in a store, by (network, tap)."""
+    keys = [(k, tap) for k, one in enumerate(store.fingerprints) for tap in one.taps]
+    return dict(zip(keys, store.taps, strict=True))
+
+
+def layers_of(
+    columns: Sequence[InputTap], fingerprints: Sequence[Fingerprint], store: FeatureStore
+) -> list[str]:
+    """Return the names that a predictor's columns have in a store.
+
+    Raises
+    ------
+    FingerprintMismatch
+        The store's features are of another origin; with the difference, field by field.
+    """
+    where = ", ".join(store.paths)
+    numbers = []
+    for k, trained in enumerate(fingerprints):
+        found = store.fingerprints
+        fitting = [n for n, one in enumerate(found) if not difference(trained, one)]
+        if not fitting and len(found) < len(fingerprints):
+            wanted = " and ".join(f"{one.backbone} ({', '.join(one.taps)})" for one in fingerprints)
+            raise FingerprintMismatch(
+                f"The predictor needs features of {len(fingerprints)} networks, {wanted}; {where} "
+                f"holds those of {', '.join(one.backbone for one in found)}. Join the stores: "
+                "FeatureStore.join([...])."
+            )
+        if not fitting:
+            nearest = min((difference(trained, one) for one in found), key=len)
+            raise FingerprintMismatch(
+                f"{where} holds features of another origin than the predictor was trained on:\n"
+                f"{nearest}\nExtract the images with the predictor's network, or train a predictor "
+                "on these features."
+            )
+        numbers.append(fitting[0] if k not in fitting else k)
+    names = source_taps(store)
+    return [names[numbers[column.source], column.tap] for column in columns]
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """What one network makes of one image.
+
+    Attributes
+    ----------
+    row : int
+        Number of the image.
+    features : dict of str to ndarray, shape ([views,] ...)
+        By tap; empty where there is an error.
+    error : str
+        Why the image could not be read; empty where it could.
+    """
+
+    row: int
+    features: Mapping[str, npt.NDArray[np.float32]]
+    error: str = ""
+
+
+def stream(
+    images: ImageSet,
+    network: Backbone,
+    fingerprint: Fingerprint,
+    *,
+    batch_size: int | None,
+    workers: int | None,
+    device: str,
+) -> Generator[ImageRow]:
+    """Yield what a network makes of every image, in order, by the path that extraction takes."""
+    from featcache.extraction import extract as extraction
+    from featcache.pixels.views import Augmentation
+
+    augmentation = fingerprint.augmentation
+    chunks = extraction.features(
+        images,
+        network,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        precision=fingerprint.precision,
+        views=fingerprint.views,
+        augmentation=None if augmentation is None else Augmentation.from_dict(augmentation),
+    )
+    for chunk in chunks:
+        positions = np.cumsum(chunk.done) - 1
+        for row, k in zip(chunk.rows.tolist(), positions.tolist(), strict=True):
+            if row in chunk.failures:
+                yield ImageRow(row, {}, str(chunk.failures[row]))
+            else:
+                yield ImageRow(row, {tap: array[k] for tap, array in chunk.features.items()})
+
+
+def canary_features(
+    network: Backbone, fingerprint: Fingerprint, images: Sequence[bytes], device: str
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Compute the features of the canary images: by tap, shape (m, ...), without views."""
+    from featcache.extraction import extract as extraction
+
+    return extraction.canary_features(
+        network, list(images), device=device, precision=fingerprint.precision
+    )
+
+
+def distance(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Return the largest difference relative to the largest expected value; NaN if there is one."""
+    scale = float(np.abs(expected).max(initial=0.0)) or 1.0
+    return float(np.abs(found.astype(np.float64) - expected).max(initial=0.0)) / scale
