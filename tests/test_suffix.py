@@ -164,7 +164,7 @@ def assert_cuts(module: nn.Module, tap: str, shape: tuple[int, ...]) -> Suffix:
     check(module, suffix)
     batch = torch.rand(3, *shape)
     with torch.inference_mode():
-        features = Tapped(module, resolve(module, [tap], batch))(batch)[suffix.tap]
+        features = Tapped(module, resolve(trace(module, batch), [tap]))(batch)[suffix.tap]
         torch.testing.assert_close(suffix(features), module(batch), rtol=1e-4, atol=1e-5)
     return suffix
 

@@ -5,8 +5,17 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import BackboneError, TapError
-from featcache.networks.taps import Tap, Tapped, default_tap, resolve
+from featcache.networks.taps import ResolvedTap, Tap, Tapped
+from featcache.networks.taps import resolve as resolve_traced
 from featcache.networks.tracing import trace
+
+
+def resolve(module: nn.Module, texts: list[str] | None, example: Tensor) -> list[ResolvedTap]:
+    return resolve_traced(trace(module, example), texts)
+
+
+def default_tap(module: nn.Module, example: Tensor) -> Tap:
+    return resolve(module, None, example)[0].tap
 
 
 class Toy(nn.Module):

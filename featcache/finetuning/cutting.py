@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from featcache.errors import BackboneError, TapError
 from featcache.networks.surgery import head_name, replace_head
-from featcache.networks.taps import Tap, Tapped, resolve_traced
+from featcache.networks.taps import Tap, Tapped, resolve
 from featcache.networks.tracing import Trace, trace
 
 __all__ = ["Suffix", "check", "cut", "suggest", "taps_before"]
@@ -105,7 +105,7 @@ class _Cut(nn.Module):
         return self.slot.take()
 
 
-class _Given:
+class _InputHook:
     """A hook that gives a layer its cached input."""
 
     def __init__(self, slot: _Slot) -> None:
@@ -188,7 +188,7 @@ class Suffix(nn.Module):
         old = self.classifier
         new = replace_head(self.network, classes, name=self.head)
         for hook in old._forward_pre_hooks.values():
-            if isinstance(hook, _Given):  # the cut is at this layer's input
+            if isinstance(hook, _InputHook):  # the cut is at this layer's input
                 new.register_forward_pre_hook(hook, with_kwargs=True)
         return new
 
@@ -281,7 +281,7 @@ def cut(
         train behind it.
     """
     traced = trace(network, torch.zeros((2, *image_shape))) if traced is None else traced
-    point = resolve_traced(traced, [tap])[0]
+    point = resolve(traced, [tap])[0]
     if not _keeps_all(traced, point.tap):
         raise TapError(
             f"The tap {point} reduces what the layer gives, so the rest of the network cannot run "
@@ -352,7 +352,8 @@ def _prune(network: nn.Module, traced: Trace, tap: Tap, position: int, slot: _Sl
         part = copied.get_submodule(name)
         part.forward = _Later(_Skipped(name, before[name], slot), part.forward)
     if tap.side == "input":
-        copied.get_submodule(tap.layer).register_forward_pre_hook(_Given(slot), with_kwargs=True)
+        first = copied.get_submodule(tap.layer)
+        first.register_forward_pre_hook(_InputHook(slot), with_kwargs=True)
     return copied
 
 
@@ -405,7 +406,7 @@ def _is_true(network: nn.Module, suffix: Suffix) -> bool:
     """Compare the whole network with its suffix on noise, with two fillings of what is skipped."""
     generator = torch.Generator().manual_seed(_SEED)
     images = torch.randn((2, *suffix._image_shape), generator=generator)
-    points = resolve_traced(trace(network, images), [suffix.tap])
+    points = resolve(trace(network, images), [suffix.tap])
     with torch.inference_mode():
         features = Tapped(network, points)(images)[suffix.tap].clone()
         whole = network(images)

@@ -8,7 +8,6 @@ numbers. Weights are loaded when `Backbone.module` or `Backbone.fingerprint` is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +18,11 @@ from featcache.errors import BackboneError
 from featcache.fingerprint import Fingerprint, state_sha256
 from featcache.networks.checkpoints import PartialReport
 from featcache.networks.families import RANDOM_SEED, backbones, family_of
-from featcache.networks.taps import ResolvedTap, resolve_traced
-from featcache.networks.tracing import Trace, trace
+from featcache.networks.taps import ResolvedTap, resolve
+from featcache.networks.tracing import LayerRow, Trace, trace
 from featcache.pixels.preprocessing import Preprocessing
 
-__all__ = ["RANDOM_SEED", "Backbone", "LayerRow", "backbones"]
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One run of one layer, as `Backbone.layers` lists it.
-
-    Attributes
-    ----------
-    name : str
-        What a tap calls it: the layer's name, with ``#K`` where it runs several times; empty for
-        the whole network.
-    kind : str
-        Class of the module.
-    output_shape : tuple of int or None
-        For one image; None where the layer gives no tensor, or never runs.
-    parameters : int
-        Numbers in its parameters, those of the layers inside it included.
-    share : float
-        Part of the whole network's floating-point operations, from 0 to 1, counted in matrix
-        products and convolutions; those of the layers inside it included.
-    """
-
-    name: str
-    kind: str
-    output_shape: tuple[int, ...] | None
-    parameters: int
-    share: float
+__all__ = ["RANDOM_SEED", "Backbone", "backbones"]
 
 
 class Backbone:
@@ -79,7 +51,7 @@ class Backbone:
         timm's default, or the weights that a module has.
     layers : iterable of str, optional
         Taps; see `featcache.networks.taps`. Left out: one tap before the classifier, by the rule in
-        `featcache.networks.taps.resolve_traced`.
+        `featcache.networks.taps.resolve`.
     image_size : int, optional
         Height and width that images are cropped to. Left out: that of the weights.
     partial : bool
@@ -184,7 +156,7 @@ class Backbone:
     def points(self) -> list[ResolvedTap]:
         """The resolved taps, which `featcache.networks.taps.Tapped` takes with `module`."""
         if self._points is None:
-            self._points = resolve_traced(self._trace(), self._asked)
+            self._points = resolve(self._trace(), self._asked)
         return self._points
 
     @property
@@ -256,32 +228,8 @@ class Backbone:
         )
 
     def layers(self) -> list[LayerRow]:
-        """List the layers in the order in which they start; those that never run come last.
-
-        Loads no weights where the network can be built without (torchvision, timm). The share of
-        the cost is that of floating-point operations, which is the same on every machine; a
-        layer's share of the time depends on the machine as well.
-        """
-        traced = self._trace(flops=True)
-        total = max(traced.calls[0].flops, 1)
-        several = {call.layer for call in traced.calls if call.number > 1}
-        rows = [
-            LayerRow(
-                name=f"{call.layer}#{call.number}" if call.layer in several else call.layer,
-                kind=type(call.module).__name__,
-                output_shape=call.output.shape[1:] if call.output.shape else None,
-                parameters=_count(call.module),
-                share=call.flops / total,
-            )
-            for call in traced.calls
-        ]
-        ran = {id(call.module) for call in traced.calls}
-        idle = [
-            LayerRow(name, type(part).__name__, None, _count(part), 0.0)
-            for name, part in traced.module.named_modules()
-            if id(part) not in ran
-        ]
-        return rows + idle
+        """List the layers; see `Trace.layers`. Loads no weights of torchvision's and timm's."""
+        return self._trace(flops=True).layers()
 
     def __repr__(self) -> str:
         taps = ", ".join(self._asked) or "default tap"
@@ -313,10 +261,6 @@ class Backbone:
                 if "meta" not in str(error):
                     raise
         return trace(self.module, example, flops=flops)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _is_initial(norm: nn.modules.batchnorm._BatchNorm) -> bool:

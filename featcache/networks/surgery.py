@@ -26,7 +26,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +35,8 @@ from torch import Tensor, nn
 from featcache.errors import BackboneError
 from featcache.networks import checkpoints
 from featcache.networks.checkpoints import PartialReport
-from featcache.networks.tracing import trace
-from featcache.system.tables import table
 
 __all__ = [
-    "LayerState",
-    "LayerTable",
     "PartialReport",
     "adapt_input",
     "blocks",
@@ -49,7 +44,6 @@ __all__ = [
     "freeze",
     "frozen",
     "head_name",
-    "layer_table",
     "load_partial",
     "parameter_groups",
     "remove_head",
@@ -612,137 +606,6 @@ def load_partial(module: nn.Module, checkpoint: Mapping[str, Tensor] | str | Pat
     fitting, report = checkpoints.match(module, checkpoint)
     module.load_state_dict(fitting, strict=False)
     return report
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """One line of a `LayerTable`.
-
-    Attributes
-    ----------
-    name : str
-        Of the layer; empty for the whole network.
-    kind : str
-        Class of the module.
-    parameters : int
-        Numbers in its parameters, those of the layers inside it included.
-    trainable : int
-        How many of them require a gradient.
-    output_shape : tuple of int or None
-        Of the example's output at the last run of the layer; None where it is unknown.
-    """
-
-    name: str
-    kind: str
-    parameters: int
-    trainable: int
-    output_shape: tuple[int, ...] | None = None
-
-    @property
-    def state(self) -> str:
-        """In a word: "frozen", "trained", "in part", or "" without parameters."""
-        if not self.parameters:
-            return ""
-        if not self.trainable:
-            return "frozen"
-        return "trained" if self.trainable == self.parameters else "in part"
-
-
-class LayerTable(Sequence[LayerState]):
-    """The layers of a network as a sequence that prints as a table, in notebooks as HTML."""
-
-    HEADER = ("layer", "kind", "output", "parameters", "state")
-
-    def __init__(self, rows: Iterable[LayerState]) -> None:
-        self._rows = tuple(rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[index]
-
-    def __repr__(self) -> str:
-        cells = [self.HEADER, *self._cells()]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.HEADER))]
-        lines = []
-        for row in cells:
-            padded = [
-                text.rjust(width) if i == 3 else text.ljust(width)
-                for i, (text, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(padded).rstrip())
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return table(self.HEADER, self._cells())
-
-    def _cells(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                row.name or "(network)",
-                row.kind,
-                "-" if row.output_shape is None else " x ".join(map(str, row.output_shape)),
-                f"{row.parameters:,}",
-                row.state,
-            )
-            for row in self._rows
-        ]
-
-
-def layer_table(
-    module: nn.Module, example: Tensor | None = None, *, depth: int | None = None
-) -> LayerTable:
-    """List the layers of a network: names, parameters, and what of them is trained.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The network.
-    example : torch.Tensor, optional
-        Normalised images of shape (b, c, h, w); with them the table has output shapes.
-    depth : int, optional
-        Leave out layers with more than this many parts in their names.
-
-    Returns
-    -------
-    LayerTable
-        In the order of registration.
-
-    Examples
-    --------
-    >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> freeze(network, "0")
-    >>> layer_table(network)
-    layer      kind        output  parameters  state
-    (network)  Sequential  -               23  in part
-    0          Linear      -               15  frozen
-    1          ReLU        -                0
-    2          Linear      -                8  trained
-    """
-    shapes = {} if example is None else _output_shapes(module, example)
-    return LayerTable(
-        LayerState(
-            name,
-            type(part).__name__,
-            sum(p.numel() for p in part.parameters()),
-            sum(p.numel() for p in trainable_parameters(part)),
-            shapes.get(name),
-        )
-        for name, part in module.named_modules()
-        if depth is None or not name or name.count(".") < depth
-    )
-
-
-def _output_shapes(module: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        calls = trace(module, example).calls
-    finally:
-        for part, training in modes:
-            part.training = training
-    return {call.layer: call.output.shape for call in calls if call.output.shape}
 
 
 def _layer(module: nn.Module, name: str) -> nn.Module:

@@ -50,16 +50,14 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import TapError
-from featcache.networks.tracing import Call, Trace, Value, first_argument, trace
+from featcache.networks.tracing import Call, Trace, Value, first_argument
 
 __all__ = [
     "ResolvedTap",
     "StopForward",
     "Tap",
     "Tapped",
-    "default_tap",
     "resolve",
-    "resolve_traced",
 ]
 
 Side = Literal["input", "output"]
@@ -206,7 +204,7 @@ class _Resolver:
         self.trace = traced
 
     def default(self) -> Tap:
-        """Return the tap used when none is named; the rule is in `default_tap`."""
+        """Return the tap used when none is named; the rule is in `resolve`."""
         if callable(getattr(self.module, "get_classifier", None)):
             return self._default_of_classifier()
         order = [(i, call) for i, call in enumerate(self.calls)]
@@ -390,72 +388,46 @@ class _Resolver:
         return 0 if without or tokens <= prefix else prefix
 
 
-def default_tap(module: nn.Module, example: Tensor) -> Tap:
-    """Return the tap that is used when none is named.
-
-    The head is the last executed `Linear` if it runs after the last convolution, else the last
-    convolution. If an `AvgPool2d`, `AdaptiveAvgPool2d` or `AdaptiveMaxPool2d` runs after the last
-    convolution and before the head, the tap is the last such layer's output, otherwise the head's
-    input. A network that can name its own classifier (timm's ``get_classifier``) gives that
-    classifier's input. When a normalisation layer runs after the layer that would be the head, the
-    network has no head, and the tap is its output.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        In evaluation mode.
-    example : torch.Tensor
-        Normalised images of shape (b, c, h, w).
-
-    Returns
-    -------
-    Tap
-        In canonical form.
-
-    Raises
-    ------
-    TapError
-        If the network has several classifiers, or neither a convolution nor a `Linear`.
-    """
-    return resolve(module, None, example)[0].tap
-
-
-def resolve(module: nn.Module, texts: Iterable[str] | None, example: Tensor) -> list[ResolvedTap]:
-    """Run the network once and bring taps to their canonical form; see `resolve_traced`.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        In evaluation mode.
-    texts : iterable of str or None
-        Taps as written; None or nothing: the default tap.
-    example : torch.Tensor
-        Normalised images of shape (b, c, h, w).
-    """
-    return resolve_traced(trace(module, example), texts)
-
-
-def resolve_traced(traced: Trace, texts: Iterable[str] | None) -> list[ResolvedTap]:
+def resolve(traced: Trace, texts: Iterable[str] | None) -> list[ResolvedTap]:
     """Bring taps to their canonical form.
+
+    Where none is named, the default tap is taken. The head is the last executed `Linear` if it runs
+    after the last convolution, else the last convolution. If an `AvgPool2d`, `AdaptiveAvgPool2d` or
+    `AdaptiveMaxPool2d` runs after the last convolution and before the head, the default tap is the
+    last such layer's output, otherwise the head's input. A network that can name its own classifier
+    (timm's ``get_classifier``) gives that classifier's input. When a normalisation layer runs after
+    the layer that would be the head, the network has no head, and the tap is its output.
 
     Parameters
     ----------
     traced : Trace
-        Of the network.
+        Trace of the network.
     texts : iterable of str or None
-        Taps as written; None or nothing: the default tap.
+        Taps as written; None or nothing for the default tap.
 
     Returns
     -------
     list of ResolvedTap
-        What `Tapped` takes, in the order given; ``str(tap)`` is the canonical form. Two spellings
-        of one tap give one.
+        Taps for `Tapped`, in the order given; ``str(tap)`` is the canonical form. Two spellings of
+        one tap give one.
 
     Raises
     ------
     TapError
         For an unknown layer, one that never runs, one that runs several times without ``#K``, one
-        that gives no tensor, or a reduction that does not fit its shape.
+        that gives no tensor, or a reduction that does not fit its shape; without `texts`, if the
+        network has several classifiers, or neither a convolution nor a `Linear`.
+
+    Examples
+    --------
+    >>> from featcache.networks.tracing import trace
+    >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    >>> traced = trace(network.eval(), torch.zeros(1, 3, 8, 8))
+    >>> for tap in resolve(traced, ["0", "1:max"]) + resolve(traced, None):
+    ...     print(tap, tap.shape)
+    0:output:mean (4,)
+    1:output:max (4,)
+    3:input:flatten (144,)
     """
     return _Resolver(traced).resolve(texts)
 
@@ -483,9 +455,10 @@ class Tapped:
 
     Examples
     --------
+    >>> from featcache.networks.tracing import trace
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)).eval()
     >>> batch = torch.zeros(5, 3, 8, 8)
-    >>> with Tapped(net, resolve(net, ["0:output:mean"], batch)) as tapped:
+    >>> with Tapped(net, resolve(trace(net, batch), ["0:output:mean"])) as tapped:
     ...     features = tapped(batch)
     >>> {name: tuple(array.shape) for name, array in features.items()}
     {'0:output:mean': (5, 4)}

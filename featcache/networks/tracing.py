@@ -25,7 +25,7 @@ from featcache.errors import BackboneError, TapError
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Call", "Trace", "Value", "first_argument", "trace"]
+__all__ = ["Call", "LayerRow", "Trace", "Value", "first_argument", "trace"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,33 @@ class Call:
     flops: int = 0
 
 
+@dataclass(frozen=True)
+class LayerRow:
+    """One run of one layer, as `Trace.layers` lists it.
+
+    Attributes
+    ----------
+    name : str
+        Name in a tap: the layer's name, with ``#K`` where it runs several times; empty for the
+        whole network.
+    kind : str
+        Class of the module.
+    output_shape : tuple of int or None
+        Shape of its output for one image; None where it gives no tensor, or never runs.
+    parameters : int
+        Number of its parameters, those of the layers inside it included.
+    share : float
+        Share of the whole network's floating-point operations in matrix products and
+        convolutions, from 0 to 1; those of the layers inside it included.
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...] | None
+    parameters: int
+    share: float
+
+
 class Trace:
     """What one forward pass of a network did, layer by layer, in the order of starting.
 
@@ -104,6 +131,42 @@ class Trace:
         if layer not in self.names:
             raise TapError(self._unknown(layer))
         return [call for call in self.calls if call.layer == self.names[layer]]
+
+    def layers(self) -> list[LayerRow]:
+        """List the runs of layers in the order in which they start; those that never run come last.
+
+        The share of the cost, for which floating-point operations must have been counted, is the
+        same on every machine; a layer's share of the time depends on the machine as well.
+
+        Examples
+        --------
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 2)).eval()
+        >>> for row in trace(network, torch.zeros(1, 3, 2, 2)).layers():
+        ...     print(row.name, row.kind, row.output_shape, row.parameters)
+         Sequential (2,) 50
+        0 Conv2d (4, 2, 2) 16
+        1 Flatten (16,) 0
+        2 Linear (2,) 34
+        """
+        total = max(self.calls[0].flops, 1)
+        several = {call.layer for call in self.calls if call.number > 1}
+        rows = [
+            LayerRow(
+                name=f"{call.layer}#{call.number}" if call.layer in several else call.layer,
+                kind=type(call.module).__name__,
+                output_shape=call.output.shape[1:] if call.output.shape else None,
+                parameters=_count(call.module),
+                share=call.flops / total,
+            )
+            for call in self.calls
+        ]
+        ran = {id(call.module) for call in self.calls}
+        idle = [
+            LayerRow(name, type(part).__name__, None, _count(part), 0.0)
+            for name, part in self.module.named_modules()
+            if id(part) not in ran
+        ]
+        return rows + idle
 
     def _unknown(self, layer: str) -> str:
         near = difflib.get_close_matches(layer, [name for name in self.names if name], n=4)
@@ -193,7 +256,7 @@ class _Axes(TorchFunctionMode):
     )
 
     def mark(self, tensor: Tensor, axis: int) -> None:
-        """Say that `axis` of `tensor` holds the channels."""
+        """Note that `axis` of `tensor` holds the channels."""
         tensor._featcache_axis = axis  # type: ignore[attr-defined]
 
     def of(self, tensor: Tensor) -> int | None:
@@ -297,6 +360,10 @@ def _names(module: nn.Module) -> dict[str, str]:
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return what a module was given: its first argument, positional or not."""
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _device(module: nn.Module) -> torch.device:
