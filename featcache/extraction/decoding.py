@@ -127,9 +127,9 @@ class Decoder:
     images : ImageSet
         The images.
     preprocessing : Preprocessing
-        How they are resized and cropped.
+        Resizing and cropping.
     augmentation : Augmentation, optional
-        Draw views instead; the pixels then have an axis of views.
+        Random views instead of the central crop; the pixels then have an axis of views.
     views : int
         Number of views.
     """
@@ -191,18 +191,18 @@ class Loader:
     their own, an image whose process dies twice is recorded as failed, and decoding goes on with
     half the workers.
 
-    Without workers, threads read the next batch ahead, and decode it when it is asked for. So it is
-    in a daemonic process too, such as Dask's worker, which may have no children.
+    Without workers, threads read the next batch ahead, and decode it when it is asked for. A
+    daemonic process, such as Dask's worker, may have no children and decodes in threads as well.
 
     Parameters
     ----------
     decoder : Decoder
-        What is done to each image.
+        Reads and decodes each image.
     workers : int
         Worker processes; 0 decodes in threads of this process.
     suspects : int
-        Number of tasks to decode image by image in a process of their own before threads go on:
-        those that were in the making when an earlier run crashed.
+        Number of tasks to decode image by image in a process of their own before threads go on.
+        They were in the making when an earlier run crashed.
     """
 
     def __init__(self, decoder: Decoder, *, workers: int, suspects: int = 0) -> None:
@@ -311,12 +311,13 @@ class Loader:
 def _worker_pool(decoder: Decoder, workers: int) -> Iterator[ProcessPoolExecutor]:
     """Start worker processes; on leaving, stop them after the image that each is decoding.
 
-    Linux forks them, as `torch.utils.data.DataLoader` does: images in memory and the ids of
-    millions of files are shared instead of copied to each worker, any data set works, and a script
-    need not protect its first line. A forked child can hang on a lock that another thread held;
-    therefore the children do nothing but decode, in one thread, with no kernel of torch, and all
-    start before the pool's own thread does. A daemonic process is an engine's, with busy threads
-    unknown to us; from there, and on other systems, the one child is started afresh ("spawn").
+    On Linux they are forked, as those of `torch.utils.data.DataLoader` are: images in memory and
+    the ids of millions of files are shared instead of copied to every worker, any data set can be
+    read, and a script needs no ``if __name__ == "__main__"``. A forked child hangs if it needs a
+    lock that another thread held at that moment. Therefore the children only decode, in one thread
+    and without kernels of torch, and all of them start before the pool has a thread. A daemonic
+    process belongs to an engine such as Dask and has busy threads of which nothing is known; there,
+    and on other systems, a worker is a new process ("spawn").
     """
     this = multiprocessing.current_process()
     daemon = this.daemon
@@ -335,7 +336,7 @@ def _worker_pool(decoder: Decoder, workers: int) -> Iterator[ProcessPoolExecutor
             # Blocked from birth in the children, whatever handlers they inherit.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             if daemon:
-                this.daemon = False  # the reason against children is that they would be orphans
+                this.daemon = False  # lest children become orphans; this one dies with its parent
             try:
                 pool.submit(os.getpid).result()
             except BrokenProcessPool as error:
