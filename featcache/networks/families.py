@@ -60,7 +60,7 @@ def family_of(
         if preprocessing is None:
             raise BackboneError(
                 "What a module expects of images must be said: "
-                "Backbone(module, preprocessing=preprocessing=Preprocessing(...))"
+                "Backbone(module, preprocessing=Preprocessing(...))"
             )
         # A copy, so that training the module further changes no features.
         module = copy.deepcopy(network).cpu()
