@@ -85,9 +85,7 @@ class Fingerprint(Record):
     store_dtype : {"float32", "float16"}
         Type of the stored features.
     augmentation : dict, optional
-        ``Augmentation.to_dict()`` where views are stored.
-    views : int
-        Views stored of each image; 1 means that the features have no axis of views.
+        ``Augmentation.to_dict()`` where augmented views are stored.
     partial : dict, optional
         Keys that a weights file left out that fitted in part.
     format_version : int
@@ -103,7 +101,6 @@ class Fingerprint(Record):
     precision: str = "float32"
     store_dtype: str = "float32"
     augmentation: Mapping[str, Any] | None = None
-    views: int = 1
     partial: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -161,6 +158,12 @@ class Fingerprint(Record):
 
     def __hash__(self) -> int:
         return hash(self.to_json())
+
+    @property
+    def views(self) -> int:
+        """Views stored of each image; 1 means that the features have no axis of views."""
+        views: int = (self.augmentation or {}).get("views", 1)
+        return views
 
     def diff(self, other: Fingerprint, names: tuple[str, str] = ("this", "other")) -> str:
         """Return what differs, one field a line, or an empty string.

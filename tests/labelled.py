@@ -38,6 +38,8 @@ def fingerprint(taps: Sequence[str] = (POOL,), **changes: Any) -> Fingerprint:
         "taps": tuple(taps),
         "preprocessing": {"resize": 256},
     }
+    if "views" in changes:
+        changes["augmentation"] = {"views": changes.pop("views")}
     return Fingerprint(**(values | changes))
 
 

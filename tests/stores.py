@@ -56,6 +56,8 @@ def fingerprint(**changes: Any) -> Fingerprint:
         "taps": (POOL,),
         "preprocessing": {"resize": 256},
     }
+    if "views" in changes:
+        changes["augmentation"] = {"views": changes.pop("views")}
     return Fingerprint(**(values | changes))
 
 

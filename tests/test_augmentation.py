@@ -94,9 +94,9 @@ def test_without_any_change_a_view_is_the_image() -> None:
 
 
 def test_survives_json() -> None:
-    augmentation = Augmentation(flip=0.1, scale=(0.3, 0.9), rotation=180, random_state=5)
+    augmentation = Augmentation(flip=0.1, scale=(0.3, 0.9), rotation=180, random_state=5, views=3)
     again = Augmentation.from_dict(json.loads(json.dumps(augmentation.to_dict())))
-    assert again == augmentation and hash(again) == hash(augmentation)
+    assert again == augmentation and again.views == 3 and hash(again) == hash(augmentation)
     with pytest.raises(ValueError, match="unknown fields of an augmentation: blur"):
         Augmentation.from_dict({"blur": 1})
 
@@ -110,6 +110,7 @@ def test_survives_json() -> None:
         ({"scale": (0.5, 1.5)}, "scale"),
         ({"ratio": (2, 1)}, "ratio"),
         ({"rotation": -1}, "180 degrees"),
+        ({"views": 0}, "views is at least 1"),
     ],
 )
 def test_impossible_values_are_refused(values: dict[str, Any], message: str) -> None:

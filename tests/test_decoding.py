@@ -683,8 +683,8 @@ def test_pillow_logs_nothing_to_a_user_without_handlers(tmp_path: Path) -> None:
 
 def test_views_are_cropped_from_the_whole_image(photographs: dict[str, bytes]) -> None:
     preprocessing = Preprocessing(resize=256, crop=64)
-    augmentation = Augmentation(rotation=0, random_state=3)
-    views = preprocessing.views(photographs["china"], augmentation, "china.jpg", 4)
+    augmentation = Augmentation(rotation=0, random_state=3, views=4)
+    views = preprocessing.views(photographs["china"], augmentation, "china.jpg")
     assert views.shape == (4, 3, 64, 64)
     assert views.transpose(0, 2, 3, 1).flags.c_contiguous
     image = reference(photographs["china"])
@@ -699,16 +699,16 @@ def test_views_are_cropped_from_the_whole_image(photographs: dict[str, bytes]) -
 
 
 def test_views_of_grey_and_of_many_channels() -> None:
-    augmentation = Augmentation(random_state=1)
+    augmentation = Augmentation(random_state=1, views=2)
     grey = noise(40, 50)
-    three = Preprocessing(resize=32, crop=24).views(grey, augmentation, "a", 2)
+    three = Preprocessing(resize=32, crop=24).views(grey, augmentation, "a")
     five = Preprocessing(resize=32, crop=24, channels=5, mean=(0.0,) * 5, std=(1.0,) * 5)
-    stacked = five.views(np.repeat(grey[..., None], 5, axis=2), augmentation, "a", 2)
+    stacked = five.views(np.repeat(grey[..., None], 5, axis=2), augmentation, "a")
     assert stacked.shape == (2, 5, 24, 24)
     for k in range(5):
         assert np.array_equal(stacked[:, k], three[:, 0])
     with pytest.raises(DecodeError, match="an empty file"):
-        Preprocessing().views(b"", augmentation, "a", 2)
+        Preprocessing().views(b"", augmentation, "a")
 
 
 # -- Pillow's own collection ---------------------------------------------------------------------

@@ -87,7 +87,6 @@ def test_other_features_do_not_replace_those_that_are_there(
         ({"store_dtype": "float64"}, "store_dtype"),
         ({"on_error": "ignore"}, "on_error"),
         ({"max_failures": 1.5}, "max_failures"),
-        ({"views": 0}, "views"),
     ],
 )
 def test_impossible_arguments_are_refused(root: Path, options: Any, message: str) -> None:
@@ -127,13 +126,16 @@ def test_no_rows_give_no_chunks(root: Path) -> None:
 @pytest.mark.parametrize("views", [1, 2])
 def test_a_few_images_wait_for_no_black_ones(tmp_path: Path, views: int) -> None:
     images = ImageSet.open(folder(tmp_path, 40))
+    drawn = Augmentation(views=views) if views > 1 else None
     batches: list[int] = []
 
     def computed(rows: list[int]) -> np.ndarray:
         one = backbone()
         one.module.body.register_forward_pre_hook(lambda *_: batches.append(1))
         batches.clear()
-        chunks = features(images, one, rows=np.array(rows), device="cpu", batch_size=4, views=views)
+        chunks = features(
+            images, one, rows=np.array(rows), device="cpu", batch_size=4, augmentation=drawn
+        )
         return np.concatenate([chunk.features[TAP] for chunk in chunks])
 
     every = computed(list(range(40)))
@@ -148,7 +150,7 @@ def test_a_few_images_wait_for_no_black_ones(tmp_path: Path, views: int) -> None
 
 
 def test_views_are_an_axis_and_the_same_in_every_run(root: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"views": 3, "augmentation": Augmentation(random_state=5)}
+    options: dict[str, Any] = {"augmentation": Augmentation(views=3, random_state=5)}
     store = run(root, batch_size=4, **options)
     X, _ = store.load(TAP)
     assert X.shape == (22, 3, 16)
@@ -156,14 +158,14 @@ def test_views_are_an_axis_and_the_same_in_every_run(root: Path, tmp_path: Path)
     assert (X[:, 0] != X[:, 1]).any(axis=1).all()
     again = run(root, path=tmp_path / "again.h5", batch_size=4, workers=0, **options)
     np.testing.assert_array_equal(again.load(TAP)[0], X)
-    seeded = run(root, path=tmp_path / "b.h5", batch_size=4, views=3, augmentation=Augmentation())
+    seeded = run(root, path=tmp_path / "b.h5", batch_size=4, augmentation=Augmentation(views=3))
     assert (seeded.load(TAP)[0] != X).any()
 
 
 def test_views_of_a_renamed_image_are_computed_anew(root: Path) -> None:
-    run(root, views=2)
+    run(root, augmentation=Augmentation(views=2))
     (root / "ant" / "0000.jpg").rename(root / "ant" / "renamed.jpg")
-    summary = run(root, views=2).extraction
+    summary = run(root, augmentation=Augmentation(views=2)).extraction
     assert (summary.computed, summary.copied) == (1, 21)
 
 

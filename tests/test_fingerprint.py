@@ -42,8 +42,7 @@ OTHER_VALUES = {
     "preprocessing": {"resize": 256, "mean": (0.485, 0.456, 0.406)},
     "precision": "bfloat16",
     "store_dtype": "float16",
-    "augmentation": {"flip": True},
-    "views": 4,
+    "augmentation": {"flip": True, "views": 4},
     "partial": {"missing": ["fc.weight"]},
 }
 

@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from featcache import Backbone, ImageSet, Preprocessing, extract, train
+from featcache import Augmentation, Backbone, ImageSet, Preprocessing, extract, train
 from featcache.errors import FingerprintMismatch, ImageSetError, OutputError, PredictorError
 from featcache.predictor import persistence
 from featcache.predictor.manifest import CanaryRows
@@ -189,7 +189,14 @@ def test_streaming_reads_no_further_than_it_must(predictor: Predictor) -> None:
 def test_views_are_made_and_averaged_at_prediction(
     images: ImageSet, folder: Path, flower_folder: Path
 ) -> None:
-    views = extract(images, own(), folder / "views.h5", views=3, workers=0, progress=False)
+    views = extract(
+        images,
+        own(),
+        folder / "views.h5",
+        augmentation=Augmentation(views=3),
+        workers=0,
+        progress=False,
+    )
     predictor = train(views, cv=3)
     found = predictor.predict(flower_folder, top_k=3, backbone=own(), workers=0)
     np.testing.assert_allclose(
@@ -536,7 +543,7 @@ MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a column that is none": lambda m: m.update(columns=[7]),
     "no fingerprint": lambda m: m.update(fingerprints=[]),
     "a fingerprint that is none": lambda m: m.update(fingerprints=["x"]),
-    "a fingerprint with views 0": lambda m: m["fingerprints"][0].update(views=0),
+    "a fingerprint with views 0": lambda m: m["fingerprints"][0].update(augmentation={"views": 0}),
     "a fingerprint of no source": lambda m: m["fingerprints"][0].update(source="web"),
     "taps that are numbers": lambda m: m["fingerprints"][0].update(taps=[3]),
     "preprocessing a list": lambda m: m["fingerprints"][0].update(preprocessing=[1]),
@@ -556,7 +563,8 @@ def test_hostile_manifests(named: Path, tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "huge", [{"views": 10**9}, {"preprocessing": Preprocessing(crop=10**9).to_dict()}]
+    "huge",
+    [{"augmentation": {"views": 10**9}}, {"preprocessing": Preprocessing(crop=10**9).to_dict()}],
 )
 def test_pixels_of_no_possible_size_are_refused_before_any_are_made(
     named: Path, tmp_path: Path, flower_folder: Path, huge: dict[str, Any]

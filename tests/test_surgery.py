@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -324,14 +325,13 @@ def test_recipe_9_csv_of_breeds_by_hand_and_from_the_cache(tmp_path: Path) -> No
         tmp_path / "labels.csv", tmp_path, label_column="breed", suffix=".jpg"
     )
     prepare = Preprocessing(resize=32, crop=32)
-    augment = Augmentation(scale=(0.6, 1.0))
+    augment = Augmentation(scale=(0.6, 1.0), views=3)
     pretrained = small_network()
     network = Backbone(pretrained, preprocessing=prepare, layers=["pool:input:map", "pool"])
     store = extract(
         images,
         network,
         tmp_path / "breeds.h5",
-        views=3,
         augmentation=augment,
         workers=0,
         progress=False,
@@ -349,9 +349,8 @@ def test_recipe_9_csv_of_breeds_by_hand_and_from_the_cache(tmp_path: Path) -> No
     losses = []
     for epoch in range(9):
         train_mode(pretrained)
-        views = [
-            prepare.views(images.read(rows[name]), augment, name, epoch + 1)[-1] for name in fit.ids
-        ]
+        drawn = dataclasses.replace(augment, views=epoch + 1)
+        views = [prepare.views(images.read(rows[name]), drawn, name)[-1] for name in fit.ids]
         scores = pretrained(prepare.normalize(torch.from_numpy(np.stack(views))))
         loss = nn.functional.cross_entropy(scores, truth)
         optimizer.zero_grad()

@@ -207,6 +207,7 @@ def extract(
     image_size: int | None,
     labels: Path | None,
     devices: tuple[str, ...],
+    views: int,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -224,6 +225,7 @@ def extract(
         _backbone(backbone, weights, layers, image_size, partial=partial),
         output,
         device=devices[0] if len(devices) == 1 else (list(devices) or "auto"),
+        augmentation=featcache.Augmentation(views=views) if views > 1 else None,
         progress=True,
         **settings,
     )

@@ -130,14 +130,11 @@ class Decoder:
         Resizing and cropping.
     augmentation : Augmentation, optional
         Random views instead of the central crop; the pixels then have an axis of views.
-    views : int
-        Number of views.
     """
 
     images: ImageSet
     preprocessing: Preprocessing
     augmentation: Augmentation | None = None
-    views: int = 1
 
     def blank(self, task: Task) -> Batch:
         """Return a batch of black images, none of them read."""
@@ -145,7 +142,7 @@ class Decoder:
         entries = np.zeros(len(rows), ENTRY)
         entries["status"], entries["size"], entries["mtime_ns"] = PENDING, -1, -1
         channels, height, width = self.preprocessing.output_shape
-        axes = (size,) if self.augmentation is None else (size, self.views)
+        axes = (size,) if self.augmentation is None else (size, self.augmentation.views)
         # In memory (slots, [views,] h, w, c): torch then sees channels_last without a copy.
         pixels = np.moveaxis(np.zeros((*axes, height, width, channels), np.uint8), -1, -3)
         return Batch(rows, slots, entries, torch.from_numpy(pixels))
@@ -180,7 +177,7 @@ class Decoder:
     def _pixels(self, row: int, raw: RawImage) -> np.ndarray:
         if self.augmentation is None:
             return self.preprocessing(raw)
-        return self.preprocessing.views(raw, self.augmentation, self.images.ids[row], self.views)
+        return self.preprocessing.views(raw, self.augmentation, self.images.ids[row])
 
 
 class Loader:

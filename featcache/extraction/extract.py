@@ -66,7 +66,6 @@ def features(
     device: str = "auto",
     precision: str = "float32",
     compile: bool | None = None,
-    views: int = 1,
     augmentation: Augmentation | None = None,
 ) -> Iterator[Chunk]:
     """Compute features, a batch at a time, in the order of the rows.
@@ -79,7 +78,7 @@ def features(
         The network.
     rows : array of int, optional
         Numbers of the images to compute, ascending; all if left out.
-    batch_size, workers, device, precision, compile, views, augmentation
+    batch_size, workers, device, precision, compile, augmentation
         As for `extract`.
 
     Yields
@@ -93,7 +92,6 @@ def features(
         device=device,
         precision=precision,
         compile=compile,
-        views=views,
         augmentation=augmentation,
     )
     wanted = np.arange(len(images)) if rows is None else np.asarray(rows, np.int64)
@@ -144,7 +142,6 @@ def extract(
     precision: str = "float32",
     store_dtype: str = "float32",
     compile: bool | None = None,
-    views: int = 1,
     augmentation: Augmentation | None = None,
     on_error: Literal["skip", "fail"] = "skip",
     max_failures: float = 0.01,
@@ -177,10 +174,9 @@ def extract(
         Of the stored features.
     compile : bool, optional
         Use ``torch.compile``. Left out: as the rows that are there were computed, otherwise not.
-    views : int
-        Augmented views of each image; with more than one the features are (n, views, d).
     augmentation : Augmentation, optional
-        What views look like; left out, the default for ``views > 1``, and none for one view.
+        Draw augmented views of each image in place of the plain crop. With several views, as in
+        ``Augmentation(views=4)``, the features have shape (n, views, d).
     on_error : {"skip", "fail"}
         What to do with an image that cannot be read or decoded: record it and leave it out, or
         stop at once.
@@ -214,7 +210,6 @@ def extract(
         device=devices[0],
         precision=precision,
         compile=compile,
-        views=views,
         augmentation=augmentation,
     )
     _check(store_dtype, on_error, max_failures)
@@ -288,7 +283,6 @@ def _request(backbone: Backbone, options: Options, store_dtype: str) -> dict[str
         "precision": options.precision,
         "store_dtype": store_dtype,
         "augmentation": None if augmentation is None else augmentation.to_dict(),
-        "views": options.views,
     }
 
 
@@ -308,9 +302,8 @@ def _from_network(backbone: Backbone, request: dict[str, Any]) -> reuse.StoredLa
         precision=request["precision"],
         store_dtype=request["store_dtype"],
         augmentation=request["augmentation"],
-        views=request["views"],
     )
-    views = (request["views"],) if request["views"] > 1 else ()
+    views = (fingerprint.views,) if fingerprint.views > 1 else ()
     shapes = {tap: (*views, *shape) for tap, shape in backbone.shapes.items()}
     return reuse.StoredLayout(fingerprint, shapes)
 

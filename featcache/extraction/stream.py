@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from featcache.errors import DecodeError, ExtractionError
+from featcache.errors import DecodeError
 from featcache.extraction.decoding import Batch, Decoder, Loader, Tasks
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
@@ -42,13 +42,11 @@ class Options:
     precision: str = "float32"
     compile: bool | None = None
     augmentation: Augmentation | None = None
-    views: int = 1
 
-    def __post_init__(self) -> None:
-        if self.views < 1:
-            raise ExtractionError(f"views is at least 1, not {self.views}")
-        if self.views > 1 and self.augmentation is None:
-            object.__setattr__(self, "augmentation", Augmentation())
+    @property
+    def views(self) -> int:
+        """Views of each image; 1 without augmentation."""
+        return 1 if self.augmentation is None else self.augmentation.views
 
     def runtime(
         self,
@@ -161,7 +159,7 @@ def compute(
     if not len(rows):
         return
     clock, views, workers = clock or Clock(), options.views, options.workers
-    decoder = Decoder(images, runtime.backbone.preprocessing, options.augmentation, views)
+    decoder = Decoder(images, runtime.backbone.preprocessing, options.augmentation)
     loader = Loader(
         decoder,
         workers=default_workers(runtime, crashed=crashed) if workers is None else workers,

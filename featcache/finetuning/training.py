@@ -21,7 +21,8 @@ nine epochs on four augmented views of the pooling layer's input, then SVM and t
 >>> backbone = fc.Backbone(
 ...     "resnet50", layers=["avgpool:input:map", "avgpool"]
 ... )  # doctest: +SKIP
->>> store = fc.extract(images, backbone, "breeds.h5", views=4)  # doctest: +SKIP
+>>> four = fc.Augmentation(views=4)
+>>> store = fc.extract(images, backbone, "breeds.h5", augmentation=four)  # doctest: +SKIP
 >>> fit, validation = store.split(0.1, stratify=True)  # doctest: +SKIP
 >>> nine = fc.SuffixSettings(first="fc", epochs=9)
 >>> print(

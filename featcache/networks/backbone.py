@@ -198,7 +198,6 @@ class Backbone:
         precision: str = "float32",
         store_dtype: str = "float32",
         augmentation: Mapping[str, Any] | None = None,
-        views: int = 1,
     ) -> Fingerprint:
         """Return everything that decides the value of a feature. Loads the weights.
 
@@ -209,9 +208,7 @@ class Backbone:
         store_dtype : {"float32", "float16"}
             Of the stored features.
         augmentation : mapping, optional
-            ``Augmentation.to_dict()`` where views are stored.
-        views : int
-            Views stored of each image.
+            ``Augmentation.to_dict()`` where augmented views are stored.
         """
         return Fingerprint(
             source=self.source,
@@ -223,7 +220,6 @@ class Backbone:
             precision=precision,
             store_dtype=store_dtype,
             augmentation=augmentation,
-            views=views,
             partial=self.partial.to_dict() if self.partial else None,
         )
 

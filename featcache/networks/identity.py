@@ -183,7 +183,6 @@ def _unlike(network: Backbone, fingerprint: Fingerprint) -> str:
         precision=fingerprint.precision,
         store_dtype=fingerprint.store_dtype,
         augmentation=fingerprint.augmentation,
-        views=fingerprint.views,
     )
     return difference(fingerprint, found, ("predictor", "network"))
 

@@ -137,9 +137,7 @@ class Preprocessing(Record):
         with decode_errors():
             return self._finish([self._fit(band) for band in _bands(picture(raw, self.channels))])
 
-    def views(
-        self, raw: RawImage, augmentation: Augmentation, id: str, count: int
-    ) -> NDArray[np.uint8]:
+    def views(self, raw: RawImage, augmentation: Augmentation, id: str) -> NDArray[np.uint8]:
         """Decode one image and draw augmented views of it.
 
         Parameters
@@ -147,16 +145,14 @@ class Preprocessing(Record):
         raw : bytes, ndarray or PIL.Image.Image
             As for `decode`.
         augmentation : Augmentation
-            What the views look like. They are cropped from the whole image, at the size and with
-            the interpolation of this preprocessing.
+            What the views look like, and how many there are. They are cropped from the whole
+            image, at the size and with the interpolation of this preprocessing.
         id : str
             The image's id, which seeds the views.
-        count : int
-            Number of views.
 
         Returns
         -------
-        ndarray of uint8, shape (count, channels, h, w)
+        ndarray of uint8, shape (views, channels, h, w)
             The views; the memory layout is that of a single image.
 
         Raises
@@ -169,11 +165,11 @@ class Preprocessing(Record):
             bands = _bands(picture(raw, self.channels))
             whole = bands[0].height, bands[0].width
             views = []
-            for index in range(count):
+            for index in range(augmentation.views):
                 view = augmentation.view(id, index, whole)
                 pixels = self._finish([view(band, size, resample) for band in bands])  # (c, h, w)
                 views.append(pixels.transpose(1, 2, 0))
-            return np.stack(views).transpose(0, 3, 1, 2)  # (count, h, w, c) -> (count, c, h, w)
+            return np.stack(views).transpose(0, 3, 1, 2)  # (views, h, w, c) -> (views, c, h, w)
 
     def _fit(self, image: Image.Image) -> Image.Image:
         """Resize and crop an image, or one of its bands."""

@@ -60,6 +60,8 @@ class Augmentation(Record):
         Largest rotation in degrees, to either side. The corners become black.
     random_state : int
         Seed.
+    views : int
+        Number of views of each image.
 
     Raises
     ------
@@ -72,6 +74,7 @@ class Augmentation(Record):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     rotation: float = 15.0
     random_state: int = 0
+    views: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.flip <= 1:
@@ -82,6 +85,8 @@ class Augmentation(Record):
                 raise ValueError(f"{name} is (low, high) with 0 < low <= high, not {(low, high)!r}")
         if not 0 <= self.rotation <= 180:
             raise ValueError(f"rotation is between 0 and 180 degrees, not {self.rotation!r}")
+        if self.views < 1:
+            raise ValueError(f"views is at least 1, not {self.views!r}")
 
     def view(self, id: str, index: int, size: tuple[int, int]) -> View:
         """Draw view number `index` of image `id`.

@@ -123,7 +123,6 @@ def stream(
         workers=workers,
         device=device,
         precision=fingerprint.precision,
-        views=fingerprint.views,
         augmentation=None if augmentation is None else Augmentation.from_dict(augmentation),
     )
     for chunk in chunks:

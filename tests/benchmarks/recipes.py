@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -104,7 +105,7 @@ class Photographs(Dataset[Any]):
         if not self.augmented:
             return torch.from_numpy(self.prepare(raw)), code
         draw = f"{self.images.ids[row]} {torch.randint(1 << 60, ()).item()}"
-        return torch.from_numpy(self.prepare.views(raw, AUGMENTATION, draw, 1)[0]), code
+        return torch.from_numpy(self.prepare.views(raw, AUGMENTATION, draw)[0]), code
 
 
 def nine_by_hand(
@@ -340,8 +341,7 @@ def accuracy(folder: Path, device: torch.device, count: int | None) -> None:
             listed,
             maps,
             folder / "views.h5",
-            views=4,
-            augmentation=AUGMENTATION,
+            augmentation=dataclasses.replace(AUGMENTATION, views=4),
             store_dtype="float16",
             device=str(device),
         )
