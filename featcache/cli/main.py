@@ -191,7 +191,7 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
 )
 @option(
     "--max-failures",
-    type=options.Percent(),
+    type=options.share,
     default="1%",
     help="Fail if a larger share of the images than this cannot be read.",
 )
@@ -283,7 +283,7 @@ def verify(store: Path, as_json: bool) -> None:
 @option("--cv", **count(2), default=5, help="Number of folds of the cross-validation.")
 @option(
     "--test-size",
-    type=options.Percent(),
+    type=options.share,
     help="Share of the images to hold out and score once. Default: as the split column says, or "
     "25%.",
 )
@@ -296,7 +296,7 @@ def verify(store: Path, as_json: bool) -> None:
 )
 @option(
     "--memory",
-    type=options.Memory(),
+    type=options.size,
     help="Memory to stay within, such as 1GB; features are then read in blocks. Default: what is "
     "free.",
 )

@@ -26,43 +26,25 @@ LISTING = (
 )
 
 
-class Percent(click.ParamType[float]):
-    """A share: ``1%`` or ``0.01``."""
-
-    name = "share"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the share as a number from 0 to 1."""
-        if isinstance(value, float):
-            return value
-        text = str(value).strip()
-        try:
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            self.fail(f"{text!r} is not a share; type 1% or 0.01", param, ctx)
-        if not 0 <= share <= 1:
-            self.fail(f"{text!r} is not between 0% and 100%", param, ctx)
-        return share
+def share(text: str) -> float:
+    """Read a share, ``1%`` or ``0.01``, as a number from 0 to 1."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a share; type 1% or 0.01") from None
+    if not 0 <= value <= 1:
+        raise click.BadParameter(f"{text!r} is not between 0% and 100%")
+    return value
 
 
-class Memory(click.ParamType[int]):
-    """A number of bytes: ``500MB``, ``1GB``, ``2GiB``."""
-
-    name = "size"
-    _units = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}  # noqa: RUF012
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", str(value).strip().lower())
-        if match is None:
-            self.fail(f"{value!r} is not a size; type 500MB or 1GB", param, ctx)
-        number, unit, binary = match.groups()
-        power = "kmgt".find(unit) + 1 if unit else 0
-        return int(float(number) * (1024**power if binary else self._units[unit]))
+def size(text: str) -> int:
+    """Read a number of bytes: ``500MB``, ``1GB``, ``2GiB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size; type 500MB or 1GB")
+    number, unit, binary = match.groups()
+    power = "kmgt".find(unit) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def count(minimum: int = 1) -> dict[str, Any]:
@@ -183,7 +165,7 @@ suffix_training = stacked(
         "--validation",
         "share of the images set aside to decide when to stop; with 0, train on all of them, to "
         "the last epoch.",
-        type=Percent(),
+        type=share,
         show=f"{SuffixSettings.validation:.0%}",
     ),
     _suffix("--device", f"{DEVICES}.", metavar="DEVICE"),
