@@ -336,11 +336,11 @@ def test_another_network_is_refused(store: FeatureStore) -> None:
 def test_rows_are_read_in_any_order(store: FeatureStore) -> None:
     whole = store.load(BODY)[0]
     rows = np.array([7, 3, 3, 40, 12])
-    np.testing.assert_array_equal(store.take(rows, BODY), whole[rows])
+    np.testing.assert_array_equal(store.select(rows).load(BODY)[0], whole[rows])
     part = store.select(np.arange(47, 20, -2))
-    np.testing.assert_array_equal(part.take(np.array([2, 0]), BODY), whole[[43, 47]])
+    np.testing.assert_array_equal(part.select([2, 0]).load(BODY)[0], whole[[43, 47]])
     with pytest.raises(IndexError):
-        part.take(np.array([14]), BODY)
+        part.select([14])
 
 
 def test_each_epoch_deals_all_rows_once_in_another_order() -> None:
@@ -602,18 +602,17 @@ def test_features_are_read_a_minibatch_at_a_time(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     largest = 0
-    take = FeatureStore.take
+    load = FeatureStore.load
 
-    def taking(self: FeatureStore, rows: np.ndarray, tap: str | None = None) -> np.ndarray:
+    def loading(self: FeatureStore, *args: Any, **options: Any) -> Any:
         nonlocal largest
-        largest = max(largest, len(rows))
-        return take(self, rows, tap)
+        largest = max(largest, len(self))
+        return load(self, *args, **options)
 
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("the whole array was asked for")
 
-    monkeypatch.setattr(FeatureStore, "take", taking)
-    monkeypatch.setattr(FeatureStore, "load", refused)
+    monkeypatch.setattr(FeatureStore, "load", loading)
     monkeypatch.setattr(FeatureStore, "matrix", refused)
     tune(store, FAST)
     train(store, head="suffix", cv=2, suffix=FAST, backbone=backbone(BODY), layers=[BODY])

@@ -152,7 +152,7 @@ class Maps:
         torch.Tensor
             (m, ...), or (m, views, ...) where views are stored and none is chosen.
         """
-        found = self.store.take(rows, self.tap)
+        found, _ = self.store.select(rows).load(self.tap, dtype=None)
         if self.views > 1 and view is not None:
             found = found[np.arange(len(rows)), view]
         return torch.from_numpy(found)

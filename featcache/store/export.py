@@ -1,12 +1,12 @@
 """Features as files of other programs: ``.npz``, ``.npy``, ``.parquet``, ``.csv``.
 
-Everything is written block by block, beside the target, and renamed when it is whole; so a store
-larger than memory can be exported, and an interrupted export leaves nothing half done.
+Everything is written block by block, so a store larger than memory can be exported.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import os
 import zipfile
@@ -18,8 +18,8 @@ import numpy as np
 
 from featcache.errors import MissingExtra, StoreError
 from featcache.fingerprint import canonical_json
-from featcache.store import disk
 from featcache.store.store import FeatureStore
+from featcache.system.files import atomic_write, check_overwrite
 
 __all__ = ["export_store"]
 
@@ -29,7 +29,8 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
 
     ============ ==================================================================================
     ``.npz``     one array a tap under the tap's name, as stored; ``ids``, ``labels``, ``groups``,
-                 ``splits`` (arrays of str) and ``fingerprint`` (JSON); read with ``numpy.load``
+                 ``splits`` (arrays of str) and ``fingerprints`` (JSON: a list with the
+                 fingerprint of each joined store); read with ``numpy.load``
     ``.npy``     all taps side by side, (n, d) or (n, views, d) float32; rows in the store's order
     ``.parquet`` a row an image: ``id``, ``label``, ``group``, ``split``, and a list of float32 a
                  tap (a list of lists where there are views); needs the extra ``parquet``
@@ -51,11 +52,11 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     StoreError
-        The suffix is of no kind above, a file of another kind is there, or it cannot be written.
+        The suffix is of no kind above.
+    OutputError
+        A file of another kind is there, or it cannot be written.
     MissingExtra
         ``.parquet`` without pyarrow.
-    DiskFull
-        There is no room.
     """
     target = Path(path)
     if target.suffix not in _KINDS:
@@ -63,39 +64,16 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
             f"Cannot export to {target}: a name ending in {', '.join(_KINDS)} is needed."
         )
     magic, write = _KINDS[target.suffix]
-    _refuse_other(target, magic)
-    temporary = target.with_name(f".{target.name}.new")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(store, file)
-            file.flush()
-            disk.fsync(file.fileno())
-        disk.rename(str(temporary), str(target))
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        needed = 4 * len(store) * store.width()
-        disk.raise_for(error, str(target), needed=needed, so_far="Nothing was exported.")
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    def is_own(path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    check_overwrite(target, is_own, f"a {target.suffix} file of this kind")
+    with atomic_write(target) as file:
+        write(store, file)
     return target
-
-
-def _refuse_other(target: Path, magic: bytes) -> None:
-    """Raise where the target holds something else than an earlier export of this kind."""
-    try:
-        with target.open("rb") as file:
-            start = file.read(len(magic))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StoreError(f"Cannot write {target}: {error.strerror}.") from error
-    if start != magic:
-        raise StoreError(
-            f"{target} exists and is not a {target.suffix} file. Choose another name with -o, or "
-            f"delete it: rm {target}"
-        )
 
 
 def _tables(store: FeatureStore) -> dict[str, np.ndarray]:
@@ -108,16 +86,20 @@ def _tables(store: FeatureStore) -> dict[str, np.ndarray]:
     return tables
 
 
+def _fingerprints(store: FeatureStore) -> str:
+    """Return the fingerprints of the joined stores as a JSON list."""
+    return canonical_json([dataclasses.asdict(one) for one in store.fingerprints])
+
+
 def _write_npz(store: FeatureStore, file: IO[bytes]) -> None:
-    fingerprints = canonical_json([fingerprint.to_json() for fingerprint in store.fingerprints])
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, table in _tables(store).items():
             _write_member(archive, f"{name}s", table.shape, table.dtype, iter([table]))
-        text = np.array(fingerprints)
+        text = np.array(_fingerprints(store))
         _write_member(archive, "fingerprints", text.shape, text.dtype, iter([text]))
         for name, info in store.taps.items():
             shape = (len(store), *info.shape)
-            blocks = (part for _, part in store.stored_blocks(name))
+            blocks = (block for _, block in store.blocks(name, dtype=None))
             _write_member(archive, name, shape, info.dtype, blocks)
 
 
@@ -181,8 +163,7 @@ def _write_parquet(store: FeatureStore, file: IO[bytes]) -> None:
     for name, info in store.taps.items():
         values = pa.list_(pa.float32(), info.width)
         fields.append((name, pa.list_(values, info.views) if info.views > 1 else values))
-    metadata = {"featcache": canonical_json([f.to_json() for f in store.fingerprints])}
-    schema = pa.schema(fields, metadata=metadata)
+    schema = pa.schema(fields, metadata={"featcache": _fingerprints(store)})
     with pq.ParquetWriter(file, schema) as writer:
         for part, block in store.blocks():
             arrays = [pa.array(table[part].tolist(), pa.string()) for table in tables.values()]

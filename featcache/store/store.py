@@ -454,47 +454,32 @@ class FeatureStore:
             "run": self.meta.get("run"),
         }
 
-    def to_text(self) -> str:
-        """Return what the store holds, for people."""
-        facts = self.describe()
-        lines = [
-            f"{', '.join(self.paths)}: {len(self):,} images, {facts['bytes'] / 1e6:,.1f} MB",
-            "classes   "
-            + ", ".join(f"{name or '(no label)'} {k:,}" for name, k in facts["classes"].items()),
-        ]
-        for name, tap in self.taps.items():
-            lines.append(f"tap       {name}  {tap.shape} {tap.dtype}")
-        for fingerprint in self.fingerprints:
-            lines.append(
-                f"backbone  {fingerprint.source}/{fingerprint.backbone} {fingerprint.weights}, "
-                f"{fingerprint.precision}, fingerprint {fingerprint.digest[:16]}"
-            )
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return what people want to know, each under its name."""
+        classes = [f"{name or '(no label)'} {k:,}" for name, k in self._label_counts.items()]
+        facts = [("classes", some(sorted(classes)))]
+        facts += [("tap", f"{name}  {tap.shape} {tap.dtype}") for name, tap in self.taps.items()]
+        for one in self.fingerprints:
+            name = f"{one.source}/{one.backbone} {one.weights}, {one.precision}"
+            facts.append(("backbone", f"{name}, fingerprint {one.digest[:16]}"))
         if self.failures:
             first = self.failures[0]
-            lines.append(
-                f"failures  {len(self.failures):,} (first: {first.id}: {first.stage}: "
-                f"{first.reason})"
-            )
-        return "\n".join(lines)
+            reason = f"{first.id}: {first.stage}: {first.reason}"
+            facts.append(("failures", f"{len(self.failures):,} (first: {reason})"))
+        return facts
 
-    # --- choosing rows --------------------------------------------------------------------------
+    def _title(self) -> str:
+        size = sum(Path(path).stat().st_size for path in self.paths)
+        return f"{', '.join(self.paths)}: {len(self):,} images, {size / 1e6:,.1f} MB"
+
+    def to_text(self) -> str:
+        """Return what the store holds, for people."""
+        return "\n".join([self._title(), *(f"{name:9} {text}" for name, text in self._facts())])
 
     def _repr_html_(self) -> str:
-        facts = self.describe()
-        classes = [f"{name or '(no label)'} {n:,}" for name, n in facts["classes"].items()]
-        taps = facts["taps"].items()
-        rows = [
-            ("images", f"{len(self):,}"),
-            ("classes", some(classes)),
-            *(("tap", f"{name} {tuple(tap['shape'])} {tap['dtype']}") for name, tap in taps),
-            *(
-                ("backbone", f"{one.source}/{one.backbone} {one.weights}, {one.digest[:16]}")
-                for one in self.fingerprints
-            ),
-            ("size", f"{facts['bytes'] / 1e6:,.1f} MB"),
-            ("failures", f"{len(facts['failures']):,}"),
-        ]
-        return table([", ".join(self.paths), ""], rows)
+        return table([self._title(), ""], self._facts())
+
+    # --- choosing rows --------------------------------------------------------------------------
 
     def select(self, indices: Sequence[int] | np.ndarray) -> FeatureStore:
         """Return a store of some rows, in the order given; no features are read.
@@ -725,6 +710,7 @@ class FeatureStore:
         rows: int | None = None,
         *,
         out: np.ndarray | None = None,
+        dtype: str | None = "float32",
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield the rows of `matrix` block by block, in the order of the disk.
 
@@ -734,27 +720,28 @@ class FeatureStore:
             Taps; None = all.
         rows : int, optional
             Rows of a block; None = what fits in 64 MiB, at most 8,192.
-        out : ndarray, shape (rows, [views,] d), float32, optional
+        out : ndarray, shape (rows, [views,] d), optional
             Memory to use again for each block, which is then valid until the next one: saves the
             page faults of new memory, several times the time of reading.
+        dtype : {"float32", "float16", None}
+            Type of a block without `out`. None = as the first tap is stored.
 
         Yields
         ------
         part : slice
             Rows of this store.
-        block : ndarray, shape (m, d) or (m, views, d), float32
+        block : ndarray, shape (m, d) or (m, views, d)
         """
         names = self.resolve(layers)
         width = self.width(names)
-        bytes_of_row = 4 * math.prod(self._head(1)) * width
+        kind = self.taps[names[0]].dtype if dtype is None else np.dtype(dtype)
+        bytes_of_row = kind.itemsize * math.prod(self._head(1)) * width
         step = rows or max(1, min(8192, _BLOCK_BYTES // max(bytes_of_row, 1)))
         step = step if out is None else len(out)
         for start in range(0, len(self), step):
             part = slice(start, min(start + step, len(self)))
             count = part.stop - part.start
-            block = (
-                np.empty((*self._head(count), width), np.float32) if out is None else out[:count]
-            )
+            block = np.empty((*self._head(count), width), kind) if out is None else out[:count]
             self._read_block(names, part, block)
             yield part, block
 
@@ -765,39 +752,6 @@ class FeatureStore:
             width = self.taps[name].width
             self._read(name, part, out[..., column : column + width])
             column += width
-
-    def take(self, rows: np.ndarray, tap: str | None = None) -> np.ndarray:
-        """Return some rows of one tap as stored: (m, ...), or (m, views, ...) with views.
-
-        Parameters
-        ----------
-        rows : ndarray of int, shape (m,)
-            Rows of this store; ascending ones are read fastest.
-        tap : str, optional
-            As for `load`.
-        """
-        name = self._resolve(tap)
-        column = self._columns[name]
-        source, index = self._sources[column.source], self._indices[column.source]
-        chosen = np.asarray(rows, np.int64)
-        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise IndexError(f"Rows go from 0 to {len(self) - 1}.")
-        info = self.taps[name]
-        out = np.empty((len(chosen), *info.shape), info.dtype)
-        source.fetch(column.tap, chosen if index is None else index[chosen], out)
-        return out
-
-    def stored_blocks(self, tap: str | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield one tap's rows as stored, (slice, (m, ...)), block by block."""
-        name = self._resolve(tap)
-        info = self.taps[name]
-        size = math.prod(info.shape) * info.dtype.itemsize
-        step = max(1, min(8192, _BLOCK_BYTES // max(size, 1)))
-        for start in range(0, len(self), step):
-            part = slice(start, min(start + step, len(self)))
-            block = np.empty((part.stop - part.start, *info.shape), info.dtype)
-            self._read(name, part, block)
-            yield part, block
 
     def stored_rows(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Return features as stored, and which rows match their checksums.
