@@ -8,17 +8,16 @@ import glob
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from featcache.errors import DecodeError, ImageSetError
 from featcache.images.source import (
-    NOT_UTF8,
     SUFFIXES,
     Source,
     column,
     did_you_mean,
     first_few,
-    is_utf8,
+    id_of,
     no_images,
     sorted_tables,
 )
@@ -36,22 +35,16 @@ class Files(Source):
         Absolute path of the folder. Paths are bytes, whatever the locale is.
     suffix : bytes
         What is added to an id.
-    unreadable : frozenset of str
-        Ids that stand for a name that is not UTF-8.
     """
 
     root: bytes
     suffix: bytes = b""
-    unreadable: frozenset[str] = frozenset()
 
     def read(self, row: int) -> bytes:
         """Return the file's bytes."""
-        id: str = self.tables["ids"][row]
-        if id in self.unreadable:
-            raise DecodeError("read", NOT_UTF8)
         try:
             # Without O_NONBLOCK, opening a named pipe would wait for ever.
-            descriptor = os.open(self._path(id), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(self._path(row), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(descriptor, "rb", buffering=0) as file:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise DecodeError("read", "not a regular file")
@@ -63,17 +56,14 @@ class Files(Source):
 
     def stat(self, row: int) -> tuple[int, int]:
         """Return size and time of the file's last change."""
-        id: str = self.tables["ids"][row]
-        if id in self.unreadable:
-            return -1, -1
         try:
-            result = os.stat(self._path(id))
+            result = os.stat(self._path(row))
         except OSError:
             return -1, -1
         return result.st_size, result.st_mtime_ns
 
-    def _path(self, id: str) -> bytes:
-        return os.path.join(self.root, id.encode() + self.suffix)
+    def _path(self, row: int) -> bytes:
+        return os.path.join(self.root, self.tables["ids"][row].encode() + self.suffix)
 
 
 # -- folders -------------------------------------------------------------------------------------
@@ -82,23 +72,18 @@ class Files(Source):
 def folder(root: str, suffixes: Iterable[str]) -> Files:
     """List the images below a folder; see `ImageSet.from_folder`."""
     endings = frozenset(suffix.lower().encode() for suffix in suffixes)
-    unreadable: set[str] = set()
     ignored = 0
 
-    def found() -> Iterator[str]:
+    def found() -> Iterator[bytes]:
         nonlocal ignored
         for path, names, hidden in _walk(os.fsencode(root)):
             images = [name for name in names if _is_image(name, endings)]
             ignored += hidden + len(names) - len(images)
-            for name in images:
-                yield _id(path + name, unreadable)
+            yield from (path + name for name in images)
 
-    tables, _ = sorted_tables(
-        {"ids": found()},
-        root,
-        "two names are both written {first}; rename the one that is not UTF-8",
-    )
-    ids = tables["ids"]
+    twice = "two names are both written {first}; rename the one that is not UTF-8"
+    files = _files(found(), root, root, twice=twice)
+    tables, ids = files.tables, files.tables["ids"]
     if not len(ids):
         raise no_images(root, ignored, suffixes)
     if any("/" in id for id in ids):
@@ -107,13 +92,7 @@ def folder(root: str, suffixes: Iterable[str]) -> Files:
         if _are_splits(set(tables["labels"])) and all(id.count("/") > 1 for id in ids):
             tables["splits"] = tables["labels"]
             tables["labels"] = column((id.split("/", 2)[1] for id in ids), root)
-    return Files(
-        tables=tables,
-        name=root,
-        ignored=ignored,
-        root=os.fsencode(os.path.abspath(root)),
-        unreadable=frozenset(unreadable),
-    )
+    return replace(files, ignored=ignored)
 
 
 def _walk(root: bytes) -> Iterator[tuple[bytes, list[bytes], int]]:
@@ -151,12 +130,13 @@ def _are_splits(names: set[str]) -> bool:
     return len(names) > 1 and "train" in names and names <= _SPLIT_FOLDERS
 
 
-def _id(name: bytes, unreadable: set[str]) -> str:
-    """Return the id of a file by its name; one that is not UTF-8 is escaped, and noted."""
-    id = name.decode(errors="backslashreplace")
-    if not is_utf8(name):
-        unreadable.add(id)
-    return id
+def _files(names: Iterable[bytes], root: str, source: str, **options: str) -> Files:
+    """List files by their names below `root`; for `options` see `sorted_tables`."""
+    unreadable: set[str] = set()
+    ids = (id_of(name, unreadable) for name in names)
+    tables, _ = sorted_tables({"ids": ids}, source, **options)
+    home = os.fsencode(os.path.abspath(root))
+    return Files(tables=tables, name=source, root=home, unreadable=frozenset(unreadable))
 
 
 # -- patterns and lists --------------------------------------------------------------------------
@@ -182,8 +162,8 @@ def globbed(pattern: str, base: str) -> Files:
     images = [name for name in found if os.path.splitext(name)[1].lower() in SUFFIXES]
     if not images:
         raise no_images(pattern, len(found))
-    names = [os.path.relpath(name, root) for name in images]
-    return _named(names, root, pattern, len(found) - len(images))
+    names = (os.fsencode(os.path.relpath(name, root)) for name in images)
+    return replace(_files(names, root, pattern), ignored=len(found) - len(images))
 
 
 def files(names: list[str], root: str) -> Files:
@@ -198,21 +178,8 @@ def files(names: list[str], root: str) -> Files:
         raise ImageSetError(
             f"expected files, got {first_few(folders)}, which is a folder. Give one folder alone"
         )
-    return _named(names, root, names[0] if len(names) == 1 else f"{len(names)} files")
-
-
-def _named(names: list[str], root: str, source: str, ignored: int = 0) -> Files:
-    """List files by their names (as Python gives them) relative to `root`."""
-    unreadable: set[str] = set()
-    ids = (_id(os.fsencode(name), unreadable) for name in names)
-    tables, _ = sorted_tables({"ids": ids}, source)
-    return Files(
-        tables=tables,
-        name=source,
-        ignored=ignored,
-        root=os.fsencode(os.path.abspath(root)),
-        unreadable=frozenset(unreadable),
-    )
+    source = names[0] if len(names) == 1 else f"{len(names)} files"
+    return _files(map(os.fsencode, names), root, source)
 
 
 def _near_names(path: str) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from featcache.errors import ImageSetError
+from featcache.errors import DecodeError, ImageSetError
 from featcache.images import arrays, csv_tables, folders, tars
 from featcache.images.arrays import TORCHVISION_SETS
 from featcache.images.source import SUFFIXES, Source
@@ -130,6 +130,8 @@ class ImageSet:
         DecodeError
             With stage "read" and the reason, if it cannot be read.
         """
+        if self.ids[index] in self._source.unreadable:
+            raise DecodeError("read", "its name is not UTF-8; rename the file")
         return self._source.read(index)
 
     def stat(self, index: int) -> tuple[int, int]:

@@ -29,7 +29,6 @@ SUFFIXES = frozenset(
 )
 """Suffixes of the files that are taken for images, in lower case."""
 
-NOT_UTF8 = "its name is not UTF-8; rename the file"
 _TWICE = "{count} ids occur more than once (first: {first})"
 _NAMED = 3  # so many names are given in a message
 
@@ -51,12 +50,16 @@ class Source:
         Number of files that were passed over.
     places : ndarray of int64, shape (n,) or (n, k)
         Where each image is in the source; empty where its id says that.
+    unreadable : frozenset of str
+        Ids that stand for a name that is not UTF-8: such a file cannot be read.
     """
 
     tables: dict[str, NDArray[Any]]
     name: str
     ignored: int = 0
     places: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    unreadable: frozenset[str] = frozenset()
 
     def read(self, row: int) -> RawImage:
         """Return one image as it is stored; raise `DecodeError` with stage "read"."""
@@ -122,13 +125,14 @@ def numbered(n: int) -> list[str]:
     return [f"{number:08d}" for number in range(n)]
 
 
-def is_utf8(name: bytes) -> bool:
-    """Tell whether a file's name is UTF-8."""
+def id_of(name: bytes, unreadable: set[str]) -> str:
+    """Return the id of a file by its name; one that is not UTF-8 is escaped and `unreadable`."""
     try:
-        name.decode()
+        return name.decode()
     except UnicodeDecodeError:
-        return False
-    return True
+        id = name.decode(errors="backslashreplace")
+        unreadable.add(id)
+        return id
 
 
 def no_images(source: str, others: int, suffixes: Iterable[str] = SUFFIXES) -> ImageSetError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images.source import NOT_UTF8, SUFFIXES, Source, is_utf8, no_images, sorted_tables
+from featcache.images.source import SUFFIXES, Source, id_of, no_images, sorted_tables
 
 _JSON_LABELS = ("label", "cls", "class")  # keys of a sample's JSON; the first one there counts
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")
@@ -36,17 +36,12 @@ class TarMembers(Source):
     shards : tuple of Shard
         The tar files. `places` has a row for each image: the number of its shard, and where its
         bytes begin and how many they are, shape (n, 3).
-    unreadable : frozenset of str
-        Ids that stand for a name that is not UTF-8.
     """
 
     shards: tuple[Shard, ...]
-    unreadable: frozenset[str]
 
     def read(self, row: int) -> bytes:
         """Return the member's bytes."""
-        if self.tables["ids"][row] in self.unreadable:
-            raise DecodeError("read", NOT_UTF8)
         shard, offset, size = self._place(row)
         try:
             # Opening takes microseconds; keeping thousands of shards open would meet limits.
@@ -149,9 +144,7 @@ class _Index:
             for member in plain:
                 name = f"{shard}/{member.name.removeprefix('./')}"
                 raw = name.encode("utf-8", "surrogateescape")
-                self.ids.append(raw.decode(errors="backslashreplace"))
-                if not is_utf8(raw):
-                    self.unreadable.add(self.ids[-1])
+                self.ids.append(id_of(raw, self.unreadable))
                 self.labels.append(labels.get(key, ""))
                 self.places.extend((len(self.shards) - 1, member.offset_data, member.size))
 

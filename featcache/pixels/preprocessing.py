@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 from PIL import Image
@@ -31,15 +31,7 @@ if TYPE_CHECKING:
 Interpolation: TypeAlias = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Fit: TypeAlias = Literal["stretch", "cover"]
 
-_RESAMPLING: dict[str, Image.Resampling] = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-_FITS = ("stretch", "cover")
+_RESAMPLING = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +82,8 @@ class Preprocessing(Record):
         if self.interpolation not in _RESAMPLING:
             expected = ", ".join(_RESAMPLING)
             raise ValueError(f"interpolation is one of {expected}, not {self.interpolation!r}")
-        if self.fit not in _FITS:
-            raise ValueError(f"fit is one of {', '.join(_FITS)}, not {self.fit!r}")
+        if self.fit not in get_args(Fit):
+            raise ValueError(f"fit is one of {', '.join(get_args(Fit))}, not {self.fit!r}")
         if self.channels < 1:
             raise ValueError(f"channels is at least 1, not {self.channels}")
         if not len(self.mean) == len(self.std) == self.channels:
