@@ -143,7 +143,7 @@ def _files(names: Iterable[bytes], root: str, source: str, **options: str) -> Fi
 
 
 def is_glob(name: str) -> bool:
-    """Tell whether a name is a pattern, and not a file that is called so."""
+    """Return whether a name is a pattern rather than the name of a file that exists."""
     return glob.has_magic(name) and not os.path.lexists(name)
 
 
@@ -183,7 +183,7 @@ def files(names: list[str], root: str) -> Files:
 
 
 def _near_names(path: str) -> str:
-    """Return names near that of a missing file, for a message."""
+    """Return a question after files with a name like that of a missing one, for a message."""
     folder, name = os.path.split(path)
     try:
         return did_you_mean(name, os.listdir(folder)) if name else ""

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from featcache.pixels.decode import RawImage
 
-__all__ = ["SUFFIXES", "TORCHVISION_SETS", "ImageSet", "content_hash"]
-
 PathLike: TypeAlias = str | os.PathLike[str]
 Paths: TypeAlias = PathLike | Iterable[PathLike]
 
@@ -48,18 +46,18 @@ class ImageSet:
     Attributes
     ----------
     tables : dict of str to ndarray of StringDType, shape (n,)
-        What the source says of each image: always "ids" (unique, sorted, relative to what was
-        given), and "labels" (class names), "groups" (what must not be divided between training
-        and test) and "splits" (a division given in advance) where it has them; "" is none. They
-        are also attributes: `ids`, `labels`, `groups`, `splits`.
+        One row an image: always "ids" (unique, sorted, relative to what was given); "labels"
+        (class names), "groups" (images that must stay together, in training or in test) and
+        "splits" (a division given in advance) if the source has them. "" means none. The tables
+        are attributes, too: `ids`, `labels`, `groups`, `splits`; one that is missing is None.
     source : str
-        Where the images are, for messages.
+        Name of the folder, file or array, for messages.
     ignored : int
-        Number of files that were passed over because they are not images by their name.
+        Number of files that are not images by their names.
     opened_with : dict or None
-        Arguments of `open`, as JSON values with absolute paths, that list the same images again
-        in another process: ``ImageSet.open(**images.opened_with)``. None for images in memory,
-        for a selection, and for what `open` cannot list alike.
+        Arguments of `open`, as JSON values with absolute paths, with which another process lists
+        the same images: ``ImageSet.open(**images.opened_with)``. None for images in memory, for
+        a selection, and for a set that `open` cannot make.
 
     Examples
     --------
@@ -81,17 +79,17 @@ class ImageSet:
 
     @property
     def tables(self) -> dict[str, NDArray[Any]]:
-        """What the source says of each image: "ids", and "labels", "groups", "splits"."""
+        """Tables of text, one row an image: "ids", and "labels", "groups", "splits" if known."""
         return self._source.tables
 
     @property
     def source(self) -> str:
-        """Where the images are, for messages."""
+        """Name of the folder, file or array, for messages."""
         return self._source.name
 
     @property
     def ignored(self) -> int:
-        """Number of files that were passed over because they are not images by their name."""
+        """Number of files that are not images by their names."""
         return self._source.ignored
 
     @property
@@ -106,7 +104,7 @@ class ImageSet:
 
     @property
     def groups(self) -> NDArray[Any] | None:
-        """The table "groups", or None: what training and test must not share."""
+        """The table "groups", or None: images of one group stay together when a set is split."""
         return self.tables.get("groups")
 
     @property
@@ -427,8 +425,8 @@ def content_hash(raw: RawImage) -> bytes:
     Returns
     -------
     bytes of length 32
-        Of a file's bytes as they are; of an array's type, shape and pixels; of a PIL image's mode,
-        size, transparent colour, orientation, palette and pixels.
+        Hash of a file's bytes as they are; of an array's type, shape and pixels; of a PIL image's
+        mode, size, transparent colour, orientation, palette and pixels.
     """
     if isinstance(raw, bytes):
         return hashlib.sha256(raw).digest()

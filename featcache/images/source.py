@@ -1,4 +1,4 @@
-"""What all sources of images have in common: tables of text sorted by id, and words for messages.
+"""The parts that all sources of images share: sorted tables of text, and words for messages.
 
 A text column is an array of numpy's `StringDType`: ten million ids take 16 bytes a row and the
 text itself, and no Python objects.
@@ -7,7 +7,6 @@ text itself, and no Python objects.
 from __future__ import annotations
 
 import difflib
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -45,11 +44,11 @@ class Source:
     tables : dict of str to ndarray of StringDType, shape (n,)
         "ids", sorted and unique, and "labels", "groups" and "splits" where the source has them.
     name : str
-        Where the images are, for messages.
+        Name of the folder, file or array, for messages.
     ignored : int
-        Number of files that were passed over.
+        Number of files that are not images by their names.
     places : ndarray of int64, shape (n,) or (n, k)
-        Where each image is in the source; empty where its id says that.
+        Position of each image in the source; empty if images are found by their ids.
     unreadable : frozenset of str
         Ids that stand for a name that is not UTF-8: such a file cannot be read.
     """
@@ -113,7 +112,8 @@ def sorted_tables(
     tables = {name: column(texts, source) for name, texts in values.items()}
     order = np.argsort(tables["ids"], kind="stable")
     tables = {name: table[order] for name, table in tables.items()}
-    same = sorted({a for a, b in itertools.pairwise(tables["ids"]) if a == b})
+    ids = tables["ids"]
+    same = sorted(set(ids[1:][ids[1:] == ids[:-1]]))
     if same:
         what = twice.format(count=len(same), first=first_few(same))
         raise ImageSetError(f"{source}: {what}")

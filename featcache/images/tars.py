@@ -70,7 +70,7 @@ class TarMembers(Source):
 
 
 def are_tars(names: list[str]) -> bool:
-    """Tell whether all names are those of tar files."""
+    """Return whether all names end in .tar."""
     return bool(names) and all(name.lower().endswith(".tar") for name in names)
 
 

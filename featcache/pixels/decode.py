@@ -197,7 +197,7 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _what_it_is(start: bytes) -> str:
-    """Say what a file is that Pillow does not take for an image, by its first bytes."""
+    """Return what kind of file this is, by its first bytes, if Pillow does not know it."""
     for prefix, reason in _NOT_IMAGES.items():
         if start.lstrip().lower().startswith(prefix):
             return reason

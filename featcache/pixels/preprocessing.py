@@ -49,7 +49,7 @@ class Preprocessing(Record):
     interpolation : str
         "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
     mean, std : tuple of float
-        Of each channel, where pixels lie between 0 and 1.
+        Mean and standard deviation of each channel, of pixels between 0 and 1.
     channels : int
         1 is grey, 3 RGB; see `decode` for others.
     fit : str
