@@ -9,11 +9,16 @@ from pathlib import Path
 # Two pytest workers on two cores: one thread each, set before torch or numpy start their pools.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines.demo_weights import PACKAGE, link_weights
+
+# A slow machine is no failure: no example has a deadline.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

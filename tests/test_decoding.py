@@ -100,7 +100,7 @@ def test_equals_torchvision_on_odd_shapes(
         assert np.array_equal(preprocessing(raw), F.pil_to_tensor(expected)), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     width=st.integers(1, 700),
     height=st.integers(1, 700),
@@ -598,7 +598,7 @@ def test_an_interrupt_is_no_decode_error(monkeypatch: pytest.MonkeyPatch) -> Non
         decode(PHOTO)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damaged_files_give_pixels_or_a_decode_error(data: st.DataObject) -> None:
     start = data.draw(st.sampled_from(DAMAGEABLE))

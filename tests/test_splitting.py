@@ -77,7 +77,7 @@ def test_same_bytes_under_two_labels_stay_on_one_side() -> None:
         assert not {key[i] for i in train} & {key[i] for i in valid}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_units_are_never_cut(data: st.DataObject) -> None:
     n = data.draw(st.integers(12, 60))

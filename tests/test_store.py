@@ -856,7 +856,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, np.ndar
     return FeatureStore.open(parts), np.concatenate(arrays).astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.integers(-80, 79), max_size=60), step=st.integers(1, 20))
 def test_any_selection_reads_the_right_rows(
     big: tuple[FeatureStore, np.ndarray], rows: list[int], step: int
@@ -871,7 +871,7 @@ def test_any_selection_reads_the_right_rows(
 
 
 @given(st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_selections_of_selections(
     big: tuple[FeatureStore, np.ndarray], data: st.DataObject
 ) -> None:
