@@ -118,7 +118,7 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
     the runs of a layer that runs several times, SIDE is input or output, and REDUCTION, which makes
     a vector of maps and tokens, is mean, max, flatten, map, cls or patches.
     """
-    network = _backbone(backbone, weights or "none", (), image_size)
+    network = featcache.Backbone(backbone, weights=weights or "none", image_size=image_size)
     table = network.layers()
     if as_json:
         rows = [
@@ -222,7 +222,13 @@ def extract(
     listing = {name: settings.pop(name) for name in options.LISTING}
     store = featcache.extract(
         featcache.ImageSet.open(images, labels_csv=labels, **listing),
-        _backbone(backbone, weights, layers, image_size, partial=partial),
+        featcache.Backbone(
+            backbone,
+            weights=weights or "auto",
+            layers=layers,
+            image_size=image_size,
+            partial=partial,
+        ),
         output,
         device=devices[0] if len(devices) == 1 else (list(devices) or "auto"),
         augmentation=featcache.Augmentation(views=views) if views > 1 else None,
@@ -330,13 +336,14 @@ def train(
         name = next(iter(given), "backbone" if backbone else "weights")
         name = {"first": "from"}.get(name, name).replace("_", "-")
         raise click.UsageError(f"--{name} is for --head suffix.")
+    network = None if backbone is None else featcache.Backbone(backbone, weights=weights or "auto")
     result = featcache.train_files(
         list(stores),
         output,
         heads=list(heads),
         layers=list(layers) or None,
         suffix=SuffixSettings(**given),
-        backbone=None if backbone is None else _backbone(backbone, weights, (), None),
+        backbone=network,
         **settings,
     )
     if as_json:
@@ -455,23 +462,6 @@ def export_model(predictor: Path, output: Path, backbone: str | None, weights: s
     loaded = featcache.Predictor.load(predictor)
     export_predictor(loaded, output, backbone=_own_network(loaded, backbone, weights))
     click.echo(str(output))
-
-
-def _backbone(
-    spec: str,
-    weights: str | None,
-    layers: tuple[str, ...],
-    image_size: int | None,
-    *,
-    partial: bool = False,
-) -> featcache.Backbone:
-    return featcache.Backbone(
-        spec,
-        weights=weights or "auto",
-        layers=layers,
-        image_size=image_size,
-        partial=partial,
-    )
 
 
 def _own_network(

@@ -107,7 +107,7 @@ weights = click.option(
     "--weights",
     metavar="WEIGHTS",
     help="Name of pretrained weights (IMAGENET1K_V2), a checkpoint file, or 'none' for random "
-    "weights. Default: the pretrained weights that featcache pins for this network.",
+    "weights. Default: the newest of torchvision, or timm's own choice.",
 )
 image_size = click.option(
     "--image-size", **count(), help="Side of the square crop in pixels. Default: as for WEIGHTS."
