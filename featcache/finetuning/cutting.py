@@ -41,7 +41,7 @@ _SEED = 0
 
 @dataclass(eq=False)
 class _Slot:
-    """Where a suffix lays down the features that its cut hands on."""
+    """The features that a suffix is running on, shared by the layers at its cut."""
 
     value: Tensor | None = None
     filling: float = _NAN
@@ -66,7 +66,7 @@ class _Slot:
 
 
 class _Skipped(nn.Module):
-    """Stands for a layer before the cut: gives its shape and no numbers."""
+    """Replacement of a layer before the cut: gives its shape and no numbers."""
 
     def __init__(self, layer: str, shapes: Sequence[Shape], slot: _Slot) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Later:
 
 
 class _Cut(nn.Module):
-    """Stands for the layer whose output was cached."""
+    """Replacement of the layer whose output was cached."""
 
     def __init__(self, slot: _Slot) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Suffix(nn.Module):
     network : torch.nn.Module
         The network without the layers before the cut. Its layers keep their names.
     tap : str
-        Where it is cut, in canonical form.
+        Canonical tap at which the network is cut.
     shape : tuple of int
         Shape of one image's features at the cut.
     head : str
@@ -260,19 +260,19 @@ def cut(
     Parameters
     ----------
     network : torch.nn.Module
-        In evaluation mode; copied, not changed. On the meta device, so is the result.
+        Network in evaluation mode; copied, not changed. On the meta device, so is the result.
     tap : str
         A tap that keeps all of a layer's output or input: ``LAYER:output:map``,
         ``LAYER:input:map``; ``:flatten`` of vectors.
     image_shape : tuple of int
         (c, h, w) of the images.
     traced : Trace, optional
-        Of `network`, where it is known already.
+        Trace of `network`, if there is one already.
 
     Returns
     -------
     Suffix
-        Of a network with numbers, `check` says whether the cut is true.
+        The part behind the cut; `check` tells whether the cut is true.
 
     Raises
     ------
@@ -317,7 +317,7 @@ def cut(
 
 
 def _keeps_all(traced: Trace, tap: Tap) -> bool:
-    """Say whether a canonical tap holds all that the layer gives, in its own layout."""
+    """Return whether a canonical tap holds all that the layer gives, in its own layout."""
     call = traced.runs(tap.layer)[0 if tap.call is None else tap.call - 1]
     shape = (call.input if tap.side == "input" else call.output).shape
     vector = shape is not None and len(shape) == 2
@@ -387,12 +387,13 @@ def check(network: nn.Module, suffix: Suffix) -> None:
     network : torch.nn.Module
         The whole network, with its weights, in evaluation mode.
     suffix : Suffix
-        What `cut` made of it.
+        Its part behind the cut, from `cut`.
 
     Raises
     ------
     TapError
-        The output depends on the images by another path; the message names a cut that would do.
+        If the output depends on the images by another path; the message names a cut that would
+        do.
     """
     if not _is_true(network, suffix):
         hint = suggest(network, Tap.parse(suffix.tap).layer, suffix._image_shape)
@@ -459,16 +460,17 @@ def taps_before(traced: Trace, taps: Sequence[str], first: str | None) -> list[s
     Parameters
     ----------
     traced : Trace
-        Of the network.
+        Trace of the network.
     taps : list of str
-        What a store holds.
+        Taps of a store.
     first : str or None
-        The first layer to train; None: any.
+        First layer to train; None for any.
 
     Returns
     -------
     list of str
-        The last one, behind which the least is computed, first.
+        Taps sorted from the last layer to the first, so that the least is computed behind the
+        first of them.
     """
     limit = len(traced.calls)
     if first is not None:

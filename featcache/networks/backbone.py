@@ -140,16 +140,16 @@ class Backbone:
         return self._load()[0]
 
     def skeleton(self) -> nn.Module:
-        """Return the network in evaluation mode, without weights (on the meta device) where it can.
+        """Return the network in evaluation mode, on the meta device where it can be built so.
 
-        Else with them: a module or a callable has its weights anyway.
+        A module or a callable has its weights anyway, and is returned with them.
         """
         built = self._family.skeleton()
         return self.module if built is None else built.eval()
 
     @property
     def partial(self) -> PartialReport | None:
-        """What a checkpoint left out that fitted in part, else None. Loads the weights."""
+        """What a weights file left out that fitted in part; None otherwise. Loads the weights."""
         return self._load()[1]
 
     @property
@@ -171,7 +171,7 @@ class Backbone:
 
     @property
     def is_untrained(self) -> str | None:
-        """Why the network is taken for untrained, in a sentence; None when it is not.
+        """Reason why the network counts as untrained, in a sentence, or None.
 
         Loads the weights, unless they are drawn at random.
         """
@@ -204,9 +204,9 @@ class Backbone:
         Parameters
         ----------
         precision : {"float32", "bfloat16", "float16"}
-            Of the forward pass.
+            Type of the forward pass.
         store_dtype : {"float32", "float16"}
-            Of the stored features.
+            Type of the stored features.
         augmentation : mapping, optional
             ``Augmentation.to_dict()`` where augmented views are stored.
         """

@@ -38,9 +38,9 @@ class PartialReport:
     Attributes
     ----------
     loaded : tuple of str
-        Parameters and buffers that were set, by their names in the network.
+        Names in the network of the parameters and buffers that were set.
     missing : tuple of str
-        Those that the checkpoint does not have; they keep the values they had.
+        Names of those that the checkpoint does not have; they keep the values they had.
     unexpected : tuple of str
         Keys of the checkpoint that the network does not have.
     mismatched : tuple of (str, tuple of int, tuple of int)
@@ -55,7 +55,7 @@ class PartialReport:
 
     @property
     def complete(self) -> bool:
-        """Whether everything fitted, on both sides."""
+        """True if everything fitted, on both sides."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def to_dict(self) -> dict[str, list[Any]]:
@@ -98,7 +98,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     Returns
     -------
     dict of str to torch.Tensor
-        On the CPU, keys as they stand in the file.
+        Tensors on the CPU, with the keys of the file.
 
     Raises
     ------
@@ -166,16 +166,17 @@ def match(
     Parameters
     ----------
     module : torch.nn.Module
-        The network.
+        Network to load into.
     state : mapping of str to torch.Tensor
-        The checkpoint. Prefixes of `PREFIXES` are taken off where more keys fit without them.
+        Tensors of the checkpoint. Prefixes of `PREFIXES` are taken off where more keys fit without
+        them.
 
     Returns
     -------
     fitting : dict of str to torch.Tensor
-        What can be loaded, by the names in the network.
+        Tensors that can be loaded, with their names in the network.
     report : PartialReport
-        All of it, and what does not fit.
+        Names of all of them, and of what does not fit.
     """
     wanted = module.state_dict()
     renamed = _without_prefix(state, wanted.keys())
@@ -217,9 +218,9 @@ class WeightsFile:
     Attributes
     ----------
     path : Path
-        The file; it exists.
+        Path of an existing file.
     partial : bool
-        Whether it may fit the network in part.
+        Accept a file that fits the network in part.
     """
 
     path: Path

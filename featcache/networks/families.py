@@ -102,7 +102,7 @@ class Family(ABC):
 
     @property
     def random(self) -> bool:
-        """Whether the weights are drawn at random."""
+        """True if the weights are drawn at random."""
         return self.pinned is None and self.file is None
 
     def request(self) -> dict[str, Any]:
@@ -300,17 +300,17 @@ class OwnModule(Family):
     Parameters
     ----------
     module : torch.nn.Module
-        The network, with its weights.
+        Network with its weights.
     preprocessing : Preprocessing
-        What it expects of images.
+        What the network expects of images.
     name : str
         Name in the fingerprint.
     kind : {"module", "callable"}
-        Where it comes from.
+        Name of the family.
     weights : str, Path or None
-        A file to load into it; "auto" or None leave it as it is.
+        File to load into the module; "auto" or None leave it as it is.
     partial : bool
-        Whether the file may fit in part.
+        Accept a file that fits in part.
     """
 
     def __init__(

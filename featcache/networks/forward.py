@@ -94,23 +94,23 @@ class Settings:
     device : {"cpu", "cuda", "mps"}
         Kind of device.
     precision : {"float32", "bfloat16", "float16"}
-        Of the forward pass.
+        Type of the forward pass.
     batch_size : int
-        Images a forward pass; shorter batches are padded.
+        Images in one forward pass; shorter batches are padded.
     threads : int
-        Threads of a CPU's forward pass.
+        Threads of a forward pass on a CPU.
     channels_last : bool
-        Whether maps are laid out as (n, h, w, c).
+        Maps are laid out as (n, h, w, c).
     folded : bool
-        Whether batch normalisations are folded into convolutions.
+        Batch normalisations are folded into convolutions.
     packed_products : bool
-        Whether oneDNN multiplies the matrices of linear layers.
+        oneDNN multiplies the matrices of linear layers.
     autocast : bool
-        Whether types are chosen operation by operation instead of converting the network.
+        Types are chosen operation by operation; the network is not converted.
     compiled : bool
-        Whether ``torch.compile`` is used.
+        ``torch.compile`` is used.
     fixed_slots : bool
-        Whether an image must keep its place in a batch to give the same bits.
+        An image must keep its slot in a batch to give the same bits.
     """
 
     device: str
@@ -142,9 +142,9 @@ class Pending:
     Parameters
     ----------
     parts : list of dict of str to torch.Tensor
-        By tap, batch by batch, in the memory of the CPU.
+        Features (b, *shape) for each tap, batch by batch, in the memory of the CPU.
     event : torch.cuda.Event, optional
-        What to wait for before they are read.
+        Event to wait for before the features are read.
     """
 
     def __init__(self, parts: list[dict[str, Tensor]], event: torch.cuda.Event | None) -> None:
@@ -152,7 +152,7 @@ class Pending:
         self._event = event
 
     def result(self) -> dict[str, np.ndarray]:
-        """Wait for the features, and return them by tap."""
+        """Wait for the features and return them: an array (k, *shape) for each tap."""
         if self._event is not None:
             self._event.synchronize()
         joined = {tap: [part[tap] for part in self._parts] for tap in self._parts[0]}
@@ -170,11 +170,11 @@ class Runtime:
     Parameters
     ----------
     backbone : Backbone
-        The network; its module is not changed.
+        Network with its taps; its module is not changed.
     device : str
-        As for `select_device`.
+        Name of the device; see `select_device`.
     precision : {"float32", "bfloat16", "float16"}
-        Of the forward pass. The features are float32 in any case.
+        Type of the forward pass. The features are float32 in any case.
     batch_size : int, optional
         Images in one forward pass. Left out: 8 on a CPU, 128 with CUDA, 64 on an Apple GPU.
     compile : bool, optional
@@ -186,7 +186,7 @@ class Runtime:
     count : int, optional
         Number of images to come. A batch is never larger than that.
     processes : int
-        How many processes share the cores of the CPU.
+        Number of processes that share the cores of the CPU.
 
     Raises
     ------
@@ -223,7 +223,7 @@ class Runtime:
 
     @property
     def settings(self) -> Settings:
-        """The settings in force; the first use loads the network and chooses them."""
+        """Settings in use. First access loads the network."""
         if self._settings is None:
             self._prepare()
         assert self._settings is not None
@@ -235,23 +235,23 @@ class Runtime:
         Parameters
         ----------
         pixels : uint8 array or tensor, shape (k, channels, h, w)
-            Cropped images, as the backbone's `Preprocessing` gives them. `k` may be any number;
-            they are cut into batches, and a short batch is padded with black images.
+            Cropped images, as the backbone's `Preprocessing` gives them. Any number `k` of them is
+            cut into batches, and a short batch is padded with black images.
 
         Returns
         -------
         dict of str to ndarray of float32, shape (k, ...)
-            By tap.
+            Features for each tap.
         """
         return self.submit(pixels).result()
 
     def submit(self, pixels: np.ndarray | Tensor) -> Pending:
-        """Begin to compute features: a GPU goes on while this process does other things.
+        """Start to compute features; a GPU goes on while this process does other things.
 
         Parameters
         ----------
         pixels : uint8 array or tensor, shape (k, channels, h, w)
-            As for a call.
+            Cropped images; see `__call__`.
 
         Returns
         -------
@@ -275,7 +275,7 @@ class Runtime:
         return Pending(parts, self._event())
 
     def release(self) -> None:
-        """Give the network's memory back; the settings stay."""
+        """Free the memory of the network; the settings stay."""
         self._compute = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -288,14 +288,14 @@ class Runtime:
         return event
 
     def _forward(self, batch: Tensor) -> dict[str, Tensor]:
-        """Run one batch, padded to the batch size."""
+        """Run one batch: pixels (k, c, h, w) to features (k, *shape) for each tap."""
         settings, k = self.settings, len(batch)
         assert self._compute is not None
         if k < settings.batch_size:
             padding = batch.new_zeros((settings.batch_size - k, *batch.shape[1:]))
-            batch = torch.cat([batch, padding])
+            batch = torch.cat([batch, padding])  # (k, c, h, w) -> (b, c, h, w)
         with self._without_gradients(settings):
-            features = self._compute(self._input(batch, settings))
+            features = self._compute(self._input(batch, settings))  # (b, c, h, w) -> (b, *shape)
             # Without blocking: a GPU copies into pinned memory, and `Pending` waits for the event.
             return {
                 tap: value[:k].to("cpu", torch.float32, non_blocking=True, copy=True)
@@ -303,7 +303,7 @@ class Runtime:
             }
 
     def _input(self, batch: Tensor, settings: Settings) -> Tensor:
-        """Send pixels to the device as bytes, a quarter of the numbers' size; normalise there."""
+        """Send pixels to the device as bytes, a quarter of their size as numbers; normalise."""
         batch = batch.to(self.device, non_blocking=True)
         if settings.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)

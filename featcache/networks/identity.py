@@ -86,18 +86,18 @@ def rebuild(
     Parameters
     ----------
     fingerprint : Fingerprint
-        What the predictor was trained on.
+        Fingerprint of the features that the predictor was trained on.
     backbone : str, optional
-        What the user calls it on the command line; left out, its public name.
+        Name of the network on the command line. Left out: its public name.
     weights : str or Path, optional
-        What the user names; left out, the fingerprint's own, where they are public.
+        Weights named by the user. Left out: the fingerprint's own, if they are public.
 
     Raises
     ------
     PredictorError
-        The user must name what is not public.
+        If the user must name what is not public.
     BackboneError
-        There is no such network, or no such weights.
+        If there is no such network, or no such weights.
     """
     from featcache.networks.backbone import Backbone
 
@@ -155,9 +155,9 @@ def choose(
     Raises
     ------
     FingerprintMismatch
-        A network is not the one of training; with the difference, field by field.
+        If a network is not the one of training; with the difference, field by field.
     PredictorError
-        The user must name what is not public.
+        If the user must name what is not public.
     """
     from featcache.networks.backbone import Backbone
 
@@ -193,7 +193,7 @@ def named(fingerprints: Sequence[Fingerprint], backbone: str | None) -> Fingerpr
     Raises
     ------
     PredictorError
-        There are several, and the name is none of theirs.
+        If there are several, and none has this name.
     """
     for fingerprint in fingerprints:
         if backbone in (fingerprint.backbone, spec_of(fingerprint)):

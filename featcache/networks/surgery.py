@@ -90,14 +90,14 @@ def freeze(module: nn.Module, *names: str) -> None:
 
 
 def unfreeze(module: nn.Module, *names: str) -> None:
-    """Let parameters be trained; see `freeze`."""
+    """Allow parameters to be trained; see `freeze`."""
     for parameter in _parameters(module, names):
         parameter.requires_grad_(True)
 
 
 @contextmanager
 def frozen(module: nn.Module, *names: str) -> Iterator[nn.Module]:
-    """Freeze for the time of a ``with`` block; each parameter is then as it was before.
+    """Freeze parameters for the time of a ``with`` block; restore each of them afterwards.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def train_mode(module: nn.Module) -> nn.Module:
-    """Switch to training mode, but for BatchNorm layers that have nothing to train.
+    """Switch to training mode, except for BatchNorm layers without anything to train.
 
     In training mode a frozen BatchNorm layer would go on to follow the new images with its
     statistics, and what is frozen would not stay as it is.
@@ -143,7 +143,7 @@ def train_mode(module: nn.Module) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        The same.
+        The network that was given.
     """
     module.train()
     for part in module.modules():
@@ -360,7 +360,7 @@ def replace_head(module: nn.Module, classes: int, *, name: str | None = None) ->
     classes : int
         Number of classes.
     name : str, optional
-        Of the layer; left out, `head_name`.
+        Name of the layer. Left out: `head_name`.
 
     Returns
     -------
@@ -407,7 +407,7 @@ def remove_head(module: nn.Module, *, name: str | None = None) -> str:
     module : torch.nn.Module
         The network; it then returns what its head was given.
     name : str, optional
-        Of the layer; left out, `head_name`.
+        Name of the layer. Left out: `head_name`.
 
     Returns
     -------
@@ -420,16 +420,16 @@ def remove_head(module: nn.Module, *, name: str | None = None) -> str:
 
 
 def replace_layer(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put another layer in the place of one.
+    """Replace a layer by another one.
 
     Parameters
     ----------
     module : torch.nn.Module
         The network.
     name : str
-        Of the layer; parts of a `Sequential` go by their number: ``"classifier.6"``.
+        Name of the layer; parts of a `Sequential` go by their number: ``"classifier.6"``.
     new : torch.nn.Module
-        The layer to put there.
+        Layer to put there.
 
     Returns
     -------
@@ -513,7 +513,7 @@ def adapt_input(
     rule : {"keep", "tile", "zero"}
         See above.
     name : str, optional
-        Of the convolution; left out, the first one registered.
+        Name of the convolution. Left out: the first one registered.
 
     Returns
     -------

@@ -82,13 +82,13 @@ class Tap:
     Parameters
     ----------
     layer : str
-        The module's name; empty for the whole network.
+        Name of the module; empty for the whole network.
     call : int, optional
-        Which run of a module that runs several times, from 1.
+        Number of the run of a module that runs several times, from 1.
     side : {"input", "output"}, optional
-        Left out: the output.
+        Side of the module. Left out: the output.
     reduce : {"mean", "max", "flatten", "map", "cls", "patches"}, optional
-        Left out: chosen by the shape of what the layer gives.
+        Reduction. Left out: chosen by the shape of what the layer gives.
     """
 
     layer: str
@@ -108,7 +108,7 @@ class Tap:
         Returns
         -------
         Tap
-            With `None` for what is not written.
+            Tap with None for what is not written.
 
         Raises
         ------
@@ -147,9 +147,9 @@ class ResolvedTap:
     shape : tuple of int
         Shape of the features of one image.
     channel_axis : int or None
-        For maps: the axis of the channels, batch axis included.
+        Axis of the channels of maps, counted with the batch axis.
     prefix_tokens : int
-        For tokens: how many of the first are class and register tokens.
+        Number of class and register tokens before the others.
     """
 
     tap: Tap
@@ -166,24 +166,25 @@ class ResolvedTap:
         Parameters
         ----------
         value : torch.Tensor
-            Of shape (b, ...).
+            Output or input of the layer, shape (b, ...).
 
         Returns
         -------
         torch.Tensor
-            Of shape (b, *shape). A view of `value` for ``flatten``, ``map`` and ``cls``. Means are
-            taken in float32 when `value` is in half precision.
+            Features, shape (b, *shape). A view of `value` for ``flatten``, ``map`` and ``cls``.
+            Means are taken in float32 when `value` is in half precision.
         """
         how = self.tap.reduce
         if how == "flatten":
-            return value.flatten(1)
+            return value.flatten(1)  # (b, ...) -> (b, d)
         if how == "map":
             return value
         if how == "cls":
-            return value[:, 0]
+            return value[:, 0]  # (b, n, d) -> (b, d)
         if how == "patches":
-            return _mean(value[:, self.prefix_tokens :], (1,))
+            return _mean(value[:, self.prefix_tokens :], (1,))  # (b, n, d) -> (b, d)
         axes = tuple(a for a in range(1, value.ndim) if a != self._feature_axis(value.ndim))
+        # (b, c, h, w) or (b, h, w, c) -> (b, c); (b, n, d) -> (b, d)
         return value.amax(axes) if how == "max" else _mean(value, axes)
 
     def _feature_axis(self, ndim: int) -> int:
@@ -449,9 +450,9 @@ class Tapped:
     Parameters
     ----------
     module : torch.nn.Module
-        In evaluation mode; not changed but for the hooks.
+        Network in evaluation mode; only hooks are added to it.
     taps : sequence of ResolvedTap
-        From `resolve`, for this network or one with the same layers.
+        Taps from `resolve`, for this network or one with the same layers.
 
     Examples
     --------
@@ -508,7 +509,7 @@ class Tapped:
         Returns
         -------
         dict of str to torch.Tensor
-            For each tap in its canonical form a tensor of shape (b, *shape).
+            Tensor of shape (b, *shape) for each tap in its canonical form.
 
         Raises
         ------

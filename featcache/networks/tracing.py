@@ -1,4 +1,4 @@
-"""Run a network once and see what each layer is given and gives.
+"""Run a network once and record what each layer is given and gives.
 
 A `Trace` holds every run of every layer: shapes, which axis of a map holds the channels, and the
 floating-point operations. On PyTorch's meta device it needs no weights and computes nothing.
@@ -35,11 +35,11 @@ class Value:
     Attributes
     ----------
     shape : tuple of int or None
-        With the batch axis; None when it is no tensor.
+        Shape with the batch axis; None if it is no tensor.
     channel_axis : int or None
-        Which axis of a map (n, c, h, w) or (n, h, w, c) holds the channels; None when unknown.
+        Axis of a map (n, c, h, w) or (n, h, w, c) that holds the channels; None if unknown.
     what : str
-        In words: "a tensor", "a tuple of 2", "a dict with the keys out, aux".
+        Description: "a tensor", "a tuple of 2", "a dict with the keys out, aux".
     """
 
     shape: tuple[int, ...] | None
@@ -58,9 +58,9 @@ class Call:
     module : torch.nn.Module
         The module.
     number : int
-        Which run of this module, from 1.
+        Number of the run of this module, from 1.
     input, output : Value
-        What went in and came out.
+        Input and output of the run.
     flops : int
         Floating-point operations of matrix products and convolutions, those of its parts included.
     """
@@ -110,9 +110,9 @@ class Trace:
     module : torch.nn.Module
         The network.
     calls : list of Call
-        Every run of every layer.
+        All runs of all layers.
     names : dict of str to str
-        Every name of every module, and the name that it goes by in `calls`.
+        For each name of each module the name that `calls` uses.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -189,7 +189,8 @@ def trace(module: nn.Module, example: Tensor, *, flops: bool = False) -> Trace:
     Parameters
     ----------
     module : torch.nn.Module
-        In evaluation mode. On the meta device nothing is computed and no weights are needed.
+        Network in evaluation mode. On the meta device nothing is computed and no weights are
+        needed.
     example : torch.Tensor
         Normalised images of shape (b, c, h, w).
     flops : bool
