@@ -245,7 +245,7 @@ class WeightsFile:
                 f"{', '.join(list(state)[:5])}; the network's: "
                 f"{', '.join(list(module.state_dict())[:5])}. If only the names differ, rename the "
                 "keys and save the file anew, or load it yourself and hand over the module: "
-                "Backbone(module, preprocessing=preprocessing=...)"
+                "Backbone(module, preprocessing=...)"
             )
         if not report.complete and not self.partial:
             raise WeightsError(
