@@ -695,6 +695,18 @@ def test_select_parts_and_pickle(tmp_path: Path) -> None:
             images.parts(n + 1)
 
 
+def test_a_selection_is_sent_without_the_rest(tmp_path: Path) -> None:
+    names = [f"{k:03d}.png" for k in range(200)]
+    given = [
+        ImageSet.from_folder(fill(tmp_path / "f", *names)),
+        ImageSet.from_tar(shard(tmp_path / "s.tar", dict.fromkeys(names, png()))),
+    ]
+    for images in given:
+        chosen = pickle.dumps(images.select([7]))
+        assert len(chosen) < len(pickle.dumps(images)) / 4 and len(chosen) < 2000
+        assert content(pickle.loads(chosen), 0) == content(images, 7)
+
+
 def test_ids_are_the_same_in_every_run(tmp_path: Path) -> None:
     pairs = zip(sources(tmp_path / "1"), sources(tmp_path / "2"), strict=True)
     for once, again in pairs:
