@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from featcache.pixels.decode import RawImage
 
-PathLike: TypeAlias = str | os.PathLike[str]
-Paths: TypeAlias = PathLike | Iterable[PathLike]
+AnyPath: TypeAlias = str | os.PathLike[str]
+AnyPaths: TypeAlias = AnyPath | Iterable[AnyPath]
 
 
 class ImageSet:
@@ -186,13 +186,17 @@ class ImageSet:
     @classmethod
     def open(
         cls,
-        images: Paths,
+        images: AnyPaths,
         *,
-        labels_csv: PathLike | None = None,
-        root: PathLike | None = None,
+        labels_csv: AnyPath | None = None,
+        id_column: str = "id",
+        label_column: str | None = "label",
+        group_column: str | None = None,
+        split_column: str | None = None,
+        suffix: str = "",
+        root: AnyPath | None = None,
         download: bool = False,
-        relative_to: PathLike = "",
-        **columns: Any,
+        relative_to: AnyPath = "",
     ) -> ImageSet:
         """Make a set of whatever the command line calls IMAGES.
 
@@ -205,14 +209,14 @@ class ImageSet:
             with the split, and the table "splits" holds it.
         labels_csv : path, optional
             Table for `from_csv`; `images` is then the folder of the images.
+        id_column, label_column, group_column, split_column, suffix
+            As for `from_csv`.
         root : path, optional
             Folder of a torchvision data set.
         download : bool
             Whether a torchvision data set may be downloaded into `root`.
         relative_to : path, optional
             As for `from_files`.
-        **columns
-            `id_column`, `label_column`, `group_column`, `split_column` and `suffix` of `from_csv`.
 
         Raises
         ------
@@ -223,7 +227,15 @@ class ImageSet:
         if labels_csv is not None:
             if len(names) != 1:
                 raise ImageSetError(f"a table of labels goes with one folder, got {len(names)}")
-            return cls.from_csv(labels_csv, names[0], **columns)
+            return cls.from_csv(
+                labels_csv,
+                names[0],
+                id_column=id_column,
+                label_column=label_column,
+                group_column=group_column,
+                split_column=split_column,
+                suffix=suffix,
+            )
         first = names[0] if names else ""
         match _kind(names, os.fspath(relative_to)):
             case "torchvision":
@@ -240,7 +252,7 @@ class ImageSet:
                 return cls.from_files(names, relative_to=relative_to)
 
     @classmethod
-    def from_folder(cls, root: PathLike, *, suffixes: Iterable[str] = SUFFIXES) -> ImageSet:
+    def from_folder(cls, root: AnyPath, *, suffixes: Iterable[str] = SUFFIXES) -> ImageSet:
         """List the images below a folder; the first folder below it is the label.
 
         A folder without folders gives no labels. Folders named like splits (train, val, test)
@@ -266,8 +278,8 @@ class ImageSet:
     @classmethod
     def from_csv(
         cls,
-        csv: PathLike,
-        root: PathLike,
+        csv: AnyPath,
+        root: AnyPath,
         *,
         id_column: str = "id",
         label_column: str | None = "label",
@@ -315,9 +327,9 @@ class ImageSet:
     @classmethod
     def from_files(
         cls,
-        paths: Paths,
+        paths: AnyPaths,
         *,
-        relative_to: PathLike = "",
+        relative_to: AnyPath = "",
     ) -> ImageSet:
         """List files, without labels.
 
@@ -343,7 +355,7 @@ class ImageSet:
         return cls(folders.files(names, root), opened_with)
 
     @classmethod
-    def from_tar(cls, paths: Paths) -> ImageSet:
+    def from_tar(cls, paths: AnyPaths) -> ImageSet:
         """List the images in WebDataset shards; they are read in place, nothing is extracted.
 
         Members that share their path up to the first dot are one sample; its label is the text of
@@ -442,7 +454,7 @@ def content_hash(raw: RawImage) -> bytes:
     return digest.digest()
 
 
-def _names(paths: Paths) -> list[str]:
+def _names(paths: AnyPaths) -> list[str]:
     several = [paths] if isinstance(paths, str | os.PathLike) else paths
     return [os.fspath(path) for path in several]
 
