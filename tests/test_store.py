@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.svm import SVC
 
 from featcache.errors import (
     CorruptStore,
@@ -230,6 +231,47 @@ def test_a_disk_that_refuses_in_the_middle_loses_nothing(
         assert writer.pending.tolist() == [4, 5, 6, 7]
 
 
+# --- columns of text ----------------------------------------------------------------------------
+
+
+def test_further_columns_of_text_are_kept(path: Path) -> None:
+    tables = stores.images(6).tables
+    tables["camera"] = np.array(["", "é", "b", "c" * 40, "d", "e"], np.dtypes.StringDType())
+    f = stores.fingerprint()
+    with FeatureWriter.begin(path, tables, stores.shapes(f), fingerprint=f) as writer:
+        writer.fail(4, "decode", "no")
+        stores.fill(writer, stores.images(6), writer.pending)
+        store = writer.finish(max_failures=1)
+    with h5py.File(path) as file:
+        assert file["camera"].asstr()[:].tolist() == ["", "é", "b", "c" * 40, "e"]
+    tables["camera"][5] = "new"
+    assert relabel(store, tables).verify().ok
+    with h5py.File(path) as file:
+        assert file["camera"].asstr()[4] == "new"
+
+
+@pytest.mark.parametrize("name", ["rows", "features", "digest", "a/b", ".", ""])
+def test_columns_need_a_name_of_their_own(path: Path, name: str) -> None:
+    tables = {**stores.images(6).tables, name: stores.images(6).tables["labels"]}
+    with pytest.raises(StoreError, match="Rename it"):
+        FeatureWriter.begin(path, tables, {POOL: (8,)}, fingerprint=stores.fingerprint())
+    assert beside(path) == []
+
+
+def test_columns_are_of_one_length(path: Path) -> None:
+    tables = {**stores.images(6).tables, "labels": stores.images(5).tables["labels"]}
+    with pytest.raises(StoreError, match=r"one length.*'labels': 5"):
+        FeatureWriter.begin(path, tables, {POOL: (8,)}, fingerprint=stores.fingerprint())
+
+
+def test_scikit_learn_fits_what_a_store_loads(path: Path) -> None:
+    store = stores.store(path, stores.images(30))
+    X, y = store.load()
+    assert SVC().fit(X, y).classes_.tolist() == store.classes
+    for text in (y, store.ids, store.labels):
+        assert text.dtype.kind == "U"
+
+
 # --- failures -----------------------------------------------------------------------------------
 
 
@@ -310,6 +352,33 @@ def test_features_that_are_not_finite_are_failures(path: Path) -> None:
     assert [failure.stage for failure in store.failures] == ["forward"] * 2
     assert "float32" not in store.failures[0].reason
     assert "--store-dtype float32" in store.failures[1].reason
+    assert store.verify().ok
+
+
+def test_reasons_lie_in_the_file_until_it_is_finished(path: Path) -> None:
+    imgs = stores.images(6)
+    with stores.writer(path, imgs) as writer:
+        writer.fail(1, "decode", "an earlier reason")
+        writer.fail(1, "decode", "ünreadable")
+        assert beside(path) == ["a.h5.partial", "a.h5.partial.lock"]
+    with h5py.File(f"{path}.partial") as file:  # still plain HDF5
+        assert file["rows"]["status"].tolist() == [0, 2, 0, 0, 0, 0]
+    quiet = stores.store(path.with_name("b.h5"), imgs)
+    with stores.writer(path, imgs, retry_failed=True) as writer:
+        assert writer.failures == []
+        stores.fill(writer, imgs, writer.pending)
+        writer.finish()
+    assert path.read_bytes() == Path(quiet.paths[0]).read_bytes()
+
+
+def test_every_image_may_have_failed_but_one(path: Path) -> None:
+    imgs = stores.images(200)
+    with stores.writer(path, imgs) as writer:
+        for row in range(1, 200):
+            writer.fail(row, "decode", "x" * 2000)
+        stores.fill(writer, imgs, writer.pending)
+        store = writer.finish(max_failures=1)
+    assert (len(store), len(store.failures)) == (1, 199)
     assert store.verify().ok
 
 
