@@ -371,6 +371,14 @@ def test_reasons_lie_in_the_file_until_it_is_finished(path: Path) -> None:
     assert path.read_bytes() == Path(quiet.paths[0]).read_bytes()
 
 
+def test_a_reason_may_be_any_text(path: Path) -> None:
+    imgs = stores.images(3)
+    with stores.writer(path, imgs) as writer:
+        writer.fail(1, "decode", "a\0b \udcff\n{")
+        stores.fill(writer, imgs, writer.pending)
+        assert writer.finish(max_failures=1).failures[0].reason == "a\\0b \\udcff\n{"
+
+
 def test_every_image_may_have_failed_but_one(path: Path) -> None:
     imgs = stores.images(200)
     with stores.writer(path, imgs) as writer:

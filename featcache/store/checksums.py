@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from featcache.store.disk import as_bytes, runs
-from featcache.store.format import DONE, FAILED, PENDING, StoreFile
+from featcache.store.format import DONE, FAILED, PENDING, StoreFile, feature_name
 
 _CHECK_BYTES = 2 << 20
 
@@ -66,8 +66,7 @@ def chunks(file: StoreFile, rows: int = 65_536) -> Iterator[tuple[int, np.ndarra
     """Yield (first row, entries, ids) of chunks of rows: tables larger than memory are fine."""
     for start in range(0, file.n, rows):
         stop = min(start + rows, file.n)
-        entries = file.read_rows(file.datasets["rows"], start, stop)
-        yield start, entries, file.read_rows(file.datasets["ids"], start, stop)
+        yield start, file.read("rows", start, stop), file.read("ids", start, stop)
 
 
 def bad_features(
@@ -97,7 +96,7 @@ def bad_features(
 
     def check(job: tuple[int, str, int, int]) -> None:
         k, tap, start, stop = job
-        block = file.read_rows(file.features[tap], first + start, first + stop)
+        block = file.read(feature_name(tap), first + start, first + stop)
         sums = np.array(row_checksums(block, seeds[start:stop].tolist()), np.uint32)
         result[tap][start:stop] = sums != entries["crc32"][start:stop, k]
 

@@ -6,7 +6,6 @@ Everything is written block by block, so a store larger than memory can be expor
 from __future__ import annotations
 
 import csv
-import dataclasses
 import importlib
 import os
 import zipfile
@@ -88,7 +87,7 @@ def _tables(store: FeatureStore) -> dict[str, np.ndarray]:
 
 def _fingerprints(store: FeatureStore) -> str:
     """Return the fingerprints of the joined stores as a JSON list."""
-    return canonical_json([dataclasses.asdict(one) for one in store.fingerprints])
+    return canonical_json([one.to_dict() for one in store.fingerprints])
 
 
 def _write_npz(store: FeatureStore, file: IO[bytes]) -> None:

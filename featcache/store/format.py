@@ -14,7 +14,7 @@ dataset              shape, type            content
 /labels              (n,) UTF-8             labels, ``""`` = none; the dataset may be absent
 /groups /splits      (n,) UTF-8             as scanned; may be absent
 /NAME                (n,) UTF-8             any further column of text
-/failures            (k,) compound          images without features: id, stage, reason, size,
+/failures/FIELD      (k,) UTF-8, int64      images without features: id, stage, reason, size,
                                             mtime_ns
 /meta/KEY            scalar UTF-8           JSON: fingerprint, request, versions, classes, ...
 /canaries/names      (k,) UTF-8             names of test images; the group may be absent
@@ -209,7 +209,11 @@ class Contents:
         plan["rows"] = ((n,), rows_dtype(len(taps)), None)
         for name, table in sorted(self.tables.items()):
             add(name, table)
-        add("failures", _failure_table(self.failures))
+        for key in ("id", "stage", "reason"):
+            texts = [getattr(failure, key) for failure in self.failures]
+            add(f"failures/{key}", encode_table(texts, f"failures' {key}"))
+        for key in ("size", "mtime_ns"):
+            add(f"failures/{key}", np.array([getattr(x, key) for x in self.failures], "<i8"))
         for key, value in sorted(self._all_meta().items()):
             text = canonical_json(value).encode()
             width = max(len(text), _META_SLOTS.get(key, 1))
@@ -287,27 +291,6 @@ def counts(table: np.ndarray) -> Counter[str]:
     for start in range(0, len(table), 65_536):
         found.update(table[start : start + 65_536].tolist())
     return Counter({name.decode(): count for name, count in found.items()})
-
-
-def _failure_table(failures: Sequence[Failure]) -> np.ndarray:
-    """Return failures as a compound array; long reasons are cut between characters."""
-
-    def cut(reason: str) -> str:
-        text = reason.encode(errors="backslashreplace")
-        return text[:_REASON_BYTES].decode(errors="ignore")
-
-    texts = {
-        "id": encode_table([failure.id for failure in failures], "ids"),
-        "stage": encode_table([failure.stage for failure in failures], "stages"),
-        "reason": encode_table([cut(failure.reason) for failure in failures], "reasons"),
-    }
-    columns = [(name, column.dtype) for name, column in texts.items()]
-    table = np.zeros(len(failures), np.dtype([*columns, ("size", "<i8"), ("mtime_ns", "<i8")]))
-    for name, column in texts.items():
-        table[name] = column
-    table["size"] = [failure.size for failure in failures]
-    table["mtime_ns"] = [failure.mtime_ns for failure in failures]
-    return table
 
 
 def create_file(path: str, contents: Contents, *, room: int | None = None) -> None:
@@ -389,25 +372,12 @@ def _write_layout(path: str, plan: Plan) -> None:
                 h5py.h5g.create(file, group.encode(), gcpl=for_groups)
                 groups.add(group)
         space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
-        kind = h5py.h5t.py_create(_hdf5_dtype(dtype), logical=True)
+        text = h5py.string_dtype("utf-8", dtype.itemsize) if dtype.kind == "S" else dtype
+        kind = h5py.h5t.py_create(text, logical=True)
         dataset = h5py.h5d.create(file, None, kind, space, dcpl=creation)
         h5py.h5o.link(dataset, file, name.encode(), lcpl=utf8)
         del dataset
     file.close()
-
-
-def _hdf5_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the type with its byte strings marked as UTF-8."""
-    if dtype.kind == "S":
-        text: np.dtype[Any] = h5py.string_dtype("utf-8", dtype.itemsize)
-        return text
-    if dtype.names:
-        fields = []
-        for name in dtype.names:
-            base, shape = dtype[name].base, dtype[name].shape
-            fields.append((name, _hdf5_dtype(base), shape))
-        return np.dtype(fields)
-    return dtype
 
 
 def read_datasets(path: str) -> dict[str, Dataset]:
@@ -426,11 +396,9 @@ def read_datasets(path: str) -> dict[str, Dataset]:
         offset = node.id.get_offset()
         if offset is None and node.nbytes:
             raise CorruptStore(f"{path}: dataset {name!r} is not contiguous.")
-        found[name] = Dataset(
-            offset or 0,
-            node.shape,
-            np.dtype(node.dtype.str) if node.dtype.names is None else _plain(node.dtype),
-        )
+        # Without h5py's marks on strings; a compound type has none.
+        dtype = node.dtype if node.dtype.names else np.dtype(node.dtype.str)
+        found[name] = Dataset(offset or 0, node.shape, dtype)
 
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -441,12 +409,6 @@ def read_datasets(path: str) -> dict[str, Dataset]:
             "it from a copy; else delete it and run `featcache extract` again."
         ) from error
     return found
-
-
-def _plain(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return a compound type without h5py's marks on strings."""
-    assert dtype.names is not None
-    return np.dtype([(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names])
 
 
 class StoreFile:
@@ -519,7 +481,7 @@ class StoreFile:
                     else "Run `featcache extract` into a new file."
                 )
             )
-        for name in ("rows", "ids", "failures", "digest", "meta/fingerprint"):
+        for name in ("rows", "ids", "failures/id", "digest", "meta/fingerprint"):
             if name not in self.datasets:
                 raise CorruptStore(f"{self.path} is damaged: it has no /{name}.")
 
@@ -529,17 +491,11 @@ class StoreFile:
         except KeyError as error:
             raise CorruptStore(f"{self.path} is damaged: it has no features {tap!r}.") from error
 
-    def read(self, name: str) -> np.ndarray:
-        """Return a whole dataset as an array (not for /features)."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return a dataset, or its rows from `start` to `stop`."""
         dataset = self.datasets[name]
-        array = np.empty(dataset.shape, dataset.dtype)
-        if array.nbytes:
-            disk.pread_into(self.descriptor, as_bytes(array), dataset.offset)
-        return array
-
-    def read_rows(self, dataset: Dataset, start: int, stop: int) -> np.ndarray:
-        """Return rows `start` to `stop` of a dataset."""
-        array = np.empty((stop - start, *dataset.shape[1:]), dataset.dtype)
+        shape = dataset.shape if stop is None else (stop - start, *dataset.shape[1:])
+        array = np.empty(shape, dataset.dtype)
         if array.nbytes:
             offset = dataset.offset + start * dataset.row_bytes
             disk.pread_into(self.descriptor, as_bytes(array), offset)
@@ -569,7 +525,7 @@ class StoreFile:
             fingerprint=self.fingerprint,
             shapes={tap: dataset.shape[1:] for tap, dataset in self.features.items()},
             tables=tables,
-            meta={key: self.meta(key) for key in self.meta_keys},
+            meta=self.all_meta,
             failures=failures,
             canaries=self.canaries,
         )
@@ -584,10 +540,10 @@ class StoreFile:
         rows : ndarray of int, optional
             The rows that failed; left out, those whose status says so.
         """
-        found = [
-            Failure(name.decode(), stage.decode(), reason.decode(), size, mtime_ns)
-            for name, stage, reason, size, mtime_ns in self.read("failures").tolist()
-        ]
+        texts = [decode_table(self.read(f"failures/{x}")) for x in ("id", "stage", "reason")]
+        numbers = [self.read(f"failures/{x}") for x in ("size", "mtime_ns")]
+        columns = [column.tolist() for column in (*texts, *numbers)]
+        found = [Failure(*values) for values in zip(*columns, strict=True)]
         if rows is None:
             status = self.read("rows")["status"] if not self.finished else np.zeros(0)
             rows = np.flatnonzero(status == FAILED)
@@ -606,7 +562,9 @@ class StoreFile:
         return int.from_bytes(os.pread(self.descriptor, 8, 28), "little")
 
     def add_reason(self, row: int, stage: str, reason: str) -> None:
-        """Append the reason of a failure behind the HDF5 file."""
+        """Append the reason of a failure, cut if it is long, behind the HDF5 file."""
+        text = reason.replace("\0", "\\0").encode(errors="backslashreplace")
+        reason = text[:_REASON_BYTES].decode(errors="ignore")
         # A line of its own whatever a kill left before it; one write, so that processes that
         # append to the same file do not mix.
         line = b"\n" + json.dumps([row, stage, reason]).encode() + b"\n"
@@ -641,9 +599,9 @@ class StoreFile:
             raise CorruptStore(f"{self.path} is damaged: /meta/{key} is not JSON.") from error
 
     @property
-    def meta_keys(self) -> list[str]:
-        """The keys under /meta."""
-        return [name[5:] for name in self.datasets if name.startswith("meta/")]
+    def all_meta(self) -> dict[str, Any]:
+        """The JSON values under /meta by key."""
+        return {name[5:]: self.meta(name[5:]) for name in self.datasets if name[:5] == "meta/"}
 
     def set_meta(self, key: str, value: Any) -> None:
         """Write a JSON value into the place that /meta keeps for it."""

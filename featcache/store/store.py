@@ -71,14 +71,6 @@ class TapInfo:
         return math.prod(self.shape[1:] if self.views > 1 else self.shape)
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One tap of one source, under the name that the user sees."""
-
-    source: int
-    tap: str
-
-
 class FileGroup:
     """Rows of one fingerprint: files one after the other."""
 
@@ -187,14 +179,15 @@ class FeatureStore:
     """
 
     def __init__(self, sources: Sequence[FileGroup], indices: Sequence[np.ndarray | None]) -> None:
-        # The `featcache.extraction.summary.Summary` of the run that gave this store; None where it
-        # was opened. Any: the summary is a matter of extraction, which imports this module.
+        # The summary of the run that gave this store, None if it was opened. Any, because its type
+        # belongs to extraction, which imports this module.
         self.extraction: Any = None
         self._sources = list(sources)
         self._indices = list(indices)  # rows of each source; None = all of them in order
+        # (files, rows of them, tap) by the name that the user sees
         self._columns = {
-            f"{source.name}/{tap}" if len(sources) > 1 else tap: _Column(k, tap)
-            for k, source in enumerate(sources)
+            f"{source.name}/{tap}" if len(sources) > 1 else tap: (source, index, tap)
+            for source, index in zip(sources, indices, strict=True)
             for tap in source.fingerprint.taps
         }
 
@@ -265,11 +258,11 @@ class FeatureStore:
         sources: list[FileGroup] = []
         indices: list[np.ndarray | None] = []
         for store in stores:
-            rows = _match(stores[0], store)
+            rows = _align_rows(stores[0], store)
             for source, index in zip(store._sources, store._indices, strict=True):
                 sources.append(FileGroup(source.files, source.fingerprint.backbone))
                 indices.append(rows if index is None else index[rows])
-        _name_apart(sources)
+        _disambiguate_names(sources)
         return cls(sources, indices)
 
     # --- what the rows are ----------------------------------------------------------------------
@@ -360,9 +353,8 @@ class FeatureStore:
     def taps(self) -> dict[str, TapInfo]:
         """What is stored, by tap, in the order of the columns."""
         found = {}
-        for name, column in self._columns.items():
-            source = self._sources[column.source]
-            dataset = source.files[0].features[column.tap]
+        for name, (source, _, tap) in self._columns.items():
+            dataset = source.files[0].features[tap]
             found[name] = TapInfo(dataset.shape[1:], dataset.dtype, source.fingerprint.views)
         return found
 
@@ -414,8 +406,7 @@ class FeatureStore:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """JSON values under /meta of the first file: versions, settings, run, ..."""
-        file = self._sources[0].files[0]
-        return {key: file.meta(key) for key in file.meta_keys}
+        return self._sources[0].files[0].all_meta
 
     @cached_property
     def canaries(self) -> Canaries | None:
@@ -439,7 +430,7 @@ class FeatureStore:
         """Return what the store holds, as JSON values."""
         return {
             "paths": self.paths,
-            "bytes": sum(Path(path).stat().st_size for path in self.paths),
+            "bytes": self._bytes,
             "images": len(self),
             "classes": dict(sorted(self._label_counts.items())),
             "groups": 0 if self.groups is None else len(np.unique(self.groups)),
@@ -468,9 +459,12 @@ class FeatureStore:
             facts.append(("failures", f"{len(self.failures):,} (first: {reason})"))
         return facts
 
+    @property
+    def _bytes(self) -> int:
+        return sum(Path(path).stat().st_size for path in self.paths)
+
     def _title(self) -> str:
-        size = sum(Path(path).stat().st_size for path in self.paths)
-        return f"{', '.join(self.paths)}: {len(self):,} images, {size / 1e6:,.1f} MB"
+        return f"{', '.join(self.paths)}: {len(self):,} images, {self._bytes / 1e6:,.1f} MB"
 
     def to_text(self) -> str:
         """Return what the store holds, for people."""
@@ -549,7 +543,7 @@ class FeatureStore:
                 stratify=stratify,
                 random_state=random_state,
             )
-        return self.select(np.sort(fit)), self.select(np.sort(test))
+        return self.select(fit), self.select(test)
 
     # --- reading features -----------------------------------------------------------------------
 
@@ -617,14 +611,13 @@ class FeatureStore:
 
     def _mapped(self, name: str) -> np.ndarray | None:
         """Return the rows mapped from the file, None where they are not one run in one file."""
-        column = self._columns[name]
-        source, index = self._sources[column.source], self._indices[column.source]
+        source, index, tap = self._columns[name]
         if len(self) == 0:
             return None
         first = 0 if index is None else int(index[0])
         if index is not None and not (index == np.arange(first, first + len(index))).all():
             return None
-        file, dataset, row = source.locate(column.tap, first)
+        file, dataset, row = source.locate(tap, first)
         if row + len(self) > file.n or dataset.nbytes == 0:
             return None
         with Path(file.path).open("rb") as handle:
@@ -644,8 +637,7 @@ class FeatureStore:
         In pieces that stay in the processor's cache, through one small buffer: new memory for each
         block would cost more in page faults than the reading.
         """
-        column = self._columns[name]
-        source, index = self._sources[column.source], self._indices[column.source]
+        source, index, tap = self._columns[name]
         stored, shape = self.taps[name].dtype, self.taps[name].shape
         direct = out.dtype == stored and out.flags.c_contiguous
         step = max(1, _PIECE_BYTES // max(math.prod(shape) * stored.itemsize, 1))
@@ -655,7 +647,7 @@ class FeatureStore:
             rows = slice(start, stop) if index is None else index[start:stop]
             target = out[start - part.start : stop - part.start]
             piece = target if direct else buffer[: stop - start]
-            source.fetch(column.tap, rows, piece)
+            source.fetch(tap, rows, piece)
             if not direct:
                 convert(piece.reshape(target.shape), target)
 
@@ -832,7 +824,7 @@ def _check_disjoint(files: Sequence[StoreFile]) -> None:
         )
 
 
-def _match(first: FeatureStore, other: FeatureStore) -> np.ndarray:
+def _align_rows(first: FeatureStore, other: FeatureStore) -> np.ndarray:
     """Return the rows of `other` that hold the images of `first`, in its order."""
     mine, theirs = first.ids, other.ids
     rows = np.arange(len(mine)) if np.array_equal(mine, theirs) else _rows_of(first, other)
@@ -872,8 +864,8 @@ def _rows_of(first: FeatureStore, other: FeatureStore) -> np.ndarray:
     return rows
 
 
-def _name_apart(sources: Sequence[FileGroup]) -> None:
-    """Give sources of the same backbone names that do not depend on the order."""
+def _disambiguate_names(sources: Sequence[FileGroup]) -> None:
+    """Name stores of the same backbone by their digests, whatever their order."""
     names = [source.fingerprint.backbone for source in sources]
     for source, name in zip(sources, names, strict=True):
         if names.count(name) > 1:

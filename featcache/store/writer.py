@@ -180,7 +180,7 @@ class FeatureWriter:
         self._lock.share()
 
     def close(self) -> None:
-        """Close the files and release the lock; what was written stays. A second call is free."""
+        """Close the files and release the lock; what was written stays. May be called twice."""
         self._file.close()
         for store in self.__dict__.pop("earlier_stores", ()):
             store.close()
@@ -231,7 +231,7 @@ class FeatureWriter:
     @property
     def meta(self) -> dict[str, Any]:
         """JSON values under /meta."""
-        return {key: self._file.meta(key) for key in self._file.meta_keys}
+        return self._file.all_meta
 
     def set_meta(self, key: str, value: Any) -> None:
         """Keep a JSON value under /meta: ``settings`` (4 KB) or ``run`` (32 KB)."""
@@ -338,10 +338,9 @@ class FeatureWriter:
 
     def _write_entries(self, rows: np.ndarray, entries: np.ndarray) -> None:
         """Sign entries with their ids and write them."""
-        ids = self._file.datasets["ids"]
         for position, first, count in disk.runs(rows):
             part = entries[position : position + count]
-            names = self._file.read_rows(ids, first, first + count)
+            names = self._file.read("ids", first, first + count)
             part["entry_crc"] = checksums.entry_crcs(part, names)
             self._file.write_rows(self._rows, first, part)
         self.status[rows] = entries["status"]
@@ -486,7 +485,7 @@ class FeatureWriter:
             self._lock.own()
             self.status = checksums.row_status(self._file, features=False)
         self._check_complete()
-        images = self._file.n + len(self._file.read("failures"))
+        images = self._file.n + len(self._file.read("failures/id"))
         _check_failures(self.path, self.failures, images, max_failures)
         done = np.flatnonzero(self.status == DONE)
         if len(done) < self._file.n:
@@ -828,7 +827,7 @@ def _resumed(path: str, contents: Contents) -> StoreFile | None:
         return None
     _refuse_overwrite(partial, contents.fingerprint)
     file = StoreFile(partial, writable=True)
-    if file.tables != sorted(contents.tables) or file.datasets["failures"].nbytes:
+    if file.tables != sorted(contents.tables) or file.datasets["failures/id"].nbytes:
         return None
     if not all(np.array_equal(file.read(name), x) for name, x in contents.tables.items()):
         return None
