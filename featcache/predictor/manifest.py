@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from featcache.errors import PredictorError
 from featcache.fingerprint import Fingerprint
+from featcache.pixels.views import Augmentation
 from featcache.predictor.inputs import InputTap
 from featcache.version import __version__
 
@@ -168,11 +169,19 @@ def fingerprint(values: Any) -> Fingerprint:
         and isinstance(made.augmentation, dict | None)
         and isinstance(made.partial, dict | None)
         and type(made.views) is int
-        and made.views >= 1
+        and _is_augmentation(made.augmentation)
     )
     if not right:
         raise PredictorError(f"A fingerprint of the manifest is damaged: {values!r:.200}.")
     return made
+
+
+def _is_augmentation(values: Mapping[str, Any] | None) -> bool:
+    try:
+        Augmentation.from_dict(values or {})
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def canaries(manifest: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> CanaryRows:
