@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def network(kind: type[nn.Module] = Network, seed: int = 0) -> nn.Module:
 def own() -> tuple[nn.Module, Preprocessing]:
     """Return the network for ``--backbone tests.small:own``."""
     return network(), Preprocessing(resize=SIDE, crop=SIDE)
+
+
+class Slow(Network):
+    """It takes its time: something may happen meanwhile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.2)
+        return super().forward(x)
+
+
+def slow() -> tuple[nn.Module, Preprocessing]:
+    """Return the slow network for ``--backbone tests.small:slow``."""
+    return network(Slow), Preprocessing(resize=SIDE, crop=SIDE)
 
 
 def backbone(

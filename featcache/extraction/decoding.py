@@ -9,7 +9,6 @@ black, and its entry says that it failed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import multiprocessing
 import os
@@ -33,6 +32,7 @@ from featcache.pixels.decode import RawImage
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.store.format import DONE, FAILED, PENDING
+from featcache.system.processes import die_with_parent
 
 __all__ = ["ENTRY", "PREFETCH", "Batch", "Decoder", "Loader", "Tasks"]
 
@@ -42,7 +42,6 @@ DEATHS = 2  # a process of its own dies so often before an image counts as faile
 
 # What is known of an image beside its features, under the names that the feature file uses.
 ENTRY = np.dtype([("status", "u1"), ("size", "<i8"), ("mtime_ns", "<i8"), ("sha256", "u1", (32,))])
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -367,10 +366,7 @@ def _start_worker(decoder: Decoder, stop: Tensor, parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT})
     torch.set_num_threads(1)
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(parent)
 
 
 def _decode(task: Task) -> Batch:

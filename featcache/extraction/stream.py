@@ -54,7 +54,6 @@ class Options:
         images: int,
         *,
         settings: Settings | None = None,
-        processes: int = 1,
     ) -> Runtime:
         """Return the network as it runs on so many images; see `Runtime` for the others."""
         return Runtime(
@@ -65,7 +64,6 @@ class Options:
             compile=self.compile,
             settings=settings,
             count=images * self.views,
-            processes=processes,
         )
 
 
@@ -119,11 +117,6 @@ class Clock:
     forward: float = 0.0
     write: float = 0.0
     waiting_for_writer: float = 0.0
-
-    def add(self, other: Clock) -> None:
-        """Add another's times."""
-        for name, seconds in vars(other).items():
-            setattr(self, name, getattr(self, name) + seconds)
 
 
 def compute(

@@ -1,0 +1,335 @@
+"""One process fills one file: copy what is there, compute the rest, check, keep settings.
+
+The file is a whole store or a part of one (`featcache.extraction.parts`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
+from featcache.extraction import reuse
+from featcache.extraction.stream import Clock, Options, WriterThread, compute, default_workers
+from featcache.extraction.summary import Summary
+from featcache.fingerprint import Fingerprint
+from featcache.images.image_set import ImageSet
+from featcache.networks.backbone import Backbone
+from featcache.networks.forward import Runtime, Settings
+from featcache.pixels import canary
+from featcache.store.format import DONE, FAILED, Canaries
+from featcache.store.writer import FeatureWriter
+from featcache.system.console import progress_bar
+
+__all__ = ["compare_canaries", "filled", "from_network", "of_canaries"]
+
+# Images that are replaced again and again during a run are left to the next one.
+_ROUNDS = 3
+_SAY = 1.0  # seconds between two reports of progress in the file
+# Largest difference of features, relative to the largest, that rounding explains.
+_CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+
+
+@contextlib.contextmanager
+def filled(
+    path: str,
+    images: ImageSet,
+    backbone: Backbone,
+    options: Options,
+    request: dict[str, Any],
+    summary: Summary,
+    *,
+    known: reuse.StoredLayout | None = None,
+    tables: Mapping[str, np.ndarray] | None = None,
+    earlier: Sequence[str] = (),
+    settings: Settings | None = None,
+    on_error: str = "skip",
+    retry_failed: bool = False,
+    progress: bool | None = False,
+    wait: float = 0,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[FeatureWriter]:
+    """Give the writer of a file when none of its rows is pending any more.
+
+    Parameters
+    ----------
+    path, images, backbone, on_error, retry_failed, progress
+        As for `featcache.extraction.extract.extract`.
+    options : Options
+        How to compute.
+    request : dict
+        What is asked for.
+    summary : Summary
+        Is told what was done.
+    known : reuse.StoredLayout, optional
+        What the features are; left out, taken from the file, or else from the network.
+    tables : dict of str to ndarray, optional
+        Columns of the file; left out, those of the images.
+    earlier, wait
+        As for `featcache.store.writer.FeatureWriter.begin`.
+    settings : Settings, optional
+        Settings of a file that has none of its own.
+    check : callable
+        Called after every chunk; what it raises ends the run, with everything kept.
+    """
+    known = known or reuse.stored_layout(path, request) or from_network(backbone, request)
+    with FeatureWriter.begin(
+        path,
+        images.tables if tables is None else tables,
+        known.shapes,
+        fingerprint=known.fingerprint,
+        meta=_meta(request),
+        canaries=_canary_images(backbone),
+        earlier=earlier,
+        retry_failed=retry_failed,
+        wait=wait,
+    ) as writer:
+        reuse.mark_changed(writer, images)
+        by_content = options.augmentation is None
+        reuse.copy_unchanged(writer, images, retry_failed=retry_failed, by_content=by_content)
+        summary.copied = int(np.count_nonzero(writer.status == DONE))
+        summary.failed = int(np.count_nonzero(writer.status == FAILED))
+        if len(writer.pending):
+            _check_network(writer, from_network(backbone, request).fingerprint)
+            bar = progress_bar(
+                progress,
+                total=len(images),
+                initial=len(images) - len(writer.pending),
+                unit="img",
+                desc=backbone.name,
+            )
+
+            def advance(rows: int, failures: Mapping[int, DecodeError]) -> None:
+                bar.update(rows)
+                summary.computed += rows - len(failures)
+                summary.failed += len(failures)
+                if failures and on_error == "fail":
+                    raise _first_failure(images, path, failures)
+                check()
+
+            with bar:
+                _compute(images, writer, backbone, options, settings, summary, advance)
+        yield writer
+
+
+def of_canaries(runtime: Runtime, images: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """Return the features of canary images by tap: (k, ...) float32."""
+    return runtime(np.stack([runtime.backbone.preprocessing(image) for image in images]))
+
+
+def from_network(backbone: Backbone, request: dict[str, Any]) -> reuse.StoredLayout:
+    """Compute fingerprint and shapes from the network."""
+    fingerprint = backbone.fingerprint(
+        precision=request["precision"],
+        store_dtype=request["store_dtype"],
+        augmentation=request["augmentation"],
+    )
+    views = (fingerprint.views,) if fingerprint.views > 1 else ()
+    shapes = {tap: (*views, *shape) for tap, shape in backbone.shapes.items()}
+    return reuse.StoredLayout(fingerprint, shapes)
+
+
+def _check_network(writer: FeatureWriter, fingerprint: Fingerprint) -> None:
+    difference = writer.fingerprint.diff(fingerprint, ("stored", "loaded"))
+    if difference:
+        raise FingerprintMismatch(
+            f"The network is not the one that {writer.path} was begun with:\n{difference}\n"
+            f"Choose another file with -o, or delete it: rm {writer.path}*"
+        )
+
+
+def _compute(
+    images: ImageSet,
+    writer: FeatureWriter,
+    backbone: Backbone,
+    options: Options,
+    settings: Settings | None,
+    summary: Summary,
+    advance: Callable[[int, Mapping[int, DecodeError]], None],
+) -> None:
+    """Compute the pending rows."""
+    pending, clock = writer.pending, Clock()
+    settings = _recorded(writer, settings)
+    runtime = options.runtime(backbone, len(pending), settings=settings)
+    writer.set_meta("settings", runtime.settings.to_dict())
+    summary.rounding = _check_canaries(writer, runtime)
+    crashed = (writer.meta.get("run") or {}).get("state") == "running"
+    if options.workers is None:
+        options = replace(options, workers=default_workers(runtime, crashed=crashed))
+    started = time.perf_counter()
+    with _marked_as_running(writer):
+        _fill(images, writer, runtime, pending, options, clock, advance, crashed=crashed)
+        for _ in range(_ROUNDS):
+            reuse.recheck_replaced_files(writer, images, pending)
+            if not len(again := writer.pending):
+                break
+            _fill(images, writer, runtime, again, options, clock, lambda _, bad: advance(0, bad))
+        # What the file says: features may not have been finite.
+        summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
+        summary.failed = int(np.count_nonzero(writer.status == FAILED))
+    elapsed = time.perf_counter() - started
+    summary.measure(clock, elapsed, runtime.settings)
+
+
+def _fill(
+    images: ImageSet,
+    writer: FeatureWriter,
+    runtime: Runtime,
+    rows: np.ndarray,
+    options: Options,
+    clock: Clock,
+    advance: Callable[[int, Mapping[int, DecodeError]], None],
+    *,
+    crashed: bool = False,
+) -> None:
+    """Compute rows and write them."""
+    settings, said = runtime.settings, time.monotonic()
+    chunks = compute(images, runtime, rows, options, clock=clock, crashed=crashed)
+    with WriterThread(writer, clock) as thread, contextlib.closing(chunks):
+        for chunk in chunks:
+            if runtime.settings != settings:  # memory ran out, and the batch was halved
+                settings = runtime.settings
+                writer.set_meta("settings", settings.to_dict())
+            thread.submit(chunk)
+            if time.monotonic() > said + _SAY:  # for whoever watches the file
+                said = time.monotonic()
+                rows_done = int(np.count_nonzero(writer.status))
+                writer.set_meta("run", {"state": "running", "rows": rows_done})
+            advance(len(chunk.rows), chunk.failures)
+
+
+def _first_failure(
+    images: ImageSet, path: str, failures: Mapping[int, DecodeError]
+) -> ExtractionError:
+    row = min(failures)
+    return ExtractionError(
+        f"{images.ids[row]} failed ({failures[row]}). What was computed is kept in "
+        f"{path}.partial. Mend or remove the image, or leave out --on-error fail, and run the same "
+        "command again."
+    )
+
+
+def _recorded(writer: FeatureWriter, settings: Settings | None) -> Settings | None:
+    """Return the settings of the rows that are there already, or else those that are given."""
+    records = [writer.meta.get("settings"), settings and settings.to_dict()]
+    records += [source.meta.get("settings") for source in writer.earlier_stores]
+    for record in records:
+        if record and (settings := Settings.from_dict(record)):
+            return settings
+    return None
+
+
+def _check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:
+    """Store the canaries' features; compare them with those of rows that are there already.
+
+    Returns
+    -------
+    float or None
+        What rounding costs, see `Summary`; None in float32 or without canaries.
+    """
+    canaries = writer.canaries
+    if canaries is None:
+        return None
+    found = replace(canaries, features=of_canaries(runtime, canaries.images))
+    earlier = [canaries, *(source.canaries for source in writer.earlier_stores)]
+    compare_canaries(writer.path, runtime.precision, [found, *earlier])
+    if not canaries.features:
+        writer.set_canaries(found.features)
+    if runtime.precision == "float32":
+        return None
+    return _rounding(runtime.backbone, canaries.images, found.features)
+
+
+def compare_canaries(path: str, precision: str, canaries: Sequence[Canaries | None]) -> None:
+    """Refuse features that were computed otherwise, as far as test images show it.
+
+    Parameters
+    ----------
+    path : str
+        The store.
+    precision : {"float32", "bfloat16", "float16"}
+        Precision of the forward pass.
+    canaries : sequence of Canaries or None
+        Test images; the features of each are compared with the first one's.
+
+    Raises
+    ------
+    FingerprintMismatch
+        The features differ by more than rounding explains.
+    """
+    known = [each for each in canaries if each and each.features]
+    for other in known[1:]:
+        if other.images != known[0].images:
+            continue
+        for tap, values in other.features.items():
+            found = known[0].features[tap]
+            error = np.abs(found - values).max() / max(np.abs(values).max(), 1e-30)
+            if not error <= _CANARY_TOLERANCE[precision]:
+                raise FingerprintMismatch(
+                    f"The features of test images differ by {error:.1e} of the largest from those "
+                    f"that {path} was begun with: a machine decodes, resizes or computes otherwise "
+                    f"(other versions of Pillow or torch?). Begin anew: rm {path}*"
+                )
+
+
+@contextlib.contextmanager
+def _marked_as_running(writer: FeatureWriter) -> Iterator[None]:
+    """Leave a mark in the partial file by which the next run sees that this one was killed."""
+    writer.set_meta("run", {"state": "running"})
+    try:
+        yield
+    except BaseException:
+        writer.set_meta("run", {"state": "stopped"})
+        raise
+
+
+def _canary_images(backbone: Backbone) -> list[tuple[str, bytes]]:
+    """Return the canaries that this preprocessing can take: not every one has its channels."""
+    usable = []
+    for name, image in canary.images():
+        with contextlib.suppress(DecodeError):
+            backbone.preprocessing(image)
+            usable.append((name, image))
+    return usable
+
+
+def _rounding(
+    backbone: Backbone, images: Sequence[bytes], found: Mapping[str, np.ndarray]
+) -> float:
+    """Return how far features (k, ...) are from float32 ones: see `Summary`."""
+    plain = of_canaries(Runtime(backbone, device="cpu"), images)
+    worst = 0.0
+    for tap, value in found.items():
+        expected = plain[tap].reshape(len(images), -1)
+        distance = np.linalg.norm(value.reshape(len(images), -1) - expected, axis=1)
+        length = np.maximum(np.linalg.norm(expected, axis=1), np.finfo(np.float32).tiny)
+        worst = max(worst, float(np.median(distance / length)))
+    return worst
+
+
+def _meta(request: dict[str, Any]) -> dict[str, Any]:
+    """Return what the file says about how it came to be."""
+    command = Path(sys.argv[0]).name
+    meta: dict[str, Any] = {"request": request, "versions": _versions()}
+    if command == "featcache":
+        meta["command"] = shlex.join([command, *sys.argv[1:]])
+    return meta
+
+
+def _versions() -> dict[str, str]:
+    names = ("featcache", "torch", "torchvision", "numpy", "pillow")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

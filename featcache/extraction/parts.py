@@ -1,0 +1,674 @@
+"""A job in parts: each device, or each task of an engine, fills a file of its own.
+
+Beside ``flowers.h5`` there are, until it is complete:
+
+======================================= =========================================================
+``flowers.h5.partial.plan``             JSON: what every part must know, and where each begins
+``flowers.h5.part-0003``                part 3; until it is complete it has a ``.partial`` file and
+                                        a lock of its own
+``flowers.h5.old-part-0003``            a part of an earlier plan, until its rows were copied
+======================================= =========================================================
+
+A task gets the path of the store and the number of a part, and reads the rest from the plan. The
+disk says what is done: a part that is complete is not computed again, whatever became of the future
+that computed it, and a torn one is resumed. A task stops between two chunks, with everything
+committed, as soon as the plan is written anew. So Ctrl-C reaches the tasks on every machine, and
+tasks that an earlier run left behind let go of their parts.
+
+Settings are chosen once. Every part begins where a batch begins, and every image keeps its slot in
+the batch, so the features are those of one process, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from featcache.errors import (
+    DeviceError,
+    ExtractionError,
+    FeatcacheError,
+    FingerprintMismatch,
+    Interrupted,
+    StoreError,
+    StoreLocked,
+    TooManyFailures,
+)
+from featcache.extraction import reuse
+from featcache.extraction.filling import compare_canaries, filled, from_network
+from featcache.extraction.stream import Clock, Options
+from featcache.extraction.summary import Summary
+from featcache.fingerprint import Fingerprint
+from featcache.images.image_set import ImageSet
+from featcache.networks.backbone import Backbone
+from featcache.networks.forward import Settings, select_device
+from featcache.pixels.preprocessing import Preprocessing
+from featcache.pixels.views import Augmentation
+from featcache.store import disk
+from featcache.store.format import FAILED, StoreFile
+from featcache.store.store import FeatureStore
+from featcache.store.writer import merge
+from featcache.system.console import progress_bar
+from featcache.system.memory import keep_pages
+from featcache.system.processes import die_with_parent
+
+__all__ = ["Plan", "choose_settings", "extract_part", "in_parts"]
+
+_TRIES = 3  # how often a part is submitted at most
+_GRACE = 4.0  # seconds that tasks have to stop
+_LOOK = 1.0  # seconds between two looks at the progress
+_WAIT = 60.0  # seconds to wait for the lock of a task that an earlier run left behind
+
+
+@dataclass
+class Plan:
+    """What every part of a job must know.
+
+    Attributes
+    ----------
+    path : str
+        The store to be.
+    request : dict
+        What is asked for.
+    fingerprint : dict
+        What the features come from.
+    shapes : dict of str to list of int
+        Shape of one image's features by tap.
+    images : dict or None
+        Arguments of `ImageSet.open`; None if the images are only in memory.
+    ids : str
+        SHA-256 over the ids of all images.
+    n : int
+        Number of images.
+    parts : int
+        Number of parts.
+    options : dict
+        Arguments of `featcache.extraction.extract.extract` that change no feature.
+    threads : int
+        Threads of a forward pass on a CPU.
+    earlier : list of str
+        Files whose rows may be copied.
+    settings : dict or None
+        `featcache.networks.forward.Settings` of every part; None until they are chosen.
+    starts : list of int
+        First row of each part, and `n`.
+    merging : bool
+        All parts were complete, and are being merged.
+    stopped : bool
+        No task may begin.
+    """
+
+    path: str
+    request: dict[str, Any]
+    fingerprint: dict[str, Any]
+    shapes: dict[str, list[int]]
+    images: dict[str, Any] | None
+    ids: str
+    n: int
+    parts: int
+    options: dict[str, Any]
+    threads: int
+    earlier: list[str] = field(default_factory=list)
+    settings: dict[str, Any] | None = None
+    starts: list[int] = field(default_factory=list)
+    merging: bool = False
+    stopped: bool = False
+
+    @classmethod
+    def read(cls, path: str) -> Self | None:
+        """Return the plan beside the store at `path`, None if there is none."""
+        try:
+            return cls(path=path, **json.loads(_plan_file(path).read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise ExtractionError(
+                f"{_plan_file(path)} cannot be read: {error}. Delete it and run the same command "
+                "again; what is done of the parts is copied."
+            ) from error
+
+    def write(self) -> None:
+        """Keep the plan; tasks that read it before stop."""
+        values = asdict(self)
+        del values["path"]
+        text, target = json.dumps(values).encode(), str(_plan_file(self.path))
+        try:
+            with disk.opened(f"{target}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+                disk.pwrite_all(descriptor, text, 0)
+                disk.fsync(descriptor)
+            disk.rename(f"{target}.new", target)
+        except OSError as error:
+            disk.raise_for(error, self.path, needed=len(text))
+
+    def cut(self, settings: Mapping[str, Any]) -> None:
+        """Take the settings, and give every part whole batches."""
+        group = max(
+            1, settings["batch_size"] // (self.request["augmentation"] or {"views": 1})["views"]
+        )  # images that fit a batch
+        groups = -(-self.n // group)
+        self.parts = min(self.parts, groups)
+        self.starts = [group * (groups * k // self.parts) for k in range(self.parts)] + [self.n]
+        self.settings = dict(settings)
+        self.write()
+
+    @property
+    def layout(self) -> reuse.StoredLayout:
+        """Fingerprint and shapes of the features."""
+        shapes = {tap: tuple(shape) for tap, shape in self.shapes.items()}
+        return reuse.StoredLayout(Fingerprint.from_dict(self.fingerprint), shapes)
+
+    @property
+    def files(self) -> list[str]:
+        """Files of the parts, there or not."""
+        return [f"{self.path}.part-{k:04d}" for k in range(len(self.starts) - 1)]
+
+    def rows(self, k: int) -> np.ndarray:
+        """Return the numbers of the images of a part: int64, ascending."""
+        return np.arange(self.starts[k], self.starts[k + 1])
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are to be computed; the disk says it."""
+        return [
+            k
+            for k, file in enumerate(self.files)
+            if Path(f"{file}.partial").exists() or not (self.merging or Path(file).exists())
+        ]
+
+    @property
+    def done(self) -> int:
+        """Number of images that are done, as far as tasks have said so."""
+        missing, done = self.missing, 0
+        for k, file in enumerate(self.files):
+            if k not in missing:
+                done += len(self.rows(k))
+            else:
+                with contextlib.suppress(StoreError):
+                    opened = StoreFile(f"{file}.partial")
+                    done += (opened.meta("run") or {}).get("rows", 0)
+                    opened.close()
+        return done
+
+
+def _plan_file(path: str) -> Path:
+    return Path(f"{path}.partial.plan")
+
+
+def _beside(path: str, what: str) -> list[str]:
+    """Return the files that are named like the store, with `what` behind, in order."""
+    where = Path(path)
+    return sorted(map(str, where.parent.glob(f"{glob.escape(where.name)}.{what}-*")))
+
+
+def _agree(wanted: Plan, options: Options) -> Plan:
+    """Return the plan in force: that of an earlier run of the same job, else the one wanted.
+
+    Parts of another plan are kept under other names, and their rows are copied.
+    """
+    path, there = wanted.path, Plan.read(wanted.path)
+    if there and there.merging and not any(map(os.path.exists, [f"{path}.partial", *there.files])):
+        there = None  # the store was finished, and the next moment the process killed
+    different = [
+        f"{name}: {there.request.get(name)!r} (begun), {value!r} (asked for)"
+        for name, value in wanted.request.items()
+        if there and there.request.get(name) != value
+    ]
+    if different:
+        raise FingerprintMismatch(
+            "\n".join([f"{path} was begun with other features:", *different])
+            + f"\nChoose another file with -o, or delete what is there: rm {path}.part*"
+        )
+    if there and there.ids == wanted.ids and _fits(there.settings, options):
+        if wanted.parts not in (0, there.parts):
+            warnings.warn(f"{path} goes on in {there.parts} parts, as it was begun.", stacklevel=4)
+        plan = replace(there, images=wanted.images, options=wanted.options, stopped=False)
+    else:
+        for name in _beside(path, "part"):
+            if name.endswith(".lock"):
+                continue
+            other = name.replace(f"{path}.part-", f"{path}.old-part-")
+            while Path(other).exists():
+                other += "~"
+            disk.rename(name, other)
+        names = [f"{path}.partial", *_beside(path, "old-part"), path, f"{path}.partial.old"]
+        plan = replace(wanted, earlier=[name for name in names if Path(name).exists()])
+    plan.write()
+    return plan
+
+
+def _fits(settings: Mapping[str, Any] | None, options: Options) -> bool:
+    """Return whether settings are those that the user asks for."""
+    if settings is None:
+        return True
+    asked: dict[str, Any] = {"batch_size": options.batch_size, "compiled": options.compile}
+    if options.device != "auto":
+        asked["device"] = torch.device(options.device).type
+    return all(value in (None, settings[name]) for name, value in asked.items())
+
+
+# --- in the main process --------------------------------------------------------------------------
+
+
+def in_parts(
+    path: str,
+    images: ImageSet,
+    backbone: Backbone,
+    options: Options,
+    request: dict[str, Any],
+    summary: Summary,
+    *,
+    devices: Sequence[str],
+    parts: int | None,
+    executor: Executor | None,
+    on_error: str,
+    max_failures: float,
+    retry_failed: bool,
+    progress: bool | None,
+) -> FeatureStore:
+    """Have the parts computed, and merge them into the file at `path`.
+
+    The parameters are those of `featcache.extraction.extract.extract`, and `options`, `request`
+    and `summary` as for `featcache.extraction.filling.filled`.
+    """
+    named: tuple[str, ...] = ()
+    if executor is not None:
+        named = _portable(images, backbone, devices, parts)
+    started = time.perf_counter()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    known = reuse.stored_layout(path, request) or from_network(backbone, request)
+    wanted = Plan(
+        path=path,
+        request=request,
+        fingerprint=known.fingerprint.to_dict(),
+        shapes={tap: list(shape) for tap, shape in known.shapes.items()},
+        images=images.opened_with,
+        ids=_digest(images),
+        n=len(images),
+        parts=parts or len(devices),
+        options={
+            "batch_size": options.batch_size,
+            "compile": options.compile,
+            "workers": options.workers,
+            "device": options.device,
+            "on_error": on_error,
+            "retry_failed": retry_failed,
+        },
+        threads=torch.get_num_threads(),
+    )
+    bar = progress_bar(progress, total=len(images), unit="img", desc=backbone.name)
+    with disk.WriteLock(path), bar:
+        plan = _agree(wanted, options)
+
+        def pool() -> contextlib.AbstractContextManager[Executor]:
+            if executor is None:
+                return _processes(devices[: plan.parts], images, backbone)
+            return contextlib.nullcontext(executor)
+
+        _recheck(plan, images, retry_failed=retry_failed)
+        loop = time.perf_counter()
+        results = _fill(plan, pool, named, lambda: bar.update(plan.done - bar.n))
+        _summarize(plan, results, time.perf_counter() - loop, summary)
+        plan.merging = True
+        plan.write()
+    summary.seconds["total"] = time.perf_counter() - started
+    try:
+        store = merge(
+            path,
+            images.tables,
+            plan.files,
+            run=summary.to_dict(),
+            max_failures=max_failures,
+            wait=_GRACE,
+        )
+    except TooManyFailures:
+        replace(plan, merging=False).write()  # the next run looks at the images that failed
+        raise
+    for file in [*_beside(path, "old-part"), *_beside(path, "part")]:  # of parts only locks
+        Path(file).unlink()
+    _plan_file(path).unlink()
+    summary.copied, summary.failed = len(store) - summary.computed, len(store.failures)
+    return store
+
+
+def _portable(
+    images: ImageSet, backbone: Backbone, devices: Sequence[str], parts: int | None
+) -> tuple[str, ...]:
+    """Return what a task must be told beside path and number, or say what cannot be told."""
+    if not parts:
+        raise ExtractionError("An executor needs the number of parts: parts=20, for instance.")
+    if len(devices) > 1:
+        raise ExtractionError("With an executor name one device, the one of every task.")
+    if backbone.source == "module":
+        raise ExtractionError(
+            f"The tasks of an executor cannot be sent {backbone.name}, a network in memory. Name a "
+            "function that makes it, package.module:callable, or leave out executor."
+        )
+    if images.opened_with is None:
+        raise ExtractionError(
+            f"The tasks of an executor cannot list {images.source} by themselves: these images are "
+            "in memory, or a selection. Keep arrays in a file (np.save), images in a folder, a "
+            "selection as a CSV file of its ids, and open that; or leave out executor."
+        )
+    return (backbone.name,) if backbone.source == "callable" else ()
+
+
+def _digest(images: ImageSet) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(images), 65_536):
+        digest.update("\0".join([*images.ids[start : start + 65_536], ""]).encode())
+    return digest.hexdigest()
+
+
+def _recheck(plan: Plan, images: ImageSet, *, retry_failed: bool) -> None:
+    """Take up again the complete parts whose images changed since, or failed and are retried."""
+    for k, file in enumerate(plan.files):
+        if plan.merging or k in plan.missing:
+            continue
+        opened = StoreFile(file)
+        entries = opened.read("rows")
+        opened.close()
+        retried = retry_failed and bool((entries["status"] == FAILED).any())
+        part = images.select(plan.rows(k))
+        if retried or not reuse.unchanged(part, np.arange(len(part)), entries).all():
+            disk.rename(file, f"{file}.partial")
+
+
+def _summarize(
+    plan: Plan, results: Sequence[Mapping[str, Any]], seconds: float, summary: Summary
+) -> None:
+    """Say what the tasks did, and compare what their machines made of the test images."""
+    opened = [StoreFile(file) for file in plan.files if Path(file).exists()]
+    compare_canaries(plan.path, plan.request["precision"], [file.canaries for file in opened])
+    failed = [np.count_nonzero(file.read("rows")["status"] == FAILED) for file in opened]
+    for file in opened:
+        file.close()
+    summary.computed = sum(result["computed"] for result in results)
+    summary.failed = int(sum(failed))
+    summary.copied = plan.n - summary.computed - summary.failed
+    times = [result["seconds"] for result in results if "loop" in result["seconds"]]
+    if times:
+        clock = Clock(**{name: sum(each[name] for each in times) for name in asdict(Clock())})
+        settings = Settings.from_dict(plan.settings or {})
+        assert settings is not None
+        summary.measure(clock, seconds, settings)
+        summary.rounding = max(result["rounding"] or 0.0 for result in results) or None
+
+
+def _fill(
+    plan: Plan,
+    pool: Callable[[], contextlib.AbstractContextManager[Executor]],
+    named: tuple[str, ...],
+    look: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Submit the parts that are missing, again if futures are lost; return what tasks returned."""
+    results: list[dict[str, Any]] = []
+    lost: dict[int, Exception] = {}
+    for _ in range(_TRIES):
+        with pool() as executor:
+            if plan.settings is None:
+                calls: dict[int, tuple[Any, ...]] = {0: (choose_settings, plan.path, *named)}
+                chosen, lost = _run(plan, executor, calls, look)
+                if lost:
+                    continue
+                plan.cut(chosen[0])
+            calls = {k: (extract_part, plan.path, k, *named) for k in plan.missing}
+            found, lost = _run(plan, executor, calls, look)
+            results += found.values()
+        if not plan.missing:
+            return results
+    k = min(lost or plan.missing)
+    error = lost.get(k)
+    raise ExtractionError(
+        f"{plan.path} is not complete after {_TRIES} attempts; part {k}: {type(error).__name__}: "
+        f"{error}. What was computed is kept: run the same command again to go on."
+    ) from error
+
+
+def _run(
+    plan: Plan,
+    executor: Executor,
+    calls: Mapping[int, tuple[Any, ...]],
+    look: Callable[[], None],
+) -> tuple[dict[int, Any], dict[int, Exception]]:
+    """Make calls, and return by number what they returned, and why others returned nothing."""
+    futures: dict[Future[Any], int] = {}
+    found: dict[int, Any] = {}
+    lost: dict[int, Exception] = {}
+    try:
+        # Blocked from birth in the processes that are started for a call.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for k, call in calls.items():
+                futures[executor.submit(*call)] = k
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, _LOOK, FIRST_COMPLETED)
+            for future in done:
+                try:
+                    found[futures[future]] = future.result()
+                except Exception as error:
+                    if isinstance(error, FeatcacheError) and not isinstance(error, StoreLocked):
+                        raise
+                    # A worker was killed, or a task of an earlier run has not let go yet.
+                    lost[futures[future]] = error
+            look()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        with contextlib.suppress(FeatcacheError):  # where the disk is full, tasks stop anyway
+            replace(plan, stopped=True).write()
+        wait(futures, _GRACE)
+        raise
+    return found, lost
+
+
+# --- processes of our own -------------------------------------------------------------------------
+
+_given: tuple[ImageSet, Backbone, str] | None = None  # with the device of this process
+
+
+@contextlib.contextmanager
+def _processes(devices: Sequence[str], images: ImageSet, backbone: Backbone) -> Iterator[Executor]:
+    """Start a process for each device, and give each images and network once.
+
+    They are spawned: forked ones could not use a GPU that this process has touched.
+    """
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    names = context.SimpleQueue()
+    for device in devices:
+        names.put(device)
+    pool = ProcessPoolExecutor(
+        len(devices), context, _start_process, (names, images, backbone, os.getpid())
+    )
+    try:
+        yield pool
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _start_process(names: Any, images: ImageSet, backbone: Backbone, parent: int) -> None:
+    """Prepare a process; SIGINT stays blocked, and the kernel kills it if its parent dies."""
+    global _given
+    _given = images, backbone, names.get()
+    die_with_parent(parent)
+
+
+# --- in a task ------------------------------------------------------------------------------------
+
+_one_at_a_time = threading.Lock()  # torch's threads and precision belong to the whole process
+
+
+def choose_settings(path: str, network: str | None = None) -> dict[str, Any]:
+    """Return the settings of all parts, as this machine chooses them.
+
+    Parameters
+    ----------
+    path, network
+        As for `extract_part`.
+    """
+    with _one_at_a_time, keep_pages():
+        plan, images, backbone, options = _job(path, network)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(plan.threads)
+        own = {name: plan.options[name] for name in ("batch_size", "compile")}
+        try:
+            settings = replace(options, **own).runtime(backbone, len(images)).settings
+        finally:
+            torch.set_num_threads(threads)
+    return replace(settings, fixed_slots=True).to_dict()
+
+
+def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any]:
+    """Compute one part of a job, unless it is complete.
+
+    Parameters
+    ----------
+    path : str
+        The store whose plan is followed.
+    k : int
+        Number of the part.
+    network : str, optional
+        ``package.module:callable``, if the network comes from one. No file can make this process
+        import a module: the plan's must be the same.
+
+    Returns
+    -------
+    dict
+        The `Summary` of the part.
+
+    Raises
+    ------
+    Interrupted
+        The job was stopped, or another run has begun. Everything computed is kept.
+    ExtractionError
+        This process lists other images, or knows another network, than the plan says.
+    StoreLocked
+        Another task has been filling the part for a minute.
+    """
+    with _one_at_a_time, keep_pages():
+        check = _stopping(path)
+        plan, images, backbone, options = _job(path, network)
+        assert plan.settings is not None
+        kind, of_job = select_device(options.device).type, plan.settings["device"]
+        if kind != of_job:
+            raise DeviceError(
+                f"A task would compute part {k} of {path} on another kind of device ({kind}) than "
+                f"the job's ({of_job}), which gives other bits. Name it: device={of_job!r}"
+            )
+        part = images.select(plan.rows(k))
+        summary = Summary(len(part))
+        if k not in plan.missing:
+            return summary.to_dict()
+        with filled(
+            plan.files[k],
+            part,
+            backbone,
+            options,
+            plan.request,
+            summary,
+            known=plan.layout,
+            tables={"ids": part.ids},
+            earlier=plan.earlier,
+            settings=Settings.from_dict(plan.settings),
+            on_error=plan.options["on_error"],
+            retry_failed=plan.options["retry_failed"],
+            wait=_WAIT,
+            check=check,
+        ) as writer:
+            writer.set_meta("run", summary.to_dict())
+            writer.finish_part()
+    return summary.to_dict()
+
+
+def _stopping(path: str) -> Callable[[], None]:
+    """Return a function that raises `Interrupted` if the plan was written anew."""
+
+    def written() -> tuple[int, int]:
+        try:
+            stat = _plan_file(path).stat()
+        except OSError:
+            return 0, 0
+        return stat.st_ino, stat.st_mtime_ns
+
+    def check() -> None:
+        if written() != before:
+            raise Interrupted(f"The job of {path} was stopped, or another run has begun.")
+
+    before = written()
+    return check
+
+
+def _job(path: str, network: str | None) -> tuple[Plan, ImageSet, Backbone, Options]:
+    """Return the plan, and what it names."""
+    plan = Plan.read(path)
+    if plan is None or plan.stopped:
+        raise Interrupted(f"The job of {path} was stopped. Run its command again to go on.")
+    request = plan.request
+    if _given is None:
+        images, backbone = _opened(json.dumps([plan.images, plan.ids, request]), network)
+        device = plan.options["device"]
+    else:
+        images, backbone, device = _given
+    augmentation = request["augmentation"]
+    options = Options(
+        workers=plan.options["workers"],
+        device=device,
+        precision=request["precision"],
+        augmentation=None if augmentation is None else Augmentation.from_dict(augmentation),
+    )
+    return plan, images, backbone, options
+
+
+@functools.lru_cache(maxsize=1)  # for the next part
+def _opened(planned: str, network: str | None) -> tuple[ImageSet, Backbone]:
+    """List the images and build the network that a plan names."""
+    spec, ids, request = json.loads(planned)
+    images = ImageSet.open(**spec)
+    if _digest(images) != ids:
+        raise ExtractionError(
+            f"A task lists {len(images):,} images in {images.source}, and not the same ones as the "
+            "run that sent it. Every machine must see the same files; if they have changed, run "
+            "the command again."
+        )
+    name = request["backbone"]
+    if request["source"] == "callable" and name != network:
+        raise ExtractionError(f"The plan names the network {name}, the task {network}.")
+    backbone = Backbone(
+        f"timm/{name}" if request["source"] == "timm" else name,
+        weights="auto" if request["source"] == "callable" else request["weights"],
+        layers=request["taps"],
+        partial=request.get("partial", False),
+    )
+    backbone.preprocessing = Preprocessing.from_dict(request["preprocessing"])
+    different = [
+        f"{key}: {request[key]!r} (plan), {value!r} (here)"
+        for key, value in backbone.request.items()
+        if request[key] != value
+    ]
+    if different:
+        raise ExtractionError("\n".join([f"A task knows another network {name}:", *different]))
+    return images, backbone

@@ -1,0 +1,427 @@
+"""A job in parts: several devices, an engine's tasks, kills and stops; always the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featcache.errors import ExtractionError, FingerprintMismatch, StoreError, TooManyFailures
+from featcache.extraction.extract import extract
+from featcache.images.image_set import ImageSet
+from featcache.networks.backbone import Backbone
+from featcache.store.disk import WriteLock
+from featcache.store.format import StoreFile
+from featcache.store.store import FeatureStore
+from tests.small import backbone, folder, photograph
+
+N = 44
+OWN = "tests.small:own"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("parts") / "images", N)
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> str:
+    """Return the hash of one process's features."""
+    return sha256(run(root, root.parent / "whole.h5"))
+
+
+def sha256(store: FeatureStore) -> str:
+    return hashlib.sha256(store.load()[0].tobytes()).hexdigest()
+
+
+def run(root: Path, path: Path, *, network: str = OWN, **options: Any) -> FeatureStore:
+    options = {"batch_size": 4, "workers": 0, "device": "cpu", **options}
+    return extract(ImageSet.open(root), Backbone(network, layers=["pool"]), path, **options)
+
+
+def beside(path: Path) -> list[str]:
+    return sorted(other.name for other in path.parent.glob(f"{path.name}*"))
+
+
+# --- the same bits --------------------------------------------------------------------------------
+
+
+def test_parts_give_the_bits_of_one_process(root: Path, whole: str, tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    with ThreadPoolExecutor(2) as threads:
+        store = run(root, path, executor=threads, parts=5)
+    assert sha256(store) == whole
+    assert store.verify().ok
+    assert list(store.ids) == list(ImageSet.open(root).ids)
+    assert (store.extraction.computed, store.extraction.copied) == (N, 0)
+    assert store.extraction.seconds["forward"] > 0
+    assert beside(path) == ["f.h5"]
+    assert run(root, path, device=["cpu", "cpu"]).extraction.skipped
+
+
+def test_several_devices_are_several_processes(root: Path, whole: str, tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    store = run(root, path, device=["cpu", "cpu"])
+    assert sha256(store) == whole
+    assert beside(path) == ["f.h5"]
+
+
+class Recording(Executor):
+    """Runs a call when it is submitted, in this thread, and keeps what would travel."""
+
+    def __init__(self, lose: Callable[[int], bool] = lambda number: False) -> None:
+        self.calls: list[bytes] = []
+        self.lose = lose
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.calls.append(pickle.dumps((function, args, kwargs)))
+        future: Future[Any] = Future()
+        if self.lose(len(self.calls)):
+            future.set_exception(RuntimeError("the worker was lost"))
+            return future
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_task_is_small(tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", 300)
+    executor = Recording()
+    run(root, tmp_path / "f.h5", executor=executor, parts=3)
+    assert len(executor.calls) == 4  # the choice of settings comes first
+    assert max(map(len, executor.calls)) < 10_000
+
+
+# --- the disk says what is done -------------------------------------------------------------------
+
+
+def test_a_lost_future_is_submitted_again_and_a_complete_part_is_not(
+    root: Path, whole: str, tmp_path: Path
+) -> None:
+    executor = Recording(lose=lambda number: number in (1, 3))  # the settings, and a part
+    store = run(root, tmp_path / "f.h5", executor=executor, parts=3)
+    assert sha256(store) == whole
+    assert len(executor.calls) == 2 + 3 + 1
+
+
+def test_futures_that_are_lost_every_time_end_the_run_and_cost_nothing(
+    root: Path, whole: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.h5"
+    executor = Recording(lose=lambda number: number > 2)
+    with pytest.raises(ExtractionError, match=r"part 1: .*worker was lost.*same command again"):
+        run(root, path, executor=executor, parts=3)
+    assert len(executor.calls) == 1 + 3 + 2 + 2
+    assert "f.h5.part-0000" in beside(path)
+    store = run(root, path, executor=Recording(), parts=3)
+    assert sha256(store) == whole
+    first = 12  # rows of the part that was complete
+    assert (store.extraction.copied, store.extraction.computed) == (first, N - first)
+    assert beside(path) == ["f.h5"]
+
+
+def test_what_was_begun_in_parts_goes_on_in_the_same_parts(
+    root: Path, whole: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.h5"
+    with pytest.raises(ExtractionError):
+        run(root, path, executor=Recording(lose=lambda number: number > 2), parts=3)
+    with pytest.warns(UserWarning, match="goes on in 3 parts"):
+        store = run(root, path, executor=Recording(), parts=5)
+    assert sha256(store) == whole
+    assert store.extraction.copied == 12
+
+
+def test_parts_of_other_images_or_batches_are_copied_from(root: Path, tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", N)
+    path = tmp_path / "f.h5"
+    with pytest.raises(ExtractionError):
+        run(images, path, executor=Recording(lose=lambda number: number > 2), parts=3)
+    photograph(images / "ant" / "-first.jpg", 1234)  # every other image moves on by one row
+    store = run(images, path, executor=Recording(), parts=2)
+    assert (store.extraction.copied, store.extraction.computed) == (12, N + 1 - 12)
+    assert sha256(store) == sha256(run(images, tmp_path / "fresh.h5"))
+    assert beside(path) == ["f.h5"]
+
+
+def test_a_store_grows_in_parts(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", N)
+    path = tmp_path / "f.h5"
+    run(images, path)
+    photograph(images / "bee" / "9999.jpg", 1234)
+    photograph(images / "ant" / "0000.jpg", 4321)
+    store = run(images, path, executor=Recording(), parts=3)
+    assert (store.extraction.copied, store.extraction.computed) == (N - 1, 2)
+    assert sha256(store) == sha256(run(images, tmp_path / "fresh.h5"))
+
+
+def test_parts_of_other_features_are_refused(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    with pytest.raises(ExtractionError):
+        run(root, path, executor=Recording(lose=lambda number: number > 2), parts=3)
+    there = beside(path)
+    with pytest.raises(FingerprintMismatch, match=r"(?s)store_dtype.*rm .*f\.h5\.part"):
+        run(root, path, store_dtype="float16")
+    assert beside(path) == there
+
+
+def test_failures_are_left_out_and_tried_again(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", N)
+    for name in ("ant/0000.jpg", "ant/0002.jpg", "ant/0004.jpg", "ant/0006.jpg", "bee/0043.jpg"):
+        (images / name).write_bytes(b"no image")
+    path = tmp_path / "f.h5"
+    with pytest.raises(TooManyFailures, match="5 of 44"):
+        run(images, path, executor=Recording(), parts=11)  # none of part 0 can be decoded
+    photograph(images / "ant" / "0000.jpg", 0)
+    store = run(images, path, executor=Recording(), parts=11, max_failures=0.5)
+    assert (len(store), len(store.failures), store.extraction.failed) == (N - 4, 4, 4)
+    assert store.extraction.computed == 1
+    assert sha256(store) == sha256(run(images, tmp_path / "fresh.h5", max_failures=0.5))
+    assert beside(path) == ["f.h5"]
+
+
+# --- what an engine cannot take -------------------------------------------------------------------
+
+
+def test_what_is_only_in_memory_goes_to_processes_of_our_own(root: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 40, 3), dtype=np.uint8)
+    arrays = ImageSet.from_arrays(pixels)
+    options: dict[str, Any] = {"batch_size": 4, "workers": 0}
+    executor = Recording()
+    with pytest.raises(ExtractionError, match=r"package\.module:callable"):
+        extract(ImageSet.open(root), backbone(), tmp_path / "a.h5", executor=executor, parts=2)
+    with pytest.raises(ExtractionError, match=r"np\.save"):
+        extract(arrays, Backbone(OWN), tmp_path / "b.h5", executor=executor, parts=2)
+    with pytest.raises(ExtractionError, match="parts="):
+        extract(ImageSet.open(root), Backbone(OWN), tmp_path / "c.h5", executor=executor)
+    assert executor.calls == []
+    one = extract(arrays, backbone(), tmp_path / "one.h5", device="cpu", **options)
+    two = extract(arrays, backbone(), tmp_path / "two.h5", device=["cpu", "cpu"], **options)
+    assert sha256(one) == sha256(two)
+
+
+def test_a_plan_does_not_make_a_task_import_anything(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    executor = Recording(lose=lambda number: number > 1)
+    with pytest.raises(ExtractionError):
+        run(root, path, executor=executor, parts=2)
+    plan = Path(f"{path}.partial.plan")
+    plan.write_text(plan.read_text().replace(OWN, "tests.small:slow"))
+    function, args, _ = pickle.loads(executor.calls[1])
+    with pytest.raises(ExtractionError, match=r"tests\.small:slow"):
+        function(*args)
+
+
+def test_a_task_leaves_signal_handlers_alone(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
+    seen: list[Any] = []
+
+    class Engine(Recording):
+        """Runs tasks in its own thread, as engines do, with handlers of its own."""
+
+        def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            def task() -> Any:
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    seen.append([signal.getsignal(number) for number in numbers])
+
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(task)
+
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
+    try:
+        mine = [signal.getsignal(number) for number in numbers]
+        with ThreadPoolExecutor(1) as thread:  # nothing of the main process's own either
+            thread.submit(run, root, path, executor=Engine(), parts=2, workers=1).result()
+        assert seen == [mine] * 3
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+# --- stopped and killed ---------------------------------------------------------------------------
+
+
+class Child:
+    """``featcache extract`` with two devices and a slow network, in a session of its own."""
+
+    def __init__(self, root: Path, path: Path, devices: int = 2) -> None:
+        command = [sys.executable, "-m", "featcache.cli", "extract", str(root), "-o", str(path)]
+        command += ["--backbone", "tests.small:slow", "--layer", "pool", "--batch-size", "4"]
+        command += ["--workers", "1", *["--device", "cpu"] * devices]
+        self.path = path
+        self.process = subprocess.Popen(
+            command, start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_for(self, rows: int) -> None:
+        """Return when tasks have said that so many rows are done, or the parts are merged."""
+        deadline = time.monotonic() + 120
+        while done(self.path) < rows:
+            assert time.monotonic() < deadline
+            assert self.process.poll() is None
+            time.sleep(0.01)
+
+    def end(self, number: int) -> tuple[int, str]:
+        """Send a signal to the main process; return its status and what it said."""
+        self.process.send_signal(number)
+        _, said = self.process.communicate()
+        return self.process.returncode, said
+
+    def is_alone(self) -> None:
+        """Return when no process of the session is left."""
+        deadline = time.monotonic() + 20
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.01)
+            pytest.fail("a process outlived its parent")
+
+
+def done(path: Path) -> int:
+    """Return how many rows of parts are done."""
+    total = 0
+    for part in path.parent.glob(f"{path.name}.part-????*"):
+        with contextlib.suppress(StoreError):
+            if not part.name.endswith(".lock"):
+                total += int(np.count_nonzero(StoreFile(str(part)).read("rows")["status"]))
+    return total
+
+
+def test_stopped_and_killed_it_goes_on_at_once(root: Path, whole: str, tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    child = Child(root, path)
+    child.wait_for(4)
+    status, said = child.end(signal.SIGINT)
+    assert status == 75
+    assert "Stopped by SIGINT" in said
+    assert "Traceback" not in said
+    kept = done(path)
+    assert kept >= 4
+    child = Child(root, path)
+    child.wait_for(kept + 4)
+    kept = done(path)
+    child.end(signal.SIGKILL)
+    store = run(root, path, network="tests.small:slow", device=["cpu", "cpu"], workers=1)
+    child.is_alone()
+    assert sha256(store) == whole
+    assert store.extraction.copied >= kept
+    assert beside(path) == ["f.h5"]
+
+
+def test_a_kill_while_merging_loses_nothing(
+    root: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f.h5"
+    unlink, removed = Path.unlink, []
+
+    def unplugged(self: Path, missing_ok: bool = False) -> None:
+        unlink(self, missing_ok)
+        if re.search(r"part-\d+$", self.name):
+            removed.append(self)
+            if len(removed) == 3:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unplugged)
+        with pytest.raises(KeyboardInterrupt):
+            run(root, path, executor=Recording(), parts=5)
+    assert len([name for name in beside(path) if ".part-" in name]) == 2
+    executor = Recording()
+    store = run(root, path, executor=executor, parts=5)
+    assert executor.calls == []
+    assert sha256(store) == whole
+    assert (store.extraction.copied, store.extraction.computed) == (N, 0)
+    assert beside(path) == ["f.h5"]
+
+
+def test_a_part_that_an_old_task_fills_is_waited_for(
+    root: Path, whole: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.h5"
+    lock = WriteLock(f"{path}.part-0001")
+    release = threading.Timer(2, lock.release)
+    release.start()
+    with ThreadPoolExecutor(1) as threads:
+        assert sha256(run(root, path, executor=threads, parts=3)) == whole
+    release.join()
+
+
+# --- Dask -----------------------------------------------------------------------------------------
+
+SCRIPT = """
+import hashlib, json, os, signal, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import featcache as fc
+from featcache.networks.backbone import Backbone
+
+def run(name, **options):
+    images = fc.ImageSet.open(sys.argv[1])
+    backbone = Backbone("mobilenet_v2", image_size=96)
+    store = fc.extract(images, backbone, name, device=options.pop("device", "cpu"), **options)
+    print(hashlib.sha256(store.load()[0].tobytes()).hexdigest(), store.meta["settings"]["threads"])
+
+def kill(name):
+    while True:
+        for lock in Path().glob(f"{name}.part-*.lock"):
+            try:
+                worker = json.loads(lock.read_text())["pid"]
+            except (OSError, ValueError):
+                continue
+            os.kill(worker, signal.SIGKILL)
+            print("killed", flush=True)
+            return
+        time.sleep(0.001)
+
+if __name__ == "__main__":
+    from distributed import Client, LocalCluster
+    run("one.h5")
+    run("two.h5", device=["cpu", "cpu"])
+    with ThreadPoolExecutor(2) as threads:
+        run("threads.h5", executor=threads, parts=3)
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with Client(cluster) as client:
+            threading.Thread(target=kill, args=["dask.h5"]).start()
+            run("dask.h5", executor=client.get_executor(pure=False, retries=3), parts=20)
+    print(*sorted(path.name for path in Path().glob("*.h5*")))
+"""
+
+
+def test_one_process_two_devices_threads_and_dask_give_the_same_bits(tmp_path: Path) -> None:
+    """Of real weights, with as many threads as there are cores; a worker of Dask is killed."""
+    pytest.importorskip("distributed", reason="pip install 'featcache[dask]'")
+    root = folder(tmp_path / "images", 160)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    alone = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
+    output = subprocess.run(
+        [sys.executable, "script.py", str(root)],
+        cwd=tmp_path,
+        env={**alone, "OMP_WAIT_POLICY": "passive"},  # more threads than cores
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    *runs, files = output.splitlines()
+    assert runs.count("killed") == 1
+    assert len(runs) == 5
+    assert len(set(runs) - {"killed"}) == 1
+    assert files == "dask.h5 one.h5 threads.h5 two.h5"
