@@ -125,18 +125,27 @@ def test_what_the_run_came_to_is_kept(tmp_path: Path, path: Path) -> None:
     assert store.canaries.features[POOL].shape == (2, 8)
 
 
-def test_the_disk_holds_one_part_more_than_the_store(
-    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    imgs, shapes = stores.images(64), {POOL: (50_000,)}
+WIDE = {POOL: (50_000,)}
+
+
+def wide_parts(folder: Path, imgs: Images) -> list[Path]:
+    """Write parts of 8 rows of 200 KB each."""
     given = []
-    for k, rows in enumerate(np.array_split(np.arange(64), 8)):
+    for k, rows in enumerate(np.array_split(np.arange(len(imgs)), len(imgs) // 8)):
         some = Images([imgs.ids[row] for row in rows])
-        with stores.writer(tmp_path / f"{k}.h5", some, None, shapes, canaries=()) as writer:
+        with stores.writer(folder / f"{k}.h5", some, None, WIDE, canaries=()) as writer:
             values = stores.features(some.ids, stores.fingerprint(), d=50_000)
             writer.write(np.arange(8), values, sha256=stores.sha256(some.ids))
             writer.finish_part()
-        given.append(tmp_path / f"{k}.h5")
+        given.append(folder / f"{k}.h5")
+    return given
+
+
+def test_the_disk_holds_one_part_more_than_the_store(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imgs = stores.images(64)
+    given = wide_parts(tmp_path, imgs)
     fsync, used = disk.fsync, []
 
     def measured(descriptor: int) -> None:
@@ -357,3 +366,39 @@ def test_parts_take_rows_from_the_store_that_is_there(tmp_path: Path, path: Path
         assert len(writer.copy_rows(store, theirs, ours)) == 9
         assert len(writer.pending) == 12
         assert [failure.id for failure in store.failures] == [few.ids[row] for row in (3, 4, 17)]
+
+
+def test_one_process_may_go_on_where_a_merge_stopped(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imgs = Images(stores.images(32).ids)
+    given = wide_parts(tmp_path, imgs)
+    whole = given[1].read_bytes()
+    given[1].write_bytes(b"torn")
+    with pytest.raises(StoreError):
+        merge(path, imgs.tables, given)
+    assert given[0].exists()  # nothing is begun before all parts are there
+    given[1].write_bytes(whole)
+    commit, commits = FeatureWriter.commit, []
+
+    def stopping(self: FeatureWriter) -> None:
+        commit(self)
+        commits.append(1)
+        if len(commits) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FeatureWriter, "commit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        merge(path, imgs.tables, given)
+    monkeypatch.undo()
+    status = Path(f"{path}.partial").stat()
+    assert status.st_blocks * 512 < status.st_size
+    with stores.writer(path, imgs, None, WIDE, earlier=given) as writer:
+        assert writer.pending.tolist() == list(range(16, 32))
+        status = Path(f"{path}.partial").stat()
+        assert status.st_blocks * 512 >= status.st_size  # now with room for all
+        earlier = [store.ids.tolist() for store in writer.earlier_stores]
+        assert earlier == [imgs.ids[8:16], imgs.ids[16:24], imgs.ids[24:]]
+        for first, store in zip((16, 24), writer.earlier_stores[1:], strict=True):
+            writer.copy_rows(store, np.arange(8), np.arange(first, first + 8))
+        assert writer.finish().verify().ok

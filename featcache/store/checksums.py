@@ -42,7 +42,7 @@ def row_seeds(sha256: np.ndarray) -> list[int]:
 
 
 def row_checksums(features: np.ndarray, seeds: Sequence[int]) -> list[int]:
-    """Return the CRC-32 of each row of a contiguous array, seeded."""
+    """Return the CRC-32 of each row of a contiguous array (k, ...), seeded."""
     data = as_bytes(features)
     size = len(data) // max(len(seeds), 1)
     crc32 = _crc32
@@ -88,7 +88,7 @@ def bad_features(
     Returns
     -------
     dict of str to ndarray of bool, shape (k,)
-        True where the features are not those that were written.
+        True for features that are not those that were written.
     """
     rows = np.arange(len(entries)) if seen is None else np.flatnonzero(seen)
     seeds = np.array(row_seeds(entries["sha256"]), np.uint32)
@@ -143,7 +143,7 @@ def row_status(file: StoreFile, *, features: bool = True) -> np.ndarray:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `FeatureStore.verify` found.
+    """The result of `FeatureStore.verify`.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Nothing is wrong."""
+        """True if nothing is wrong."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:

@@ -82,15 +82,15 @@ def raise_for(
     Parameters
     ----------
     error : OSError
-        The refusal.
+        The error.
     path : str
         The store.
     needed : int
         Bytes that the file needs.
     so_far : str
-        What has become of the work, in a sentence.
+        A sentence about what is kept of the work.
     advice : str
-        What else helps where there is no room.
+        What else helps if there is no room.
     """
     folder = str(Path(path).parent)
     if error.errno in _NO_SPACE:
@@ -286,7 +286,7 @@ class WriteLock:
 
 
 def _holder(descriptor: int) -> str:
-    """Return who signed the lock file, in words."""
+    """Return a text that names the process which signed the lock file."""
     try:
         who = json.loads(os.pread(descriptor, 4096, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who["since"]))

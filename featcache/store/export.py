@@ -32,7 +32,7 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
                  fingerprint of each joined store); read with ``numpy.load``
     ``.npy``     all taps side by side, (n, d) or (n, views, d) float32; rows in the store's order
     ``.parquet`` a row an image: ``id``, ``label``, ``group``, ``split``, and a list of float32 a
-                 tap (a list of lists where there are views); needs the extra ``parquet``
+                 tap (a list of lists if there are views); needs the extra ``parquet``
     ``.csv``     the same as columns ``TAP[0]``, ``TAP[1]``, ...; a row an image, or a row a view
     ============ ==================================================================================
 

@@ -105,7 +105,7 @@ def rows_dtype(n_taps: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where the bytes of a dataset lie in the file."""
+    """Place of a dataset in the file: offset in bytes, shape and type."""
 
     offset: int
     shape: tuple[int, ...]
@@ -345,8 +345,8 @@ def create_file(path: str, contents: Contents, *, room: int | None = None) -> No
 def _write_layout(path: str, plan: Plan) -> None:
     """Make an HDF5 file whose datasets are contiguous, allocated, and never filled.
 
-    By the low-level interface, because only there the times of making can be left out: the same
-    features give the same file, byte for byte.
+    It uses h5py's low-level interface, because only there the times of creation can be left out, so
+    that the same features give the same file, byte for byte.
     """
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
@@ -381,7 +381,7 @@ def _write_layout(path: str, plan: Plan) -> None:
 
 
 def read_datasets(path: str) -> dict[str, Dataset]:
-    """Return where each dataset of an HDF5 file lies.
+    """Return the place of each dataset of an HDF5 file.
 
     Raises
     ------
@@ -558,7 +558,7 @@ class StoreFile:
 
     @property
     def _end(self) -> int:
-        """Where the HDF5 file ends: the field of its superblock that says so."""
+        """Length of the HDF5 file in bytes, from its superblock."""
         return int.from_bytes(os.pread(self.descriptor, 8, 28), "little")
 
     def add_reason(self, row: int, stage: str, reason: str) -> None:
@@ -647,7 +647,7 @@ class StoreFile:
 
     @property
     def finished(self) -> bool:
-        """Whether a digest was written, the last act of finishing."""
+        """True if the digest is written, the last act of finishing."""
         return bool(self.read("digest").any())
 
     def seal(self) -> None:

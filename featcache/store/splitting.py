@@ -219,7 +219,7 @@ def predefined(
 
 
 def has_test(splits: Labels | None) -> bool:
-    """Say whether a split column names rows to test on and rows to fit on."""
+    """Return whether a split column names rows to test on and rows to fit on."""
     if splits is None:
         return False
     roles = set(_roles(splits).tolist())

@@ -49,12 +49,12 @@ _GAP_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class TapInfo:
-    """What a store holds of one tap.
+    """Shape and type of the features of one tap.
 
     Parameters
     ----------
     shape : tuple of int
-        Shape of one image's features: (d,), (c, h, w), and (views, ...) where views are stored.
+        Shape of one image's features: (d,), (c, h, w), and (views, ...) if views are stored.
     dtype : numpy.dtype
         As stored: float32 or float16.
     views : int
@@ -85,7 +85,7 @@ class FileGroup:
         return int(self.starts[-1])
 
     def table(self, name: str) -> np.ndarray | None:
-        """Return a table of all files, None where no file has it; absent ones count as ``""``."""
+        """Return a table of all files, None if no file has it; absent ones count as ``""``."""
         if not any(name in file.datasets for file in self.files):
             return None
         if name not in self._tables:
@@ -242,7 +242,7 @@ class FeatureStore:
         """Put the features of several stores of the same images side by side, by id.
 
         Rows, labels, groups and splits are the first store's; taps become ``"BACKBONE/tap"``
-        (``"BACKBONE@DIGEST/tap"`` where two stores share the backbone's name).
+        (``"BACKBONE@DIGEST/tap"`` if two stores share the backbone's name).
 
         Raises
         ------
@@ -351,7 +351,7 @@ class FeatureStore:
 
     @cached_property
     def taps(self) -> dict[str, TapInfo]:
-        """What is stored, by tap, in the order of the columns."""
+        """Shape and type of each tap, in the order of the columns."""
         found = {}
         for name, (source, _, tap) in self._columns.items():
             dataset = source.files[0].features[tap]
@@ -377,12 +377,12 @@ class FeatureStore:
 
     @property
     def fingerprints(self) -> tuple[Fingerprint, ...]:
-        """What the features come from, one for each joined store."""
+        """The fingerprints of the joined stores."""
         return tuple(source.fingerprint for source in self._sources)
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What the features come from.
+        """The fingerprint of the features.
 
         Raises
         ------
@@ -410,12 +410,12 @@ class FeatureStore:
 
     @cached_property
     def canaries(self) -> Canaries | None:
-        """Test images and their features of the (first) file; None where there are none."""
+        """Test images and their features of the (first) file; None if there are none."""
         return self._sources[0].files[0].canaries
 
     @property
     def parts(self) -> tuple[FeatureStore, ...]:
-        """The stores that are joined here, each with the rows of this one; itself where none."""
+        """The stores that are joined here, each with the rows of this one."""
         return tuple(
             FeatureStore([source], [index])
             for source, index in zip(self._sources, self._indices, strict=True)
@@ -558,13 +558,13 @@ class FeatureStore:
             A name in `taps`, or an unambiguous beginning of one (``"avgpool"``). None = the only
             one.
         dtype : {"float32", "float16", None}
-            Of X. None = as stored.
+            Type of X; None = as stored.
 
         Returns
         -------
         X : ndarray, shape (n, d), (n, c, h, w), or (n, views, ...)
-            Mapped from the file, copy-on-write, where it is one run of rows in the type stored;
-            else read. Writing to it never changes the file.
+            Mapped from the file, copy-on-write, if it is one run of rows in the type stored,
+            otherwise read. Writing to it never changes the file.
         y : ndarray of str, shape (n,)
             ``""`` = no label.
 
@@ -601,7 +601,7 @@ class FeatureStore:
         )
 
     def _array(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
-        """Return one tap's rows in a type: mapped where that is possible."""
+        """Return one tap's rows in a type: mapped from the file if possible."""
         mapped = self._mapped(name)
         if mapped is not None and mapped.dtype == dtype:
             return mapped
@@ -610,7 +610,7 @@ class FeatureStore:
         return out
 
     def _mapped(self, name: str) -> np.ndarray | None:
-        """Return the rows mapped from the file, None where they are not one run in one file."""
+        """Return the rows mapped from the file, None if they are not one run in one file."""
         source, index, tap = self._columns[name]
         if len(self) == 0:
             return None
@@ -677,12 +677,12 @@ class FeatureStore:
         layers : str or list of str, optional
             Taps; None = all, in order.
         dtype : str
-            Of the result.
+            Type of the result.
 
         Returns
         -------
         ndarray, shape (n, d) or (n, views, d)
-            d is the sum of the taps' widths. Mapped where one tap in its own type is asked for.
+            d is the sum of the taps' widths. Mapped if one tap is asked for in its own type.
         """
         names = self.resolve(layers)
         if len(names) == 1:
@@ -751,7 +751,7 @@ class FeatureStore:
         Returns
         -------
         features : dict of str to ndarray, shape (n, ...)
-            By tap, in the type stored.
+            Features by tap, in the type stored.
         intact : ndarray of bool, shape (n,)
         """
         entries = self._entries
@@ -778,7 +778,7 @@ class FeatureStore:
 
 
 def _open_finished(path: str) -> StoreFile:
-    """Open a finished file, or say what is missing and what to type."""
+    """Open a finished file; the error says what is missing and what to type."""
     partial = Path(f"{path}.partial")
     try:
         file = StoreFile(path)
@@ -849,7 +849,7 @@ def _align_rows(first: FeatureStore, other: FeatureStore) -> np.ndarray:
 
 
 def _rows_of(first: FeatureStore, other: FeatureStore) -> np.ndarray:
-    """Return where in `other` the ids of `first` are, or say which are not."""
+    """Return the rows of `other` with the ids of `first`, or raise with those that are missing."""
     mine, theirs = first.ids, other.ids
     for a, b, here, there in ((mine, theirs, first, other), (theirs, mine, other, first)):
         missing = np.setdiff1d(a, b)

@@ -225,7 +225,7 @@ class FeatureWriter:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What the features come from."""
+        """The fingerprint of the features."""
         return self._file.fingerprint
 
     @property
@@ -267,11 +267,11 @@ class FeatureWriter:
         rows : array of int, shape (k,)
             Rows, in any order; consecutive ones are fastest.
         features : dict of str to ndarray, shape (k, ...)
-            By tap.
+            Features by tap.
         sha256 : ndarray of uint8, shape (k, 32)
-            Of the images' files.
+            Hash of each image's file.
         size, mtime_ns : array of int, shape (k,)
-            Of the images' files; -1 = unknown.
+            Size and time of change of each image's file; -1 = unknown.
 
         Returns
         -------
@@ -396,13 +396,13 @@ class FeatureWriter:
         Parameters
         ----------
         store : FeatureStore
-            Where they are.
+            The store to copy from.
         source_rows : array of int, shape (k,)
             Rows of `store`.
         rows : array of int, shape (k,)
             Rows of this file: images with the same content.
         size, mtime_ns : array of int, shape (k,), optional
-            Of the images' files now; None = as in `store`.
+            Size and time of change of each image's file now; None = as in `store`.
 
         Returns
         -------
@@ -734,7 +734,7 @@ def _check_copied(path: str, file: StoreFile, refused: np.ndarray) -> None:
 
 
 def _positions(ids: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Return where each of `names` (k,) is in `ids` (n,): int64 (k,), -1 = nowhere."""
+    """Return the index of each of `names` (k,) in `ids` (n,): int64 (k,), -1 if it is not there."""
     order = np.argsort(ids)
     found = order[np.minimum(np.searchsorted(ids, names, sorter=order), len(ids) - 1)]
     return np.where(ids[found] == names, found, -1)
