@@ -25,10 +25,11 @@ from featcache.errors import (
     UnknownBackbone,
     WeightsError,
 )
-from featcache.fingerprint import state_sha256
+from featcache.fingerprint import Fingerprint, state_sha256
 from featcache.networks.backbone import Backbone, backbones
 from featcache.networks.checkpoints import read_checkpoint
 from featcache.networks.families import RANDOM_SEED
+from featcache.networks.identity import rebuild
 from featcache.networks.taps import Tapped
 from featcache.pixels.preprocessing import Preprocessing
 from pipelines.best import EFFICIENTNET, LITE0_FILE, LITE0_PACKAGE, lite0_weights
@@ -420,6 +421,18 @@ def test_a_callable_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             Backbone(spec)
     assert sys.path == path_before
     sys.modules.pop("own_networks_of_a_user", None)
+
+
+@pytest.mark.parametrize("source", ["callable", "torchvision", "timm"])
+def test_what_a_fingerprint_names_is_never_imported(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostile_module.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.chdir(tmp_path)
+    values = Backbone(SMALL, weights=None).fingerprint().to_dict()
+    values |= {"source": source, "backbone": "hostile_module:build", "weights": "as given"}
+    with pytest.raises(FeatcacheError):
+        rebuild(Fingerprint.from_dict(values))
 
 
 def test_a_backbone_travels_to_another_process_without_weights() -> None:

@@ -107,7 +107,8 @@ def rebuild(
             "leads back to it. Give it again: predict(..., backbone=Backbone(module, "
             "preprocessing=...))."
         )
-    if fingerprint.source == "callable" and backbone is None:
+    # Whatever the source is said to be: a name with a colon would be imported.
+    if backbone is None and (fingerprint.source == "callable" or ":" in fingerprint.backbone):
         raise PredictorError(
             f"The predictor's network comes from the callable {fingerprint.backbone}. What a "
             "predictor names is not imported: name it again with --backbone "
