@@ -160,11 +160,11 @@ def extract(
         What to do with an image that cannot be read or decoded: record it and leave it out, or
         stop at once.
     max_failures : float
-        Share of the images that may fail, 0 to 1.
+        Share of the images that may fail, from 0 to 1.
     retry_failed : bool
         Try images again that failed before and have not changed.
     progress : bool, optional
-        Show a progress bar on standard error; left out, if that is a terminal.
+        Show a progress bar on standard error. Left out: only if that is a terminal.
 
     Returns
     -------
@@ -176,11 +176,20 @@ def extract(
     TooManyFailures
         More images failed than `max_failures` allows. The good rows are kept.
     Interrupted
-        SIGINT or SIGTERM came. Everything computed is kept.
+        SIGINT or SIGTERM was received. Everything computed is kept.
     DiskFull, StoreLocked, FingerprintMismatch, StoreError
-        The file cannot be written; as for `featcache.store.writer.FeatureWriter`.
+        The file cannot be written, see `featcache.store.writer.FeatureWriter.begin`.
     ExtractionError
         An image failed and `on_error` is ``"fail"``, or an argument is impossible.
+
+    Examples
+    --------
+    >>> import featcache as fc
+    >>> images = fc.ImageSet.open("flowers")  # doctest: +SKIP
+    >>> store = fc.extract(images, fc.Backbone("resnet50"), "flowers.h5")  # doctest: +SKIP
+    >>> print(store.extraction)  # doctest: +SKIP
+    6,149 images: 6,149 computed, 0 reused, 0 failed, in 71.9 s (87.1 images/s)
+    forward pass 67.3 s, waiting for images 3.2 s, waiting for the disk 0.1 s; the longest of ...
     """
     devices = [device] if isinstance(device, str) else list(device)
     options = Options(
@@ -249,7 +258,7 @@ def _request(backbone: Backbone, options: Options, store_dtype: str) -> dict[str
 
 
 def _up_to_date(store: FeatureStore, images: ImageSet) -> FeatureStore:
-    """Return the store that is there already, with the labels as they are now."""
+    """Return a store in which only the labels may have to be rewritten."""
     summary = Summary(len(images), failed=len(store.failures), skipped=True)
     if not reuse.same_tables(store, images):
         store = relabel(store, images.tables)

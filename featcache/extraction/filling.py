@@ -1,4 +1,4 @@
-"""One process fills one file: copy what is there, compute the rest, check, keep settings.
+"""Fill one file in one process: copy the rows that are there, compute the others, write them.
 
 The file is a whole store or a part of one (`featcache.extraction.parts`).
 """
@@ -35,7 +35,7 @@ __all__ = ["compare_canaries", "filled", "from_network", "of_canaries"]
 
 # Images that are replaced again and again during a run are left to the next one.
 _ROUNDS = 3
-_SAY = 1.0  # seconds between two reports of progress in the file
+_REPORT_SECONDS = 1.0  # between two reports of progress in the file
 # Largest difference of features, relative to the largest, that rounding explains.
 _CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
@@ -59,28 +59,28 @@ def filled(
     wait: float = 0,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[FeatureWriter]:
-    """Give the writer of a file when none of its rows is pending any more.
+    """Fill a file, and yield its writer when no row is pending any more.
 
     Parameters
     ----------
     path, images, backbone, on_error, retry_failed, progress
         As for `featcache.extraction.extract.extract`.
     options : Options
-        How to compute.
+        How features are computed.
     request : dict
-        What is asked for.
+        The features that are asked for.
     summary : Summary
-        Is told what was done.
+        Receives counts and times.
     known : reuse.StoredLayout, optional
-        What the features are; left out, taken from the file, or else from the network.
+        Fingerprint and shapes. Left out: those of the file, or else those of the network.
     tables : dict of str to ndarray, optional
-        Columns of the file; left out, those of the images.
+        Columns of the file. Left out: those of the images.
     earlier, wait
         As for `featcache.store.writer.FeatureWriter.begin`.
     settings : Settings, optional
-        Settings of a file that has none of its own.
+        Settings of a file in which none are recorded.
     check : callable
-        Called after every chunk; what it raises ends the run, with everything kept.
+        Called after every chunk. What it raises ends the run; everything computed is kept.
     """
     known = known or reuse.stored_layout(path, request) or from_network(backbone, request)
     with FeatureWriter.begin(
@@ -174,7 +174,7 @@ def _compute(
             if not len(again := writer.pending):
                 break
             _fill(images, writer, runtime, again, options, clock, lambda _, bad: advance(0, bad))
-        # What the file says: features may not have been finite.
+        # As the writer counts: features that are not finite are failures too.
         summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
         summary.failed = int(np.count_nonzero(writer.status == FAILED))
     elapsed = time.perf_counter() - started
@@ -193,7 +193,7 @@ def _fill(
     crashed: bool = False,
 ) -> None:
     """Compute rows and write them."""
-    settings, said = runtime.settings, time.monotonic()
+    settings, reported = runtime.settings, time.monotonic()
     chunks = compute(images, runtime, rows, options, clock=clock, crashed=crashed)
     with WriterThread(writer, clock) as thread, contextlib.closing(chunks):
         for chunk in chunks:
@@ -201,8 +201,10 @@ def _fill(
                 settings = runtime.settings
                 writer.set_meta("settings", settings.to_dict())
             thread.submit(chunk)
-            if time.monotonic() > said + _SAY:  # for whoever watches the file
-                said = time.monotonic()
+            if (
+                time.monotonic() > reported + _REPORT_SECONDS
+            ):  # for the process that waits for this part
+                reported = time.monotonic()
                 rows_done = int(np.count_nonzero(writer.status))
                 writer.set_meta("run", {"state": "running", "rows": rows_done})
             advance(len(chunk.rows), chunk.failures)
@@ -235,7 +237,7 @@ def _check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:
     Returns
     -------
     float or None
-        What rounding costs, see `Summary`; None in float32 or without canaries.
+        What rounding costs, see `Summary.rounding`; None in float32 or without canaries.
     """
     canaries = writer.canaries
     if canaries is None:
@@ -251,7 +253,7 @@ def _check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:
 
 
 def compare_canaries(path: str, precision: str, canaries: Sequence[Canaries | None]) -> None:
-    """Refuse features that were computed otherwise, as far as test images show it.
+    """Compare the features of test images, and refuse those that were computed differently.
 
     Parameters
     ----------
@@ -277,14 +279,14 @@ def compare_canaries(path: str, precision: str, canaries: Sequence[Canaries | No
             if not error <= _CANARY_TOLERANCE[precision]:
                 raise FingerprintMismatch(
                     f"The features of test images differ by {error:.1e} of the largest from those "
-                    f"that {path} was begun with: a machine decodes, resizes or computes otherwise "
-                    f"(other versions of Pillow or torch?). Begin anew: rm {path}*"
+                    f"that {path} was begun with: a machine decodes, resizes or computes "
+                    f"differently (other versions of Pillow or torch?). Begin anew: rm {path}*"
                 )
 
 
 @contextlib.contextmanager
 def _marked_as_running(writer: FeatureWriter) -> Iterator[None]:
-    """Leave a mark in the partial file by which the next run sees that this one was killed."""
+    """Mark the partial file while a run goes on; after a kill the next run finds the mark."""
     writer.set_meta("run", {"state": "running"})
     try:
         yield
@@ -294,7 +296,7 @@ def _marked_as_running(writer: FeatureWriter) -> Iterator[None]:
 
 
 def _canary_images(backbone: Backbone) -> list[tuple[str, bytes]]:
-    """Return the canaries that this preprocessing can take: not every one has its channels."""
+    """Return the canaries that have the channels which this preprocessing needs."""
     usable = []
     for name, image in canary.images():
         with contextlib.suppress(DecodeError):
@@ -306,7 +308,7 @@ def _canary_images(backbone: Backbone) -> list[tuple[str, bytes]]:
 def _rounding(
     backbone: Backbone, images: Sequence[bytes], found: Mapping[str, np.ndarray]
 ) -> float:
-    """Return how far features (k, ...) are from float32 ones: see `Summary`."""
+    """Return the distance of features (k, ...) from float32 ones, see `Summary.rounding`."""
     plain = of_canaries(Runtime(backbone, device="cpu"), images)
     worst = 0.0
     for tap, value in found.items():
@@ -318,7 +320,7 @@ def _rounding(
 
 
 def _meta(request: dict[str, Any]) -> dict[str, Any]:
-    """Return what the file says about how it came to be."""
+    """Return the request, the versions of libraries and the command, to record them in the file."""
     command = Path(sys.argv[0]).name
     meta: dict[str, Any] = {"request": request, "versions": _versions()}
     if command == "featcache":
