@@ -216,13 +216,17 @@ def test_what_is_only_in_memory_goes_to_processes_of_our_own(root: Path, tmp_pat
     assert sha256(one) == sha256(two)
 
 
-def test_a_plan_does_not_make_a_task_import_anything(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["callable", "torchvision"])
+def test_a_plan_does_not_make_a_task_import_anything(
+    root: Path, tmp_path: Path, source: str
+) -> None:
     path = tmp_path / "f.h5"
     executor = Recording(lose=lambda number: number > 1)
     with pytest.raises(ExtractionError):
         run(root, path, executor=executor, parts=2)
     plan = Path(f"{path}.partial.plan")
-    plan.write_text(plan.read_text().replace(OWN, "tests.small:slow"))
+    text = plan.read_text().replace(OWN, "tests.small:slow")
+    plan.write_text(text.replace('"callable"', f'"{source}"'))
     function, args, _ = pickle.loads(executor.calls[1])
     with pytest.raises(ExtractionError, match=r"tests\.small:slow"):
         function(*args)

@@ -655,7 +655,8 @@ def _opened(planned: str, network: str | None) -> tuple[ImageSet, Backbone]:
             "the command again."
         )
     name = request["backbone"]
-    if request["source"] == "callable" and name != network:
+    # Whatever the source is said to be: a name with a colon would be imported.
+    if (request["source"] == "callable" or ":" in name) and name != network:
         raise ExtractionError(f"The plan names the network {name}, the task {network}.")
     backbone = Backbone(
         f"timm/{name}" if request["source"] == "timm" else name,

@@ -182,11 +182,10 @@ class Runtime:
     settings : Settings, optional
         Settings recorded by an earlier run or on another machine; reused so that results are
         identical. They are ignored if they belong to another kind of device or another precision;
-        `batch_size` and `compile` take precedence over them.
+        `batch_size` and `compile` take precedence over them. If this machine cannot run with them,
+        `Runtime.settings` differs from them.
     count : int, optional
         Number of images to come. A batch is never larger than that.
-    processes : int
-        Number of processes that share the cores of the CPU.
 
     Raises
     ------
@@ -204,7 +203,6 @@ class Runtime:
         compile: bool | None = None,
         settings: Settings | None = None,
         count: int | None = None,
-        processes: int = 1,
     ) -> None:
         if precision not in PRECISIONS:
             raise DeviceError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
@@ -217,7 +215,6 @@ class Runtime:
         self._compile = compile
         self._recorded = settings
         self._count = count
-        self._processes = processes
         self._settings: Settings | None = None
         self._compute: _Compute | None = None
 
@@ -273,12 +270,6 @@ class Runtime:
                     continue
                 start += size
         return Pending(parts, self._event())
-
-    def release(self) -> None:
-        """Free the memory of the network; the settings stay."""
-        self._compute = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _event(self) -> torch.cuda.Event | None:
         if self.device.type != "cuda":
@@ -383,7 +374,6 @@ class Runtime:
                 compiled=recorded.compiled if self._compile is None else self._compile,
             )
         cpu = self.device.type == "cpu"
-        threads = max(1, torch.get_num_threads() // self._processes) if cpu else 1
         batch_size = self._batch_size or _DEFAULT_BATCH[self.device.type]
         if self._batch_size is None and self._count is not None:
             batch_size = max(1, min(batch_size, self._count))
@@ -393,7 +383,7 @@ class Runtime:
             device=self.device.type,
             precision=self.precision,
             batch_size=batch_size,
-            threads=threads,
+            threads=torch.get_num_threads() if cpu else 1,
             channels_last=True,
             folded=bool(found.foldable),
             packed_products=cpu and pays,
