@@ -205,8 +205,6 @@ class WriteLock:
         Path of the store; the lock file is ``PATH.partial.lock``, made if there is none.
     wait : float
         Seconds to wait for another process that holds it.
-    shared : bool
-        Share it with other processes that fill the same file. Nobody can take it alone then.
 
     Raises
     ------
@@ -216,31 +214,31 @@ class WriteLock:
         The lock file cannot be made.
     """
 
-    def __init__(self, store: str, *, wait: float = 0, shared: bool = False) -> None:
+    def __init__(self, store: str, *, wait: float = 0) -> None:
         self._path = f"{store}.partial.lock"
-        self._store = store
         self._descriptor = -1
-        self.shared = shared
         until = time.monotonic() + wait
         while self._descriptor < 0:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                self._take(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Its last holder may have removed the file between our open and our lock.
                 if is_at(descriptor, self._path):
                     self._descriptor, descriptor = descriptor, -1
-            except StoreLocked:
-                if time.monotonic() > until:
-                    raise
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    raise StoreLocked(
+                        f"{store} is being written by {_holder(descriptor)}. Wait until it is "
+                        "done, or stop it and run the same command again."
+                    ) from error
                 time.sleep(_POLL_SECONDS)
             finally:
                 if descriptor >= 0:
                     os.close(descriptor)
-        if not shared:
-            # For those who come second.
-            who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(who).encode(), 0)
+        # For those who come second.
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(who).encode(), 0)
         register_after_fork(self, WriteLock._forget)
 
     def _forget(self) -> None:
@@ -249,34 +247,12 @@ class WriteLock:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _take(self, descriptor: int, kind: int) -> None:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreLocked(
-                f"{self._store} is being written by {_holder(descriptor)}. Wait until it is "
-                "done, or stop it and run the same command again."
-            ) from error
-
-    def share(self) -> None:
-        """Let other processes take it with ``shared=True``."""
-        self._take(self._descriptor, fcntl.LOCK_SH)
-        self.shared = True
-
-    def own(self) -> None:
-        """Have it alone again; `StoreLocked` while another process still shares it."""
-        self._take(self._descriptor, fcntl.LOCK_EX)
-        self.shared = False
-
     def release(self) -> None:
-        """Give it up, and remove the lock file unless others share it."""
-        if self._descriptor < 0:
-            return
-        if not self.shared:
+        """Give it up and remove the lock file. May be called twice."""
+        if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 Path(self._path).unlink()
-        os.close(self._descriptor)
-        self._descriptor = -1
+            self._forget()
 
     def __enter__(self) -> Self:
         return self

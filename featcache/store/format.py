@@ -565,11 +565,9 @@ class StoreFile:
         """Append the reason of a failure, cut if it is long, behind the HDF5 file."""
         text = reason.replace("\0", "\\0").encode(errors="backslashreplace")
         reason = text[:_REASON_BYTES].decode(errors="ignore")
-        # A line of its own whatever a kill left before it; one write, so that processes that
-        # append to the same file do not mix.
+        # A line of its own whatever a kill left before it.
         line = b"\n" + json.dumps([row, stage, reason]).encode() + b"\n"
-        with disk.opened(self.path, os.O_WRONLY | os.O_APPEND) as descriptor:
-            os.write(descriptor, line)
+        disk.pwrite_all(self.descriptor, line, os.fstat(self.descriptor).st_size)
 
     def _reasons(self) -> dict[int, tuple[str, str]]:
         """Return (stage, reason) by row from the last whole line of each; a kill may tear one."""

@@ -79,7 +79,6 @@ class FeatureWriter:
         *,
         kept: str = "",
         earlier: Sequence[str | Path] = (),
-        shared_rows: np.ndarray | None = None,
         retry_failed: bool = False,
     ) -> None:
         self.path = path
@@ -87,7 +86,6 @@ class FeatureWriter:
         self._lock = lock
         self._kept = kept or f"Everything computed so far is kept in {path}.partial."
         self._earlier = [path, f"{path}.partial.old", *map(str, earlier)]
-        self._shared_rows = shared_rows
         self._rows = file.datasets["rows"]
         self.status = checksums.row_status(file)
         if retry_failed:
@@ -161,24 +159,6 @@ class FeatureWriter:
             file = _resumed(real, contents) or _begun(real, contents)
             return cls(real, file, lock, earlier=earlier, retry_failed=retry_failed)
 
-    @classmethod
-    def open_shared(cls, path: str | Path, rows: np.ndarray | Sequence[int]) -> Self:
-        """Open in another process the partial file that a leader `share`d, to fill `rows`.
-
-        The leader gives every process rows of its own, and calls `finish` when all have closed.
-        """
-        real = os.path.realpath(path)
-        lock = WriteLock(real, shared=True)
-        with _releasing(lock):
-            file = StoreFile(f"{real}.partial", writable=True)
-            # A failed row among them is there because the leader wants it tried again.
-            return cls(real, file, lock, shared_rows=np.asarray(rows, np.int64), retry_failed=True)
-
-    def share(self) -> None:
-        """Let other processes fill rows of this file by `open_shared`, until `finish`."""
-        assert self._lock is not None
-        self._lock.share()
-
     def close(self) -> None:
         """Close the files and release the lock; what was written stays. May be called twice."""
         self._file.close()
@@ -197,11 +177,8 @@ class FeatureWriter:
 
     @property
     def pending(self) -> np.ndarray:
-        """Rows to be computed: int64, ascending; of a shared writer only its own."""
-        pending = np.flatnonzero(self.status == PENDING)
-        if self._shared_rows is None:
-            return pending
-        return np.intersect1d(pending, self._shared_rows)
+        """Rows to be computed: int64, ascending."""
+        return np.flatnonzero(self.status == PENDING)
 
     @property
     def failures(self) -> list[Failure]:
@@ -346,11 +323,9 @@ class FeatureWriter:
         self.status[rows] = entries["status"]
 
     def _check_rows(self, rows: np.ndarray) -> None:
-        """Refuse rows that are not there, or another process's."""
+        """Refuse rows that are not there."""
         if rows.min() < 0 or rows.max() >= self._file.n:
             raise StoreError(f"{self.path}: rows go from 0 to {self._file.n - 1}.")
-        if self._shared_rows is not None and not np.isin(rows, self._shared_rows).all():
-            raise StoreError(f"{self.path}: a row belongs to another process.")
 
     def fail(
         self, row: int, stage: str, reason: str, *, size: int = -1, mtime_ns: int = -1
@@ -478,12 +453,7 @@ class FeatureWriter:
             There is no room for the file without the failed rows. Everything is kept.
         StoreError
             A row was damaged on the disk after it was written. Run the same command again.
-        StoreLocked
-            A process that fills this file has not closed it.
         """
-        if self._lock is not None and self._lock.shared:
-            self._lock.own()
-            self.status = checksums.row_status(self._file, features=False)
         self._check_complete()
         images = self._file.n + len(self._file.read("failures/id"))
         _check_failures(self.path, self.failures, images, max_failures)
