@@ -24,7 +24,7 @@ from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings, select_device
 from featcache.networks.taps import Tapped
 from featcache.pixels.preprocessing import Preprocessing
-from featcache.system.memory import keep_pages
+from featcache.system.memory import reuse_memory
 from tests.small import SIDE, TAP, Network, backbone, network
 
 
@@ -342,7 +342,7 @@ def test_memory_is_kept_from_batch_to_batch() -> None:
     taken = Backbone(network(), preprocessing=Preprocessing(resize=192, crop=192), layers=["pool"])
     runtime = Runtime(taken, device="cpu", batch_size=16)
     batch = pixels(16, side=192)
-    with keep_pages() as tuned:
+    with reuse_memory() as tuned:
         for _ in range(2):
             runtime(batch)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

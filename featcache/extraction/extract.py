@@ -32,7 +32,7 @@ from featcache.pixels.views import Augmentation
 from featcache.store.store import FeatureStore
 from featcache.store.writer import relabel
 from featcache.system.console import interruptible
-from featcache.system.memory import keep_pages
+from featcache.system.memory import reuse_memory
 
 __all__ = ["Chunk", "Summary", "canary_features", "extract", "features"]
 
@@ -76,7 +76,7 @@ def features(
         augmentation=augmentation,
     )
     wanted = np.arange(len(images)) if rows is None else np.asarray(rows, np.int64)
-    with keep_pages():
+    with reuse_memory():
         yield from compute(images, options.runtime(backbone, len(wanted)), wanted, options)
 
 
@@ -104,7 +104,7 @@ def canary_features(
         Features by tap.
     """
     runtime = Options(device=device, precision=precision).runtime(backbone, len(images))
-    with keep_pages():
+    with reuse_memory():
         return of_canaries(runtime, images)
 
 
@@ -213,7 +213,7 @@ def extract(
         "retry_failed": retry_failed,
         "progress": progress,
     }
-    with interruptible(), keep_pages():
+    with interruptible(), reuse_memory():
         if executor is not None or parts or len(devices) > 1 or Plan.read(path):
             store = in_parts(
                 path,

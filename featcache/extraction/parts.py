@@ -66,7 +66,7 @@ from featcache.store.format import FAILED, StoreFile
 from featcache.store.store import FeatureStore
 from featcache.store.writer import merge
 from featcache.system.console import progress_bar
-from featcache.system.memory import keep_pages
+from featcache.system.memory import reuse_memory
 from featcache.system.processes import die_with_parent
 
 __all__ = ["Plan", "choose_settings", "extract_part", "in_parts"]
@@ -530,7 +530,7 @@ def choose_settings(path: str, network: str | None = None) -> dict[str, Any]:
     path, network
         As for `extract_part`.
     """
-    with _one_at_a_time, keep_pages():
+    with _one_at_a_time, reuse_memory():
         plan, images, backbone, options = _job(path, network)
         threads = torch.get_num_threads()
         torch.set_num_threads(plan.threads)
@@ -569,7 +569,7 @@ def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any
     StoreLocked
         Another task has been filling the part for a minute.
     """
-    with _one_at_a_time, keep_pages():
+    with _one_at_a_time, reuse_memory():
         check = _stopping(path)
         plan, images, backbone, options = _job(path, network)
         assert plan.settings is not None

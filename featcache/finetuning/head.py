@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from featcache.errors import FeatcacheError, PredictorError
 from featcache.finetuning.cutting import Suffix, cut
-from featcache.system.memory import keep_pages
+from featcache.system.memory import reuse_memory
 
 __all__ = ["SCORED_AT_ONCE", "SuffixClassifier", "block_scores", "load_tensors", "moved"]
 
@@ -132,7 +132,7 @@ class SuffixClassifier:
         """Return scores (n, k), float32, for flattened features (n, d)."""
         suffix = self.suffix
         scores = [np.empty((0, len(self.classes_)), np.float32)]
-        pages = keep_pages() if self._device.type == "cpu" else nullcontext()
+        pages = reuse_memory() if self._device.type == "cpu" else nullcontext()
         with pages:
             for start in range(0, len(X), SCORED_AT_ONCE):
                 block = np.ascontiguousarray(X[start : start + SCORED_AT_ONCE], dtype=np.float32)

@@ -60,7 +60,7 @@ from featcache.networks.surgery import (
     unfreeze_gradually,
 )
 from featcache.store.store import FeatureStore
-from featcache.system.memory import keep_pages
+from featcache.system.memory import reuse_memory
 
 __all__ = [
     "Epoch",
@@ -407,7 +407,7 @@ def finetune(
     state = None if checkpoint is None else checkpoint.read()
     if state is not None:
         training.take_state(state)
-    pages = keep_pages() if device.type == "cpu" else contextlib.nullcontext()
+    pages = reuse_memory() if device.type == "cpu" else contextlib.nullcontext()
     step = len(training.history) * training.steps
     with pages:
         while not training.is_over:

@@ -90,10 +90,10 @@ class Workers:
     @contextlib.contextmanager
     def start(cls) -> Iterator[Workers]:
         """Start as many threads as torch would use; stop the libraries' own meanwhile."""
-        from featcache.system.memory import keep_pages
+        from featcache.system.memory import reuse_memory
 
         count = torch.get_num_threads()
-        with keep_pages(), threadpool_limits(1, user_api="blas"):
+        with reuse_memory(), threadpool_limits(1, user_api="blas"):
             torch.set_num_threads(1)
             try:
                 if count == 1:

@@ -4,7 +4,7 @@ On a CPU four things decide how fast a network runs (measured with ResNet-50 on 
 two cores with AVX-512), and all of them are done here:
 
 - The system's allocator gives the pages of every large tensor back to the kernel and faults them in
-  again, a million times a batch. `featcache.system.memory.keep_pages` stops that; it doubles the
+  again, a million times a batch. `featcache.system.memory.reuse_memory` stops that; it doubles the
   speed.
 - Convolutions run faster on maps whose channels lie side by side (channels_last).
 - Batch normalisations are folded into convolutions; see `featcache.networks.faster`.
@@ -165,7 +165,7 @@ class Pending:
 class Runtime:
     """Computes features of batches of pixels.
 
-    Nothing is loaded until `settings` or a call needs it. Use it within `keep_pages`.
+    Nothing is loaded until `settings` or a call needs it. Use it within `reuse_memory`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Memory: how much is free, and how freed pages are kept between batches."""
+"""Free memory, and reuse of memory between batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["available_memory", "glibc", "keep_pages"]
+__all__ = ["available_memory", "glibc", "reuse_memory"]
 
 # glibc's numbers in <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -17,8 +17,8 @@ _NEVER = 2**31 - 1
 
 
 @contextlib.contextmanager
-def keep_pages() -> Iterator[bool]:
-    """Have the C library keep freed memory for the next batch instead of giving it back.
+def reuse_memory() -> Iterator[bool]:
+    """Stop glibc from returning freed memory to the system between batches.
 
     A large tensor is by default a mapping of its own, whose every page the kernel must clear again
     for the next batch. Within the context such memory stays in the heap; on leaving, what is free
@@ -28,7 +28,7 @@ def keep_pages() -> Iterator[bool]:
     Yields
     ------
     bool
-        Whether this C library could be told (glibc; others are left alone).
+        True if this C library is glibc; others are left alone.
     """
     library = glibc()
     if library is None:
@@ -43,14 +43,14 @@ def keep_pages() -> Iterator[bool]:
 
 
 def glibc() -> ctypes.CDLL | None:
-    """Return the C library if it is one whose allocator can be told; else None."""
+    """Return the C library if it is glibc, else None."""
     library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     known = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
     return library if known else None
 
 
 def available_memory() -> int:
-    """Return most of the bytes that this process may still take."""
+    """Return 80 % of the memory in bytes that this process may still take."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
