@@ -342,8 +342,8 @@ def products_pay(product: tuple[int, int, int], images: int, dtype: torch.dtype)
     # Measured with torch 2.14 on an AMD EPYC of 2025 (AVX-512, one and two threads), products of
     # 10 million to 4 billion multiplications: oneDNN needs 0.40 to 0.56 of MKL's time in float32
     # (0.67 to 0.91 when both are held to AVX2); in bfloat16, which Linear gives to oneDNN itself,
-    # 0.8 to 0.95. A product of 16 thousand takes twice as long. On Intel's processors MKL is as
-    # fast as oneDNN.
+    # 0.8 to 0.95. A product of 16 thousand takes twice as long. Processors of Intel, for which MKL
+    # is made, were not measured.
     return (
         dtype == torch.float32
         and math.prod(product) * images >= _SMALLEST_PRODUCT
