@@ -144,7 +144,7 @@ def _check_network(writer: FeatureWriter, fingerprint: Fingerprint) -> None:
     if difference:
         raise FingerprintMismatch(
             f"The network is not the one that {writer.path} was begun with:\n{difference}\n"
-            f"Choose another file with -o, or delete it: rm {writer.path}*"
+            "Choose another file with -o; what was computed is left as it is."
         )
 
 
@@ -280,7 +280,8 @@ def compare_canaries(path: str, precision: str, canaries: Sequence[Canaries | No
                 raise FingerprintMismatch(
                     f"The features of test images differ by {error:.1e} of the largest from those "
                     f"that {path} was begun with: a machine decodes, resizes or computes "
-                    f"differently (other versions of Pillow or torch?). Begin anew: rm {path}*"
+                    f"differently (other versions of Pillow or torch?). "
+                    "Compute into another file with -o; this one is left as it is."
                 )
 
 

@@ -233,7 +233,7 @@ def _agree(wanted: Plan, options: Options) -> Plan:
     if different:
         raise FingerprintMismatch(
             "\n".join([f"{path} was begun with other features:", *different])
-            + f"\nChoose another file with -o, or delete what is there: rm {path}.part*"
+            + "\nChoose another file with -o; what is there is left as it is."
         )
     if there and there.ids == wanted.ids and _fits(there.settings, options):
         if wanted.parts not in (0, there.parts):

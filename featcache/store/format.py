@@ -406,7 +406,7 @@ def read_datasets(path: str) -> dict[str, Dataset]:
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise CorruptStore(
             f"{path} is damaged or not an HDF5 file: {error}. If it was complete once, restore "
-            "it from a copy; else delete it and run `featcache extract` again."
+            "it from a copy; else move it away and run `featcache extract` again."
         ) from error
     return found
 

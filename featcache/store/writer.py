@@ -786,7 +786,7 @@ def _refuse_overwrite(path: str, fingerprint: Fingerprint) -> None:
     if difference:
         raise FingerprintMismatch(
             f"{path} holds other features than are asked for:\n{difference}\nChoose another file "
-            f"with -o, or delete it: rm {path}"
+            "with -o; this one is left as it is."
         )
 
 
