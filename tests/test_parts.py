@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import random
 import re
 import signal
 import subprocess
@@ -329,6 +330,32 @@ def test_stopped_and_killed_it_goes_on_at_once(root: Path, whole: str, tmp_path:
     assert sha256(store) == whole
     assert store.extraction.copied >= kept
     assert beside(path) == ["f.h5"]
+
+
+@pytest.mark.campaign
+def test_twenty_kills_at_random_moments_change_no_bit(
+    root: Path, whole: str, tmp_path: Path
+) -> None:
+    path, draw = tmp_path / "f.h5", random.Random(0)
+    Child(root, path).process.communicate()
+    path.unlink()
+    kills = finished = 0
+    while kills < 20:
+        child = Child(root, path)
+        try:
+            _, said = child.process.communicate(timeout=draw.uniform(1, 15))
+        except subprocess.TimeoutExpired:
+            child.end(signal.SIGKILL)
+            kills += 1
+        else:
+            assert child.process.returncode == 0, said
+            assert sha256(FeatureStore.open(path)) == whole
+            path.unlink()
+            finished += 1
+        child.is_alone()
+    assert sha256(run(root, path, network="tests.small:slow", device=["cpu", "cpu"])) == whole
+    assert beside(path) == ["f.h5"]
+    print(f"{kills} kills, {finished + 1} stores finished, every bit the same")
 
 
 def test_a_kill_while_merging_loses_nothing(

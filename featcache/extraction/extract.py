@@ -145,8 +145,19 @@ def extract(
     workers : int, optional
         Processes that decode; 0 decodes in this one. Left out, chosen.
     device : str or sequence of str
-        As for `featcache.networks.forward.select_device`. Several: one process each, which fill
-        disjoint rows of the file.
+        As for `featcache.networks.forward.select_device`. Several devices fill a part each, in a
+        process of their own ("spawn": what a script does must stand below
+        ``if __name__ == "__main__":``).
+    parts : int, optional
+        Number of parts, each in a file of its own until all are merged into `path`. Left out: one
+        for each device, and one file for one device. Where parts were begun, the run goes on with
+        these, and rows of parts with other images or batches are copied.
+    executor : concurrent.futures.Executor, optional
+        Computes the parts: of an engine for several machines that see the same files, such as
+        Dask's ``client.get_executor(pure=False, retries=3)``; or of threads or processes. Every
+        task uses one device of the kind of `device`, and as many threads on a CPU as this process
+        would (`torch.get_num_threads`): then the features are those of one process, bit for bit.
+        The images must be found by `ImageSet.open`, and the network by its name.
     precision : {"float32", "bfloat16", "float16"}
         Of the forward pass.
     store_dtype : {"float32", "float16"}
