@@ -143,7 +143,8 @@ def extract(
     batch_size : int, optional
         Images in one forward pass. Left out: 8 on a CPU, 128 with CUDA.
     workers : int, optional
-        Processes that decode; 0 decodes in this one. Left out, chosen.
+        Number of processes that decode images; 0 decodes in threads of this process. Left out: 0 on
+        a CPU; beside a GPU one for each core, at most 16.
     device : str or sequence of str
         As for `featcache.networks.forward.select_device`. Several devices fill a part each, in a
         process of their own ("spawn": what a script does must stand below
@@ -159,11 +160,11 @@ def extract(
         would (`torch.get_num_threads`): then the features are those of one process, bit for bit.
         The images must be found by `ImageSet.open`, and the network by its name.
     precision : {"float32", "bfloat16", "float16"}
-        Of the forward pass.
+        Precision of the forward pass.
     store_dtype : {"float32", "float16"}
-        Of the stored features.
+        Type of the stored features.
     compile : bool, optional
-        Use ``torch.compile``. Left out: as the rows that are there were computed, otherwise not.
+        Use ``torch.compile``. Left out: only if the rows that are there were computed with it.
     augmentation : Augmentation, optional
         Draw augmented views of each image in place of the plain crop. With several views, as in
         ``Augmentation(views=4)``, the features have shape (n, views, d).
