@@ -23,7 +23,8 @@ import numpy as np
 from featcache.errors import ExtractionError
 from featcache.extraction import reuse
 from featcache.extraction.filling import filled, of_canaries
-from featcache.extraction.parts import Plan, in_parts
+from featcache.extraction.parts import in_parts
+from featcache.extraction.plan import Plan
 from featcache.extraction.stream import Chunk, Options, compute
 from featcache.extraction.summary import Summary
 from featcache.images.image_set import ImageSet

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import hashlib
 import json
 import multiprocessing
@@ -31,12 +30,11 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,17 +43,15 @@ from featcache.errors import (
     DeviceError,
     ExtractionError,
     FeatcacheError,
-    FingerprintMismatch,
     Interrupted,
-    StoreError,
     StoreLocked,
     TooManyFailures,
 )
 from featcache.extraction import reuse
 from featcache.extraction.filling import compare_canaries, filled, from_network
+from featcache.extraction.plan import Plan, agree, beside, plan_file, stopping
 from featcache.extraction.stream import Clock, Options
 from featcache.extraction.summary import Summary
-from featcache.fingerprint import Fingerprint
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Settings, select_device
@@ -69,198 +65,12 @@ from featcache.system.console import progress_bar
 from featcache.system.memory import reuse_memory
 from featcache.system.processes import die_with_parent
 
-__all__ = ["Plan", "choose_settings", "extract_part", "in_parts"]
+__all__ = ["choose_settings", "extract_part", "in_parts"]
 
 _TRIES = 3  # how often a part is submitted at most
 _GRACE = 4.0  # seconds that tasks have to stop
 _LOOK = 1.0  # seconds between two looks at the progress
 _WAIT = 60.0  # seconds to wait for the lock of a task that an earlier run left behind
-
-
-@dataclass
-class Plan:
-    """What every part of a job must know.
-
-    Attributes
-    ----------
-    path : str
-        The store to be.
-    request : dict
-        What is asked for.
-    fingerprint : dict
-        What the features come from.
-    shapes : dict of str to list of int
-        Shape of one image's features by tap.
-    images : dict or None
-        Arguments of `ImageSet.open`; None if the images are only in memory.
-    ids : str
-        SHA-256 over the ids of all images.
-    n : int
-        Number of images.
-    parts : int
-        Number of parts.
-    options : dict
-        Arguments of `featcache.extraction.extract.extract` that change no feature.
-    threads : int
-        Threads of a forward pass on a CPU.
-    earlier : list of str
-        Files whose rows may be copied.
-    settings : dict or None
-        `featcache.networks.forward.Settings` of every part; None until they are chosen.
-    starts : list of int
-        First row of each part, and `n`.
-    merging : bool
-        All parts were complete, and are being merged.
-    stopped : bool
-        No task may begin.
-    """
-
-    path: str
-    request: dict[str, Any]
-    fingerprint: dict[str, Any]
-    shapes: dict[str, list[int]]
-    images: dict[str, Any] | None
-    ids: str
-    n: int
-    parts: int
-    options: dict[str, Any]
-    threads: int
-    earlier: list[str] = field(default_factory=list)
-    settings: dict[str, Any] | None = None
-    starts: list[int] = field(default_factory=list)
-    merging: bool = False
-    stopped: bool = False
-
-    @classmethod
-    def read(cls, path: str) -> Self | None:
-        """Return the plan beside the store at `path`, None if there is none."""
-        try:
-            return cls(path=path, **json.loads(_plan_file(path).read_bytes()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise ExtractionError(
-                f"{_plan_file(path)} cannot be read: {error}. Delete it and run the same command "
-                "again; what is done of the parts is copied."
-            ) from error
-
-    def write(self) -> None:
-        """Keep the plan; tasks that read it before stop."""
-        values = asdict(self)
-        del values["path"]
-        text, target = json.dumps(values).encode(), str(_plan_file(self.path))
-        try:
-            with disk.opened(f"{target}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
-                disk.pwrite_all(descriptor, text, 0)
-                disk.fsync(descriptor)
-            disk.rename(f"{target}.new", target)
-        except OSError as error:
-            disk.raise_for(error, self.path, needed=len(text))
-
-    def cut(self, settings: Mapping[str, Any]) -> None:
-        """Take the settings, and give every part whole batches."""
-        group = max(
-            1, settings["batch_size"] // (self.request["augmentation"] or {"views": 1})["views"]
-        )  # images that fit a batch
-        groups = -(-self.n // group)
-        self.parts = min(self.parts, groups)
-        self.starts = [group * (groups * k // self.parts) for k in range(self.parts)] + [self.n]
-        self.settings = dict(settings)
-        self.write()
-
-    @property
-    def layout(self) -> reuse.StoredLayout:
-        """Fingerprint and shapes of the features."""
-        shapes = {tap: tuple(shape) for tap, shape in self.shapes.items()}
-        return reuse.StoredLayout(Fingerprint.from_dict(self.fingerprint), shapes)
-
-    @property
-    def files(self) -> list[str]:
-        """Files of the parts, there or not."""
-        return [f"{self.path}.part-{k:04d}" for k in range(len(self.starts) - 1)]
-
-    def rows(self, k: int) -> np.ndarray:
-        """Return the numbers of the images of a part: int64, ascending."""
-        return np.arange(self.starts[k], self.starts[k + 1])
-
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the parts that are to be computed; the disk says it."""
-        return [
-            k
-            for k, file in enumerate(self.files)
-            if Path(f"{file}.partial").exists() or not (self.merging or Path(file).exists())
-        ]
-
-    @property
-    def done(self) -> int:
-        """Number of images that are done, as far as tasks have said so."""
-        missing, done = self.missing, 0
-        for k, file in enumerate(self.files):
-            if k not in missing:
-                done += len(self.rows(k))
-            else:
-                with contextlib.suppress(StoreError):
-                    opened = StoreFile(f"{file}.partial")
-                    done += (opened.meta("run") or {}).get("rows", 0)
-                    opened.close()
-        return done
-
-
-def _plan_file(path: str) -> Path:
-    return Path(f"{path}.partial.plan")
-
-
-def _beside(path: str, what: str) -> list[str]:
-    """Return the files that are named like the store, with `what` behind, in order."""
-    where = Path(path)
-    return sorted(map(str, where.parent.glob(f"{glob.escape(where.name)}.{what}-*")))
-
-
-def _agree(wanted: Plan, options: Options) -> Plan:
-    """Return the plan in force: that of an earlier run of the same job, else the one wanted.
-
-    Parts of another plan are kept under other names, and their rows are copied.
-    """
-    path, there = wanted.path, Plan.read(wanted.path)
-    if there and there.merging and not any(map(os.path.exists, [f"{path}.partial", *there.files])):
-        there = None  # the store was finished, and the next moment the process killed
-    different = [
-        f"{name}: {there.request.get(name)!r} (begun), {value!r} (asked for)"
-        for name, value in wanted.request.items()
-        if there and there.request.get(name) != value
-    ]
-    if different:
-        raise FingerprintMismatch(
-            "\n".join([f"{path} was begun with other features:", *different])
-            + "\nChoose another file with -o; what is there is left as it is."
-        )
-    if there and there.ids == wanted.ids and _fits(there.settings, options):
-        if wanted.parts not in (0, there.parts):
-            warnings.warn(f"{path} goes on in {there.parts} parts, as it was begun.", stacklevel=4)
-        plan = replace(there, images=wanted.images, options=wanted.options, stopped=False)
-    else:
-        for name in _beside(path, "part"):
-            if name.endswith(".lock"):
-                continue
-            other = name.replace(f"{path}.part-", f"{path}.old-part-")
-            while Path(other).exists():
-                other += "~"
-            disk.rename(name, other)
-        names = [f"{path}.partial", *_beside(path, "old-part"), path, f"{path}.partial.old"]
-        plan = replace(wanted, earlier=[name for name in names if Path(name).exists()])
-    plan.write()
-    return plan
-
-
-def _fits(settings: Mapping[str, Any] | None, options: Options) -> bool:
-    """Return whether settings are those that the user asks for."""
-    if settings is None:
-        return True
-    asked: dict[str, Any] = {"batch_size": options.batch_size, "compiled": options.compile}
-    if options.device != "auto":
-        asked["device"] = torch.device(options.device).type
-    return all(value in (None, settings[name]) for name, value in asked.items())
 
 
 # --- in the main process --------------------------------------------------------------------------
@@ -314,7 +124,7 @@ def in_parts(
     )
     bar = progress_bar(progress, total=len(images), unit="img", desc=backbone.name)
     with disk.WriteLock(path), bar:
-        plan = _agree(wanted, options)
+        plan = agree(wanted, options)
 
         def pool() -> contextlib.AbstractContextManager[Executor]:
             if executor is None:
@@ -340,9 +150,9 @@ def in_parts(
     except TooManyFailures:
         replace(plan, merging=False).write()  # the next run looks at the images that failed
         raise
-    for file in [*_beside(path, "old-part"), *_beside(path, "part")]:  # of parts only locks
+    for file in [*beside(path, "old-part"), *beside(path, "part")]:  # of parts only locks
         Path(file).unlink()
-    _plan_file(path).unlink()
+    plan_file(path).unlink()
     summary.copied, summary.failed = len(store) - summary.computed, len(store.failures)
     return store
 
@@ -570,7 +380,7 @@ def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any
         Another task has been filling the part for a minute.
     """
     with _one_at_a_time, reuse_memory():
-        check = _stopping(path)
+        check = stopping(path)
         plan, images, backbone, options = _job(path, network)
         assert plan.settings is not None
         kind, of_job = select_device(options.device).type, plan.settings["device"]
@@ -602,24 +412,6 @@ def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any
             writer.set_meta("run", summary.to_dict())
             writer.finish_part()
     return summary.to_dict()
-
-
-def _stopping(path: str) -> Callable[[], None]:
-    """Return a function that raises `Interrupted` if the plan was written anew."""
-
-    def written() -> tuple[int, int]:
-        try:
-            stat = _plan_file(path).stat()
-        except OSError:
-            return 0, 0
-        return stat.st_ino, stat.st_mtime_ns
-
-    def check() -> None:
-        if written() != before:
-            raise Interrupted(f"The job of {path} was stopped, or another run has begun.")
-
-    before = written()
-    return check
 
 
 def _job(path: str, network: str | None) -> tuple[Plan, ImageSet, Backbone, Options]:
