@@ -24,7 +24,7 @@ from featcache.errors import (
     MissingStore,
     StoreError,
 )
-from featcache.store.format import StoreFile
+from featcache.store.file import StoreFile
 from featcache.store.store import FeatureStore
 from tests import stores
 from tests.stores import MAPS, POOL

@@ -26,7 +26,7 @@ from featcache.extraction.extract import extract
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.store.disk import WriteLock
-from featcache.store.format import StoreFile
+from featcache.store.file import StoreFile
 from featcache.store.store import FeatureStore
 from tests.small import backbone, folder, photograph
 

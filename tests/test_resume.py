@@ -22,7 +22,8 @@ from featcache.extraction.decoding import Decoder, Loader
 from featcache.extraction.extract import extract
 from featcache.images.image_set import ImageSet
 from featcache.networks.forward import Runtime
-from featcache.store.format import DONE, StoreFile
+from featcache.store.file import StoreFile
+from featcache.store.format import DONE
 from featcache.store.store import FeatureStore
 from tests.small import TAP, backbone, folder, photograph
 

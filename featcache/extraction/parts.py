@@ -58,7 +58,8 @@ from featcache.networks.forward import Settings, select_device
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.store import disk
-from featcache.store.format import FAILED, StoreFile
+from featcache.store.file import StoreFile
+from featcache.store.format import FAILED
 from featcache.store.store import FeatureStore
 from featcache.store.writer import merge
 from featcache.system.console import progress_bar

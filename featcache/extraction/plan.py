@@ -25,7 +25,7 @@ from featcache.extraction import reuse
 from featcache.extraction.stream import Options
 from featcache.fingerprint import Fingerprint
 from featcache.store import disk
-from featcache.store.format import StoreFile
+from featcache.store.file import StoreFile
 
 __all__ = ["Plan", "agree", "beside", "plan_file", "stopping"]
 

@@ -17,7 +17,8 @@ from featcache.errors import DecodeError, StoreError
 from featcache.extraction.decoding import ENTRY
 from featcache.fingerprint import Fingerprint
 from featcache.images.image_set import ImageSet, content_hash
-from featcache.store.format import DONE, FAILED, PENDING, StoreFile
+from featcache.store.file import StoreFile
+from featcache.store.format import DONE, FAILED, PENDING
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
 

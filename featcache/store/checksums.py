@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from featcache.store.disk import as_bytes, runs
-from featcache.store.format import DONE, FAILED, PENDING, StoreFile, feature_name
+from featcache.store.file import StoreFile
+from featcache.store.format import DONE, FAILED, PENDING, feature_name
 
 _CHECK_BYTES = 2 << 20
 

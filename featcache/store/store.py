@@ -36,7 +36,8 @@ from featcache.errors import (
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint
 from featcache.store import checksums, disk, format
 from featcache.store.checksums import VerifyReport
-from featcache.store.format import DONE, Canaries, Dataset, Failure, StoreFile
+from featcache.store.file import StoreFile
+from featcache.store.format import DONE, Canaries, Dataset, Failure
 from featcache.system.tables import some, table
 
 __all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "VerifyReport"]

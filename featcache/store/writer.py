@@ -40,7 +40,8 @@ from featcache.errors import (
 from featcache.fingerprint import Fingerprint
 from featcache.store import checksums, disk, format
 from featcache.store.disk import WriteLock
-from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Failure, StoreFile
+from featcache.store.file import StoreFile
+from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Failure
 from featcache.store.store import FeatureStore, convert
 
 __all__ = ["FeatureWriter", "merge", "relabel"]

@@ -1,0 +1,288 @@
+"""`StoreFile`: one feature file that is open, in the format of `featcache.store.format`."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.errors import CorruptStore, FormatVersionError, MissingStore, StoreError
+from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
+from featcache.store import disk
+from featcache.store.disk import as_bytes
+from featcache.store.format import (
+    FAILED,
+    META_SLOTS,
+    NOT_TABLES,
+    Canaries,
+    Contents,
+    Dataset,
+    Failure,
+    decode_table,
+    feature_name,
+    read_datasets,
+)
+
+__all__ = ["StoreFile"]
+
+_DIGEST_BYTES = 8 << 20
+_REASON_BYTES = 1000
+_NO_REASON = ("unknown", "the record of the reason was lost")
+
+
+class StoreFile:
+    """One feature file, open for reading (and, while it is filled, for ``pwrite``).
+
+    Holds a file descriptor, so that a file that is replaced meanwhile stays readable.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+    writable : bool
+        Open for writing too.
+
+    Raises
+    ------
+    MissingStore, CorruptStore, FormatVersionError
+    """
+
+    def __init__(self, path: str, *, writable: bool = False) -> None:
+        self.path = path
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise MissingStore(f"There is no feature file {path}.") from error
+        except OSError as error:
+            if writable:
+                disk.raise_for(error, path)
+            hint = " Type: ulimit -n 65536" if error.errno == errno.EMFILE else ""
+            raise StoreError(f"Cannot read {path}: {error.strerror}.{hint}") from error
+        if Path(path).is_dir():
+            raise StoreError(f"{path} is a folder, not a feature file.")
+        self.datasets = read_datasets(path)
+        if not disk.is_at(self.descriptor, path):
+            raise StoreError(f"{path} was replaced while it was opened. Try again.")
+        self._check_format()
+        self.fingerprint = Fingerprint.from_dict(self.meta("fingerprint"))
+        self.features = {tap: self._features(tap) for tap in self.fingerprint.taps}
+        self.n = self.datasets["ids"].shape[0]
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For processes of joblib: they open the file themselves, if it is still this one.
+        return _reopen, (self.path, self.read("digest").tobytes())
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def _check_format(self) -> None:
+        size = os.fstat(self.descriptor).st_size
+        for name, dataset in self.datasets.items():
+            if dataset.offset + dataset.nbytes > size:
+                raise CorruptStore(f"{self.path} was truncated: {name!r} reaches beyond its end.")
+        if "meta/versions" not in self.datasets:
+            raise CorruptStore(f"{self.path} is HDF5 but not a feature file of featcache.")
+        version = self.meta("versions").get("format")
+        if version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{self.path} has format version {version}; this featcache reads version "
+                f"{FORMAT_VERSION}. "
+                + (
+                    "Type: pip install --upgrade featcache"
+                    if isinstance(version, int) and version > FORMAT_VERSION
+                    else "Run `featcache extract` into a new file."
+                )
+            )
+        for name in ("rows", "ids", "failures/id", "digest", "meta/fingerprint"):
+            if name not in self.datasets:
+                raise CorruptStore(f"{self.path} is damaged: it has no /{name}.")
+
+    def _features(self, tap: str) -> Dataset:
+        try:
+            return self.datasets[feature_name(tap)]
+        except KeyError as error:
+            raise CorruptStore(f"{self.path} is damaged: it has no features {tap!r}.") from error
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return a dataset, or its rows from `start` to `stop`."""
+        dataset = self.datasets[name]
+        shape = dataset.shape if stop is None else (stop - start, *dataset.shape[1:])
+        array = np.empty(shape, dataset.dtype)
+        if array.nbytes:
+            offset = dataset.offset + start * dataset.row_bytes
+            disk.pread_into(self.descriptor, as_bytes(array), offset)
+        return array
+
+    def write_rows(self, dataset: Dataset, start: int, array: np.ndarray) -> None:
+        """Write rows from `start` on; the array has the dataset's type and is contiguous."""
+        offset = dataset.offset + start * dataset.row_bytes
+        disk.pwrite_all(self.descriptor, as_bytes(array), offset)
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the columns of text, ``ids`` among them."""
+        return [name for name in self.datasets if "/" not in name and name not in NOT_TABLES]
+
+    def contents(self, tables: Mapping[str, np.ndarray], failures: Sequence[Failure]) -> Contents:
+        """Return what a file of other rows holds, with all that does not depend on rows from here.
+
+        Parameters
+        ----------
+        tables : dict of str to ndarray of bytes, shape (n,)
+            The columns of the new file, in UTF-8.
+        failures : list of Failure
+            Its failures.
+        """
+        return Contents(
+            fingerprint=self.fingerprint,
+            shapes={tap: dataset.shape[1:] for tap, dataset in self.features.items()},
+            tables=tables,
+            meta=self.all_meta,
+            failures=failures,
+            canaries=self.canaries,
+        )
+
+    # --- failures -------------------------------------------------------------------------------
+
+    def failures(self, rows: np.ndarray | None = None) -> list[Failure]:
+        """Return the images without features.
+
+        Parameters
+        ----------
+        rows : ndarray of int, optional
+            The rows that failed; left out, those whose status says so.
+        """
+        texts = [decode_table(self.read(f"failures/{x}")) for x in ("id", "stage", "reason")]
+        numbers = [self.read(f"failures/{x}") for x in ("size", "mtime_ns")]
+        columns = [column.tolist() for column in (*texts, *numbers)]
+        found = [Failure(*values) for values in zip(*columns, strict=True)]
+        if rows is None:
+            status = self.read("rows")["status"] if not self.finished else np.zeros(0)
+            rows = np.flatnonzero(status == FAILED)
+        if not len(rows):
+            return found
+        entries, ids, reasons = self.read("rows"), self.read("ids"), self._reasons()
+        for row in rows.tolist():
+            size, mtime_ns = entries[row]["size"].item(), entries[row]["mtime_ns"].item()
+            stage, reason = reasons.get(row, _NO_REASON)
+            found.append(Failure(ids[row].decode(), stage, reason, size, mtime_ns))
+        return found
+
+    @property
+    def _end(self) -> int:
+        """Length of the HDF5 file in bytes, from its superblock."""
+        return int.from_bytes(os.pread(self.descriptor, 8, 28), "little")
+
+    def add_reason(self, row: int, stage: str, reason: str) -> None:
+        """Append the reason of a failure, cut if it is long, behind the HDF5 file."""
+        text = reason.replace("\0", "\\0").encode(errors="backslashreplace")
+        reason = text[:_REASON_BYTES].decode(errors="ignore")
+        # A line of its own whatever a kill left before it.
+        line = b"\n" + json.dumps([row, stage, reason]).encode() + b"\n"
+        disk.pwrite_all(self.descriptor, line, os.fstat(self.descriptor).st_size)
+
+    def _reasons(self) -> dict[int, tuple[str, str]]:
+        """Return (stage, reason) by row from the last whole line of each; a kill may tear one."""
+        text = bytearray(os.fstat(self.descriptor).st_size - self._end)
+        disk.pread_into(self.descriptor, memoryview(text), self._end)
+        found = {}
+        for line in text.split(b"\n"):
+            try:
+                row, stage, reason = json.loads(line)
+                found[int(row)] = (str(stage), str(reason))
+            except (ValueError, TypeError):
+                continue
+        return found
+
+    # --- metadata -------------------------------------------------------------------------------
+
+    def meta(self, key: str) -> Any:
+        """Return the JSON value under /meta, None if there is none."""
+        if f"meta/{key}" not in self.datasets:
+            return None
+        text = bytes(self.read(f"meta/{key}").item())
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            if key in META_SLOTS and not self.finished:
+                return None  # a kill tore the writing of it
+            raise CorruptStore(f"{self.path} is damaged: /meta/{key} is not JSON.") from error
+
+    @property
+    def all_meta(self) -> dict[str, Any]:
+        """The JSON values under /meta by key."""
+        return {name[5:]: self.meta(name[5:]) for name in self.datasets if name[:5] == "meta/"}
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Write a JSON value into the place that /meta keeps for it."""
+        dataset = self.datasets.get(f"meta/{key}")
+        if dataset is None:
+            raise StoreError(f"{self.path} has no place for the metadata {key!r}.")
+        text = canonical_json(value).encode()
+        if len(text) > dataset.dtype.itemsize:
+            raise StoreError(
+                f"{self.path} keeps {dataset.dtype.itemsize} bytes for the metadata {key!r}; "
+                f"{len(text)} came."
+            )
+        disk.pwrite_all(self.descriptor, text.ljust(dataset.dtype.itemsize, b"\0"), dataset.offset)
+        disk.fsync(self.descriptor)  # settings are on the disk before the rows that they decided
+
+    @property
+    def canaries(self) -> Canaries | None:
+        """The test images, and their features once they are set."""
+        if "canaries/names" not in self.datasets:
+            return None
+        names = decode_table(self.read("canaries/names")).tolist()
+        images = [self.read(f"canaries/images/{i}").tobytes() for i in range(len(names))]
+        features = {tap: self.read(f"canaries/{feature_name(tap)}") for tap in self.features}
+        known = not any(np.isnan(values).any() for values in features.values())
+        return Canaries(names, images, features if known else {})
+
+    # --- finishing ------------------------------------------------------------------------------
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 over everything outside /features, as /digest should hold it."""
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_DIGEST_BYTES))
+        for name in sorted(self.datasets):
+            if name == "digest" or name.startswith("features/"):
+                continue
+            dataset = self.datasets[name]
+            digest.update(name.encode() + b"\0" + dataset.nbytes.to_bytes(8, "little"))
+            for start in range(0, dataset.nbytes, len(buffer)):
+                block = buffer[: min(len(buffer), dataset.nbytes - start)]
+                disk.pread_into(self.descriptor, block, dataset.offset + start)
+                digest.update(block)
+        return digest.digest()
+
+    @property
+    def finished(self) -> bool:
+        """True if the digest is written, the last act of finishing."""
+        return bool(self.read("digest").any())
+
+    def seal(self) -> None:
+        """Cut off the reasons behind the HDF5 file, write the digest, and sync everything."""
+        os.ftruncate(self.descriptor, self._end)
+        disk.pwrite_all(self.descriptor, self.digest(), self.datasets["digest"].offset)
+        disk.fsync(self.descriptor)
+
+
+def _reopen(path: str, digest: bytes) -> StoreFile:
+    """Open in another process the file that this one had open."""
+    file = StoreFile(path)
+    if file.read("digest").tobytes() != digest:
+        raise StoreError(f"{path} was replaced meanwhile. Run the command again.")
+    return file
