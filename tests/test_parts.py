@@ -233,6 +233,41 @@ def test_a_plan_does_not_make_a_task_import_anything(
         function(*args)
 
 
+def test_a_machine_that_cannot_compute_as_the_job_asks_refuses_to(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f.h5"
+
+    def uncompiled(function: Any, **options: Any) -> Any:
+        return function
+
+    def without_compiler(function: Any, **options: Any) -> Any:
+        def compiling(*inputs: Any) -> Any:
+            raise RuntimeError("no C++ compiler here")
+
+        return compiling
+
+    class Mixed(ThreadPoolExecutor):
+        """The first call, which chooses the settings, runs on the only machine with a compiler."""
+
+        calls = 0
+
+        def submit(self, *call: Any, **named: Any) -> Future[Any]:
+            self.calls += 1
+            compiler = uncompiled if self.calls == 1 else without_compiler
+            monkeypatch.setattr("torch.compile", compiler)
+            return super().submit(*call, **named)
+
+    with (
+        Mixed(1) as executor,
+        pytest.raises(ExtractionError, match=r"compiled: True .*, False \(here\)\n.*--no-compile"),
+    ):
+        run(root, path, executor=executor, parts=2, compile=True)
+    store = run(root, path, executor=Recording(), parts=2, compile=False)
+    assert store.extraction.computed == N
+    assert store.extraction.settings["compiled"] is False
+
+
 def test_a_task_leaves_signal_handlers_alone(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "f.h5"
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]

@@ -78,7 +78,8 @@ def filled(
     earlier, wait
         As for `featcache.store.writer.FeatureWriter.begin`.
     settings : Settings, optional
-        Settings of a file in which none are recorded.
+        Of a part: settings of the whole job, for a file in which none are recorded. A machine that
+        cannot compute with them refuses to; without them it may choose others.
     check : callable
         Called after every chunk. What it raises ends the run; everything computed is kept.
     """
@@ -159,8 +160,10 @@ def _compute(
 ) -> None:
     """Compute the pending rows."""
     pending, clock = writer.pending, Clock()
-    settings = _recorded(writer, settings)
-    runtime = options.runtime(backbone, len(pending), settings=settings)
+    recorded = _recorded(writer, settings)
+    runtime = options.runtime(backbone, len(pending), settings=recorded)
+    if settings is not None:
+        _check_settings(writer.path, recorded or settings, runtime.settings)
     writer.set_meta("settings", runtime.settings.to_dict())
     summary.rounding = _check_canaries(writer, runtime)
     crashed = (writer.meta.get("run") or {}).get("state") == "running"
@@ -229,6 +232,22 @@ def _recorded(writer: FeatureWriter, settings: Settings | None) -> Settings | No
         if record and (settings := Settings.from_dict(record)):
             return settings
     return None
+
+
+def _check_settings(path: str, asked: Settings, here: Settings) -> None:
+    found = here.to_dict()
+    different = [
+        f"{name}: {value!r} (asked for), {found[name]!r} (here)"
+        for name, value in asked.to_dict().items()
+        if value != found[name]
+    ]
+    if different:
+        raise ExtractionError(
+            "\n".join([f"This machine cannot compute {path} as the job asks:", *different])
+            + "\nLet only machines of one kind take part, or run the command again with what all "
+            "of them can do, such as --no-compile or --device cpu (compile=False, device='cpu'). "
+            "What was computed is kept."
+        )
 
 
 def _check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:

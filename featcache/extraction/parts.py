@@ -40,7 +40,6 @@ import numpy as np
 import torch
 
 from featcache.errors import (
-    DeviceError,
     ExtractionError,
     FeatcacheError,
     Interrupted,
@@ -54,7 +53,7 @@ from featcache.extraction.stream import Clock, Options
 from featcache.extraction.summary import Summary
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
-from featcache.networks.forward import Settings, select_device
+from featcache.networks.forward import Settings
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.store import disk
@@ -376,7 +375,8 @@ def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any
     Interrupted
         The job was stopped, or another run has begun. Everything computed is kept.
     ExtractionError
-        This process lists other images, or knows another network, than the plan says.
+        This process lists other images, or knows another network, than the plan says, or cannot
+        compute with its settings.
     StoreLocked
         Another task has been filling the part for a minute.
     """
@@ -384,12 +384,6 @@ def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any
         check = stopping(path)
         plan, images, backbone, options = _job(path, network)
         assert plan.settings is not None
-        kind, of_job = select_device(options.device).type, plan.settings["device"]
-        if kind != of_job:
-            raise DeviceError(
-                f"A task would compute part {k} of {path} on another kind of device ({kind}) than "
-                f"the job's ({of_job}), which gives other bits. Name it: device={of_job!r}"
-            )
         part = images.select(plan.rows(k))
         summary = Summary(len(part))
         if k not in plan.missing:

@@ -93,8 +93,8 @@ class Plan:
             return None
         except (ValueError, TypeError) as error:
             raise ExtractionError(
-                f"{plan_file(path)} cannot be read: {error}. Delete it and run the same command "
-                "again; what is done of the parts is copied."
+                f"{plan_file(path)} cannot be read: {error}. Move it away and run the same "
+                "command again; what is done of the parts is copied."
             ) from error
 
     def write(self) -> None:
