@@ -22,7 +22,7 @@ import numpy as np
 
 from featcache.errors import ExtractionError
 from featcache.extraction import reuse
-from featcache.extraction.filling import filled, of_canaries
+from featcache.extraction.filling import Job, filled, of_canaries
 from featcache.extraction.parts import in_parts
 from featcache.extraction.plan import Plan
 from featcache.extraction.stream import Chunk, Options, compute
@@ -212,37 +212,30 @@ def extract(
         precision=precision,
         compile=compile,
         augmentation=augmentation,
+        on_error=on_error,
+        retry_failed=retry_failed,
+        progress=progress,
     )
     _check(store_dtype, on_error, max_failures)
-    request = _request(backbone, options, store_dtype)
     path = os.path.realpath(path)
-    store = None if retry_failed else reuse.complete_store(path, images, request)
+    job = Job(path, images, backbone, options, _request(backbone, options, store_dtype))
+    store = None if retry_failed else reuse.complete_store(path, images, job.request)
     if store is not None:
         return _up_to_date(store, images)
     summary = Summary(len(images))
     started = time.perf_counter()
-    common: dict[str, Any] = {
-        "on_error": on_error,
-        "retry_failed": retry_failed,
-        "progress": progress,
-    }
     with interruptible(), reuse_memory():
         if executor is not None or parts or len(devices) > 1 or Plan.read(path):
             store = in_parts(
-                path,
-                images,
-                backbone,
-                options,
-                request,
+                job,
                 summary,
                 devices=devices,
                 parts=parts,
                 executor=executor,
                 max_failures=max_failures,
-                **common,
             )
         else:
-            with filled(path, images, backbone, options, request, summary, **common) as writer:
+            with filled(job, summary) as writer:
                 summary.seconds["total"] = time.perf_counter() - started
                 writer.set_meta("run", summary.to_dict())
                 store = writer.finish(max_failures)

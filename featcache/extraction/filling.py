@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from featcache.store.format import DONE, FAILED, Canaries
 from featcache.store.writer import FeatureWriter
 from featcache.system.console import progress_bar
 
-__all__ = ["compare_canaries", "filled", "from_network", "of_canaries"]
+__all__ = ["Job", "compare_canaries", "filled", "of_canaries"]
 
 # Images that are replaced again and again during a run are left to the next one.
 _ROUNDS = 3
@@ -40,22 +40,53 @@ _REPORT_SECONDS = 1.0  # between two reports of progress in the file
 _CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
+@dataclass(frozen=True)
+class Job:
+    """Features of images that go into a file.
+
+    Attributes
+    ----------
+    path : str
+        The file to be.
+    images : ImageSet
+        The images.
+    backbone : Backbone
+        The network.
+    options : Options
+        How features are computed.
+    request : dict
+        The features that are asked for, as JSON values.
+    """
+
+    path: str
+    images: ImageSet
+    backbone: Backbone
+    options: Options
+    request: dict[str, Any]
+
+    @property
+    def layout(self) -> reuse.StoredLayout:
+        """Fingerprint and shapes: those that a file records, or else those of the network."""
+        return reuse.stored_layout(self.path, self.request) or self.from_network()
+
+    def from_network(self) -> reuse.StoredLayout:
+        """Compute fingerprint and shapes from the network."""
+        names = ("precision", "store_dtype", "augmentation")
+        fingerprint = self.backbone.fingerprint(**{name: self.request[name] for name in names})
+        views = (fingerprint.views,) if fingerprint.views > 1 else ()
+        shapes = {tap: (*views, *shape) for tap, shape in self.backbone.shapes.items()}
+        return reuse.StoredLayout(fingerprint, shapes)
+
+
 @contextlib.contextmanager
 def filled(
-    path: str,
-    images: ImageSet,
-    backbone: Backbone,
-    options: Options,
-    request: dict[str, Any],
+    job: Job,
     summary: Summary,
     *,
     known: reuse.StoredLayout | None = None,
     tables: Mapping[str, np.ndarray] | None = None,
     earlier: Sequence[str] = (),
     settings: Settings | None = None,
-    on_error: str = "skip",
-    retry_failed: bool = False,
-    progress: bool | None = False,
     wait: float = 0,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[FeatureWriter]:
@@ -63,16 +94,12 @@ def filled(
 
     Parameters
     ----------
-    path, images, backbone, on_error, retry_failed, progress
-        As for `featcache.extraction.extract.extract`.
-    options : Options
-        How features are computed.
-    request : dict
-        The features that are asked for.
+    job : Job
+        What to compute, and where to.
     summary : Summary
         Receives counts and times.
     known : reuse.StoredLayout, optional
-        Fingerprint and shapes. Left out: those of the file, or else those of the network.
+        Fingerprint and shapes. Left out: those of the job.
     tables : dict of str to ndarray, optional
         Columns of the file. Left out: those of the images.
     earlier, wait
@@ -83,61 +110,52 @@ def filled(
     check : callable
         Called after every chunk. What it raises ends the run; everything computed is kept.
     """
-    known = known or reuse.stored_layout(path, request) or from_network(backbone, request)
+    images, options = job.images, job.options
+    known = known or job.layout
     with FeatureWriter.begin(
-        path,
+        job.path,
         images.tables if tables is None else tables,
         known.shapes,
         fingerprint=known.fingerprint,
-        meta=_meta(request),
-        canaries=_canary_images(backbone),
+        meta=_meta(job.request),
+        canaries=_canary_images(job.backbone),
         earlier=earlier,
-        retry_failed=retry_failed,
+        retry_failed=options.retry_failed,
         wait=wait,
     ) as writer:
         reuse.mark_changed(writer, images)
-        by_content = options.augmentation is None
-        reuse.copy_unchanged(writer, images, retry_failed=retry_failed, by_content=by_content)
+        reuse.copy_unchanged(
+            writer,
+            images,
+            retry_failed=options.retry_failed,
+            by_content=options.augmentation is None,
+        )
         summary.copied = int(np.count_nonzero(writer.status == DONE))
         summary.failed = int(np.count_nonzero(writer.status == FAILED))
         if len(writer.pending):
-            _check_network(writer, from_network(backbone, request).fingerprint)
+            _check_network(writer, job.from_network().fingerprint)
             bar = progress_bar(
-                progress,
+                options.progress,
                 total=len(images),
                 initial=len(images) - len(writer.pending),
                 unit="img",
-                desc=backbone.name,
+                desc=job.backbone.name,
             )
 
             def advance(rows: int, failures: Mapping[int, DecodeError]) -> None:
                 bar.update(rows)
-                summary.computed += rows - len(failures)
-                summary.failed += len(failures)
-                if failures and on_error == "fail":
-                    raise _first_failure(images, path, failures)
+                if failures and options.on_error == "fail":
+                    raise _first_failure(job, failures)
                 check()
 
             with bar:
-                _compute(images, writer, backbone, options, settings, summary, advance)
+                _compute(job, writer, settings, summary, advance)
         yield writer
 
 
 def of_canaries(runtime: Runtime, images: Sequence[bytes]) -> dict[str, np.ndarray]:
     """Return the features of canary images by tap: (k, ...) float32."""
     return runtime(np.stack([runtime.backbone.preprocessing(image) for image in images]))
-
-
-def from_network(backbone: Backbone, request: dict[str, Any]) -> reuse.StoredLayout:
-    """Compute fingerprint and shapes from the network."""
-    fingerprint = backbone.fingerprint(
-        precision=request["precision"],
-        store_dtype=request["store_dtype"],
-        augmentation=request["augmentation"],
-    )
-    views = (fingerprint.views,) if fingerprint.views > 1 else ()
-    shapes = {tap: (*views, *shape) for tap, shape in backbone.shapes.items()}
-    return reuse.StoredLayout(fingerprint, shapes)
 
 
 def _check_network(writer: FeatureWriter, fingerprint: Fingerprint) -> None:
@@ -150,18 +168,16 @@ def _check_network(writer: FeatureWriter, fingerprint: Fingerprint) -> None:
 
 
 def _compute(
-    images: ImageSet,
+    job: Job,
     writer: FeatureWriter,
-    backbone: Backbone,
-    options: Options,
     settings: Settings | None,
     summary: Summary,
     advance: Callable[[int, Mapping[int, DecodeError]], None],
 ) -> None:
     """Compute the pending rows."""
-    pending, clock = writer.pending, Clock()
+    images, options, pending, clock = job.images, job.options, writer.pending, Clock()
     recorded = _recorded(writer, settings)
-    runtime = options.runtime(backbone, len(pending), settings=recorded)
+    runtime = options.runtime(job.backbone, len(pending), settings=recorded)
     if settings is not None:
         _check_settings(writer.path, recorded or settings, runtime.settings)
     writer.set_meta("settings", runtime.settings.to_dict())
@@ -213,14 +229,12 @@ def _fill(
             advance(len(chunk.rows), chunk.failures)
 
 
-def _first_failure(
-    images: ImageSet, path: str, failures: Mapping[int, DecodeError]
-) -> ExtractionError:
+def _first_failure(job: Job, failures: Mapping[int, DecodeError]) -> ExtractionError:
     row = min(failures)
     return ExtractionError(
-        f"{images.ids[row]} failed ({failures[row]}). What was computed is kept in "
-        f"{path}.partial. Mend or remove the image, or leave out --on-error fail, and run the same "
-        "command again."
+        f"{job.images.ids[row]} failed ({failures[row]}). What was computed is kept in "
+        f"{job.path}.partial. Mend or remove the image, or leave out --on-error fail, and run the "
+        "same command again."
     )
 
 

@@ -47,7 +47,7 @@ from featcache.errors import (
     TooManyFailures,
 )
 from featcache.extraction import reuse
-from featcache.extraction.filling import compare_canaries, filled, from_network
+from featcache.extraction.filling import Job, compare_canaries, filled
 from featcache.extraction.plan import Plan, agree, beside, plan_file, stopping
 from featcache.extraction.stream import Clock, Options
 from featcache.extraction.summary import Summary
@@ -77,52 +77,39 @@ _WAIT = 60.0  # seconds to wait for the lock of a task that an earlier run left 
 
 
 def in_parts(
-    path: str,
-    images: ImageSet,
-    backbone: Backbone,
-    options: Options,
-    request: dict[str, Any],
+    job: Job,
     summary: Summary,
     *,
     devices: Sequence[str],
     parts: int | None,
     executor: Executor | None,
-    on_error: str,
     max_failures: float,
-    retry_failed: bool,
-    progress: bool | None,
 ) -> FeatureStore:
-    """Have the parts computed, and merge them into the file at `path`.
+    """Have the parts computed, and merge them into the file of the job.
 
-    The parameters are those of `featcache.extraction.extract.extract`, and `options`, `request`
-    and `summary` as for `featcache.extraction.filling.filled`.
+    The parameters are those of `featcache.extraction.extract.extract`, and `job` and `summary` as
+    for `featcache.extraction.filling.filled`.
     """
+    path, images, backbone, options = job.path, job.images, job.backbone, job.options
     named: tuple[str, ...] = ()
     if executor is not None:
         named = _portable(images, backbone, devices, parts)
     started = time.perf_counter()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    known = reuse.stored_layout(path, request) or from_network(backbone, request)
+    known = job.layout
     wanted = Plan(
         path=path,
-        request=request,
+        request=job.request,
         fingerprint=known.fingerprint.to_dict(),
         shapes={tap: list(shape) for tap, shape in known.shapes.items()},
         images=images.opened_with,
         ids=_digest(images),
         n=len(images),
         parts=parts or len(devices),
-        options={
-            "batch_size": options.batch_size,
-            "compile": options.compile,
-            "workers": options.workers,
-            "device": options.device,
-            "on_error": on_error,
-            "retry_failed": retry_failed,
-        },
+        options=asdict(replace(options, augmentation=None, progress=False)),
         threads=torch.get_num_threads(),
     )
-    bar = progress_bar(progress, total=len(images), unit="img", desc=backbone.name)
+    bar = progress_bar(options.progress, total=len(images), unit="img", desc=backbone.name)
     with disk.WriteLock(path), bar:
         plan = agree(wanted, options)
 
@@ -131,7 +118,7 @@ def in_parts(
                 return _processes(devices[: plan.parts], images, backbone)
             return contextlib.nullcontext(executor)
 
-        _recheck(plan, images, retry_failed=retry_failed)
+        _recheck(plan, images, retry_failed=options.retry_failed)
         loop = time.perf_counter()
         results = _fill(plan, pool, named, lambda: bar.update(plan.done - bar.n))
         _summarize(plan, results, time.perf_counter() - loop, summary)
@@ -341,12 +328,11 @@ def choose_settings(path: str, network: str | None = None) -> dict[str, Any]:
         As for `extract_part`.
     """
     with _one_at_a_time, reuse_memory():
-        plan, images, backbone, options = _job(path, network)
+        plan, job = _planned(path, network)
         threads = torch.get_num_threads()
         torch.set_num_threads(plan.threads)
-        own = {name: plan.options[name] for name in ("batch_size", "compile")}
         try:
-            settings = replace(options, **own).runtime(backbone, len(images)).settings
+            settings = job.options.runtime(job.backbone, len(job.images)).settings
         finally:
             torch.set_num_threads(threads)
     return replace(settings, fixed_slots=True).to_dict()
@@ -382,25 +368,24 @@ def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any
     """
     with _one_at_a_time, reuse_memory():
         check = stopping(path)
-        plan, images, backbone, options = _job(path, network)
+        plan, job = _planned(path, network)
         assert plan.settings is not None
-        part = images.select(plan.rows(k))
-        summary = Summary(len(part))
+        part = replace(
+            job,
+            path=plan.files[k],
+            images=job.images.select(plan.rows(k)),
+            options=replace(job.options, batch_size=None, compile=None),  # as settings say
+        )
+        summary = Summary(len(part.images))
         if k not in plan.missing:
             return summary.to_dict()
         with filled(
-            plan.files[k],
             part,
-            backbone,
-            options,
-            plan.request,
             summary,
             known=plan.layout,
-            tables={"ids": part.ids},
+            tables={"ids": part.images.ids},
             earlier=plan.earlier,
             settings=Settings.from_dict(plan.settings),
-            on_error=plan.options["on_error"],
-            retry_failed=plan.options["retry_failed"],
             wait=_WAIT,
             check=check,
         ) as writer:
@@ -409,25 +394,20 @@ def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any
     return summary.to_dict()
 
 
-def _job(path: str, network: str | None) -> tuple[Plan, ImageSet, Backbone, Options]:
-    """Return the plan, and what it names."""
+def _planned(path: str, network: str | None) -> tuple[Plan, Job]:
+    """Return the plan, and the whole job that it describes."""
     plan = Plan.read(path)
     if plan is None or plan.stopped:
         raise Interrupted(f"The job of {path} was stopped. Run its command again to go on.")
-    request = plan.request
+    options, augmentation = Options(**plan.options), plan.request["augmentation"]
+    if augmentation is not None:
+        options = replace(options, augmentation=Augmentation.from_dict(augmentation))
     if _given is None:
-        images, backbone = _opened(json.dumps([plan.images, plan.ids, request]), network)
-        device = plan.options["device"]
+        images, backbone = _opened(json.dumps([plan.images, plan.ids, plan.request]), network)
     else:
         images, backbone, device = _given
-    augmentation = request["augmentation"]
-    options = Options(
-        workers=plan.options["workers"],
-        device=device,
-        precision=request["precision"],
-        augmentation=None if augmentation is None else Augmentation.from_dict(augmentation),
-    )
-    return plan, images, backbone, options
+        options = replace(options, device=device)
+    return plan, Job(path, images, backbone, options, plan.request)
 
 
 @functools.lru_cache(maxsize=1)  # for the next part

@@ -53,7 +53,7 @@ class Plan:
     parts : int
         Number of parts.
     options : dict
-        Arguments of `featcache.extraction.extract.extract` that change no feature.
+        `featcache.extraction.stream.Options` but for the augmentation, which is in the request.
     threads : int
         Threads of a forward pass on a CPU.
     earlier : list of str

@@ -42,6 +42,9 @@ class Options:
     precision: str = "float32"
     compile: bool | None = None
     augmentation: Augmentation | None = None
+    on_error: str = "skip"
+    retry_failed: bool = False
+    progress: bool | None = False
 
     @property
     def views(self) -> int:
