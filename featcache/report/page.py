@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib import resources
 from typing import Any
 
-from featcache.report.assets import SCRIPT, STYLE
 from featcache.results.evaluation import Bin, Evaluation
 from featcache.results.leaderboard import Leaderboard, Row
 
@@ -83,7 +83,7 @@ def render(content: Content, data: Mapping[str, Any]) -> str:
         JSON values that the page's script reads.
     """
     sections = [(key, name, body) for key, name, make in _SECTIONS if (body := make(content))]
-    scripts = [*content.bokeh, SCRIPT]
+    scripts = [*content.bokeh, _asset("page.js")]
     links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, name, _ in sections)
     blocks = "".join(
         f'<section id="{key}" aria-labelledby="{key}-h"><h2 id="{key}-h">{name}</h2>{body}'
@@ -97,7 +97,8 @@ def render(content: Content, data: Mapping[str, Any]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{escape(content.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(content.title)}</title>\n<style>{_asset('page.css')}</style>\n"
+        "</head>\n<body>\n"
         f'<header><div class="top"><h1>{escape(content.title)}</h1>'
         '<button type="button" class="plain" id="theme">Light / dark</button></div>'
         f"{_summary(content)}</header>\n"
@@ -108,6 +109,11 @@ def render(content: Content, data: Mapping[str, Any]) -> str:
         + "".join(f"<script>{script}</script>\n" for script in scripts)
         + "</body>\n</html>\n"
     )
+
+
+def _asset(name: str) -> str:
+    """Return the text of a file beside this module."""
+    return resources.files("featcache.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _policy(scripts: Sequence[str]) -> str:
