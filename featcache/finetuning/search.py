@@ -6,6 +6,11 @@ trainings: one on each fold's training part, whose scores of the fold's other pa
 out-of-fold scores, and one on all rows, which is kept. Each sets its own inner validation part
 aside (unless told not to), and stops by that: no image decides when to stop a training that it is
 then used to judge. To save time, use fewer folds, or a store with a validation split, which is one.
+
+Measured with MobileNetV2 on the demo, two cores (``python tests/benchmarks/recipes.py``): an epoch
+of the last stage costs 0.96 s from the cache and 19.5 s inside the network. Trained from
+``features.14`` on four views, the rest of the network had 0.869 [0.842, 0.895] of the held-out
+images right and a linear head 0.857 [0.829, 0.884]: +0.012 [-0.011, +0.037], no certain gain.
 """
 
 from __future__ import annotations

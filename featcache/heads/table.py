@@ -8,8 +8,26 @@
     logits(found.estimator, X_new)                        # (n, classes)
     # softmax(logits / found.temperature) are calibrated probabilities
 
-`HEADS` is all there is to iterate over; `CLASSICS` are the four that are compared when none is
-named.
+`HEADS` holds all of them; `CLASSICS` are the four that are compared when none is named.
+
+============ ============================================================ =========================
+head         what the search tries                                        larger than memory
+============ ============================================================ =========================
+``linear``   treatment, C                                                 yes
+``svm``      treatment, C                                                 yes
+``rbf-svm``  treatment, components, kernel width, C                       above 20,000 rows, Nystroem
+``forest``   random forest or extra trees, leaf size, components          no
+``boosting`` components, rounds                                           yes
+``ridge``    treatment, penalty                                           yes
+``knn``      treatment, components, k, temperature                        without components
+``mlp``      treatment, components, dropout, epochs                       no
+============ ============================================================ =========================
+
+*Treatment* is standardised columns, rows of length 1, or signed square roots. *Components* are all
+columns, or whitened principal components that are fitted inside each fold. On 3,000 synthetic
+features of 10 classes components took ``knn`` from an accuracy of 0.364 to 0.640 and ``forest``
+from 0.358 to 0.463; on the demo's features ``knn`` from 0.840 to 0.851
+(``python tests/benchmarks/heads.py --only components``).
 """
 
 from __future__ import annotations
