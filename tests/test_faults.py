@@ -18,7 +18,7 @@ from PIL import Image
 
 from featcache.errors import DecodeError, ExtractionError, StoreError, TooManyFailures
 from featcache.extraction import decoding
-from featcache.extraction.decoding import Batch, Decoder, Loader, Tasks
+from featcache.extraction.decoding import Batch, Decoder, Loader, make_tasks
 from featcache.extraction.extract import extract
 from featcache.images.image_set import ImageSet
 from featcache.pixels.preprocessing import Preprocessing
@@ -92,7 +92,7 @@ def test_after_a_loss_fewer_workers_go_on(root: Path, deadly: type[Deadly]) -> N
     deadly.once = (3,)
     images = ImageSet.from_folder(root)
     loader = Loader(deadly(images, Preprocessing(resize=32, crop=32)), workers=4)
-    rows = [batch.rows for batch in loader.batches(Tasks(np.arange(N), 4))]
+    rows = [batch.rows for batch in loader.batches(make_tasks(np.arange(N), 4))]
     np.testing.assert_array_equal(np.concatenate(rows), np.arange(N))
     assert loader.workers == 2
 
@@ -113,7 +113,7 @@ def test_losing_a_worker_never_disturbs_the_caller(root: Path, deadly: type[Dead
     deadly.once = (4,)
     images = ImageSet.from_folder(root)
     loader = Loader(deadly(images, Preprocessing(resize=32, crop=32)), workers=1)
-    batches = loader.batches(Tasks(np.arange(N), 4))
+    batches = loader.batches(make_tasks(np.arange(N), 4))
     first = next(batches)
     while not (deadly.marks / "4").exists():  # the worker dies while the caller is at work
         sum(range(1000))
@@ -194,7 +194,7 @@ def test_a_file_that_never_stands_still_is_recorded(
 
     monkeypatch.setattr(ImageSet, "stat", restless)
     decoder = Decoder(images, Preprocessing(resize=32, crop=32))
-    (batch,) = Loader(decoder, workers=0).batches(Tasks(np.arange(6), 6))
+    (batch,) = Loader(decoder, workers=0).batches(make_tasks(np.arange(6), 6))
     assert [(row, error.stage) for row, error in batch.failures.items()] == [(3, "read")]
     assert "changed" in batch.failures[3].reason
     assert batch.rows[batch.entries["status"] == DONE].tolist() == [0, 1, 2, 4, 5]

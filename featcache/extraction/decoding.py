@@ -34,7 +34,7 @@ from featcache.pixels.views import Augmentation
 from featcache.store.format import DONE, FAILED, PENDING
 from featcache.system.processes import die_with_parent
 
-__all__ = ["ENTRY", "PREFETCH", "Batch", "Decoder", "Loader", "Tasks"]
+__all__ = ["ENTRY", "PREFETCH", "Batch", "Decoder", "Loader", "make_tasks"]
 
 PREFETCH = 2  # tasks in the making for each worker process
 READ_ATTEMPTS = 3
@@ -82,39 +82,23 @@ class Batch:
 Task = tuple[np.ndarray, np.ndarray, int]  # rows (k,), slots (k,), and the slots of the batch
 
 
-class Tasks(Sequence[Task]):
-    """The tasks that cover some rows, made when they are asked for.
+def make_tasks(rows: np.ndarray, size: int, *, fixed_slots: bool = False) -> list[Task]:
+    """Return the tasks that cover some rows.
 
     Parameters
     ----------
-    rows : ndarray of int64
-        Numbers of the images, ascending.
+    rows : ndarray of int64, shape (k,)
+        Numbers of the images, ascending; at least one.
     size : int
         Slots of a batch.
     fixed_slots : bool
         Give every row the slot ``row % size``, whichever other rows there are: for networks whose
         features depend, in their last bits, on an image's place in the batch.
     """
-
-    def __init__(self, rows: np.ndarray, size: int, *, fixed_slots: bool = False) -> None:
-        self._rows = np.asarray(rows, np.int64)
-        self._size = size
-        self._fixed_slots = fixed_slots
-        if fixed_slots:
-            starts = np.flatnonzero(np.diff(self._rows // size, prepend=-1))
-        else:
-            starts = np.arange(0, len(self._rows), size)
-        self._edges = np.append(starts, len(self._rows))
-
-    def __len__(self) -> int:
-        return len(self._edges) - 1
-
-    def __getitem__(self, index: int) -> Task:  # type: ignore[override]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        rows = self._rows[self._edges[index] : self._edges[index + 1]]
-        slots = rows % self._size if self._fixed_slots else np.arange(len(rows))
-        return rows, slots, self._size
+    places = rows if fixed_slots else np.arange(len(rows))
+    edges = np.flatnonzero(np.diff(places // size)) + 1
+    parts = zip(np.split(rows, edges), np.split(places % size, edges), strict=True)
+    return [(*part, size) for part in parts]
 
 
 @dataclass
@@ -206,30 +190,29 @@ class Loader:
         self.workers = 0 if multiprocessing.current_process().daemon else workers
         self.suspects = suspects
 
-    def batches(self, tasks: Tasks) -> Generator[Batch, None, None]:
+    def batches(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
         """Yield one batch for each task."""
         if self.workers:
             yield from self._from_processes(tasks)
             return
-        first = list(itertools.islice(tasks, self.suspects))
-        yield from self._decode_one_by_one(first)
-        yield from self._from_threads(tasks, len(first))
+        yield from self._decode_one_by_one(tasks[: self.suspects])
+        yield from self._from_threads(tasks[self.suspects :])
 
-    def _from_threads(self, tasks: Tasks, start: int) -> Generator[Batch, None, None]:
+    def _from_threads(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
         decoder, threads = self.decoder, os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as decoders:
 
-            def read(number: int) -> tuple[Batch, list[Future[RawImage | None]]]:
-                batch = decoder.blank(tasks[number])
+            def read(task: Task) -> tuple[Batch, list[Future[RawImage | None]]]:
+                batch = decoder.blank(task)
                 return batch, [
                     readers.submit(decoder.read, batch, k) for k in range(len(batch.rows))
                 ]
 
-            ahead = read(start) if start < len(tasks) else None
-            for number in range(start, len(tasks)):
-                assert ahead is not None
+            reading = map(read, tasks)
+            ahead = next(reading, None)
+            while ahead is not None:
                 (batch, raws), started = ahead, time.perf_counter()
-                ahead = read(number + 1) if number + 1 < len(tasks) else None
+                ahead = next(reading, None)
                 decode = decoders.map(
                     lambda batch, k, raw: decoder.decode(batch, k, raw.result()),
                     itertools.repeat(batch),
@@ -240,7 +223,7 @@ class Loader:
                 batch.seconds = time.perf_counter() - started
                 yield batch
 
-    def _from_processes(self, tasks: Tasks) -> Generator[Batch, None, None]:
+    def _from_processes(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
         done = 0
         while done < len(tasks):
             ahead = self.workers * PREFETCH
@@ -257,7 +240,7 @@ class Loader:
                     return
                 except BrokenProcessPool:
                     pass
-            in_the_making = [tasks[k] for k in range(done, min(done + ahead, len(tasks)))]
+            in_the_making = tasks[done : done + ahead]
             yield from self._decode_one_by_one(in_the_making)
             done += len(in_the_making)
             self.workers = max(1, self.workers // 2)

@@ -20,7 +20,7 @@ import numpy as np
 
 from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
 from featcache.extraction import reuse
-from featcache.extraction.stream import Clock, Options, WriterThread, compute, default_workers
+from featcache.extraction.stream import Clock, Options, WriterThread, compute
 from featcache.extraction.summary import Summary
 from featcache.fingerprint import Fingerprint
 from featcache.images.image_set import ImageSet
@@ -143,7 +143,7 @@ def filled(
             )
 
             def advance(rows: int, failures: Mapping[int, DecodeError]) -> None:
-                bar.update(rows)
+                bar.update(min(rows, len(images) - bar.n))  # a replaced image counts once
                 if failures and options.on_error == "fail":
                     raise _first_failure(job, failures)
                 check()
@@ -175,24 +175,22 @@ def _compute(
     advance: Callable[[int, Mapping[int, DecodeError]], None],
 ) -> None:
     """Compute the pending rows."""
-    images, options, pending, clock = job.images, job.options, writer.pending, Clock()
+    pending, clock = writer.pending, Clock()
     recorded = _recorded(writer, settings)
-    runtime = options.runtime(job.backbone, len(pending), settings=recorded)
+    runtime = job.options.runtime(job.backbone, len(pending), settings=recorded)
     if settings is not None:
         _check_settings(writer.path, recorded or settings, runtime.settings)
     writer.set_meta("settings", runtime.settings.to_dict())
     summary.rounding = _check_canaries(writer, runtime)
     crashed = (writer.meta.get("run") or {}).get("state") == "running"
-    if options.workers is None:
-        options = replace(options, workers=default_workers(runtime, crashed=crashed))
     started = time.perf_counter()
     with _marked_as_running(writer):
-        _fill(images, writer, runtime, pending, options, clock, advance, crashed=crashed)
+        _fill(job, writer, runtime, pending, clock, advance, crashed=crashed)
         for _ in range(_ROUNDS):
-            reuse.recheck_replaced_files(writer, images, pending)
+            reuse.recheck_replaced_files(writer, job.images, pending)
             if not len(again := writer.pending):
                 break
-            _fill(images, writer, runtime, again, options, clock, lambda _, bad: advance(0, bad))
+            _fill(job, writer, runtime, again, clock, advance, crashed=crashed)
         # As the writer counts: features that are not finite are failures too.
         summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
         summary.failed = int(np.count_nonzero(writer.status == FAILED))
@@ -201,29 +199,26 @@ def _compute(
 
 
 def _fill(
-    images: ImageSet,
+    job: Job,
     writer: FeatureWriter,
     runtime: Runtime,
     rows: np.ndarray,
-    options: Options,
     clock: Clock,
     advance: Callable[[int, Mapping[int, DecodeError]], None],
     *,
-    crashed: bool = False,
+    crashed: bool,
 ) -> None:
     """Compute rows and write them."""
     settings, reported = runtime.settings, time.monotonic()
-    chunks = compute(images, runtime, rows, options, clock=clock, crashed=crashed)
+    chunks = compute(job.images, runtime, rows, job.options, clock=clock, crashed=crashed)
     with WriterThread(writer, clock) as thread, contextlib.closing(chunks):
         for chunk in chunks:
             if runtime.settings != settings:  # memory ran out, and the batch was halved
                 settings = runtime.settings
                 writer.set_meta("settings", settings.to_dict())
             thread.submit(chunk)
-            if (
-                time.monotonic() > reported + _REPORT_SECONDS
-            ):  # for the process that waits for this part
-                reported = time.monotonic()
+            if time.monotonic() > reported + _REPORT_SECONDS:
+                reported = time.monotonic()  # for the process that waits for this part
                 rows_done = int(np.count_nonzero(writer.status))
                 writer.set_meta("run", {"state": "running", "rows": rows_done})
             advance(len(chunk.rows), chunk.failures)

@@ -329,13 +329,9 @@ def choose_settings(path: str, network: str | None = None) -> dict[str, Any]:
     """
     with _one_at_a_time, reuse_memory():
         plan, job = _planned(path, network)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(plan.threads)
-        try:
-            settings = job.options.runtime(job.backbone, len(job.images)).settings
-        finally:
-            torch.set_num_threads(threads)
-    return replace(settings, fixed_slots=True).to_dict()
+        settings = job.options.runtime(job.backbone, len(job.images)).settings
+    threads = plan.threads if settings.device == "cpu" else 1
+    return replace(settings, threads=threads, fixed_slots=True).to_dict()
 
 
 def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any]:

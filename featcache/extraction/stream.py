@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from featcache.errors import DecodeError
-from featcache.extraction.decoding import Batch, Decoder, Loader, Tasks
+from featcache.extraction.decoding import Batch, Decoder, Loader, make_tasks
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Pending, Runtime, Settings
@@ -26,7 +26,7 @@ from featcache.pixels.views import Augmentation
 from featcache.store.format import DONE
 from featcache.store.writer import FeatureWriter
 
-__all__ = ["Chunk", "Clock", "Options", "WriterThread", "compute", "default_workers"]
+__all__ = ["Chunk", "Clock", "Options", "WriterThread", "compute"]
 
 MAX_QUEUED = 4  # chunks that may wait for the disk
 _IMAGES_A_THREAD = 16
@@ -158,12 +158,12 @@ def compute(
     decoder = Decoder(images, runtime.backbone.preprocessing, options.augmentation)
     loader = Loader(
         decoder,
-        workers=default_workers(runtime, crashed=crashed) if workers is None else workers,
+        workers=_default_workers(runtime, crashed=crashed) if workers is None else workers,
         suspects=(MAX_QUEUED + 3) * crashed,
     )
     group = max(1, runtime.settings.batch_size // views)
     size = _task_size(group, views, threads=loader.workers == 0)
-    batches = loader.batches(Tasks(rows, size, fixed_slots=runtime.settings.fixed_slots))
+    batches = loader.batches(make_tasks(rows, size, fixed_slots=runtime.settings.fixed_slots))
     on_gpu = runtime.device.type == "cuda"
     computing: deque[tuple[Batch, Pending]] = deque()
     try:
@@ -226,7 +226,7 @@ def _chunk(batch: Batch, pending: Pending, views: int) -> Chunk:
     return chunk
 
 
-def default_workers(runtime: Runtime, *, crashed: bool = False) -> int:
+def _default_workers(runtime: Runtime, *, crashed: bool) -> int:
     """Return how many processes decode when the user does not say.
 
     Beside a network that runs on the CPU, none: threads of this process decode a batch between two
