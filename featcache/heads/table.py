@@ -10,18 +10,18 @@
 
 `HEADS` holds all of them; `CLASSICS` are the four that are compared when none is named.
 
-============ ============================================================ =========================
+============ ============================================================ =======================
 head         what the search tries                                        larger than memory
-============ ============================================================ =========================
+============ ============================================================ =======================
 ``linear``   treatment, C                                                 yes
 ``svm``      treatment, C                                                 yes
-``rbf-svm``  treatment, components, kernel width, C                       above 20,000 rows, Nystroem
+``rbf-svm``  treatment, components, kernel width, C                       Nystroem above 20,000
 ``forest``   random forest or extra trees, leaf size, components          no
 ``boosting`` components, rounds                                           yes
 ``ridge``    treatment, penalty                                           yes
 ``knn``      treatment, components, k, temperature                        without components
 ``mlp``      treatment, components, dropout, epochs                       no
-============ ============================================================ =========================
+============ ============================================================ =======================
 
 *Treatment* is standardised columns, rows of length 1, or signed square roots. *Components* are all
 columns, or whitened principal components that are fitted inside each fold. On 3,000 synthetic
