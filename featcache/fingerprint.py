@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from featcache.errors import CorruptStore, FormatVersionError
 
-__all__ = ["FORMAT_VERSION", "Fingerprint", "canonical_json", "state_sha256"]
+__all__ = ["FORMAT_VERSION", "Fingerprint", "canonical_json", "differences", "state_sha256"]
 
 #: Version of the feature file's format. Another version is refused, never guessed at.
 FORMAT_VERSION = 2
@@ -183,10 +183,15 @@ class Fingerprint(Record):
         >>> print(a.diff(b, names=("stored", "asked for")))
         backbone: 'resnet18' (stored), 'resnet50' (asked for)
         """
-        return "\n".join(
-            f"{name}: {mine!r} ({names[0]}), {theirs!r} ({names[1]})"
-            for name, mine, theirs in _differences("", self.to_dict(), other.to_dict())
-        )
+        return differences(self.to_dict(), other.to_dict(), names)
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], names: tuple[str, str]) -> str:
+    """Return what differs between JSON values as `Fingerprint.diff` does."""
+    return "\n".join(
+        f"{name}: {one!r} ({names[0]}), {other!r} ({names[1]})"
+        for name, one, other in _differences("", mine, theirs)
+    )
 
 
 def _differences(name: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:

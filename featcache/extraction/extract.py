@@ -22,7 +22,8 @@ import numpy as np
 
 from featcache.errors import ExtractionError
 from featcache.extraction import reuse
-from featcache.extraction.filling import Job, filled, of_canaries
+from featcache.extraction.canaries import of_canaries
+from featcache.extraction.filling import Job, filled
 from featcache.extraction.parts import in_parts
 from featcache.extraction.plan import Plan
 from featcache.extraction.stream import Chunk, Options, compute

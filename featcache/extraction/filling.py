@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,22 @@ import numpy as np
 
 from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
 from featcache.extraction import reuse
+from featcache.extraction.canaries import check_canaries, usable_canaries
 from featcache.extraction.stream import Clock, Options, WriterThread, compute
 from featcache.extraction.summary import Summary
-from featcache.fingerprint import Fingerprint
+from featcache.fingerprint import Fingerprint, differences
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings
-from featcache.pixels import canary
-from featcache.store.format import DONE, FAILED, Canaries
+from featcache.store.format import DONE, FAILED
 from featcache.store.writer import FeatureWriter
 from featcache.system.console import progress_bar
 
-__all__ = ["Job", "compare_canaries", "filled", "of_canaries"]
+__all__ = ["Job", "filled"]
 
 # Images that are replaced again and again during a run are left to the next one.
 _ROUNDS = 3
 _REPORT_SECONDS = 1.0  # between two reports of progress in the file
-# Largest difference of features, relative to the largest, that rounding explains.
-_CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def filled(
         known.shapes,
         fingerprint=known.fingerprint,
         meta=_meta(job.request),
-        canaries=_canary_images(job.backbone),
+        canaries=usable_canaries(job.backbone),
         earlier=earlier,
         retry_failed=options.retry_failed,
         wait=wait,
@@ -153,11 +151,6 @@ def filled(
         yield writer
 
 
-def of_canaries(runtime: Runtime, images: Sequence[bytes]) -> dict[str, np.ndarray]:
-    """Return the features of canary images by tap: (k, ...) float32."""
-    return runtime(np.stack([runtime.backbone.preprocessing(image) for image in images]))
-
-
 def _check_network(writer: FeatureWriter, fingerprint: Fingerprint) -> None:
     difference = writer.fingerprint.diff(fingerprint, ("stored", "loaded"))
     if difference:
@@ -181,7 +174,7 @@ def _compute(
     if settings is not None:
         _check_settings(writer.path, recorded or settings, runtime.settings)
     writer.set_meta("settings", runtime.settings.to_dict())
-    summary.rounding = _check_canaries(writer, runtime)
+    summary.rounding = check_canaries(writer, runtime)
     crashed = (writer.meta.get("run") or {}).get("state") == "running"
     started = time.perf_counter()
     with _marked_as_running(writer):
@@ -195,7 +188,7 @@ def _compute(
         summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
         summary.failed = int(np.count_nonzero(writer.status == FAILED))
     elapsed = time.perf_counter() - started
-    summary.measure(clock, elapsed, runtime.settings)
+    summary.measure(clock, elapsed, runtime.settings.to_dict())
 
 
 def _fill(
@@ -244,73 +237,14 @@ def _recorded(writer: FeatureWriter, settings: Settings | None) -> Settings | No
 
 
 def _check_settings(path: str, asked: Settings, here: Settings) -> None:
-    found = here.to_dict()
-    different = [
-        f"{name}: {value!r} (asked for), {found[name]!r} (here)"
-        for name, value in asked.to_dict().items()
-        if value != found[name]
-    ]
+    different = differences(asked.to_dict(), here.to_dict(), ("asked for", "here"))
     if different:
         raise ExtractionError(
-            "\n".join([f"This machine cannot compute {path} as the job asks:", *different])
-            + "\nLet only machines of one kind take part, or run the command again with what all "
-            "of them can do, such as --no-compile or --device cpu (compile=False, device='cpu'). "
+            f"This machine cannot compute {path} as the job asks:\n{different}\n"
+            "Let only machines of one kind take part, or run the command again with what all of "
+            "them can do, such as --no-compile or --device cpu (compile=False, device='cpu'). "
             "What was computed is kept."
         )
-
-
-def _check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:
-    """Store the canaries' features; compare them with those of rows that are there already.
-
-    Returns
-    -------
-    float or None
-        What rounding costs, see `Summary.rounding`; None in float32 or without canaries.
-    """
-    canaries = writer.canaries
-    if canaries is None:
-        return None
-    found = replace(canaries, features=of_canaries(runtime, canaries.images))
-    earlier = [canaries, *(source.canaries for source in writer.earlier_stores)]
-    compare_canaries(writer.path, runtime.precision, [found, *earlier])
-    if not canaries.features:
-        writer.set_canaries(found.features)
-    if runtime.precision == "float32":
-        return None
-    return _rounding(runtime.backbone, canaries.images, found.features)
-
-
-def compare_canaries(path: str, precision: str, canaries: Sequence[Canaries | None]) -> None:
-    """Compare the features of test images, and refuse those that were computed differently.
-
-    Parameters
-    ----------
-    path : str
-        The store.
-    precision : {"float32", "bfloat16", "float16"}
-        Precision of the forward pass.
-    canaries : sequence of Canaries or None
-        Test images; the features of each are compared with the first one's.
-
-    Raises
-    ------
-    FingerprintMismatch
-        The features differ by more than rounding explains.
-    """
-    known = [each for each in canaries if each and each.features]
-    for other in known[1:]:
-        if other.images != known[0].images:
-            continue
-        for tap, values in other.features.items():
-            found = known[0].features[tap]
-            error = np.abs(found - values).max() / max(np.abs(values).max(), 1e-30)
-            if not error <= _CANARY_TOLERANCE[precision]:
-                raise FingerprintMismatch(
-                    f"The features of test images differ by {error:.1e} of the largest from those "
-                    f"that {path} was begun with: a machine decodes, resizes or computes "
-                    f"differently (other versions of Pillow or torch?). "
-                    "Compute into another file with -o; this one is left as it is."
-                )
 
 
 @contextlib.contextmanager
@@ -322,30 +256,6 @@ def _marked_as_running(writer: FeatureWriter) -> Iterator[None]:
     except BaseException:
         writer.set_meta("run", {"state": "stopped"})
         raise
-
-
-def _canary_images(backbone: Backbone) -> list[tuple[str, bytes]]:
-    """Return the canaries that have the channels which this preprocessing needs."""
-    usable = []
-    for name, image in canary.images():
-        with contextlib.suppress(DecodeError):
-            backbone.preprocessing(image)
-            usable.append((name, image))
-    return usable
-
-
-def _rounding(
-    backbone: Backbone, images: Sequence[bytes], found: Mapping[str, np.ndarray]
-) -> float:
-    """Return the distance of features (k, ...) from float32 ones, see `Summary.rounding`."""
-    plain = of_canaries(Runtime(backbone, device="cpu"), images)
-    worst = 0.0
-    for tap, value in found.items():
-        expected = plain[tap].reshape(len(images), -1)
-        distance = np.linalg.norm(value.reshape(len(images), -1) - expected, axis=1)
-        length = np.maximum(np.linalg.norm(expected, axis=1), np.finfo(np.float32).tiny)
-        worst = max(worst, float(np.median(distance / length)))
-    return worst
 
 
 def _meta(request: dict[str, Any]) -> dict[str, Any]:

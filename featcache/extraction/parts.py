@@ -47,10 +47,12 @@ from featcache.errors import (
     TooManyFailures,
 )
 from featcache.extraction import reuse
-from featcache.extraction.filling import Job, compare_canaries, filled
+from featcache.extraction.canaries import compare_canaries
+from featcache.extraction.filling import Job, filled
 from featcache.extraction.plan import Plan, agree, beside, plan_file, stopping
 from featcache.extraction.stream import Clock, Options
 from featcache.extraction.summary import Summary
+from featcache.fingerprint import differences
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Settings
@@ -202,9 +204,7 @@ def _summarize(
     times = [result["seconds"] for result in results if "loop" in result["seconds"]]
     if times:
         clock = Clock(**{name: sum(each[name] for each in times) for name in asdict(Clock())})
-        settings = Settings.from_dict(plan.settings or {})
-        assert settings is not None
-        summary.measure(clock, seconds, settings)
+        summary.measure(clock, seconds, plan.settings or {})
         summary.rounding = max(result["rounding"] or 0.0 for result in results) or None
 
 
@@ -428,11 +428,8 @@ def _opened(planned: str, network: str | None) -> tuple[ImageSet, Backbone]:
         partial=request.get("partial", False),
     )
     backbone.preprocessing = Preprocessing.from_dict(request["preprocessing"])
-    different = [
-        f"{key}: {request[key]!r} (plan), {value!r} (here)"
-        for key, value in backbone.request.items()
-        if request[key] != value
-    ]
-    if different:
-        raise ExtractionError("\n".join([f"A task knows another network {name}:", *different]))
+    here = backbone.request
+    of_plan = {key: request.get(key) for key in here}
+    if different := differences(of_plan, here, ("plan", "here")):
+        raise ExtractionError(f"A task knows another network {name}:\n{different}")
     return images, backbone

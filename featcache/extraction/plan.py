@@ -23,7 +23,7 @@ from featcache.errors import (
 )
 from featcache.extraction import reuse
 from featcache.extraction.stream import Options
-from featcache.fingerprint import Fingerprint
+from featcache.fingerprint import Fingerprint, differences
 from featcache.store import disk
 from featcache.store.file import StoreFile
 
@@ -179,15 +179,11 @@ def agree(wanted: Plan, options: Options) -> Plan:
     path, there = wanted.path, Plan.read(wanted.path)
     if there and there.merging and not any(map(os.path.exists, [f"{path}.partial", *there.files])):
         there = None  # the store was finished, and the next moment the process killed
-    different = [
-        f"{name}: {there.request.get(name)!r} (begun), {value!r} (asked for)"
-        for name, value in wanted.request.items()
-        if there and there.request.get(name) != value
-    ]
-    if different:
+    names = ("begun", "asked for")
+    if there and (different := differences(there.request, wanted.request, names)):
         raise FingerprintMismatch(
-            "\n".join([f"{path} was begun with other features:", *different])
-            + "\nChoose another file with -o; what is there is left as it is."
+            f"{path} was begun with other features:\n{different}\n"
+            "Choose another file with -o; what is there is left as it is."
         )
     if there and there.ids == wanted.ids and _fits(there.settings, options):
         if wanted.parts not in (0, there.parts):
@@ -201,8 +197,8 @@ def agree(wanted: Plan, options: Options) -> Plan:
             while Path(other).exists():
                 other += "~"
             disk.rename(name, other)
-        names = [f"{path}.partial", *beside(path, "old-part"), path, f"{path}.partial.old"]
-        plan = replace(wanted, earlier=[name for name in names if Path(name).exists()])
+        files = [f"{path}.partial", *beside(path, "old-part"), path, f"{path}.partial.old"]
+        plan = replace(wanted, earlier=[name for name in files if Path(name).exists()])
     plan.write()
     return plan
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from featcache.extraction.stream import Clock
-from featcache.networks.forward import Settings
 
 __all__ = ["Summary"]
 
@@ -60,7 +59,7 @@ class Summary:
         seconds = self.seconds.get("loop", 0.0)
         return self.computed / seconds if seconds else 0.0
 
-    def measure(self, clock: Clock, seconds: float, settings: Settings) -> None:
+    def measure(self, clock: Clock, seconds: float, settings: dict[str, Any]) -> None:
         """Record the times of a loop that took so many seconds, and its settings."""
         self.seconds |= {"loop": seconds, **asdict(clock)}
         spent = {
@@ -69,7 +68,7 @@ class Summary:
             "write": clock.waiting_for_writer,
         }
         self.bottleneck = max(spent, key=lambda part: spent[part])
-        self.settings = settings.to_dict()
+        self.settings = settings
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
