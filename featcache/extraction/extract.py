@@ -194,7 +194,8 @@ def extract(
     DiskFull, StoreLocked, FingerprintMismatch, StoreError
         The file cannot be written, see `featcache.store.writer.FeatureWriter.begin`.
     ExtractionError
-        An image failed and `on_error` is ``"fail"``, or an argument is impossible.
+        An image failed and `on_error` is ``"fail"``, an argument is impossible, or one machine of
+        several cannot compute as the others do.
 
     Examples
     --------
