@@ -21,7 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache.errors import ExtractionError, FingerprintMismatch, StoreError, TooManyFailures
+from featcache.errors import (
+    DeviceError,
+    ExtractionError,
+    FingerprintMismatch,
+    StoreError,
+    TooManyFailures,
+)
 from featcache.extraction.extract import extract
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
@@ -99,6 +105,15 @@ class Recording(Executor):
         except Exception as error:
             future.set_exception(error)
         return future
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_begun(
+    root: Path, tmp_path: Path
+) -> None:
+    for other in ("cuda", "quantum"):
+        with pytest.raises((DeviceError, ExtractionError)):
+            run(root, tmp_path / "f.h5", device=["cpu", other])
+    assert not list(tmp_path.glob("f.h5*"))
 
 
 def test_a_task_is_small(tmp_path: Path) -> None:

@@ -411,6 +411,24 @@ def test_recorded_settings_give_the_same_bits_whatever_the_environment_says() ->
     assert fresh_run(settings, OMP_NUM_THREADS="1") == [settings, digest]
 
 
+THREADS = """
+import os
+os.environ["OMP_NUM_THREADS"] = "1"  # as an engine does for its workers, before torch is imported
+from featcache.networks.forward import default_threads
+print(default_threads())
+"""
+
+
+def test_threads_are_those_of_the_user_and_not_an_engines() -> None:
+    def printed(code: str, **started: str) -> int:
+        environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
+        command = [sys.executable, "-c", code]
+        return int(subprocess.check_output(command, env=environment | started, text=True))
+
+    assert printed(THREADS) == printed("import torch; print(torch.get_num_threads())")
+    assert printed(THREADS, OMP_NUM_THREADS="1") == 1
+
+
 @pytest.mark.parametrize("count", [5, 10**6])
 def test_no_clock_has_a_say(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> float:

@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from featcache.errors import (
     ExtractionError,
@@ -55,7 +54,7 @@ from featcache.extraction.summary import Summary
 from featcache.fingerprint import differences
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
-from featcache.networks.forward import Settings
+from featcache.networks.forward import Settings, default_threads, select_device
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.store import disk
@@ -96,6 +95,11 @@ def in_parts(
     named: tuple[str, ...] = ()
     if executor is not None:
         named = _portable(images, backbone, devices, parts)
+    elif len(kinds := {select_device(device).type for device in devices}) > 1:
+        raise ExtractionError(
+            f"The devices of one job are of one kind, as different kinds give different bits; "
+            f"{', '.join(sorted(kinds))} came. Name those of one kind with --device."
+        )
     started = time.perf_counter()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     known = job.layout
@@ -109,7 +113,7 @@ def in_parts(
         n=len(images),
         parts=parts or len(devices),
         options=asdict(replace(options, augmentation=None, progress=False)),
-        threads=torch.get_num_threads(),
+        threads=default_threads(),
     )
     bar = progress_bar(options.progress, total=len(images), unit="img", desc=backbone.name)
     with disk.WriteLock(path), bar:

@@ -21,10 +21,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Self, TypeAlias
 
+import joblib
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,7 +38,7 @@ from featcache.networks.faster import SpeedUps, faster_copy, find_speed_ups, pro
 from featcache.networks.taps import Tapped
 from featcache.system.memory import glibc
 
-__all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "select_device"]
+__all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "default_threads", "select_device"]
 
 _Compute: TypeAlias = Callable[[Tensor], dict[str, Tensor]]
 
@@ -83,6 +86,31 @@ def select_device(name: str = "auto") -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("--device mps: this machine has no Apple GPU that torch can use")
     return torch.device(device.type)
+
+
+def default_threads() -> int:
+    """Return the number of threads of a forward pass on a CPU.
+
+    That is torch's own number, as the user started the process. An engine may set
+    ``OMP_NUM_THREADS=1`` for its workers in the process that starts them, as Dask does. Where torch
+    is imported after that, its number is the engine's, and MobileNetV2's features would have other
+    bits; then it is the number of cores.
+    """
+    threads = torch.get_num_threads()
+    now = os.environ.get("OMP_NUM_THREADS")
+    if now == _started_with("OMP_NUM_THREADS") or str(threads) != now:
+        return threads
+    return int(joblib.cpu_count(only_physical_cores=True))
+
+
+def _started_with(variable: str) -> str | None:
+    """Return a variable of the environment as it was when this process began."""
+    try:
+        entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:  # not Linux
+        return os.environ.get(variable)
+    started = dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
+    return started.get(variable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,7 +411,7 @@ class Runtime:
             device=self.device.type,
             precision=self.precision,
             batch_size=batch_size,
-            threads=torch.get_num_threads() if cpu else 1,
+            threads=default_threads() if cpu else 1,
             channels_last=True,
             folded=bool(found.foldable),
             packed_products=cpu and pays,

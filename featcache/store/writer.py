@@ -815,6 +815,11 @@ def _check_failures(path: str, failures: Sequence[Failure], n: int, max_failures
     if len(failures) <= max_failures * n and len(failures) < n:
         return
     some = "; ".join(f"{f.id} ({f.stage}: {f.reason})" for f in failures[:3])
+    if len(failures) == n:
+        raise TooManyFailures(
+            f"None of the {n:,} images has features, so there is no store: {some}. Mend the images "
+            "and run the same command again."
+        )
     raise TooManyFailures(
         f"{len(failures):,} of {n:,} images failed ({len(failures) / n:.1%}; "
         f"{max_failures:.1%} are allowed): {some}. The features of the others are kept. Mend or "
