@@ -159,7 +159,8 @@ def extract(
         Computes the parts: of an engine for several machines that see the same files, such as
         Dask's ``client.get_executor(pure=False, retries=3)``; or of threads or processes. Every
         task uses one device of the kind of `device`, and as many threads on a CPU as this process
-        would (`torch.get_num_threads`): then the features are those of one process, bit for bit.
+        would (`featcache.networks.forward.default_threads`): then the features are those of one
+        process, bit for bit.
         The images must be found by `ImageSet.open`, and the network by its name.
     precision : {"float32", "bfloat16", "float16"}
         Precision of the forward pass.
