@@ -1,0 +1,137 @@
+"""What all heads share: a fitted list of steps, and scikit-learn's contract for our estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+from scipy.special import log_softmax, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from featcache.heads.steps import Log, Step
+
+ClassWeight: TypeAlias = str | dict[Any, float] | None
+
+_ROWS = 4096  # that go through the steps at a time ...
+_CELLS = 1 << 22  # ... or so many that no step needs more numbers than this: 32 MB
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """A fitted head: its steps, and the classes that the scores behind the last one are of.
+
+    Attributes
+    ----------
+    steps : sequence of Step
+        From features (n, d) to scores (n, k): decision values, or log-probabilities.
+    classes : ndarray of shape (k,)
+        Labels: the columns of the scores.
+    """
+
+    steps: Sequence[Step]
+    classes: np.ndarray
+
+    def logits(self, X: np.ndarray) -> np.ndarray:
+        """Return scores (n, k), float32, of features (n, d) or (n, views, d), views averaged."""
+        views, k = X.shape[1] if X.ndim == 3 else 1, len(self.classes)
+        scores = np.empty((len(X) * views, k), dtype=np.float32)
+        for rows, found in through(self.steps, X.reshape(len(scores), X.shape[-1])):
+            scores[rows] = found
+        mean: np.ndarray = scores.reshape(len(X), views, k).mean(axis=1)
+        return mean
+
+
+def through(steps: Sequence[Step], X: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Send rows (n, d) through steps, some at a time: yield which, and what comes out."""
+    widest = max(X.shape[1], *(step.cells for step in steps))
+    size = max(1, min(_ROWS, _CELLS // widest))
+    for start in range(0, len(X), size):
+        rows = slice(start, min(start + size, len(X)))
+        block = X[rows]
+        for step in steps:
+            block = step(block)
+        yield rows, block
+
+
+class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """Base of the classifiers: `fit` checks and keeps steps, from which all predictions come.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (k,)
+        Labels.
+    steps_ : list of Step
+        From raw features to scores of the classes.
+    n_features_in_ : int
+        Number of columns.
+    """
+
+    def _check_parameters(self) -> None:
+        raise NotImplementedError
+
+    def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
+        """Return the steps for rows (n, d), their classes' numbers (n,) and weights (n,)."""
+        raise NotImplementedError
+
+    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> Self:
+        """Fit to features (n, d) and labels (n,).
+
+        Parameters
+        ----------
+        X : array of shape (n, d)
+            Features, float64 or float32; anything else becomes float64.
+        y : array of shape (n,)
+            Labels of at least two classes.
+        sample_weight : array of shape (n,), optional
+            Weights of the rows.
+
+        Raises
+        ------
+        ValueError
+            A parameter out of range, or data that scikit-learn refuses.
+        """
+        self._check_parameters()
+        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        check_classification_targets(y)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"Expected at least two classes, got one class: {y[0]!r}.")
+        if not (weight > 0).any():
+            raise ValueError("Expected at least one row of positive weight, all weights are 0.")
+        self.steps_ = self._fit(X, codes, weight)
+        return self
+
+    def _scores(self, X: np.ndarray, steps: int | None = None) -> np.ndarray:
+        """Return what comes out of the first `steps` steps, of shape (n, k)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return np.concatenate([found for _, found in through(self.steps_[:steps], X)])
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Return scores: (n, k), or (n,) for two classes, positive for the second."""
+        scores = self._scores(X)
+        result: np.ndarray = scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
+        return result
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """Return the labels with the highest scores, of shape (n,)."""
+        labels: np.ndarray = self.classes_[self._scores(X).argmax(axis=1)]
+        return labels
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        """Return probabilities of shape (n, k): votes, or the softmax of the scores."""
+        check_is_fitted(self)
+        if isinstance(self.steps_[-1], Log):
+            return self._scores(X, -1)
+        proba: np.ndarray = softmax(self._scores(X), axis=1)
+        return proba
+
+    def predict_log_proba(self, X: np.ndarray) -> np.ndarray:
+        """Return logarithms of the probabilities, of shape (n, k)."""
+        logs: np.ndarray = log_softmax(self._scores(X), axis=1)
+        return logs
