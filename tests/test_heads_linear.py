@@ -20,15 +20,9 @@ from featcache.errors import TrainingError
 from featcache.heads import solver
 from featcache.heads.linear import search_linear
 from featcache.heads.ridge import search_ridge
-from featcache.heads.search import Rows
-from featcache.heads.table import (
-    HEADS,
-    LinearClassifier,
-    LinearSVM,
-    Ridge,
-    RowBlocks,
-    logits,
-)
+from featcache.heads.rows import FeatureBlocks, TrainingRows
+from featcache.heads.search import logits
+from featcache.heads.table import HEADS, LinearClassifier, LinearSVM, Ridge
 from featcache.heads.treatment import SignedPower
 from featcache.predictor import persistence
 
@@ -261,7 +255,7 @@ def test_blocks_give_what_memory_gives(head, monkeypatch):
             block = X[start : start + rows]
             yield slice(start, start + len(block)), block
 
-    outside = HEADS[head].search(RowBlocks(X.shape, read), y, folds, memory=10**8, **options)
+    outside = HEADS[head].search(FeatureBlocks(X.shape, read), y, folds, memory=10**8, **options)
     assert outside.params == inside.params
     assert outside.score == pytest.approx(inside.score, abs=0.003)
     scale = inside.logits.std()
@@ -276,7 +270,7 @@ def test_blocks_of_float16_views_are_read_as_they_are():
     X, y = features(200, 12)
     views = np.stack([X, X + 0.1 * X.std(axis=0)], axis=1).astype(np.float16)
     folds = folds_of(y)
-    outside = HEADS["linear"].search(RowBlocks.of(views), y, folds)
+    outside = HEADS["linear"].search(FeatureBlocks.of(views), y, folds)
     inside = HEADS["linear"].search(views.astype(np.float32), y, folds)
     assert outside.params == inside.params
     np.testing.assert_allclose(outside.logits, inside.logits, atol=0.02)
@@ -297,7 +291,7 @@ def test_views_share_an_images_weight(head):
 @pytest.mark.parametrize("model", [LinearClassifier(), LinearSVM()])
 def test_the_same_bits_for_any_number_of_threads(model):
     X, y = features(300, 40, 5)
-    rows = Rows.check(X, y, folds_of(y), None)
+    rows = TrainingRows.check(X, y, folds_of(y), None)
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2):
@@ -316,7 +310,7 @@ def test_the_same_bits_for_any_number_of_threads(model):
 
 def test_exactly_the_given_grid_is_tried():
     X, y = features(150, 6)
-    rows = Rows.check(X, y, folds_of(y), None)
+    rows = TrainingRows.check(X, y, folds_of(y), None)
     found = search_linear(
         rows, LinearClassifier(), head="linear", Cs=[1.0, 0.01], treatments=["l2"], refine=False
     )
@@ -377,7 +371,7 @@ def test_what_cannot_be_trained_on_is_refused():
     with pytest.raises(TrainingError, match=r"Fold 0 has no training row of class 'class 1'"):
         search(X, y, without)
     with pytest.raises(TrainingError, match="in blocks"):
-        HEADS["rbf-svm"].search(RowBlocks.of(X), y, folds)
+        HEADS["rbf-svm"].search(FeatureBlocks.of(X), y, folds)
     with pytest.raises(ValueError, match="must be positive"):
         LinearClassifier(0.0).fit(X, y)
     with pytest.raises(ValueError, match="'balanced', a dict or None"):

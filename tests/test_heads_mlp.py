@@ -8,9 +8,10 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.errors import TrainingError
-from featcache.heads.blocks import RowBlocks
 from featcache.heads.mlp import MLP
-from featcache.heads.table import HEADS, logits
+from featcache.heads.rows import FeatureBlocks
+from featcache.heads.search import logits
+from featcache.heads.table import HEADS
 from featcache.predictor import persistence
 
 UNEQUAL = {
@@ -138,7 +139,7 @@ def test_impossible_parameters_are_refused(wrong):
 def test_features_on_disk_are_refused():
     X, y = shells(30)
     with pytest.raises(TrainingError, match="memory"):
-        HEADS["mlp"].search(RowBlocks.of(X), y, folds_of(y))
+        HEADS["mlp"].search(FeatureBlocks.of(X), y, folds_of(y))
 
 
 def test_it_leaves_torch_alone():

@@ -6,10 +6,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from featcache.heads.blocks import RowBlocks
 from featcache.heads.neighbors import CosineNeighbors, nearest
-from featcache.heads.search import stratified
-from featcache.heads.table import HEADS, logits
+from featcache.heads.rows import FeatureBlocks, stratified
+from featcache.heads.search import logits
+from featcache.heads.table import HEADS
 from featcache.predictor import persistence
 
 
@@ -141,7 +141,7 @@ def test_from_disk_it_finds_the_same(views):
         X = np.stack([X, X + 0.01], axis=1)
     folds = folds_of(y)
     inside = HEADS["knn"].search(X, y, folds)
-    outside = HEADS["knn"].search(RowBlocks.of(X), y, folds, memory=1 << 26)
+    outside = HEADS["knn"].search(FeatureBlocks.of(X), y, folds, memory=1 << 26)
     assert outside.params == inside.params
     np.testing.assert_allclose(outside.logits, inside.logits, atol=0.05)
     np.testing.assert_allclose(logits(outside.estimator, X), logits(inside.estimator, X), atol=0.05)
@@ -150,7 +150,7 @@ def test_from_disk_it_finds_the_same(views):
 def test_with_little_memory_it_keeps_a_part_of_each_class_and_says_so():
     X, y = mixture(4000, d=64)
     memory = 200_000  # bytes
-    found = HEADS["knn"].search(RowBlocks.of(X), y, folds_of(y), memory=memory)
+    found = HEADS["knn"].search(FeatureBlocks.of(X), y, folds_of(y), memory=memory)
     kept = found.estimator[-1] if hasattr(found.estimator, "steps") else found.estimator
     assert kept.rows_.nbytes <= memory // 2
     assert np.ptp(np.bincount(kept.codes_)) <= 1

@@ -10,8 +10,9 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featcache.heads.preparation import Preparation, component_counts
-from featcache.heads.search import Rows
-from featcache.heads.table import HEADS, SearchResult, logits
+from featcache.heads.rows import TrainingRows
+from featcache.heads.search import SearchResult, logits
+from featcache.heads.table import HEADS
 from featcache.predictor import persistence
 from featcache.store.splitting import folds
 
@@ -31,8 +32,8 @@ def buried(n: int = 700, d: int = 280, seed: int = 0) -> tuple[np.ndarray, np.nd
     return X.astype(np.float32), np.array(["cat", "dog"])[codes]
 
 
-def rows_of(X: np.ndarray, y: np.ndarray) -> Rows:
-    return Rows.check(X, y, folds(y, cv=3, random_state=0), None)
+def rows_of(X: np.ndarray, y: np.ndarray) -> TrainingRows:
+    return TrainingRows.check(X, y, folds(y, cv=3, random_state=0), None)
 
 
 @pytest.fixture(scope="module", params=["rbf-svm", "knn", "forest"])
@@ -106,6 +107,6 @@ def test_counts_leave_out_half_of_the_columns_and_rows() -> None:
     wanted = (64, 128, 256)
     X, y = buried(300, 280)
     assert component_counts(rows_of(X, y), wanted) == (64,)  # 200 rows of training
-    views = Rows.check(np.stack([X, X], axis=1), y, folds(y, cv=3, random_state=0), None)
+    views = TrainingRows.check(np.stack([X, X], axis=1), y, folds(y, cv=3, random_state=0), None)
     assert component_counts(views, wanted) == (64, 128)
     assert component_counts(rows_of(X[:, :100], y), wanted) == ()

@@ -11,10 +11,11 @@ from scipy.special import softmax
 
 from featcache.errors import TrainingError
 from featcache.heads import linear
+from featcache.heads.calibration import fit_temperature
 from featcache.heads.linear import LinearClassifier, LinearSearch, search_linear
-from featcache.heads.search import Rows
+from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.solver import minimise
-from featcache.heads.table import HEADS, RowBlocks, fit_temperature
+from featcache.heads.table import HEADS
 from featcache.store.splitting import folds
 
 
@@ -44,7 +45,7 @@ def test_probabilities_stay_calibrated_under_a_strong_penalty() -> None:
     rng = np.random.default_rng(0)
     y = np.arange(900) % 3
     X = (rng.normal(size=(900, 5)) + np.eye(3, 5)[y]).astype(np.float32)
-    rows = Rows.check(X, y, folds(y.astype(str), cv=3), None)
+    rows = TrainingRows.check(X, y, folds(y.astype(str), cv=3), None)
     losses = []
     for C in (3e-6, 1e-2):
         found = search_linear(
@@ -67,7 +68,7 @@ def test_a_path_reaches_the_minimum_of_every_problem() -> None:
     rng = np.random.default_rng(0)
     y = np.arange(300) % 5
     X = (rng.normal(size=(300, 40)) + 1.5 * np.eye(5, 40)[y]).astype(np.float32)
-    rows = Rows.check(X, y, folds(y.astype(str), cv=2), None)
+    rows = TrainingRows.check(X, y, folds(y.astype(str), cv=2), None)
     Cs = [1e-3, 1e-2, 1e-1, 1.0, 10.0]
     search = LinearSearch(rows, LinearClassifier(), head="linear")
     reached = {}
@@ -119,13 +120,13 @@ def test_many_rows_choose_roughly_on_a_part(head: str, monkeypatch: pytest.Monke
     Cs = [one.params["C"] for one in found.candidates]
     assert max(Cs) / min(Cs) < 1001 and len(Cs) <= 5
     assert not np.isnan(found.logits).any()
-    blocks = HEADS[head].search(RowBlocks.of(X), y, parts)
+    blocks = HEADS[head].search(FeatureBlocks.of(X), y, parts)
     assert (blocks.params, blocks.notes) == (found.params, found.notes)
     np.testing.assert_allclose(
         blocks.estimator.decision_function(X), found.estimator.decision_function(X), atol=1e-2
     )
     views = np.stack([X, X], axis=1)[:400]
-    both = HEADS[head].search(RowBlocks.of(views), y[:400], folds(y[:400].astype(str), cv=3))
+    both = HEADS[head].search(FeatureBlocks.of(views), y[:400], folds(y[:400].astype(str), cv=3))
     assert re.search(r"on 12\d of 400 images", both.notes[0])
 
 
@@ -144,6 +145,6 @@ def test_blocks_give_some_images(views: int) -> None:
     some = np.array([0, 7, 8, 31, 49])
     numbers = (some[:, None] * views + np.arange(views)).ravel()
     expected = X[some].reshape(-1, 3).astype(np.float32)
-    np.testing.assert_array_equal(RowBlocks.of(X).take(numbers), expected)
-    two = RowBlocks.of(X).take(numbers, lambda block: 2 * block[:, :2])
+    np.testing.assert_array_equal(FeatureBlocks.of(X).take(numbers), expected)
+    two = FeatureBlocks.of(X).take(numbers, lambda block: 2 * block[:, :2])
     np.testing.assert_array_equal(two, 2 * expected[:, :2])

@@ -9,7 +9,8 @@ from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.heads import svm
-from featcache.heads.table import HEADS, GaussianSVM, logits
+from featcache.heads.search import logits
+from featcache.heads.table import HEADS, GaussianSVM
 from featcache.heads.treatment import SignedPower
 from featcache.predictor import persistence
 

@@ -8,8 +8,9 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from featcache.heads.blocks import RowBlocks
-from featcache.heads.table import HEADS, logits
+from featcache.heads.rows import FeatureBlocks
+from featcache.heads.search import logits
+from featcache.heads.table import HEADS
 from featcache.heads.trees import Basis, BoostedTrees, discriminants
 from featcache.predictor import persistence
 from tests.benchmarks.synthetic import features
@@ -195,14 +196,14 @@ def test_boosting_from_disk_finds_the_same(views):
     if views:
         X = np.stack([X, X * 0.9], axis=1)
     inside = HEADS["boosting"].search(X, y, folds_of(y))
-    outside = HEADS["boosting"].search(RowBlocks.of(X), y, folds_of(y), memory=1 << 26)
+    outside = HEADS["boosting"].search(FeatureBlocks.of(X), y, folds_of(y), memory=1 << 26)
     assert outside.params == inside.params
     np.testing.assert_allclose(outside.logits, inside.logits, atol=1e-4)
 
 
 def test_boosting_with_little_memory_says_that_it_took_a_part():
     X, y = network_like(3000)
-    found = HEADS["boosting"].search(RowBlocks.of(X), y, folds_of(y), memory=400_000)
+    found = HEADS["boosting"].search(FeatureBlocks.of(X), y, folds_of(y), memory=400_000)
     assert "boosting grew its trees on" in found.notes[0]
     assert found.score > 0.55
     assert not np.isnan(found.logits).any()

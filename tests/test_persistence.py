@@ -28,9 +28,9 @@ from featcache.heads.linear import LinearClassifier
 from featcache.heads.mlp import MLP
 from featcache.heads.neighbors import CosineNeighbors
 from featcache.heads.ridge import Ridge
+from featcache.heads.search import logits
 from featcache.heads.svm import GaussianSVM, LinearSVM
 from featcache.heads.table import HEADS as HEAD_KINDS
-from featcache.heads.table import logits
 from featcache.heads.treatment import SignedPower
 from featcache.heads.trees import BoostedTrees
 from featcache.predictor import persistence

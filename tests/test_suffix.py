@@ -44,7 +44,7 @@ from featcache.finetuning.training import (
     scores_of,
 )
 from featcache.finetuning.training import rate as rate_of
-from featcache.heads.table import fit_temperature
+from featcache.heads.calibration import fit_temperature
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.surgery import (

@@ -34,7 +34,8 @@ from featcache.finetuning.cutting import Suffix, check, cut, suggest, taps_befor
 from featcache.finetuning.head import SuffixClassifier
 from featcache.finetuning.settings import SuffixSettings
 from featcache.finetuning.training import Epoch, Finetuned, Maps, finetune, scores_of
-from featcache.heads.table import Candidate, SearchResult, fit_temperature, score_folds
+from featcache.heads.calibration import fit_temperature
+from featcache.heads.search import Candidate, SearchResult, score_folds
 from featcache.networks import identity
 from featcache.networks.forward import select_device
 from featcache.networks.tracing import Trace, trace

@@ -51,7 +51,7 @@ from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.cutting import Suffix
 from featcache.finetuning.head import SCORED_AT_ONCE, block_scores, moved
 from featcache.finetuning.settings import SuffixSettings
-from featcache.heads.table import fit_temperature
+from featcache.heads.calibration import fit_temperature
 from featcache.networks.forward import select_device
 from featcache.networks.surgery import (
     blocks,

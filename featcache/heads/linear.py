@@ -20,16 +20,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
-from featcache.heads.blocks import RowBlocks
-from featcache.heads.search import (
-    Candidate,
-    Rows,
-    Scoring,
-    SearchResult,
-    fit_temperature,
-    score_folds,
-    stratified,
-)
+from featcache.heads.calibration import fit_temperature
+from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
+from featcache.heads.search import Candidate, Scoring, SearchResult, score_folds
 from featcache.heads.solver import (
     Design,
     Loss,
@@ -294,7 +287,7 @@ def _zeros(p: int, classes: int, loss: Loss, design: Design) -> tuple[Tensor, Te
     return torch.zeros(shape, dtype=dtype), torch.zeros((*shape[:2], 1), dtype=dtype)
 
 
-def fold_weights(rows: Rows, class_weight: ClassWeight) -> tuple[np.ndarray, np.ndarray]:
+def fold_weights(rows: TrainingRows, class_weight: ClassWeight) -> tuple[np.ndarray, np.ndarray]:
     """Return the weights of all rows in each fold's training, and the folds' class factors.
 
     Returns
@@ -318,14 +311,14 @@ def fold_weights(rows: Rows, class_weight: ClassWeight) -> tuple[np.ndarray, np.
     return masks if rows.views == 1 else np.repeat(masks, rows.views, axis=1), factors
 
 
-def out_of_fold(design: Design, rows: Rows, W: Tensor, b: Tensor) -> Iterator[np.ndarray]:
+def out_of_fold(design: Design, rows: TrainingRows, W: Tensor, b: Tensor) -> Iterator[np.ndarray]:
     """Yield, for each setting, the scores of each fold's solution on its validation rows.
 
     Parameters
     ----------
     design : Design
         The rows, with one set of weights a fold and a last one for the fit on all rows.
-    rows : Rows
+    rows : TrainingRows
         The same rows.
     W, b : Tensor of shape (settings, folds, k, d) and (settings, folds, k, 1)
         Solutions in standardised coordinates.
@@ -349,7 +342,7 @@ def out_of_fold(design: Design, rows: Rows, W: Tensor, b: Tensor) -> Iterator[np
 
 
 def _validate(
-    design: Design, rows: Rows, valid: np.ndarray, Wg: Tensor, offset: Tensor
+    design: Design, rows: TrainingRows, valid: np.ndarray, Wg: Tensor, offset: Tensor
 ) -> Iterator[np.ndarray]:
     settings, _, k, d = Wg.shape
     total = np.zeros((settings, k, design.n), dtype=np.float32)
@@ -401,7 +394,7 @@ class LinearSearch:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TrainingRows,
         estimator: IterativeModel,
         *,
         head: str,
@@ -441,7 +434,7 @@ class LinearSearch:
     def _group_size(self, d: int) -> int:
         """Values of C to solve at a time."""
         folds, k = len(self.rows.folds), len(self.rows.classes)
-        if not isinstance(self.rows.X, RowBlocks):
+        if not isinstance(self.rows.X, FeatureBlocks):
             return max(1, round(_COLUMNS[self.loss] / (folds * k)))
         # From disk a pass is dear: as many as the solver's state (about 30 copies of the
         # weights) leaves room for.
@@ -557,7 +550,7 @@ class LinearSearch:
 
 
 def search_linear(
-    rows: Rows,
+    rows: TrainingRows,
     estimator: IterativeModel,
     *,
     head: str,
@@ -571,7 +564,7 @@ def search_linear(
 
     Parameters
     ----------
-    rows : Rows
+    rows : TrainingRows
         Training rows with their folds.
     estimator : LinearClassifier or LinearSVM
         Gives all other parameters, and is the one that is fitted.
@@ -614,7 +607,7 @@ def _within_a_decade(Cs: Sequence[float], centre: float) -> list[float]:
     return [C for C in Cs if 0.09 < C / centre < 11]
 
 
-def _some_of(rows: Rows, memory: int | None) -> Rows | None:
+def _some_of(rows: TrainingRows, memory: int | None) -> TrainingRows | None:
     """Return a part of many rows to choose roughly on; None where that does not pay or fit."""
     size = _SOME // rows.views
     if len(rows.codes) * rows.views <= _MANY:
@@ -630,6 +623,10 @@ def _some_of(rows: Rows, memory: int | None) -> Rows | None:
     for train, valid in folds:
         if len(np.unique(codes[train])) < len(rows.classes) or not len(valid):
             return None  # of a rare class, or a small validation part, too few were drawn
-    X = rows.X.take(rows.rows(chosen)) if isinstance(rows.X, RowBlocks) else rows.features(chosen)
+    X = (
+        rows.X.take(rows.rows(chosen))
+        if isinstance(rows.X, FeatureBlocks)
+        else rows.features(chosen)
+    )
     weight = None if rows.weight is None else rows.weight[chosen]
-    return Rows(X, codes, rows.classes, weight, folds, rows.views)
+    return TrainingRows(X, codes, rows.classes, weight, folds, rows.views)

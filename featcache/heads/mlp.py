@@ -23,17 +23,10 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 
 from featcache.errors import TrainingError
-from featcache.heads.blocks import RowBlocks
+from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
-from featcache.heads.search import (
-    Candidate,
-    Rows,
-    Scoring,
-    SearchResult,
-    fit_temperature,
-    gather,
-    score_folds,
-)
+from featcache.heads.rows import FeatureBlocks, TrainingRows
+from featcache.heads.search import Candidate, Scoring, SearchResult, gather, score_folds
 from featcache.heads.solver import Workers
 
 _CHECKPOINTS = (1, 2, 3, 5, 7, 10, 14, 20, 28)  # epochs at which a search looks, or ...
@@ -62,7 +55,7 @@ class MLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     learning_rate, weight_decay : float
         Of AdamW (Loshchilov and Hutter, Decoupled weight decay regularization, 2019).
     batch_size : int
-        Rows of a step.
+        TrainingRows of a step.
     max_epochs : int
         Passes over the training rows at most.
     validation_fraction : float
@@ -130,7 +123,7 @@ class MLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         sample_weight : array of shape (n,), optional
             Weights of the rows in the loss and in the standardisation.
         groups : array of shape (n,), optional
-            Rows of one group are held out together.
+            TrainingRows of one group are held out together.
 
         Raises
         ------
@@ -405,7 +398,7 @@ def _log_loss(scores: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> floa
 
 
 def search_mlp(
-    rows: Rows,
+    rows: TrainingRows,
     *,
     class_weight: str | dict[Any, float] | None = None,
     scoring: Scoring = "accuracy",
@@ -420,7 +413,7 @@ def search_mlp(
 
     Parameters
     ----------
-    rows : Rows
+    rows : TrainingRows
         Training rows with their folds, in memory.
     class_weight : "balanced", dict or None
         Weights of the classes.
@@ -429,7 +422,7 @@ def search_mlp(
     random_state : int
         Seed.
     """
-    if isinstance(rows.X, RowBlocks):
+    if isinstance(rows.X, FeatureBlocks):
         raise TrainingError("The mlp head needs its features in memory: give --memory, or linear.")
     start = time.perf_counter()
     search = _Search(rows, class_weight, scoring, random_state)
@@ -470,7 +463,9 @@ class _Tried:
 class _Search:
     """What was tried, and on what."""
 
-    def __init__(self, rows: Rows, class_weight: Any, scoring: Scoring, random_state: int) -> None:
+    def __init__(
+        self, rows: TrainingRows, class_weight: Any, scoring: Scoring, random_state: int
+    ) -> None:
         self.rows, self.class_weight = rows, class_weight
         self.scoring, self.random_state = scoring, random_state
         self.tried: list[_Tried] = []

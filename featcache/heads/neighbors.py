@@ -20,19 +20,10 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from featcache.heads.blocks import RowBlocks
+from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
-from featcache.heads.search import (
-    Candidate,
-    Rows,
-    Scoring,
-    SearchResult,
-    choose,
-    fit_temperature,
-    gather,
-    score_folds,
-    stratified,
-)
+from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
+from featcache.heads.search import Candidate, Scoring, SearchResult, choose, gather, score_folds
 from featcache.heads.treatment import power, unit_norm, with_treatment
 
 NEIGHBORS = (10, 20, 100, 200)
@@ -173,9 +164,9 @@ def nearest(
     Parameters
     ----------
     queries : ndarray of shape (q, d)
-        Rows of length 1, float32 or float64.
+        TrainingRows of length 1, float32 or float64.
     references : ndarray of shape (n, d)
-        Rows of length 1 of any float type; converted block by block.
+        TrainingRows of length 1 of any float type; converted block by block.
     count : int
         How many, at most n.
     allowed : callable, optional
@@ -186,7 +177,7 @@ def nearest(
     similarities : ndarray of shape (q, count)
         Falling; minus infinity where fewer are allowed.
     indices : ndarray of shape (q, count), int64
-        Rows of `references`.
+        TrainingRows of `references`.
     """
     best: torch.Tensor | None = None
     where = torch.empty(0)
@@ -261,9 +252,9 @@ class _Plan:
     notes: tuple[str, ...]
 
     @classmethod
-    def make(cls, rows: Rows, memory: int | None, random_state: int) -> _Plan:
+    def make(cls, rows: TrainingRows, memory: int | None, random_state: int) -> _Plan:
         n, views, d = len(rows.codes), rows.views, rows.X.shape[-1]
-        on_disk = isinstance(rows.X, RowBlocks)
+        on_disk = isinstance(rows.X, FeatureBlocks)
         kept = judged = n
         if on_disk:
             room = memory or 1 << 30
@@ -290,10 +281,10 @@ class _Plan:
 
 
 def _unit_blocks(
-    rows: Rows, treat: Callable[[np.ndarray], np.ndarray] | None
+    rows: TrainingRows, treat: Callable[[np.ndarray], np.ndarray] | None
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield (row numbers, rows of length 1 after the treatment)."""
-    source = rows.X if isinstance(rows.X, RowBlocks) else RowBlocks.of(rows.X)
+    source = rows.X if isinstance(rows.X, FeatureBlocks) else FeatureBlocks.of(rows.X)
     for images, block in source.blocks(_QUERIES):
         yield source.rows_of(images), unit_norm(block if treat is None else treat(block))
 
@@ -318,7 +309,7 @@ class _Search:
     """One treatment: which rows are nearest, and how all settings of the vote do."""
 
     def __init__(
-        self, rows: Rows, plan: _Plan, treat: Callable[[np.ndarray], np.ndarray] | None
+        self, rows: TrainingRows, plan: _Plan, treat: Callable[[np.ndarray], np.ndarray] | None
     ) -> None:
         self.rows, self.plan, self.treat = rows, plan, treat
         self.codes = np.repeat(rows.codes, rows.views)
@@ -399,7 +390,7 @@ class _Search:
         return tried
 
 
-def _among_components(rows: Rows, plan: _Plan, preparation: Preparation) -> _Neighbors:
+def _among_components(rows: TrainingRows, plan: _Plan, preparation: Preparation) -> _Neighbors:
     """Find the nearest rows by principal components, which each fold has of its own."""
     judged, similarities, found = [], [], []
     for fold, pair in enumerate(rows.folds):
@@ -411,8 +402,8 @@ def _among_components(rows: Rows, plan: _Plan, preparation: Preparation) -> _Nei
     return judged, np.concatenate(similarities), np.concatenate(found)
 
 
-def _judged_rows(rows: Rows, folds: Any) -> Rows:
-    return Rows(rows.X, rows.codes, rows.classes, rows.weight, folds, rows.views)
+def _judged_rows(rows: TrainingRows, folds: Any) -> TrainingRows:
+    return TrainingRows(rows.X, rows.codes, rows.classes, rows.weight, folds, rows.views)
 
 
 def _counted(similarities: np.ndarray, found: np.ndarray, how: tuple[Any, ...]) -> np.ndarray:
@@ -426,7 +417,7 @@ def _counted(similarities: np.ndarray, found: np.ndarray, how: tuple[Any, ...]) 
 
 
 def search_knn(
-    rows: Rows,
+    rows: TrainingRows,
     *,
     class_weight: str | dict[Any, float] | None = None,
     scoring: Scoring = "accuracy",
@@ -443,7 +434,7 @@ def search_knn(
 
     Parameters
     ----------
-    rows : Rows
+    rows : TrainingRows
         Training rows with their folds.
     class_weight : "balanced", dict or None
         Factors of the votes.
@@ -462,7 +453,7 @@ def search_knn(
         search = _Search(rows, plan, treat)
         params = {"treatment": name}
         tried += search.candidates(params, search.neighbors(), scoring, class_weight)
-    if not isinstance(rows.X, RowBlocks):
+    if not isinstance(rows.X, FeatureBlocks):
         treatment = choose(tried)[0].params["treatment"]
         for count in component_counts(rows, _COUNTS):
             some = Preparation(treatment, count, random_state=random_state)

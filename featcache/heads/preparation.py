@@ -23,7 +23,8 @@ import numpy as np
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from featcache.heads.search import Rows, fit_estimator
+from featcache.heads.rows import TrainingRows
+from featcache.heads.search import fit_estimator
 from featcache.heads.treatment import TREATMENTS
 
 _EXACT = 3000  # columns up to which the whole covariance is decomposed, in seconds
@@ -59,7 +60,7 @@ class Preparation:
             return {"treatment": self.treatment}
         return {"treatment": self.treatment, "n_components": self.n_components}
 
-    def fit(self, rows: Rows, images: np.ndarray | None = None) -> list[tuple[str, Any]]:
+    def fit(self, rows: TrainingRows, images: np.ndarray | None = None) -> list[tuple[str, Any]]:
         """Return the named steps, fitted on (at most 20,000 random ones of) the rows of images."""
         X = rows.features() if images is None else rows.features(np.asarray(images))
         if len(X) > _MOST_ROWS:
@@ -83,7 +84,7 @@ class Preparation:
             X = step.fit(X).transform(X)
         return steps
 
-    def on_fold(self, rows: Rows, fold: int) -> np.ndarray:
+    def on_fold(self, rows: TrainingRows, fold: int) -> np.ndarray:
         """Return the features of all rows, prepared by what a fold's training rows say.
 
         Returns
@@ -93,14 +94,14 @@ class Preparation:
         """
         return _transformed(self.fit(rows, rows.folds[fold][0]), rows.features())
 
-    def on_folds(self, rows: Rows) -> list[np.ndarray]:
+    def on_folds(self, rows: TrainingRows) -> list[np.ndarray]:
         """Return that for every fold: the same array for all of them where nothing is learnt."""
         folds = range(len(rows.folds))
         if self.scaled or self.n_components is not None:
             return [self.on_fold(rows, fold) for fold in folds]
         return [self.on_fold(rows, 0)] * len(folds)
 
-    def fit_head(self, rows: Rows, name: str, head: Any) -> Any:
+    def fit_head(self, rows: TrainingRows, name: str, head: Any) -> Any:
         """Fit a head on all rows, and return it behind the steps."""
         steps = self.fit(rows)
         inside = replace(rows, X=_transformed(steps, rows.features()))
@@ -121,7 +122,7 @@ def _transformed(steps: Sequence[tuple[str, Any]], X: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def component_counts(rows: Rows, wanted: Sequence[int]) -> tuple[int, ...]:
+def component_counts(rows: TrainingRows, wanted: Sequence[int]) -> tuple[int, ...]:
     """Return those numbers of components that leave out half of the columns, and are estimable."""
     fewest = min(len(train) for train, _ in rows.folds) * rows.views
     return tuple(count for count in wanted if 2 * count <= min(fewest, rows.X.shape[-1]))

@@ -22,6 +22,7 @@ import torch
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 from torch import Tensor
 
+from featcache.heads.calibration import fit_temperature
 from featcache.heads.linear import (
     ClassWeight,
     LinearModel,
@@ -29,14 +30,8 @@ from featcache.heads.linear import (
     fold_weights,
     out_of_fold,
 )
-from featcache.heads.search import (
-    Candidate,
-    Rows,
-    Scoring,
-    SearchResult,
-    fit_temperature,
-    score_folds,
-)
+from featcache.heads.rows import TrainingRows
+from featcache.heads.search import Candidate, Scoring, SearchResult, score_folds
 from featcache.heads.solver import Design
 from featcache.heads.treatment import TREATMENTS, with_treatment
 
@@ -136,7 +131,7 @@ class _Sums:
 def _sums(design: Design, classes: int) -> list[_Sums]:
     """Return the sums of each fold's training rows, from one pass.
 
-    Rows with the same weights in all folds up to being left out are summed once.
+    TrainingRows with the same weights in all folds up to being left out are summed once.
     """
     weights = design.weights.numpy()
     largest = weights.max(axis=0)
@@ -213,7 +208,7 @@ def _solve_clipped(gram: np.ndarray, alpha: float, right: np.ndarray) -> np.ndar
 
 
 def search_ridge(
-    rows: Rows,
+    rows: TrainingRows,
     *,
     class_weight: ClassWeight = None,
     scoring: Scoring = "accuracy",
@@ -224,7 +219,7 @@ def search_ridge(
 
     Parameters
     ----------
-    rows : Rows
+    rows : TrainingRows
         Training rows with their folds.
     class_weight, scoring
         See `featcache.heads.HeadSpec.search`.

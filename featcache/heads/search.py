@@ -15,22 +15,18 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from featcache.errors import TrainingError
-from featcache.heads.blocks import RowBlocks
+from featcache.heads.calibration import fit_temperature
+from featcache.heads.rows import Folds, TrainingRows
 
-Folds: TypeAlias = Sequence[tuple[np.ndarray, np.ndarray]]
 Params: TypeAlias = Mapping[str, Any]
 Scoring: TypeAlias = str | Callable[..., float]
 
 # Probabilities are clipped here before the logarithm: a forest gives exact zeros.
 _SMALLEST_PROBABILITY = 1e-4
-
-# Scores that a temperature is fitted to: 8 MB.
-_TEMPERATURE_CELLS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -142,48 +138,6 @@ def logits(estimator: Any, X: np.ndarray) -> np.ndarray:
     return mean
 
 
-def fit_temperature(
-    logits: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
-) -> float:
-    """Return the temperature T that minimises the log loss of ``softmax(logits / T)``.
-
-    As in Platt's method, one part in n + 2 of each target goes to the other classes: scores
-    without a single mistake would otherwise call for a temperature of zero.
-
-    The search is bounded in units of the scores' own spread: a strong penalty makes scores of any
-    smallness, and they are as good as larger ones. Scores that are all the same get 1.
-
-    Parameters
-    ----------
-    logits : ndarray of shape (n, k)
-        Out-of-fold scores. Rows with NaN are left out.
-    y : ndarray of shape (n,), int
-        Column of the true class.
-    sample_weight : ndarray of shape (n,), optional
-        Weights of the rows.
-    """
-    known = np.flatnonzero(~np.isnan(logits).any(axis=1))
-    # One parameter needs no more than some thousand rows, spread evenly.
-    known = known[:: max(1, len(known) * logits.shape[1] // _TEMPERATURE_CELLS)]
-    values, truth = logits[known].astype(np.float64), y[known]
-    spread = float(values.std(axis=1).mean()) if len(values) else 0.0
-    if not spread > 0:
-        return 1.0
-    values /= spread
-    weight = np.ones(len(truth)) if sample_weight is None else sample_weight[known]
-    n, k = values.shape
-    others = 1 / ((n + 2) * (k - 1))
-    own = (n + 1) / (n + 2) - others
-
-    def loss(log_temperature: float) -> float:
-        logs = log_softmax(values / np.exp(log_temperature), axis=1)
-        likelihood = own * logs[np.arange(n), truth] + others * logs.sum(axis=1)
-        return -float(np.average(likelihood, weights=weight))
-
-    found = minimize_scalar(loss, bounds=(-7.0, 7.0), method="bounded", options={"xatol": 1e-4})
-    return spread * float(np.exp(found.x))
-
-
 class _Scored(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Predictions that are known already, in the shape that scikit-learn's scorers want.
 
@@ -261,109 +215,7 @@ def score_folds(
     return tuple(float(scorer(known, valid, labels[valid])) for _, valid in folds)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Training rows, checked, views flattened into rows of their own.
-
-    Attributes
-    ----------
-    X : ndarray of shape (n * views, d), or RowBlocks
-        Features.
-    codes : ndarray of shape (n,), int64
-        Class of each image.
-    classes : ndarray of shape (k,)
-        Labels.
-    weight : ndarray of shape (n,) or None
-        Weight of each image.
-    folds : list of (train, valid)
-        Image numbers.
-    views : int
-        Rows of `X` for each image, next to each other.
-    """
-
-    X: np.ndarray | RowBlocks
-    codes: np.ndarray
-    classes: np.ndarray
-    weight: np.ndarray | None
-    folds: Folds
-    views: int
-
-    @classmethod
-    def check(
-        cls,
-        X: np.ndarray | RowBlocks,
-        y: np.ndarray,
-        folds: Folds,
-        sample_weight: np.ndarray | None,
-    ) -> Rows:
-        """Validate what a search was given.
-
-        Raises
-        ------
-        TrainingError
-            Other lengths, not one class, values that are not finite, no folds.
-        """
-        if len(X.shape) not in (2, 3):
-            raise TrainingError(f"Expected features (n, d) or (n, views, d), got shape {X.shape}.")
-        if len(X) != len(y):
-            raise TrainingError(f"Expected one label per row: {len(X)} rows, {len(y)} labels.")
-        classes, codes = np.unique(np.asarray(y), return_inverse=True)
-        if len(classes) < 2:
-            raise TrainingError(f"Expected at least two classes, got {classes.tolist()}.")
-        if not len(folds):
-            raise TrainingError("Expected at least one (train, valid) pair of row numbers, got 0.")
-        for number, (train, _) in enumerate(folds):
-            missing = np.flatnonzero(np.bincount(codes[train], minlength=len(classes)) == 0)
-            if len(missing):
-                raise TrainingError(
-                    f"Fold {number} has no training row of class {str(classes[missing[0]])!r}. "
-                    "Use fewer folds, or more images of that class."
-                )
-        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-        views = X.shape[1] if len(X.shape) == 3 else 1
-        if isinstance(X, RowBlocks):
-            flat: np.ndarray | RowBlocks = X
-        else:
-            flat = np.asarray(X, dtype=np.float32).reshape(-1, X.shape[-1])
-        return cls(flat, codes.astype(np.int64), classes, weight, folds, views)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Label of each image."""
-        labels: np.ndarray = self.classes[self.codes]
-        return labels
-
-    def rows(self, images: np.ndarray) -> np.ndarray:
-        """Row numbers of all views of `images`."""
-        numbers: np.ndarray = (
-            np.asarray(images)[:, None] * self.views + np.arange(self.views)
-        ).ravel()
-        return numbers
-
-    def features(self, images: np.ndarray | None = None) -> np.ndarray:
-        """Features of all views of `images`, of shape (images * views, d)."""
-        if isinstance(self.X, RowBlocks):
-            raise TrainingError(
-                "This head cannot read its features in blocks: they must fit in memory."
-            )
-        return self.X if images is None else self.X[self.rows(images)]
-
-    def weights(self, images: np.ndarray | None = None) -> np.ndarray | None:
-        """Weights of the same rows: an image's weight is shared out among its views."""
-        if self.weight is None and self.views == 1:
-            return None
-        weight = np.ones(len(self.codes)) if self.weight is None else self.weight
-        chosen = weight if images is None else weight[images]
-        return np.repeat(chosen / self.views, self.views)
-
-    def targets(self, images: np.ndarray | None = None) -> np.ndarray:
-        """Labels of the same rows."""
-        codes = self.codes if images is None else self.codes[images]
-        targets: np.ndarray = self.classes[np.repeat(codes, self.views)]
-        return targets
-
-
-def fit_estimator(estimator: Any, rows: Rows, images: np.ndarray | None = None) -> Any:
+def fit_estimator(estimator: Any, rows: TrainingRows, images: np.ndarray | None = None) -> Any:
     """Fit a pipeline (or a bare estimator) on `images`, weights going to its last step."""
     weight = rows.weights(images)
     fit_params: dict[str, Any] = {}
@@ -373,7 +225,7 @@ def fit_estimator(estimator: Any, rows: Rows, images: np.ndarray | None = None) 
     return estimator.fit(rows.features(images), rows.targets(images), **fit_params)
 
 
-def gather(rows: Rows, per_fold: Sequence[np.ndarray]) -> np.ndarray:
+def gather(rows: TrainingRows, per_fold: Sequence[np.ndarray]) -> np.ndarray:
     """Put the folds' validation scores into one (n, k) array; the mean where folds overlap."""
     total = np.zeros((len(rows.codes), len(rows.classes)), dtype=np.float64)
     count = np.zeros(len(rows.codes))
@@ -388,14 +240,3 @@ def gather(rows: Rows, per_fold: Sequence[np.ndarray]) -> np.ndarray:
 def choose(tried: Sequence[tuple[Candidate, np.ndarray]]) -> tuple[Candidate, np.ndarray]:
     """Return the best candidate; the earlier (simpler) one where scores tie."""
     return max(tried, key=lambda one: one[0].score)
-
-
-def stratified(codes: np.ndarray, size: int, random_state: int) -> np.ndarray:
-    """Return about `size` row numbers in order, the same part of each class, none left out."""
-    if size >= len(codes):
-        return np.arange(len(codes))
-    shuffled = np.random.default_rng(random_state).permutation(len(codes))
-    by_class = shuffled[np.argsort(codes[shuffled], kind="stable")]
-    spread = by_class[np.linspace(0, len(codes) - 1, max(size, 1)).astype(np.int64)]
-    _, first = np.unique(codes[by_class], return_index=True)
-    return np.union1d(spread, by_class[first])

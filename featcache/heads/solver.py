@@ -48,7 +48,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from featcache.heads.blocks import RowBlocks, Transform, working_dtype
+from featcache.heads.rows import FeatureBlocks, Transform, working_dtype
 
 Loss: TypeAlias = Literal["softmax", "logistic", "squared_hinge"]
 
@@ -126,7 +126,7 @@ class Design:
 
     Attributes
     ----------
-    source : Tensor of shape (n, d) or RowBlocks
+    source : Tensor of shape (n, d) or FeatureBlocks
         Standardised rows in memory, sorted so that rows of one fold are together; or raw blocks,
         which are treated and standardised as they are read.
     order : ndarray of shape (n,)
@@ -147,7 +147,7 @@ class Design:
         Row-wise treatment of raw blocks.
     """
 
-    source: Tensor | RowBlocks
+    source: Tensor | FeatureBlocks
     order: np.ndarray
     edges: list[int]
     weights: Tensor
@@ -162,7 +162,7 @@ class Design:
     @classmethod
     def build(
         cls,
-        X: np.ndarray | RowBlocks,
+        X: np.ndarray | FeatureBlocks,
         codes: np.ndarray,
         row_weights: np.ndarray,
         loss_weights: np.ndarray,
@@ -174,7 +174,7 @@ class Design:
 
         Parameters
         ----------
-        X : ndarray of shape (n, d), or RowBlocks
+        X : ndarray of shape (n, d), or FeatureBlocks
             Features. An array is copied, blocks are read anew for each pass.
         codes : ndarray of shape (n,), int64
             Class of each row.
@@ -191,7 +191,7 @@ class Design:
     @classmethod
     def _build(
         cls,
-        X: np.ndarray | RowBlocks,
+        X: np.ndarray | FeatureBlocks,
         codes: np.ndarray,
         row_weights: np.ndarray,
         loss_weights: np.ndarray,
@@ -199,7 +199,7 @@ class Design:
         transform: Transform | None,
         workers: Workers,
     ) -> Design:
-        blocks = RowBlocks.of(X) if isinstance(X, np.ndarray) else X
+        blocks = FeatureBlocks.of(X) if isinstance(X, np.ndarray) else X
         moments = _Moments.measure(blocks, row_weights, transform, workers)
         scale = moments.deviation(-1) if standardize else np.ones(len(moments.centre))
         means = (moments.mean[:-1] - moments.centre) / scale
@@ -209,7 +209,7 @@ class Design:
         dtype = moments.sample.dtype
         sample = (moments.sample - moments.centre.astype(dtype)) / scale.astype(dtype)
         order, edges = np.arange(len(codes)), [0, len(codes)]
-        source: Tensor | RowBlocks = blocks
+        source: Tensor | FeatureBlocks = blocks
         if isinstance(X, np.ndarray):
             order = np.lexsort(row_weights > 0)
             source = _standardised(X, order, moments.centre, scale, transform, workers)
@@ -321,7 +321,7 @@ class _Moments:
     @classmethod
     def measure(
         cls,
-        blocks: RowBlocks,
+        blocks: FeatureBlocks,
         weights: np.ndarray,
         transform: Transform | None,
         workers: Workers,

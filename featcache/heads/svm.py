@@ -29,17 +29,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from featcache.heads.calibration import fit_temperature
 from featcache.heads.linear import ClassWeight, IterativeModel, search_linear
 from featcache.heads.preparation import Preparation, component_counts
-from featcache.heads.search import (
-    Candidate,
-    Rows,
-    Scoring,
-    SearchResult,
-    fit_temperature,
-    gather,
-    score_folds,
-)
+from featcache.heads.rows import TrainingRows
+from featcache.heads.search import Candidate, Scoring, SearchResult, gather, score_folds
 from featcache.heads.solver import Loss
 from featcache.heads.treatment import TREATMENTS
 
@@ -220,7 +214,7 @@ class GaussianSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     gamma_ : float
         The kernel is ``exp(-gamma_ * |a - b|^2)``.
     support_vectors_ : ndarray of shape (s, d)
-        Rows that count, class by class.
+        TrainingRows that count, class by class.
     support_ : ndarray of shape (s,)
         Their numbers.
     n_support_ : ndarray of shape (k,)
@@ -327,7 +321,7 @@ class _Setting:
 
 
 def _kernel_fold(
-    rows: Rows,
+    rows: TrainingRows,
     fold: int,
     preparation: Preparation,
     settings: Sequence[_Setting],
@@ -369,7 +363,7 @@ class _KernelSearch:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TrainingRows,
         class_weight: ClassWeight,
         scoring: Scoring,
         random_state: int,
@@ -411,7 +405,7 @@ class _KernelSearch:
 
 
 def search_kernel_svm(
-    rows: Rows,
+    rows: TrainingRows,
     *,
     class_weight: ClassWeight = None,
     scoring: Scoring = "accuracy",
@@ -430,7 +424,7 @@ def search_kernel_svm(
 
     Parameters
     ----------
-    rows : Rows
+    rows : TrainingRows
         Training rows with their folds.
     class_weight, scoring, random_state, n_jobs, memory
         See `featcache.heads.HeadSpec.search`.
@@ -467,7 +461,7 @@ def search_kernel_svm(
 
 
 def _search_nystroem(
-    rows: Rows, *, class_weight: ClassWeight, scoring: Scoring, random_state: int, n: int
+    rows: TrainingRows, *, class_weight: ClassWeight, scoring: Scoring, random_state: int, n: int
 ) -> SearchResult:
     """Search a linear SVM on Nystroem features.
 
@@ -491,7 +485,7 @@ def _search_nystroem(
         ]
     )
     mapped = before.fit_transform(X).astype(np.float32)
-    inside = Rows(mapped, rows.codes, rows.classes, rows.weight, rows.folds, rows.views)
+    inside = TrainingRows(mapped, rows.codes, rows.classes, rows.weight, rows.folds, rows.views)
     found = search_linear(
         inside,
         LinearSVM(class_weight=class_weight, standardize=False),

@@ -38,19 +38,17 @@ from typing import Any
 
 import numpy as np
 
-from featcache.heads.blocks import RowBlocks
+from featcache.heads.calibration import fit_temperature
 from featcache.heads.linear import LinearClassifier, search_linear
 from featcache.heads.mlp import MLP, search_mlp
 from featcache.heads.neighbors import CosineNeighbors, search_knn
 from featcache.heads.ridge import Ridge, search_ridge
+from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
 from featcache.heads.search import (
     Candidate,
-    Folds,
-    Rows,
     Scoring,
     SearchResult,
     check_scoring,
-    fit_temperature,
     logits,
     score_folds,
 )
@@ -64,12 +62,12 @@ __all__ = [
     "BoostedTrees",
     "Candidate",
     "CosineNeighbors",
+    "FeatureBlocks",
     "GaussianSVM",
     "HeadSpec",
     "LinearClassifier",
     "LinearSVM",
     "Ridge",
-    "RowBlocks",
     "SearchResult",
     "fit_temperature",
     "logits",
@@ -98,7 +96,7 @@ class HeadSpec:
 
     def search(
         self,
-        X: np.ndarray | RowBlocks,
+        X: np.ndarray | FeatureBlocks,
         y: np.ndarray,
         folds: Folds,
         *,
@@ -113,7 +111,7 @@ class HeadSpec:
 
         Parameters
         ----------
-        X : ndarray of shape (n, d) or (n, views, d), or RowBlocks
+        X : ndarray of shape (n, d) or (n, views, d), or FeatureBlocks
             Features. All views of an image are trained on, predictions are averaged over them.
         y : ndarray of shape (n,)
             Labels.
@@ -142,7 +140,7 @@ class HeadSpec:
             Labels, classes or folds that cannot be trained on, or an unknown scoring.
         """
         check_scoring(scoring)
-        rows = Rows.check(X, y, folds, sample_weight)
+        rows = TrainingRows.check(X, y, folds, sample_weight)
         return self._search(
             rows,
             class_weight=class_weight,
@@ -154,24 +152,26 @@ class HeadSpec:
 
 
 def _search_linear(
-    rows: Rows, *, class_weight: Any, scoring: Scoring, memory: int | None, **_: Any
+    rows: TrainingRows, *, class_weight: Any, scoring: Scoring, memory: int | None, **_: Any
 ) -> SearchResult:
     estimator = LinearClassifier(class_weight=class_weight)
     return search_linear(rows, estimator, head="linear", scoring=scoring, memory=memory)
 
 
 def _search_svm(
-    rows: Rows, *, class_weight: Any, scoring: Scoring, memory: int | None, **_: Any
+    rows: TrainingRows, *, class_weight: Any, scoring: Scoring, memory: int | None, **_: Any
 ) -> SearchResult:
     estimator = LinearSVM(class_weight=class_weight)
     return search_linear(rows, estimator, head="svm", scoring=scoring, memory=memory)
 
 
-def _search_rbf_svm(rows: Rows, **options: Any) -> SearchResult:
+def _search_rbf_svm(rows: TrainingRows, **options: Any) -> SearchResult:
     return search_kernel_svm(rows, **options)
 
 
-def _search_ridge(rows: Rows, *, class_weight: Any, scoring: Scoring, **_: Any) -> SearchResult:
+def _search_ridge(
+    rows: TrainingRows, *, class_weight: Any, scoring: Scoring, **_: Any
+) -> SearchResult:
     return search_ridge(rows, class_weight=class_weight, scoring=scoring)
 
 

@@ -14,7 +14,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer
 from sklearn.utils.validation import validate_data
 
-from featcache.heads.blocks import Transform
+from featcache.heads.rows import Transform
 
 
 class SignedPower(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]

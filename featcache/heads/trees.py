@@ -30,20 +30,18 @@ from sklearn.utils.extmath import randomized_svd
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from featcache.heads.blocks import RowBlocks
+from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
+from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
 from featcache.heads.search import (
     Candidate,
-    Rows,
     Scoring,
     SearchResult,
     choose,
     fit_estimator,
-    fit_temperature,
     gather,
     logits,
     score_folds,
-    stratified,
 )
 
 ClassWeight = str | dict[Any, float] | None
@@ -477,7 +475,7 @@ def _grow_sklearn(
 
 
 def search_boosting(
-    rows: Rows,
+    rows: TrainingRows,
     *,
     class_weight: ClassWeight = None,
     scoring: Scoring = "accuracy",
@@ -494,7 +492,7 @@ def search_boosting(
 
     Parameters
     ----------
-    rows : Rows
+    rows : TrainingRows
         Training rows with their folds.
     class_weight : "balanced", dict or None
         Weights of the classes.
@@ -538,7 +536,7 @@ class _Boosting:
     """What the folds of a search share."""
 
     def __init__(
-        self, rows: Rows, class_weight: ClassWeight, random_state: int, memory: int | None
+        self, rows: TrainingRows, class_weight: ClassWeight, random_state: int, memory: int | None
     ) -> None:
         self.rows, self.class_weight, self.random_state = rows, class_weight, random_state
         self.d = rows.X.shape[-1]
@@ -551,7 +549,7 @@ class _Boosting:
         self.settings = [(size, rounds) for size in self.sizes for rounds in self.rounds]
         n = len(rows.codes)
         room, sample = n, _SAMPLE
-        if isinstance(rows.X, RowBlocks):
+        if isinstance(rows.X, FeatureBlocks):
             memory = memory or 1 << 30
             room = max(1, memory // 4 // (4 * max(self.sizes) * rows.views))
             sample = max(1, min(sample, memory // 8 // (4 * self.d * rows.views)))
@@ -571,7 +569,7 @@ class _Boosting:
         """Return some rows, projected on a basis if there is one."""
         X = self.rows.X
         project = None if basis is None else basis.project
-        if isinstance(X, RowBlocks):
+        if isinstance(X, FeatureBlocks):
             return X.take(numbers, project)
         taken: np.ndarray = X[numbers]
         return taken if project is None else project(taken)
@@ -642,7 +640,7 @@ class _Forest:
 
 
 def search_forest(
-    rows: Rows,
+    rows: TrainingRows,
     *,
     class_weight: ClassWeight = None,
     scoring: Scoring = "accuracy",
@@ -657,7 +655,7 @@ def search_forest(
 
     Parameters
     ----------
-    rows : Rows
+    rows : TrainingRows
         Training rows with their folds, in memory.
     class_weight : "balanced", dict or None
         Weights of the classes.
@@ -709,7 +707,7 @@ def search_forest(
 
 
 def _judge_forest(
-    rows: Rows, how: _Forest, forest: Any, scoring: Scoring
+    rows: TrainingRows, how: _Forest, forest: Any, scoring: Scoring
 ) -> tuple[Candidate, np.ndarray]:
     """Grow a forest for each fold and score it on the fold's validation rows."""
     per_fold = []

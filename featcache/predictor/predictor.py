@@ -28,7 +28,7 @@ from scipy.special import softmax
 
 from featcache.errors import FeatcacheError, PredictorError
 from featcache.fingerprint import Fingerprint
-from featcache.heads.table import logits as head_logits
+from featcache.heads.search import logits as head_logits
 from featcache.networks import identity
 from featcache.predictor import inputs, manifest, persistence
 from featcache.predictor.inputs import InputTap

@@ -41,9 +41,10 @@ from scipy.special import softmax
 from featcache.errors import PredictorError, TrainingError
 from featcache.finetuning.search import SUFFIX, SuffixSearch, remove_checkpoints
 from featcache.finetuning.settings import SuffixSettings
-from featcache.heads import table as head_kinds
-from featcache.heads.table import CLASSICS, HEADS, score_folds
-from featcache.heads.table import logits as head_logits
+from featcache.heads.rows import FeatureBlocks
+from featcache.heads.search import logits as head_logits
+from featcache.heads.search import score_folds
+from featcache.heads.table import CLASSICS, HEADS
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.predictor import CanaryRows, Predictor, is_predictor
 from featcache.results.evaluation import Evaluation, groups_of
@@ -399,7 +400,7 @@ class _Task:
             return self.store.matrix(self.layers)
         views = (self.store.views,) if self.store.views > 1 else ()
         shape = (len(self.store), *views, self.store.width(self.layers))
-        return head_kinds.RowBlocks(shape, self._read)
+        return FeatureBlocks(shape, self._read)
 
     def _read(self, rows: int) -> Any:
         return self.store.blocks(self.layers, rows)

@@ -14,8 +14,8 @@ import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from featcache.heads.linear import search_linear
-from featcache.heads.search import Rows
-from featcache.heads.table import LinearClassifier, RowBlocks
+from featcache.heads.rows import FeatureBlocks, TrainingRows
+from featcache.heads.table import LinearClassifier
 from featcache.store.store import FeatureStore
 
 
@@ -33,11 +33,11 @@ def train_from_disk(path: str, memory: int) -> None:
     """Run in a process of its own, whose peak memory is printed."""
     store = FeatureStore.open(path)
     y = np.asarray(store.labels)
-    blocks = RowBlocks((len(store), store.width(None)), lambda rows: store.blocks(None, rows))
+    blocks = FeatureBlocks((len(store), store.width(None)), lambda rows: store.blocks(None, rows))
     before = peak_megabytes()
     begin = time.perf_counter()
     split = StratifiedKFold(5, shuffle=True, random_state=0)
-    rows = Rows.check(blocks, y, list(split.split(np.zeros(len(y)), y)), None)
+    rows = TrainingRows.check(blocks, y, list(split.split(np.zeros(len(y)), y)), None)
     # The same penalty a row whatever their number, so that the problems are equally hard.
     Cs = [c / len(y) for c in (0.3, 3.0, 30.0)]
     found = search_linear(

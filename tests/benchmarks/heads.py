@@ -43,7 +43,7 @@ from sklearn.svm import SVC, LinearSVC
 from synthetic import FINGERPRINT, TAP, Images, features
 
 from featcache.heads.linear import search_linear
-from featcache.heads.search import Rows
+from featcache.heads.rows import TrainingRows
 from featcache.heads.table import HEADS, BoostedTrees, GaussianSVM, LinearClassifier, LinearSVM
 from featcache.heads.trees import search_forest
 from featcache.store.store import FeatureStore
@@ -94,7 +94,7 @@ def linear(X: np.ndarray, y: np.ndarray, name: str, whole: bool) -> None:
     folds = folds_of(y)
 
     def ours() -> Any:
-        rows = Rows.check(X, y, folds, None)
+        rows = TrainingRows.check(X, y, folds, None)
         model = LinearClassifier()
         return search_linear(
             rows, model, head="linear", Cs=CS, treatments=("standard",), refine=False
@@ -180,7 +180,7 @@ def svm(X: np.ndarray, y: np.ndarray, name: str, Cs: tuple[float, ...]) -> None:
         say(f"  featcache            {seconds:8.2f} s   objective {mine:.6g} (scaling included)")
         say(f"  LinearSVC            {other:8.2f} s   objective {theirs:.6g}")
         say(f"  ratio {other / seconds:.1f}; objectives: {mine / theirs - 1:+.1e}")
-    rows = Rows.check(X, y, folds_of(y), None)
+    rows = TrainingRows.check(X, y, folds_of(y), None)
     seconds, found = timed(
         lambda: search_linear(
             rows, LinearSVM(), head="svm", Cs=CS[:6], treatments=("standard",), refine=False
@@ -223,7 +223,7 @@ def kernel_svm(X: np.ndarray, y: np.ndarray, name: str) -> None:
 def forest(X: np.ndarray, y: np.ndarray, name: str) -> None:
     """The same search, through `cross_val_predict`-like loops of scikit-learn's own forests."""
     folds = folds_of(y)[:2]
-    rows = Rows.check(X, y, folds, None)
+    rows = TrainingRows.check(X, y, folds, None)
     seconds, found = timed(lambda: search_forest(rows, n_jobs=-1))
 
     def plain() -> float:

@@ -1,0 +1,214 @@
+"""The rows that heads are trained on: features, classes, weights, folds and views.
+
+Features are an array, or blocks that are read from disk where they do not fit in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from featcache.errors import TrainingError
+
+Folds: TypeAlias = Sequence[tuple[np.ndarray, np.ndarray]]
+Transform: TypeAlias = Callable[[np.ndarray], np.ndarray]
+
+_ROWS = 8192  # read at a time
+
+
+def working_dtype(X: np.ndarray) -> np.dtype[Any]:
+    """Return what to compute in: float64 for float64, else float32."""
+    return np.result_type(X.dtype, np.float32)
+
+
+@dataclass(frozen=True)
+class FeatureBlocks:
+    """TrainingRows of features that only exist as a sequence of blocks.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (n, d) or (n, views, d).
+    read : callable
+        ``read(rows)`` gives ``(slice, block)`` pairs, in order and without gaps; a block is
+        float16 or float32, of shape (at most `rows`, ...).
+
+    Examples
+    --------
+    ``FeatureBlocks((len(store), d), lambda rows: store.blocks(layers, rows))``
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[int], Iterator[tuple[slice, np.ndarray]]]
+
+    @classmethod
+    def of(cls, X: np.ndarray) -> FeatureBlocks:
+        """Return the blocks of an array, mapped or not."""
+
+        def read(rows: int) -> Iterator[tuple[slice, np.ndarray]]:
+            for start in range(0, len(X), rows):
+                stop = min(start + rows, len(X))
+                yield slice(start, stop), X[start:stop]
+
+        return cls(tuple(X.shape), read)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def views(self) -> int:
+        """TrainingRows of each image."""
+        return self.shape[1] if len(self.shape) == 3 else 1
+
+    def blocks(self, rows: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield (images, block of shape (images * views, d)) with about `rows` rows."""
+        for images, block in self.read(max(1, rows // self.views)):
+            flat = np.asarray(block).reshape(-1, self.shape[-1])
+            yield images, flat.astype(working_dtype(flat), copy=False)
+
+    def take(self, numbers: np.ndarray, transform: Transform | None = None) -> np.ndarray:
+        """Return some rows, by ascending number, each block's transformed; reads all blocks once.
+
+        Parameters
+        ----------
+        numbers : ndarray of shape (m,), int
+            Row numbers; an image has `views` of them.
+        transform : callable, optional
+            Takes rows (r, d), gives (r, w).
+
+        Returns
+        -------
+        ndarray of shape (m, d or w)
+        """
+        found: np.ndarray | None = None
+        for images, block in self.blocks(_ROWS):
+            part = self.rows_of(images)
+            a, b = np.searchsorted(numbers, [part.start, part.stop])
+            some = block[numbers[a:b] - part.start]
+            if transform is not None:
+                some = transform(some)
+            if found is None:
+                found = np.empty((len(numbers), some.shape[1]), dtype=some.dtype)
+            found[a:b] = some
+        assert found is not None, "no blocks"
+        return found
+
+    def rows_of(self, images: slice) -> slice:
+        """Return the numbers of all rows of a slice of images."""
+        return slice(images.start * self.views, images.stop * self.views)
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Training rows, checked, views flattened into rows of their own.
+
+    Attributes
+    ----------
+    X : ndarray of shape (n * views, d), or FeatureBlocks
+        Features.
+    codes : ndarray of shape (n,), int64
+        Class of each image.
+    classes : ndarray of shape (k,)
+        Labels.
+    weight : ndarray of shape (n,) or None
+        Weight of each image.
+    folds : list of (train, valid)
+        Image numbers.
+    views : int
+        TrainingRows of `X` for each image, next to each other.
+    """
+
+    X: np.ndarray | FeatureBlocks
+    codes: np.ndarray
+    classes: np.ndarray
+    weight: np.ndarray | None
+    folds: Folds
+    views: int
+
+    @classmethod
+    def check(
+        cls,
+        X: np.ndarray | FeatureBlocks,
+        y: np.ndarray,
+        folds: Folds,
+        sample_weight: np.ndarray | None,
+    ) -> TrainingRows:
+        """Validate what a search was given.
+
+        Raises
+        ------
+        TrainingError
+            Other lengths, not one class, values that are not finite, no folds.
+        """
+        if len(X.shape) not in (2, 3):
+            raise TrainingError(f"Expected features (n, d) or (n, views, d), got shape {X.shape}.")
+        if len(X) != len(y):
+            raise TrainingError(f"Expected one label per row: {len(X)} rows, {len(y)} labels.")
+        classes, codes = np.unique(np.asarray(y), return_inverse=True)
+        if len(classes) < 2:
+            raise TrainingError(f"Expected at least two classes, got {classes.tolist()}.")
+        if not len(folds):
+            raise TrainingError("Expected at least one (train, valid) pair of row numbers, got 0.")
+        for number, (train, _) in enumerate(folds):
+            missing = np.flatnonzero(np.bincount(codes[train], minlength=len(classes)) == 0)
+            if len(missing):
+                raise TrainingError(
+                    f"Fold {number} has no training row of class {str(classes[missing[0]])!r}. "
+                    "Use fewer folds, or more images of that class."
+                )
+        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        views = X.shape[1] if len(X.shape) == 3 else 1
+        if isinstance(X, FeatureBlocks):
+            flat: np.ndarray | FeatureBlocks = X
+        else:
+            flat = np.asarray(X, dtype=np.float32).reshape(-1, X.shape[-1])
+        return cls(flat, codes.astype(np.int64), classes, weight, folds, views)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Label of each image."""
+        labels: np.ndarray = self.classes[self.codes]
+        return labels
+
+    def rows(self, images: np.ndarray) -> np.ndarray:
+        """Row numbers of all views of `images`."""
+        numbers: np.ndarray = (
+            np.asarray(images)[:, None] * self.views + np.arange(self.views)
+        ).ravel()
+        return numbers
+
+    def features(self, images: np.ndarray | None = None) -> np.ndarray:
+        """Features of all views of `images`, of shape (images * views, d)."""
+        if isinstance(self.X, FeatureBlocks):
+            raise TrainingError(
+                "This head cannot read its features in blocks: they must fit in memory."
+            )
+        return self.X if images is None else self.X[self.rows(images)]
+
+    def weights(self, images: np.ndarray | None = None) -> np.ndarray | None:
+        """Weights of the same rows: an image's weight is shared out among its views."""
+        if self.weight is None and self.views == 1:
+            return None
+        weight = np.ones(len(self.codes)) if self.weight is None else self.weight
+        chosen = weight if images is None else weight[images]
+        return np.repeat(chosen / self.views, self.views)
+
+    def targets(self, images: np.ndarray | None = None) -> np.ndarray:
+        """Labels of the same rows."""
+        codes = self.codes if images is None else self.codes[images]
+        targets: np.ndarray = self.classes[np.repeat(codes, self.views)]
+        return targets
+
+
+def stratified(codes: np.ndarray, size: int, random_state: int) -> np.ndarray:
+    """Return about `size` row numbers in order, the same part of each class, none left out."""
+    if size >= len(codes):
+        return np.arange(len(codes))
+    shuffled = np.random.default_rng(random_state).permutation(len(codes))
+    by_class = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    spread = by_class[np.linspace(0, len(codes) - 1, max(size, 1)).astype(np.int64)]
+    _, first = np.unique(codes[by_class], return_index=True)
+    return np.union1d(spread, by_class[first])
