@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from featcache.images.image_set import ImageSet
-from featcache.results.evaluation import Evaluation
-from featcache.results.leaderboard import Leaderboard, Row
+from featcache.results.evaluation import Evaluation, Figures
+from featcache.results.intervals import Score
+from featcache.results.leaderboard import Leaderboard, LeaderboardRow
 from featcache.store.store import FeatureStore
 from tests.labelled import clusters, make_store
 
@@ -53,12 +54,14 @@ def evaluation(store: FeatureStore) -> Evaluation:
 
 
 def leaderboard() -> Leaderboard:
-    def row(head: str, cv: float, held: float) -> Row:
-        return Row(
-            head, {"C": 10.0}, cv, cv, (cv - 0.02, cv + 0.02), cv, cv, 0.3,
-            held, (held - 0.05, held + 0.05), held, (held - 0.05, held + 0.05), held,
-            1.5, 0.25, 30.0, 12.0,
-        )  # fmt: skip
+    def figures(value: float, half: float) -> Figures:
+        score = Score(value, value - half, value + half)
+        return Figures(30, score, score, score, log_loss=0.3, ece=0.05)
+
+    def row(head: str, cv: float, held: float) -> LeaderboardRow:
+        params = {"C": 10.0}
+        cross, held_out = figures(cv, 0.02), figures(held, 0.05)
+        return LeaderboardRow(head, params, cv, cross, held_out, 1.5, 0.25, 30.0, 12.0)
 
     rows = (row("svm", 0.9, 0.88), row("linear", 0.86, 0.89))
     return Leaderboard(rows, "accuracy", 30, 30, 0, "5 folds")

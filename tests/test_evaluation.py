@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from sklearn import metrics
 
 from featcache import train
 from featcache.errors import FingerprintMismatch, PredictorError, TrainingError
-from featcache.results.evaluation import Evaluation, wilson
+from featcache.results.evaluation import Evaluation
+from featcache.results.intervals import Score, wilson
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate
 from tests.labelled import clusters, make_store
@@ -75,7 +78,7 @@ def test_intervals_are_those_of_resampling_the_images() -> None:
         hits = table.diagonal()
         drawn.append([hits.sum() / 150, (hits / true).mean(), (2 * hits / (true + said)).mean()])
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-    intervals = (got.accuracy_interval, got.balanced_accuracy_interval, got.macro_f1_interval)
+    intervals = (got.accuracy.interval, got.balanced_accuracy.interval, got.macro_f1.interval)
     for i, interval in enumerate(intervals):
         assert interval == pytest.approx((low[i], high[i]), abs=0.015)
 
@@ -93,9 +96,9 @@ def test_intervals_hold_the_estimate_with_many_small_classes(classes: int, each:
             classes=tuple(map(str, range(classes))),
         )
         for value, (low, high) in (
-            (got.accuracy, got.accuracy_interval),
-            (got.balanced_accuracy, got.balanced_accuracy_interval),
-            (got.macro_f1, got.macro_f1_interval),
+            (got.accuracy, got.accuracy.interval),
+            (got.balanced_accuracy, got.balanced_accuracy.interval),
+            (got.macro_f1, got.macro_f1.interval),
         ):
             assert 0 <= low <= value <= high <= 1
             # The estimate stands somewhere inside, not at an end that it was moved to.
@@ -113,14 +116,14 @@ def test_the_interval_of_macro_f1_covers_the_truth_with_many_small_classes() -> 
         guess = np.array([rng.choice(k, p=share[c]) for c in y])
         names = tuple(map(str, range(k)))
         got = Evaluation(np.arange(len(y)).astype(str), y, np.eye(k)[guess], names)
-        low, high = got.macro_f1_interval
+        low, high = got.macro_f1.interval
         covered.append(low <= truth <= high)
     assert np.mean(covered) >= 0.8
 
 
 def test_intervals_do_not_change_from_call_to_call() -> None:
     y, proba = scores()
-    assert evaluation(y, proba).accuracy_interval == evaluation(y, proba).accuracy_interval
+    assert evaluation(y, proba).accuracy.interval == evaluation(y, proba).accuracy.interval
 
 
 def test_groups_are_resampled_as_a_whole() -> None:
@@ -133,7 +136,7 @@ def test_groups_are_resampled_as_a_whole() -> None:
     assert grouped.accuracy == many.accuracy
 
     def width(one: Evaluation) -> float:
-        return one.accuracy_interval[1] - one.accuracy_interval[0]
+        return one.accuracy.interval[1] - one.accuracy.interval[0]
 
     assert width(grouped) == pytest.approx(width(single), abs=0.03)
     assert width(many) < 0.5 * width(grouped)
@@ -143,13 +146,21 @@ def test_no_mistake_does_not_mean_certainty() -> None:
     y = np.arange(20) % 2
     got = evaluation(y, np.eye(2)[y])
     assert got.accuracy == 1.0
-    assert got.accuracy_interval == pytest.approx((0.8389, 1.0), abs=1e-4)
+    assert got.accuracy.interval == pytest.approx((0.8389, 1.0), abs=1e-4)
     assert got.mistakes == ()
     assert got.log_loss == 0.0
     assert "no mistakes" in str(got)
     wrong = evaluation(y, np.eye(2)[1 - y])
-    assert wrong.accuracy_interval == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wrong.accuracy.interval == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert np.isfinite(wrong.log_loss)
+
+
+def test_a_score_is_a_number_that_keeps_its_interval() -> None:
+    score = Score(0.87, 0.855, 0.885)
+    assert score == 0.87
+    assert (str(score), f"{score:.1f}", f"{score}") == ("0.870 [0.855, 0.885]", "0.9", str(score))
+    for copied in (copy.copy(score), pickle.loads(pickle.dumps(score))):
+        assert (copied, copied.interval) == (score, (0.855, 0.885))
 
 
 def test_wilson_is_the_published_example() -> None:
@@ -187,7 +198,7 @@ def test_mistakes_come_with_the_most_confident_first() -> None:
 def test_text_and_json_say_the_same() -> None:
     y, proba = scores()
     got = evaluation(y, proba)
-    low, high = got.accuracy_interval
+    low, high = got.accuracy.interval
     assert str(got).startswith(f"accuracy {got.accuracy:.3f} [{low:.3f}, {high:.3f}] on 400 images")
     assert f"{got.accuracy:.3f}" in repr(got)
     values = json.loads(json.dumps(got.to_dict()))
@@ -304,4 +315,4 @@ def test_groups_of_the_store_widen_the_interval(labels: list[str], tmp_path: Pat
     one, other = evaluate(predictor, plain), evaluate(predictor, grouped)
     assert one.accuracy == other.accuracy
     assert other.to_dict()["resampled"] == "groups"
-    assert one.accuracy_interval != other.accuracy_interval
+    assert one.accuracy.interval != other.accuracy.interval

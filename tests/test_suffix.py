@@ -665,7 +665,7 @@ def test_it_is_compared_with_the_other_heads_under_the_same_folds(store: Feature
     rows = {row.head: row for row in board.rows}
     assert rows.keys() == {"linear", "suffix"}
     assert rows["suffix"].params["from"] == "body"
-    assert 0 <= rows["suffix"].cv_accuracy <= 1 and rows["suffix"].accuracy is not None
+    assert 0 <= rows["suffix"].cv.accuracy <= 1 and rows["suffix"].held_out is not None
     assert [c.tap for c in board.predictors["linear"].columns] == [POOL]
     assert [c.tap for c in board.predictors["suffix"].columns] == [BODY]
     assert board.predictors["suffix"].temperature > 0

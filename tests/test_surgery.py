@@ -365,7 +365,7 @@ def test_recipe_9_csv_of_breeds_by_hand_and_from_the_cache(tmp_path: Path) -> No
         fit, validation, heads=["suffix", "svm", "forest"], cv=2, suffix=nine, backbone=network
     )
     assert {row.head for row in board.rows} == {"suffix", "svm", "forest"}
-    assert all(row.accuracy is not None and row.cv_accuracy > 0.6 for row in board.rows)
+    assert all(row.held_out is not None and row.cv.accuracy > 0.6 for row in board.rows)
     assert board.predictors["suffix"].estimator.suffix.trained() == ["head.weight", "head.bias"]
 
 

@@ -54,11 +54,11 @@ def test_heads_are_ranked_by_cross_validation(board: Leaderboard) -> None:
     assert board.best.leaderboard is board
     assert board.best.head == board[0].head
     for row in board:
-        assert 0.5 < row.cv_accuracy < 1
-        assert row.cv_accuracy_interval[0] < row.cv_accuracy < row.cv_accuracy_interval[1]
-        assert row.accuracy is not None
-        assert row.accuracy_interval is not None
-        assert row.accuracy_interval[0] < row.accuracy < row.accuracy_interval[1]
+        assert 0.5 < row.cv.accuracy < 1
+        assert row.cv.accuracy.interval[0] < row.cv.accuracy < row.cv.accuracy.interval[1]
+        assert row.held_out is not None
+        accuracy = row.held_out.accuracy
+        assert accuracy.low < accuracy < accuracy.high
         assert row.fit_seconds > 0
         assert row.predict_us > 0
         assert row.params
@@ -74,17 +74,17 @@ def test_the_held_out_images_choose_nothing(store: FeatureStore, folder: Path) -
     with_test, without = compare(fit, turned, **options), compare(fit, **options)  # type: ignore[arg-type]
     for row, other in zip(with_test, without, strict=True):
         assert (row.head, row.params, row.cv_score) == (other.head, other.params, other.cv_score)
-        assert row.accuracy is not None
-        assert row.accuracy < 0.5
-        assert other.accuracy is None
+        assert row.held_out is not None
+        assert row.held_out.accuracy < 0.5
+        assert other.held_out is None
 
 
 def test_held_out_figures_are_those_of_evaluate(store: FeatureStore, board: Leaderboard) -> None:
     _, test = store.split(random_state=1)
     found = evaluate(board.best, test)
-    assert board[0].accuracy == found.accuracy
-    assert board[0].accuracy_interval == found.accuracy_interval
-    assert board[0].macro_f1 == found.macro_f1
+    assert board[0].held_out == found.figures
+    assert board[0].held_out is not None
+    assert board[0].held_out.accuracy.interval == found.accuracy.interval
     assert board.n_test == len(test)
     assert board.best.metrics["held_out"]["accuracy"] == found.accuracy
 
@@ -99,8 +99,8 @@ def test_copies_do_not_leak_from_fold_to_fold(folder: Path) -> None:
     known = make_store(folder / "known.h5", X, y, hashes=hashes)
     unknown = make_store(folder / "unknown.h5", X, y)
     honest, leaking = (compare(one, heads=["rbf-svm"], cv=4)[0] for one in (known, unknown))
-    assert honest.cv_accuracy < 0.72  # a search over many settings finds a lucky one
-    assert leaking.cv_accuracy > 0.85
+    assert honest.cv.accuracy < 0.72  # a search over many settings finds a lucky one
+    assert leaking.cv.accuracy > 0.85
 
 
 def test_views_of_one_image_stay_in_one_fold(folder: Path) -> None:
@@ -108,7 +108,7 @@ def test_views_of_one_image_stay_in_one_fold(folder: Path) -> None:
     X = np.repeat(rng.normal(size=(200, 1, 6)), 3, axis=1).astype(np.float32)
     y = rng.choice(["a", "b"], 200).tolist()
     views = make_store(folder / "random-views.h5", X, y, views=3)
-    assert compare(views, heads=["rbf-svm"], cv=4)[0].cv_accuracy < 0.62
+    assert compare(views, heads=["rbf-svm"], cv=4)[0].cv.accuracy < 0.62
 
 
 def test_groups_stay_in_one_fold_and_widen_the_interval(folder: Path) -> None:
@@ -119,11 +119,11 @@ def test_groups_stay_in_one_fold_and_widen_the_interval(folder: Path) -> None:
     grouped = make_store(folder / "grouped.h5", X, y, groups=groups)
     honest = compare(grouped, heads=["rbf-svm"], cv=4, group=True)
     leaking = compare(grouped, heads=["rbf-svm"], cv=4)
-    assert honest[0].cv_accuracy < 0.7 < 0.85 < leaking[0].cv_accuracy
+    assert honest[0].cv.accuracy < 0.7 < 0.85 < leaking[0].cv.accuracy
     assert honest.folds == "4 grouped folds"
     assert "give --group" in leaking.notes[0]
     assert honest.notes == ()
-    low, high = honest[0].cv_accuracy_interval
+    low, high = honest[0].cv.accuracy.interval
     assert high - low > 0.2
 
 
@@ -153,7 +153,7 @@ def test_nested_cross_validation_judges_the_choosing(store: FeatureStore) -> Non
 def test_nested_folds_make_do_with_small_classes(folder: Path) -> None:
     y = ["ant"] * 20 + ["bee"] * 20 + ["rare"] * 3
     small = make_store(folder / "small.h5", clusters(y), y)
-    assert compare(small, heads=["linear"], cv=3, nested=True)[0].cv_accuracy > 0.5
+    assert compare(small, heads=["linear"], cv=3, nested=True)[0].cv.accuracy > 0.5
 
 
 def test_the_same_call_gives_the_same_predictor(store: FeatureStore) -> None:
@@ -261,7 +261,7 @@ def test_scoring_decides(folder: Path) -> None:
     assert board.scoring == "balanced_accuracy"
     assert "CV balanced_accuracy" in str(board)
     plain = compare(uneven, heads=["svm"])
-    assert board[0].cv_balanced_accuracy > plain[0].cv_balanced_accuracy
+    assert board[0].cv.balanced_accuracy > plain[0].cv.balanced_accuracy
 
 
 # --- larger than memory ------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_features_that_do_not_fit_are_read_in_blocks(folder: Path, head: str, vi
         compare(wide, heads=[head], cv=3, memory=memory) for memory in (100 * size, 2 * size)
     )
     assert one[0].params == other[0].params
-    assert one[0].cv_accuracy == pytest.approx(other[0].cv_accuracy, abs=0.02)
+    assert one[0].cv.accuracy == pytest.approx(other[0].cv.accuracy, abs=0.02)
     np.testing.assert_allclose(
         one.best.predict_proba_of(wide), other.best.predict_proba_of(wide), atol=0.02
     )
@@ -291,7 +291,7 @@ def test_boosting_takes_what_fits_and_says_so(folder: Path) -> None:
     board = compare(wide, heads=["boosting"], cv=3, memory=2 * X.nbytes)
     assert "boosting grew its trees on" in str(board)
     whole = compare(wide, heads=["boosting"], cv=3)
-    assert board[0].cv_accuracy == pytest.approx(whole[0].cv_accuracy, abs=0.2)
+    assert board[0].cv.accuracy == pytest.approx(whole[0].cv.accuracy, abs=0.2)
 
 
 def test_heads_that_cannot_read_blocks_are_left_out_or_refused(
@@ -378,7 +378,7 @@ def test_leaderboard_as_text_csv_json_and_html(board: Leaderboard) -> None:
 
     lines = list(csv.DictReader(io.StringIO(board.to_csv())))
     assert [line["head"] for line in lines] == [row.head for row in board]
-    assert float(lines[0]["cv_accuracy_low"]) == board[0].cv_accuracy_interval[0]
+    assert float(lines[0]["cv_accuracy_low"]) == board[0].cv.accuracy.interval[0]
     assert json.loads(lines[0]["params"]) == board[0].params
 
     values = json.loads(board.to_json())
@@ -490,9 +490,9 @@ def test_the_demo_reaches_what_is_promised(elpv_root: Path, tmp_path: Path) -> N
     fit, test = store.split(0.25)
     best = compare(fit, test, heads=["linear", "rbf-svm"])[0]
     assert (len(fit), len(test)) == (1968, 656)
-    assert best.cv_accuracy >= 0.85
-    assert best.accuracy is not None
-    assert best.accuracy >= 0.82
+    assert best.cv.accuracy >= 0.85
+    assert best.held_out is not None
+    assert best.held_out.accuracy >= 0.82
 
 
 # --- progress ----------------------------------------------------------------------------------

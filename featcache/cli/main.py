@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from featcache.cli.options import count
 from featcache.errors import FeatcacheError
 from featcache.finetuning.settings import SuffixSettings
 from featcache.system.console import sigterm_as_ctrl_c
+from featcache.system.tables import text_table
 from featcache.version import __version__
 
 PRECISION = click.Choice(["float32", "bfloat16", "float16"])
@@ -144,7 +144,7 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
         for row in table
     ]
     header = ("layer", "kind", "output", "parameters", "cost")
-    _print_table(header, cells, right=(3, 4))
+    click.echo(text_table(header, cells, right=(3, 4)))
     click.echo(f"\nDefault tap: {', '.join(network.taps)}")
 
 
@@ -478,18 +478,6 @@ def _print_json(value: Any) -> None:
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "-" if shape is None else " x ".join(str(side) for side in shape)
-
-
-def _print_table(
-    header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...] = ()
-) -> None:
-    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
-    for row in [header, *rows]:
-        cells = [
-            cell.rjust(width) if k in right else cell.ljust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        click.echo("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

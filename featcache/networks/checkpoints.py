@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import MissingExtra, WeightsError
+from featcache.system.tables import first_names
 
 #: Under these keys training scripts keep the weights beside the optimiser's state and the like.
 NESTED = ("state_dict", "model_state_dict", "model", "network", "net")
@@ -69,21 +70,16 @@ class PartialReport:
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} of {self._wanted()} parameters and buffers loaded"]
         if self.missing:
-            lines.append(f"missing in the checkpoint: {_some(self.missing)}")
+            lines.append(f"missing in the checkpoint: {first_names(self.missing)}")
         if self.unexpected:
-            lines.append(f"unexpected in the checkpoint: {_some(self.unexpected)}")
+            lines.append(f"unexpected in the checkpoint: {first_names(self.unexpected)}")
         if self.mismatched:
             shapes = [f"{name} {a} instead of {b}" for name, a, b in self.mismatched]
-            lines.append(f"wrongly shaped: {_some(shapes)}")
+            lines.append(f"wrongly shaped: {first_names(shapes)}")
         return "\n".join(lines)
 
     def _wanted(self) -> int:
         return len(self.loaded) + len(self.missing) + len(self.mismatched)
-
-
-def _some(names: list[str] | tuple[str, ...], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
 from featcache.system.console import progress_bar
 from featcache.system.files import atomic_write, check_overwrite
-from featcache.system.tables import some, table
+from featcache.system.tables import first_names, html_table
 
 if TYPE_CHECKING:
     from featcache.images.image_set import ImageSet
@@ -484,10 +484,10 @@ class Predictor:
                 ("backbone", f"{one.source}/{one.backbone} {one.weights}: {', '.join(one.taps)}")
                 for one in self.fingerprints
             ),
-            ("classes", some(self.classes)),
+            ("classes", first_names(self.classes)),
             ("trained on", f"{len(self.train_sha256):,} images"),
         ]
-        return table([self.head, ""], rows)
+        return html_table([self.head, ""], rows)
 
     def save(self, path: str | Path) -> None:
         """Write the predictor to one file, atomically.

@@ -12,13 +12,12 @@ from importlib import resources
 from typing import Any
 
 from featcache.results.evaluation import Bin, Evaluation
-from featcache.results.leaderboard import Leaderboard, Row
+from featcache.results.intervals import Score
+from featcache.results.leaderboard import Leaderboard, LeaderboardRow
 
 __all__ = ["GENERATOR", "Card", "Content", "Pair", "render"]
 
 GENERATOR = '<meta name="generator" content="featcache">'
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -145,13 +144,9 @@ def _json_block(name: str, value: Mapping[str, Any]) -> str:
 def _summary(content: Content) -> str:
     e = content.evaluation
     figures = [
-        ("accuracy", f"{e.accuracy:.3f}", _interval(e.accuracy_interval)),
-        (
-            "balanced accuracy",
-            f"{e.balanced_accuracy:.3f}",
-            _interval(e.balanced_accuracy_interval),
-        ),
-        ("macro F1", f"{e.macro_f1:.3f}", _interval(e.macro_f1_interval)),
+        ("accuracy", f"{e.accuracy:.3f}", _interval(e.accuracy)),
+        ("balanced accuracy", f"{e.balanced_accuracy:.3f}", _interval(e.balanced_accuracy)),
+        ("macro F1", f"{e.macro_f1:.3f}", _interval(e.macro_f1)),
         *(
             (f"top-{k} accuracy", f"{value:.3f}", f"the label is among the {k} likeliest")
             for k, value in e.top_k.items()
@@ -173,8 +168,8 @@ def _summary(content: Content) -> str:
     )
 
 
-def _interval(interval: Interval) -> str:
-    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
+def _interval(score: Score) -> str:
+    return f"[{score.low:.3f}, {score.high:.3f}]"
 
 
 def _leaderboard(content: Content) -> str:
@@ -182,9 +177,9 @@ def _leaderboard(content: Content) -> str:
     if board is None:
         return ""
     held = board.n_test > 0
-    ends = [row.cv_accuracy_interval for row in board]
-    ends += [row.accuracy_interval for row in board if row.accuracy_interval is not None]
-    low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+    scores = [row.cv.accuracy for row in board]
+    scores += [row.held_out.accuracy for row in board if row.held_out is not None]
+    low, high = min(score.low for score in scores), max(score.high for score in scores)
     other = board.scoring != "accuracy"
     header = ["head", *([f"CV {board.scoring}"] if other else []), "CV accuracy"]
     header += ["held-out accuracy", "balanced", "macro F1"] if held else []
@@ -194,13 +189,11 @@ def _leaderboard(content: Content) -> str:
         cells = [f'<th scope="row">{escape(row.head)}</th>']
         if other:
             cells.append(f"<td>{row.cv_score:.4f}</td>")
-        cells.append(_scored(row.cv_accuracy, row.cv_accuracy_interval))
-        if held:
-            cells += [
-                _scored(row.accuracy, row.accuracy_interval),
-                _scored(row.balanced_accuracy, None),
-                _scored(row.macro_f1, None),
-            ]
+        cells.append(f"<td>{row.cv.accuracy}</td>")
+        if row.held_out is not None:
+            balanced, f1 = row.held_out.balanced_accuracy, row.held_out.macro_f1
+            cells.append(f"<td>{row.held_out.accuracy}</td>")
+            cells += [f"<td>{balanced:.3f}</td>", f"<td>{f1:.3f}</td>"]
         cells.append(f"<td>{row.search_seconds + row.fit_seconds:.1f}</td>")
         cells.append(f"<td>{row.predict_us:.0f}</td>")
         cells.append(f"<td>{_whiskers(row, low, high)}</td>")
@@ -222,27 +215,20 @@ def _leaderboard(content: Content) -> str:
     )
 
 
-def _scored(value: float | None, interval: Interval | None) -> str:
-    if value is None:
-        return "<td>–</td>"
-    text = f"{value:.3f}" + (f" {_interval(interval)}" if interval is not None else "")
-    return f"<td>{text}</td>"
-
-
-def _whiskers(row: Row, low: float, high: float) -> str:
+def _whiskers(row: LeaderboardRow, low: float, high: float) -> str:
     """Return the accuracies of a row with their intervals, drawn."""
     span = max(high - low, 1e-9)
 
     def x(value: float) -> float:
         return 6 + 148 * (value - low) / span
 
-    marks = [("cv", 7, row.cv_accuracy, row.cv_accuracy_interval)]
-    if row.accuracy is not None and row.accuracy_interval is not None:
-        marks.append(("held", 17, row.accuracy, row.accuracy_interval))
+    marks = [("cv", 7, row.cv.accuracy)]
+    if row.held_out is not None:
+        marks.append(("held", 17, row.held_out.accuracy))
     drawn = "".join(
-        f'<g class="{kind}"><line x1="{x(ends[0]):.1f}" x2="{x(ends[1]):.1f}" y1="{y}" y2="{y}" '
-        f'stroke-width="2"/><circle cx="{x(value):.1f}" cy="{y}" r="4"/></g>'
-        for kind, y, value, ends in marks
+        f'<g class="{kind}"><line x1="{x(score.low):.1f}" x2="{x(score.high):.1f}" y1="{y}" '
+        f'y2="{y}" stroke-width="2"/><circle cx="{x(score):.1f}" cy="{y}" r="4"/></g>'
+        for kind, y, score in marks
     )
     return f'<svg width="160" height="24" aria-hidden="true">{drawn}</svg>'
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from featcache.errors import MissingExtra
 from featcache.results.evaluation import Evaluation
+from featcache.results.intervals import Score
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
 from featcache.study.learning_curve import LearningCurve
@@ -196,7 +197,7 @@ def plot_learning_curve(curve: LearningCurve, *, ax: Axes | None = None) -> Axes
     for k, head in enumerate(curve.heads):
         points = curve.of(head)
         images = [point.images for point in points]
-        ends = np.array([point.accuracy_interval for point in points])
+        ends = np.array([point.accuracy.interval for point in points])
         ax.plot(images, [p.accuracy for p in points], "o-", color=f"C{k % 10}", label=head)
         ax.fill_between(images, ends[:, 0], ends[:, 1], color=f"C{k % 10}", alpha=0.15, linewidth=0)
     ax.set_xscale("log")
@@ -233,20 +234,16 @@ def plot_leaderboard(
     ax = _axes(ax)
     if isinstance(leaderboard, Leaderboard):
         names = [row.head for row in leaderboard]
-        cv = [(row.cv_accuracy, row.cv_accuracy_interval) for row in leaderboard]
+        cv = [row.cv.accuracy for row in leaderboard]
         _whiskers(ax, cv, "cross-validation", "grey", -0.12)
-        held = [
-            (row.accuracy, row.accuracy_interval)
-            for row in leaderboard
-            if row.accuracy is not None and row.accuracy_interval is not None
-        ]
+        held = [row.held_out.accuracy for row in leaderboard if row.held_out is not None]
         if held:
             _whiskers(ax, held, f"{leaderboard.n_test:,} held-out images", "C0", 0.12)
         ax.legend(frameon=False)
     else:
         ranked = sorted(leaderboard.items(), key=lambda item: -item[1].accuracy)
         names = [name for name, _ in ranked]
-        _whiskers(ax, [(e.accuracy, e.accuracy_interval) for _, e in ranked], "", "C0", 0.0)
+        _whiskers(ax, [e.accuracy for _, e in ranked], "", "C0", 0.0)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel("accuracy")
@@ -254,16 +251,9 @@ def plot_leaderboard(
     return ax
 
 
-def _whiskers(
-    ax: Axes,
-    scores: Sequence[tuple[float, tuple[float, float]]],
-    label: str,
-    colour: str,
-    shift: float,
-) -> None:
-    values = np.array([value for value, _ in scores])
-    ends = np.array([interval for _, interval in scores])
-    error = np.abs(ends.T - values)
+def _whiskers(ax: Axes, scores: Sequence[Score], label: str, colour: str, shift: float) -> None:
+    values = np.array(scores)
+    error = np.abs(np.array([score.interval for score in scores]).T - values)
     places = np.arange(len(values)) + shift
     ax.errorbar(values, places, xerr=error, fmt="o", color=colour, capsize=3, label=label)
 

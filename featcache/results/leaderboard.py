@@ -7,19 +7,18 @@ import html
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from featcache.errors import PredictorError
-from featcache.system.tables import table
+from featcache.results.evaluation import Figures
+from featcache.system.tables import html_table, text_table
 
 P = TypeVar("P")  # `Predictor`, which keeps a leaderboard itself and so imports this module
 
-Interval = tuple[float, float]
-
 
 @dataclass(frozen=True)
-class Row:
+class LeaderboardRow:
     """One head.
 
     Attributes
@@ -31,14 +30,10 @@ class Row:
     cv_score : float
         Mean over the folds of the score that decided; the chosen hyper-parameters' own, or, where
         the cross-validation was nested, that of choosing anew in each outer fold.
-    cv_accuracy, cv_accuracy_interval : float, (float, float)
-        Out-of-fold accuracy with its 95 % interval.
-    cv_balanced_accuracy, cv_macro_f1, cv_log_loss : float
-        Out of fold.
-    accuracy, accuracy_interval : float, (float, float), or None
+    cv : Figures
+        Of the out-of-fold predictions.
+    held_out : Figures or None
         On the held-out images; None where there are none.
-    balanced_accuracy, balanced_accuracy_interval, macro_f1 : float or None
-        On the held-out images.
     search_seconds, fit_seconds : float
         Of the whole search, and of the last fit on all training images.
     predict_us : float
@@ -47,39 +42,73 @@ class Row:
         Highest resident memory of the process while the head was searched and fitted, in 10^6
         bytes, beyond what it was before.
     notes : tuple of str
-        What the head's search has to say.
+        Notes of the search.
     """
 
     head: str
     params: Mapping[str, Any]
     cv_score: float
-    cv_accuracy: float
-    cv_accuracy_interval: Interval
-    cv_balanced_accuracy: float
-    cv_macro_f1: float
-    cv_log_loss: float
-    accuracy: float | None
-    accuracy_interval: Interval | None
-    balanced_accuracy: float | None
-    balanced_accuracy_interval: Interval | None
-    macro_f1: float | None
+    cv: Figures
+    held_out: Figures | None
     search_seconds: float
     fit_seconds: float
     predict_us: float
     peak_mb: float
     notes: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON values: "cv_accuracy" is out of fold, "accuracy" held out."""
+        nothing = dict.fromkeys(self.cv.to_dict())
+        return {
+            "head": self.head,
+            "params": dict(self.params),
+            "cv_score": self.cv_score,
+            **self.cv.to_dict("cv_"),
+            **(nothing if self.held_out is None else self.held_out.to_dict()),
+            **{name: getattr(self, name) for name in _MEASURED},
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LeaderboardRow:
+        """Return the row that `to_dict` wrote; a figure that is missing is a KeyError."""
+        return cls(
+            head=str(values["head"]),
+            params=dict(values["params"]),
+            cv_score=float(values["cv_score"]),
+            cv=Figures.from_dict(values, "cv_"),
+            held_out=None if values["accuracy"] is None else Figures.from_dict(values),
+            notes=tuple(str(note) for note in values["notes"]),
+            **{name: float(values[name]) for name in _MEASURED},
+        )
+
+    def to_flat(self) -> dict[str, Any]:
+        """Return the columns of a CSV: an interval takes two, other lists are JSON."""
+        flat: dict[str, Any] = {}
+        for name, value in self.to_dict().items():
+            if name.endswith("_interval"):
+                low, high = value or (None, None)
+                flat[name.replace("interval", "low")] = low
+                flat[name.replace("interval", "high")] = high
+            else:
+                plain = not isinstance(value, dict | list)
+                flat[name] = value if plain else json.dumps(value, ensure_ascii=False)
+        return flat
+
+
+_MEASURED = ("search_seconds", "fit_seconds", "predict_us", "peak_mb")
+
 
 @dataclass(frozen=True)
-class Leaderboard(Sequence[Row], Generic[P]):
+class Leaderboard(Sequence[LeaderboardRow], Generic[P]):
     """Heads, the best by cross-validation first. ``print(leaderboard)`` shows it as a table.
 
     Attributes
     ----------
-    rows : tuple of Row
-        By falling `Row.cv_score`; equal scores in the order in which they were compared.
+    rows : tuple of LeaderboardRow
+        By falling `LeaderboardRow.cv_score`; equal scores in the order in which they were compared.
     scoring : str
-        What `Row.cv_score` is.
+        What `LeaderboardRow.cv_score` is.
     n_fit, n_test, n_unlabelled : int
         Images trained on, held out, and left out for lack of a label.
     folds : str
@@ -92,7 +121,7 @@ class Leaderboard(Sequence[Row], Generic[P]):
         By head. Empty in a leaderboard that was read from a file, but for the best one.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[LeaderboardRow, ...]
     scoring: str
     n_fit: int
     n_test: int
@@ -108,7 +137,7 @@ class Leaderboard(Sequence[Row], Generic[P]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[LeaderboardRow]:
         return iter(self.rows)
 
     @property
@@ -131,7 +160,7 @@ class Leaderboard(Sequence[Row], Generic[P]):
             "folds": self.folds,
             "notes": list(self.notes),
             "left_out": dict(self.left_out),
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [row.to_dict() for row in self.rows],
         }
 
     @classmethod
@@ -148,7 +177,7 @@ class Leaderboard(Sequence[Row], Generic[P]):
         try:
             rest = {name: values[name] for name in _PLAIN_FIELDS}
             rest["notes"] = tuple(str(note) for note in values["notes"])
-            rows = tuple(_row(row) for row in values["rows"])
+            rows = tuple(map(LeaderboardRow.from_dict, values["rows"]))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise PredictorError(f"The leaderboard in the predictor is damaged: {error}") from error
         return cls(rows=rows, predictors=dict(predictors or {}), **rest)
@@ -161,7 +190,7 @@ class Leaderboard(Sequence[Row], Generic[P]):
         """Return one line a head, with a header; intervals take two columns."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        table = [_flat(row) for row in self.rows]
+        table = [row.to_flat() for row in self.rows]
         writer.writerow(table[0])
         writer.writerows(row.values() for row in table)
         return buffer.getvalue()
@@ -169,13 +198,7 @@ class Leaderboard(Sequence[Row], Generic[P]):
     def to_text(self) -> str:
         """Return the table, the best head and how its hyper-parameters were chosen, for people."""
         header, *cells = self._cells()
-        widths = [max(len(row[i]) for row in (header, *cells)) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *cells)
-        ]
-        lines.append("")
-        lines += [self._caption(), *self.notes]
+        lines = [text_table(header, cells), "", self._caption(), *self.notes]
         for row in self.rows:
             for note in row.notes:
                 lines.append(note if note.startswith(row.head) else f"{row.head}: {note}")
@@ -205,10 +228,10 @@ class Leaderboard(Sequence[Row], Generic[P]):
             cells = [row.head]
             if score:
                 cells.append(f"{row.cv_score:.4f}")
-            cells.append(_with_interval(row.cv_accuracy, row.cv_accuracy_interval))
-            if test:
-                cells.append(_with_interval(row.accuracy, row.accuracy_interval))
-                cells += [_number(row.balanced_accuracy), _number(row.macro_f1)]
+            cells.append(str(row.cv.accuracy))
+            if row.held_out is not None:
+                balanced, f1 = row.held_out.balanced_accuracy, row.held_out.macro_f1
+                cells += [str(row.held_out.accuracy), f"{balanced:.3f}", f"{f1:.3f}"]
             cells += [
                 f"{row.search_seconds + row.fit_seconds:.1f}",
                 f"{row.predict_us:.0f}",
@@ -219,58 +242,14 @@ class Leaderboard(Sequence[Row], Generic[P]):
 
     def _repr_html_(self) -> str:
         header, *cells = self._cells()
-        return f"{table(header, cells)}<p>{html.escape(self._caption())}</p>"
+        return f"{html_table(header, cells)}<p>{html.escape(self._caption())}</p>"
 
     def __str__(self) -> str:
         return self.to_text()
 
 
 _PLAIN_FIELDS = ("scoring", "n_fit", "n_test", "n_unlabelled", "folds", "left_out")
-_INTERVALS = ("cv_accuracy_interval", "accuracy_interval", "balanced_accuracy_interval")
-
-
-def _row(values: Mapping[str, Any]) -> Row:
-    """Return the row that `dataclasses.asdict` and JSON made of one."""
-    known: dict[str, Any] = {}
-    for name in (f.name for f in fields(Row)):
-        value = values[name]
-        if name in _INTERVALS:
-            known[name] = None if value is None else (float(value[0]), float(value[1]))
-        elif name == "head":
-            known[name] = str(value)
-        elif name == "params":
-            known[name] = dict(value)
-        elif name == "notes":
-            known[name] = tuple(str(note) for note in value)
-        else:
-            known[name] = None if value is None else float(value)
-    return Row(**known)
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    """Return the columns of the CSV."""
-    flat: dict[str, Any] = {}
-    for name, value in asdict(row).items():
-        if name in _INTERVALS:
-            low, high = value or (None, None)
-            flat[name.replace("interval", "low")] = low
-            flat[name.replace("interval", "high")] = high
-        elif name in ("params", "notes"):
-            flat[name] = json.dumps(value, ensure_ascii=False)
-        else:
-            flat[name] = value
-    return flat
 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _with_interval(value: float | None, interval: Interval | None) -> str:
-    if value is None or interval is None:
-        return ""
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"

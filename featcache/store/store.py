@@ -38,7 +38,7 @@ from featcache.store import checksums, disk, format
 from featcache.store.checksums import VerifyReport
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, Canaries, Dataset, Failure
-from featcache.system.tables import some, table
+from featcache.system.tables import first_names, html_table
 
 __all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "VerifyReport"]
 
@@ -449,7 +449,7 @@ class FeatureStore:
     def _facts(self) -> list[tuple[str, str]]:
         """Return what people want to know, each under its name."""
         classes = [f"{name or '(no label)'} {k:,}" for name, k in self._label_counts.items()]
-        facts = [("classes", some(sorted(classes)))]
+        facts = [("classes", first_names(sorted(classes)))]
         facts += [("tap", f"{name}  {tap.shape} {tap.dtype}") for name, tap in self.taps.items()]
         for one in self.fingerprints:
             name = f"{one.source}/{one.backbone} {one.weights}, {one.precision}"
@@ -472,7 +472,7 @@ class FeatureStore:
         return "\n".join([self._title(), *(f"{name:9} {text}" for name, text in self._facts())])
 
     def _repr_html_(self) -> str:
-        return table([self._title(), ""], self._facts())
+        return html_table([self._title(), ""], self._facts())
 
     # --- choosing rows --------------------------------------------------------------------------
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from featcache.errors import PredictorError, TrainingError
-from featcache.results.evaluation import Evaluation, groups_of
+from featcache.results.evaluation import Evaluation, with_own_groups
+from featcache.system.tables import first_names
 
 if TYPE_CHECKING:
     from featcache.predictor.predictor import Predictor
@@ -61,8 +61,9 @@ def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
         count = int(np.isin(chosen.labels, unknown).sum())
         raise PredictorError(
             f"{count:,} images of {', '.join(store.paths)} have labels that the predictor does not "
-            f"know ({_few(unknown)}); it knows {_few(predictor.classes)}. Train again with these "
-            "classes, or select the images that it can judge."
+            f"know ({first_names([*map(repr, unknown)], 5)}); it knows "
+            f"{first_names([*map(repr, predictor.classes)], 5)}. Train again with these classes, "
+            "or select the images that it can judge."
         )
     groups = chosen.groups
     return Evaluation(
@@ -70,11 +71,6 @@ def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
         y_true=np.array([columns[name] for name in chosen.labels], dtype=np.int64),
         proba=predictor.predict_proba_of(chosen),
         classes=tuple(predictor.classes),
-        groups=None if groups is None or (groups == "").all() else groups_of(groups),
+        groups=None if groups is None or (groups == "").all() else with_own_groups(groups),
         notes=tuple(notes),
     )
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return f"{shown}, ..." if len(names) > 5 else shown

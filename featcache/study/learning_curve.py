@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import TrainingError
+from featcache.results.intervals import Score
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate
 from featcache.study.train import train
 from featcache.system.console import progress_bar
+from featcache.system.tables import text_table
 
 __all__ = ["CurvePoint", "LearningCurve", "learning_curve"]
 
@@ -30,14 +32,13 @@ class CurvePoint:
         Name of the head.
     images : int
         Images it was trained on.
-    accuracy, accuracy_interval : float, (float, float)
+    accuracy : Score
         On the test images, with its 95 % interval.
     """
 
     head: str
     images: int
-    accuracy: float
-    accuracy_interval: tuple[float, float]
+    accuracy: Score
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,9 @@ class LearningCurve(Sequence[CurvePoint]):
         return [point for point in self.points if point.head == head]
 
     def __str__(self) -> str:
-        width = max(len("head"), *(len(head) for head in self.heads))
-        lines = [f"{'head':{width}}  images  accuracy on {self.n_test:,} others"]
-        lines += [
-            f"{p.head:{width}}  {p.images:6,}  {p.accuracy:.3f} "
-            f"[{p.accuracy_interval[0]:.3f}, {p.accuracy_interval[1]:.3f}]"
-            for p in self.points
-        ]
-        return "\n".join(lines)
+        header = ["head", "images", f"accuracy on {self.n_test:,} others"]
+        rows = [(p.head, f"{p.images:,}", str(p.accuracy)) for p in self.points]
+        return text_table(header, rows, right={1})
 
 
 def learning_curve(
@@ -150,7 +146,7 @@ def learning_curve(
             )
             scored = evaluate(predictor, test)
             n_test = len(scored)
-            points.append(CurvePoint(head, size, scored.accuracy, scored.accuracy_interval))
+            points.append(CurvePoint(head, size, scored.accuracy))
     return LearningCurve(tuple(points), n_test)
 
 

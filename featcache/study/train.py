@@ -47,8 +47,8 @@ from featcache.heads.search import score_folds
 from featcache.heads.table import CLASSICS, HEADS
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.predictor import CanaryRows, Predictor, is_predictor
-from featcache.results.evaluation import Evaluation, groups_of
-from featcache.results.leaderboard import Leaderboard, Row
+from featcache.results.evaluation import Evaluation, with_own_groups
+from featcache.results.leaderboard import Leaderboard, LeaderboardRow
 from featcache.store import splitting
 from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
@@ -261,7 +261,7 @@ def _compete_all(
     test: FeatureStore | None,
     *,
     progress: bool | None,
-) -> tuple[list[tuple[Row, Predictor]], dict[str, str]]:
+) -> tuple[list[tuple[LeaderboardRow, Predictor]], dict[str, str]]:
     """Train each head that can be; and say why the others cannot.
 
     Raises
@@ -355,7 +355,7 @@ class _Task:
             layers=names,
             folds=folds,
             folds_text=text.replace("folds", "nested folds") if nested else text,
-            groups=None if groups is None else groups_of(groups),
+            groups=None if groups is None else with_own_groups(groups),
             nested=nested,
             cv=cv,
             memory=memory if memory is not None else available_memory(),
@@ -455,48 +455,30 @@ def _bytes(n: int) -> str:
 # --- one head ----------------------------------------------------------------------------------
 
 
-def _compete(task: _Task, head: str, test: FeatureStore | None) -> tuple[Row, Predictor]:
+def _compete(task: _Task, head: str, test: FeatureStore | None) -> tuple[LeaderboardRow, Predictor]:
     """Search, fit and score one head."""
     with _PeakMemory() as peak:
         found = task.search(head)
     # The folds of a suffix choose nothing: nested or not, it is the same.
     cross = _nested(task, head) if task.nested and head != SUFFIX else None
     out_of_fold = _out_of_fold(task, found) if cross is None else cross.evaluation
-    predictor = _predictor(task, found, out_of_fold)
+    predictor = _predictor(task, found)
     held_out = None if test is None else evaluate(predictor, test)
-    row = Row(
+    row = LeaderboardRow(
         head=head,
         params=_jsonable(found.params),
         cv_score=float(found.score if cross is None else cross.score),
-        cv_accuracy=out_of_fold.accuracy,
-        cv_accuracy_interval=out_of_fold.accuracy_interval,
-        cv_balanced_accuracy=out_of_fold.balanced_accuracy,
-        cv_macro_f1=out_of_fold.macro_f1,
-        cv_log_loss=out_of_fold.log_loss,
-        accuracy=None,
-        accuracy_interval=None,
-        balanced_accuracy=None,
-        balanced_accuracy_interval=None,
-        macro_f1=None,
+        cv=out_of_fold.figures,
+        held_out=None if held_out is None else held_out.figures,
         search_seconds=found.search_seconds,
         fit_seconds=found.fit_seconds,
         predict_us=_predict_us(task, predictor),
         peak_mb=peak.megabytes,
-        notes=tuple(found.notes),
+        notes=tuple(found.notes) + (() if held_out is None else held_out.notes),
     )
-    if held_out is not None:
-        row = replace(
-            row,
-            accuracy=held_out.accuracy,
-            accuracy_interval=held_out.accuracy_interval,
-            balanced_accuracy=held_out.balanced_accuracy,
-            balanced_accuracy_interval=held_out.balanced_accuracy_interval,
-            macro_f1=held_out.macro_f1,
-            notes=row.notes + held_out.notes,
-        )
     predictor.metrics = {
-        "out_of_fold": _summary(out_of_fold),
-        "held_out": None if held_out is None else _summary(held_out),
+        "out_of_fold": out_of_fold.summary(),
+        "held_out": None if held_out is None else held_out.summary(),
     }
     return row, predictor
 
@@ -563,7 +545,7 @@ def _inner_folds(task: _Task, train: npt.NDArray[np.int64]) -> list[Fold]:
     )
 
 
-def _predictor(task: _Task, found: Any, out_of_fold: Evaluation) -> Predictor:
+def _predictor(task: _Task, found: Any) -> Predictor:
     """Wrap a found head with all that it needs to be used later."""
     store = task.store
     keys = {name: key for key, name in source_taps(store).items()}
@@ -587,7 +569,6 @@ def _predictor(task: _Task, found: Any, out_of_fold: Evaluation) -> Predictor:
         fingerprints=tuple(fingerprints),
         train_sha256=store.sha256,
         canaries=_canaries(task, found.estimator, columns),
-        metrics={"out_of_fold": _summary(out_of_fold)},
     )
 
 
@@ -624,17 +605,6 @@ def _predict_us(task: _Task, predictor: Predictor) -> float:
 
 def _n_scored(predictor: Predictor, test: FeatureStore) -> int:
     return int(((test.labels != "") & ~predictor.trained_on(test.sha256)).sum())
-
-
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the figures of an evaluation that a predictor keeps."""
-    values = evaluation.to_dict()
-    keep = ("images", "log_loss", "ece", "top_k", "confusion")
-    rates = ("accuracy", "balanced_accuracy", "macro_f1")
-    return {
-        **{name: values[name] for name in keep},
-        **{f"{name}{end}": values[f"{name}{end}"] for name in rates for end in ("", "_interval")},
-    }
 
 
 def _jsonable(params: Mapping[str, Any]) -> dict[str, Any]:

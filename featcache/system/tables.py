@@ -1,26 +1,43 @@
-"""Small HTML tables, all escaped: what a notebook shows of a store, an evaluation, a predictor."""
+"""Small tables for people: aligned text for terminals, HTML for notebooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 
-__all__ = ["SHOWN", "some", "table"]
+__all__ = ["SHOWN", "first_names", "html_table", "text_table"]
 
 SHOWN = 20
-"""Classes that are named before the rest is counted."""
+"""Names that are listed before the rest is counted."""
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return an HTML table.
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()
+) -> str:
+    """Return lines of aligned columns, two spaces apart.
 
     Parameters
     ----------
     header : list of str
         Names of the columns.
     rows : list of list of str
-        Texts; the first of each row names it.
+        Texts.
+    right : collection of int
+        Numbers of the columns that are aligned on the right, as numbers are.
     """
+    lines = []
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(width) if k in right else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table, all of it escaped; the first text of each row names it."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(
         f"<tr><th>{escape(first)}</th>"
@@ -31,7 +48,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def some(texts: Sequence[str]) -> str:
-    """Return the first of some texts in one line, and how many more there are."""
-    line = ", ".join(texts[:SHOWN])
-    return f"{line}, and {len(texts) - SHOWN:,} more" if len(texts) > SHOWN else line
+def first_names(names: Sequence[str], most: int = SHOWN) -> str:
+    """Return the first of some names in one line, and how many more there are."""
+    line = ", ".join(names[:most])
+    return f"{line}, and {len(names) - most:,} more" if len(names) > most else line

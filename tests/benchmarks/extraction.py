@@ -285,9 +285,8 @@ def precisions(folder: Path) -> None:
         row = board.rows[0]
         features[precision] = store.load()[0]
         print(
-            f"demo, {precision:8s}  linear head: out of fold {row.cv_accuracy:.3f} "
-            f"{interval(row.cv_accuracy_interval)}, held out {row.accuracy:.3f} "
-            f"{interval(row.accuracy_interval)}",
+            f"demo, {precision:8s}  linear head: out of fold {row.cv.accuracy}, "
+            f"held out {row.held_out.accuracy}",
             flush=True,
         )
     plain, rounded = features.values()
@@ -300,11 +299,6 @@ def computes_bfloat16() -> bool:
     import torch
 
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def interval(ends: Any) -> str:
-    """Return ``[low, high]``."""
-    return f"[{ends[0]:.3f}, {ends[1]:.3f}]"
 
 
 # --- the run --------------------------------------------------------------------------------------

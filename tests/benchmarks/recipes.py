@@ -83,7 +83,7 @@ def scored(ids: Any, codes: np.ndarray, scores: np.ndarray, classes: Any) -> str
     """Return the accuracy with its interval."""
     proba = torch.from_numpy(np.asarray(scores, np.float64)).softmax(1).numpy()
     found = Evaluation(ids=np.asarray(ids), y_true=codes, proba=proba, classes=tuple(classes))
-    low, high = found.accuracy_interval
+    low, high = found.accuracy.interval
     return f"{found.accuracy:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -367,11 +367,11 @@ def accuracy(folder: Path, device: torch.device, count: int | None) -> None:
             lambda part=part, name=name, options=options: fc.train(part, head=name, **options)
         )
         found = fc.evaluate(predictor, held)
-        low, high = found.accuracy_interval
+        low, high = found.accuracy.interval
         row = predictor.leaderboard.rows[0]
         say(
             f"{name:7s} held out {found.accuracy:.3f} [{low:.3f}, {high:.3f}], out of fold "
-            f"{row.cv_accuracy:.3f}, log loss {found.log_loss:.3f}, calibration error "
+            f"{row.cv.accuracy:.3f}, log loss {found.log_loss:.3f}, calibration error "
             f"{found.ece:.3f}, trained in {seconds:.0f} s: {dict(row.params)}"
         )
         right.append(found.y_pred == found.y_true)
