@@ -123,7 +123,10 @@ def datasets(parts: Mapping[str, Any], source: str) -> Datasets:
 def torchvision_set(name: str, root: str | os.PathLike[str] | None, download: bool) -> Datasets:
     """List all splits of a data set of torchvision by its name; see `ImageSet.open`."""
     if root is None:
-        raise ImageSetError(f"{name}: expected the folder that it is in. Type {name}:FOLDER")
+        raise ImageSetError(
+            f"{name}: expected the folder that it is in, or is to be downloaded to. Type --root "
+            f"FOLDER, or {name}:FOLDER where a command has no --root"
+        )
     import torchvision.datasets
 
     make: Callable[..., Any] = getattr(torchvision.datasets, name)
@@ -133,8 +136,9 @@ def torchvision_set(name: str, root: str | os.PathLike[str] | None, download: bo
             for split, arguments in TORCHVISION_SETS[name].items()
         }
     except (RuntimeError, OSError) as error:
+        reason = str(error).partition(" You can use download=True")[0].rstrip(".")
         hint = "" if download else ". To download it, type --download"
-        raise ImageSetError(f"{name}: expected it in {os.fspath(root)}: {error}{hint}") from error
+        raise ImageSetError(f"{name}: expected it in {os.fspath(root)}: {reason}{hint}") from error
     return datasets(parts, f"{name}:{os.fspath(root)}")
 
 
