@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import itertools
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 # Two pytest workers on two cores: one thread each, set before torch or numpy start their pools.
@@ -29,6 +33,29 @@ def torch_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec(PACKAGE):
         link_weights(home / "hub" / "checkpoints")
     return home
+
+
+@pytest.fixture
+def full_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., AbstractContextManager[None]]:
+    """Return ``full_disk(at=1)``: within it, space is refused from reservation number `at` on."""
+    allocate = getattr(os, "posix_fallocate", None)
+
+    @contextmanager
+    def full_disk(at: int = 1) -> Iterator[None]:
+        calls = itertools.count(1)
+
+        def reserve(*args: int) -> None:
+            if next(calls) >= at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            allocate(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", reserve, raising=False)
+            yield
+
+    return full_disk
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tarfile
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -268,17 +270,15 @@ def test_a_file_of_another_kind_is_not_replaced(root: Path) -> None:
 
 
 def test_a_disk_that_is_full_is_found_before_any_work(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    full_disk: Callable[..., AbstractContextManager[None]],
 ) -> None:
     from featcache.errors import DiskFull
     from featcache.networks.forward import Runtime
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(Runtime, "_prepare", lambda self: pytest.fail("work was begun"))
-    with pytest.raises(DiskFull):
+    with full_disk(), pytest.raises(DiskFull):
         run(root)
     assert not [p for p in root.parent.glob("features.h5*") if p.stat().st_size]
 

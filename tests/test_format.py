@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import h5py
@@ -372,12 +374,10 @@ except DiskFull as error:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_found_by_reservation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, start: int, length: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(DiskFull, match="--store-dtype float16"):
+def test_full_disk_found_by_reservation(
+    tmp_path: Path, full_disk: Callable[..., AbstractContextManager[None]]
+) -> None:
+    with full_disk(), pytest.raises(DiskFull, match="--store-dtype float16"):
         stores.writer(tmp_path / "a.h5", stores.images())
     assert list(tmp_path.iterdir()) == []
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -230,22 +231,15 @@ def test_a_part_that_is_being_written_is_waited_for(
 
 
 def test_a_disk_that_fills_loses_nothing(
-    tmp_path: Path, path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    path: Path,
+    expected: bytes,
+    full_disk: Callable[..., AbstractContextManager[None]],
 ) -> None:
     given = parts(tmp_path / "parts", images())
-    allocate, refused = os.posix_fallocate, 0
+    refused = 0
     for full_at in range(1, 100):
-        calls = 0
-
-        def limited(*args: int, full_at: int = full_at) -> None:
-            nonlocal calls
-            calls += 1
-            if calls >= full_at:
-                raise OSError(28, "No space left on device")
-            allocate(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "posix_fallocate", limited)
+        with full_disk(full_at):
             try:
                 merge(path, images().tables, given, max_failures=1)
             except DiskFull as error:

@@ -49,6 +49,9 @@ def test_a_package_says_what_lives_there_and_holds_no_code() -> None:
     for path in ROOT.glob("*/__init__.py"):
         (docstring,) = ast.parse(path.read_text()).body
         assert isinstance(docstring, ast.Expr), path
+        said = ast.literal_eval(docstring.value)
+        assert all(f"\n{word}" in said for word in ("In:", "Here:", "May import:")), path
+        assert "Out:" in said, path
 
 
 def imports(path: Path) -> set[str]:

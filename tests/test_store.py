@@ -12,6 +12,7 @@ import textwrap
 import time
 import tracemalloc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -404,20 +405,14 @@ def test_a_torn_line_of_failures_costs_only_its_reason(path: Path) -> None:
 
 
 def test_no_room_to_leave_failures_out_loses_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, full_disk: Callable[..., AbstractContextManager[None]]
 ) -> None:
     imgs = stores.images(12)
-
-    def full(descriptor: int, start: int, length: int) -> None:
-        raise OSError(28, "No space left on device")
-
     with stores.writer(path, imgs) as writer:
         writer.fail(3, "decode", "no")
         stores.fill(writer, imgs, writer.pending)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "posix_fallocate", full, raising=False)
-            with pytest.raises(DiskFull, match="All features are kept"):
-                writer.finish(max_failures=1)
+        with full_disk(), pytest.raises(DiskFull, match="All features are kept"):
+            writer.finish(max_failures=1)
     with stores.writer(path, imgs) as writer:
         assert len(writer.finish(max_failures=1)) == 11
 
