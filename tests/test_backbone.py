@@ -400,6 +400,10 @@ def build():
 
 def wrong():
     return torch.nn.ReLU()
+
+
+def picky(depth):
+    return build()
 """
 
 
@@ -416,6 +420,8 @@ def test_a_callable_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert from_file.fingerprint().state_sha256 == backbone.fingerprint().state_sha256
     with pytest.raises(BackboneError, match="must return"):
         Backbone("own_networks_of_a_user:wrong")
+    with pytest.raises(BackboneError, match=r"must return .* TypeError: picky\(\) missing 1"):
+        Backbone("own_networks_of_a_user:picky")
     for spec in ("own_networks_of_a_user:missing", "no_such_module_at_all:f", ":f"):
         with pytest.raises(UnknownBackbone, match=r"package\.module:callable"):
             Backbone(spec)

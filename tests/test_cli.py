@@ -195,6 +195,19 @@ def test_train_again_is_nothing_to_do(predictor: Path, store: Path) -> None:
     assert predictor.stat().st_mtime_ns == before
 
 
+def test_the_bar_of_predict_names_the_network(
+    predictor: Path, flower_folder: Path, tmp_path: Path
+) -> None:
+    result = featcache("predict", predictor, flower_folder / "rose", "-o", tmp_path / "p.csv")
+    assert result.exit_code == 0 and "resnet18: " in result.stderr
+
+
+def test_help_says_what_a_network_of_ones_own_returns() -> None:
+    said = " ".join(succeed("layers", "--help").split())
+    assert "without arguments, that returns (torch.nn.Module, featcache.Preprocessing)" in said
+    assert 'see "featcache layers --help"' in " ".join(succeed("extract", "--help").split())
+
+
 def test_predict_reports_an_unreadable_image_instead_of_dropping_it(
     predictor: Path, flower_folder: Path, tmp_path: Path
 ) -> None:
@@ -260,6 +273,25 @@ def test_mistakes_get_one_message(flower_folder: Path, store: Path, tmp_path: Pa
     assert "lineer" in fail("train", store, "-o", tmp_path / "p.featcache", "--head", "lineer")
     assert not new.exists()
     assert not (tmp_path / "p.featcache").exists()
+
+
+def test_no_command_makes_a_folder_for_its_file(
+    flower_folder: Path, store: Path, predictor: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "typed wrong"
+    for command, name in (
+        (["extract", flower_folder, *NETWORK, "-o"], "f.h5"),
+        (["train", store, "-o"], "f.featcache"),
+        (["predict", predictor, flower_folder, "-o"], "f.csv"),
+        (["evaluate", predictor, store, "--report"], "f.html"),
+        (["audit", store, "-o"], "f.csv"),
+        (["export", store, "-o"], "f.npz"),
+        (["export-model", predictor, "-o"], "f.onnx"),
+    ):
+        message = fail(*command, missing / name)
+        assert f"There is no folder {missing} to write {name} in" in message
+        assert f"mkdir -p '{missing}'" in message
+        assert not missing.exists()
 
 
 def test_verify_finds_a_flipped_bit(store: Path, tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def main() -> None:
 def layers(backbone: str, weights: str | None, image_size: int | None, as_json: bool) -> None:
     """List the layers of BACKBONE, their shapes and their cost.
 
-    BACKBONE is a torchvision name (resnet50), timm/NAME, or package.module:callable.
+    BACKBONE is a torchvision name (resnet50), timm/NAME, or package.module:callable: a function of
+    your own, without arguments, that returns (torch.nn.Module, featcache.Preprocessing).
 
     The cost of a layer is its share of the operations of a forward pass. Any layer of the list may
     be given to "featcache extract" as --layer, alone or as LAYER[#K][:SIDE][:REDUCTION]: K counts
@@ -150,7 +151,7 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
 
 @main.command()
 @click.argument("images")
-@options.output("STORE.h5", "Feature file to write, or to bring up to date.")
+@options.output("STORE.h5", "Feature file to write, or to bring up to date.", required=True)
 @options.backbone
 @options.weights
 @options.flag("--partial", "Accept a checkpoint that fits in part, and record which part.")
@@ -274,7 +275,7 @@ def verify(store: Path, as_json: bool) -> None:
 
 @main.command()
 @options.path_argument("stores", nargs=-1, required=True)
-@options.output("PREDICTOR", "Predictor file to write.")
+@options.output("PREDICTOR", "Predictor file to write.", required=True)
 @options.layer(
     "Layer of STORES to train on. May be repeated to use several side by side. Default: all."
 )
@@ -355,7 +356,7 @@ def train(
 @main.command()
 @options.path_argument("predictor")
 @options.path_argument("store")
-@options.path_option("--report", "FILE.html", "Write a page with figures, maps and mistakes.")
+@options.output("FILE.html", "Write a page with figures, maps and mistakes.", "--report")
 @option("--images", metavar="IMAGES", help="The images of STORE, to show them in the report.")
 @options.own_network
 @options.json_output
@@ -394,7 +395,7 @@ def evaluate(
 @main.command()
 @options.path_argument("predictor")
 @click.argument("images", nargs=-1, required=True)
-@options.output("FILE", "File to write. Default: standard output.", required=False)
+@options.output("FILE", "File to write. Default: standard output.")
 @option("--format", "file_format", type=FORMAT, default="csv", help="Format of the predictions.")
 @option("--top-k", **count(), default=1, help="Number of classes to list for each image.")
 @options.own_network
@@ -430,7 +431,7 @@ def predict(
 
 @main.command()
 @options.path_argument("store")
-@options.output("FILE.csv", "Table of findings to write.")
+@options.output("FILE.csv", "Table of findings to write.", required=True)
 def audit(store: Path, output: Path) -> None:
     """List images whose label, copies or features look wrong."""
     from featcache.study.audit import audit as audit_store
@@ -442,7 +443,7 @@ def audit(store: Path, output: Path) -> None:
 
 @main.command()
 @options.path_argument("store")
-@options.output("FILE", "File to write; its ending decides the format.")
+@options.output("FILE", "File to write; its ending decides the format.", required=True)
 def export(store: Path, output: Path) -> None:
     """Write the features of STORE as .npz, .npy, .parquet or .csv."""
     from featcache.store.export import export_store
@@ -453,7 +454,7 @@ def export(store: Path, output: Path) -> None:
 
 @main.command("export-model")
 @options.path_argument("predictor")
-@options.output("FILE", "File to write: .onnx, or .pt2 for torch.export.load.")
+@options.output("FILE", "File to write: .onnx, or .pt2 for torch.export.load.", required=True)
 @options.own_network
 def export_model(predictor: Path, output: Path, backbone: str | None, weights: str | None) -> None:
     """Write network and head as one model: .onnx or .pt2."""

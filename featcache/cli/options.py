@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from featcache.finetuning.settings import SCHEDULES, SuffixSettings
+from featcache.system.files import check_folder
 
 Decorator = Callable[[Any], Any]
 
@@ -74,9 +75,17 @@ def path_option(name: str, metavar: str, help: str, *names: str, **more: Any) ->
     return click.option(name, *names, type=path, metavar=metavar, help=help, **more)
 
 
-def output(metavar: str, help: str, *, required: bool = True) -> Decorator:
-    """Return the option that names the file to write."""
-    return path_option("-o", metavar, help, "--output", required=required)
+def output(metavar: str, help: str, *names: str, **more: Any) -> Decorator:
+    """Return an option that names a file to write, whose folder is there."""
+    names = names or ("-o", "--output")
+    return path_option(names[0], metavar, help, *names[1:], callback=_in_a_folder, **more)
+
+
+def _in_a_folder(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a folder that is missing before anything is computed: it may be a typing error."""
+    if path is not None:
+        check_folder(path)
+    return path
 
 
 def flag(name: str, help: str) -> Decorator:
@@ -101,7 +110,8 @@ backbone = click.option(
     "--backbone",
     required=True,
     metavar="NETWORK",
-    help="A torchvision name (resnet50), timm/NAME, or package.module:callable.",
+    help='A torchvision name (resnet50), timm/NAME, or package.module:callable; see "featcache '
+    'layers --help".',
 )
 weights = click.option(
     "--weights",

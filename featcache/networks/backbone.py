@@ -39,9 +39,10 @@ class Backbone:
         - a name of torchvision's (``"resnet50"``; `backbones` lists them);
         - ``"timm/NAME"`` or ``"timm/NAME.TAG"``, a name of timm's, with or without the tag of its
           weights;
-        - ``"package.module:callable"``, found on the import path or in the current folder. Called
-          without arguments, it returns ``(torch.nn.Module, Preprocessing)``. It is called at once,
-          because only its result tells whether the network is still the same;
+        - ``"package.module:callable"``, a function of your own, on the import path or in the
+          current folder. It takes no arguments and returns the pair ``(torch.nn.Module,
+          Preprocessing)``: the network with its weights, and what it expects of images. It is
+          called at once, because only its result tells whether the network is still the same;
         - a module. It is copied, so that training it further changes no features, and freezing the
           copy leaves the module alone.
     weights : str, Path or None
@@ -75,7 +76,7 @@ class Backbone:
     MissingExtra
         If timm is needed and not installed.
     BackboneError
-        If the callable returns something else, or a module comes without preprocessing.
+        If the callable fails or returns something else, or a module comes without preprocessing.
 
     Examples
     --------

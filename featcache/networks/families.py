@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -360,7 +361,7 @@ def import_callable(spec: str) -> tuple[nn.Module, Preprocessing]:
     UnknownBackbone
         If it cannot be imported.
     BackboneError
-        If it returns something else than ``(module, Preprocessing)``.
+        If it fails, or returns something else than ``(module, Preprocessing)``.
     """
     module_name, _, attribute = spec.partition(":")
     try:
@@ -373,7 +374,15 @@ def import_callable(spec: str) -> tuple[nn.Module, Preprocessing]:
             f"{spec!r} cannot be imported: {error}. Expected package.module:callable, on the "
             "import path or in the current folder"
         ) from error
-    result = found() if callable(found) else found
+    wanted = f"{spec} must return (torch.nn.Module, featcache.Preprocessing)"
+    try:
+        result = found() if callable(found) else found
+    except Exception as error:  # one's own code may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise BackboneError(
+            f"{wanted}; called without arguments, it failed with {type(error).__name__}: {error} "
+            f"({place.filename}, line {place.lineno})"
+        ) from error
     if (
         isinstance(result, tuple)
         and len(result) == 2
@@ -381,10 +390,7 @@ def import_callable(spec: str) -> tuple[nn.Module, Preprocessing]:
         and isinstance(result[1], Preprocessing)
     ):
         return result
-    raise BackboneError(
-        f"{spec} must return (torch.nn.Module, featcache.Preprocessing), it returned "
-        f"{type(result).__name__}"
-    )
+    raise BackboneError(f"{wanted}, it returned {type(result).__name__}")
 
 
 @contextmanager

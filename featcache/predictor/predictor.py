@@ -408,7 +408,13 @@ class Predictor:
                 for network, fingerprint in zip(networks, self.fingerprints, strict=True)
             ]
             bar = stack.enter_context(
-                progress_bar(progress, total=len(images), unit="img", smoothing=0.05)
+                progress_bar(
+                    progress,
+                    total=len(images),
+                    unit="img",
+                    smoothing=0.05,
+                    desc=", ".join(network.name for network in networks),
+                )
             )
             rows = zip(*streams, strict=True)
             while block := list(itertools.islice(rows, _ROWS_AT_ONCE)):

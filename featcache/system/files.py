@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,16 @@ from typing import IO, Any
 
 from featcache.errors import OutputError
 
-__all__ = ["atomic_write", "check_overwrite"]
+__all__ = ["atomic_write", "check_folder", "check_overwrite"]
+
+
+def check_folder(path: Path) -> None:
+    """Raise `OutputError` if the folder is missing that a file is going to be written in."""
+    if not path.parent.is_dir():
+        raise OutputError(
+            f"There is no folder {path.parent} to write {path.name} in. To make it, type: "
+            f"mkdir -p {shlex.quote(str(path.parent))}"
+        )
 
 
 def check_overwrite(path: Path, is_own: Callable[[Path], bool], what: str) -> None:
@@ -31,8 +41,7 @@ def check_overwrite(path: Path, is_own: Callable[[Path], bool], what: str) -> No
     """
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file in it.")
-    if not path.parent.is_dir():
-        raise OutputError(f"There is no folder {path.parent} to write {path.name} in.")
+    check_folder(path)
     try:
         foreign = path.exists() and path.stat().st_size > 0 and not is_own(path)
     except OSError as error:
