@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from featcache.errors import (
     DeviceError,
@@ -31,10 +32,11 @@ from featcache.errors import (
 from featcache.extraction.extract import extract
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
+from featcache.networks.forward import Runtime
 from featcache.store.disk import WriteLock
 from featcache.store.file import StoreFile
 from featcache.store.store import FeatureStore
-from tests.small import backbone, folder, photograph
+from tests.small import backbone, folder, network, photograph
 
 N = 44
 OWN = "tests.small:own"
@@ -80,13 +82,6 @@ def test_parts_give_the_bits_of_one_process(root: Path, whole: str, tmp_path: Pa
     assert run(root, path, device=["cpu", "cpu"]).extraction.skipped
 
 
-def test_several_devices_are_several_processes(root: Path, whole: str, tmp_path: Path) -> None:
-    path = tmp_path / "f.h5"
-    store = run(root, path, device=["cpu", "cpu"])
-    assert sha256(store) == whole
-    assert beside(path) == ["f.h5"]
-
-
 class Recording(Executor):
     """Runs a call when it is submitted, in this thread, and keeps what would travel."""
 
@@ -114,6 +109,34 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_begun(
         with pytest.raises((DeviceError, ExtractionError)):
             run(root, tmp_path / "f.h5", device=["cpu", other])
     assert not list(tmp_path.glob("f.h5*"))
+
+
+UNGUARDED = """
+import sys
+import featcache as fc
+
+images, backbone = fc.ImageSet.open(sys.argv[1]), fc.Backbone("tests.small:own")
+try:
+    fc.extract(images, backbone, "f.h5", device=["cpu", "cpu"])
+except fc.errors.ExtractionError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def test_a_script_without_its_guard_is_told_so(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    said = subprocess.run(
+        [sys.executable, "script.py", str(root)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    ).stderr
+    assert said == (
+        "The processes end as soon as they are started. Name one device, or put what your script "
+        'does below if __name__ == "__main__":\n'
+    )
+    assert beside(tmp_path / "f.h5") == []
 
 
 def test_a_task_is_small(tmp_path: Path) -> None:
@@ -212,6 +235,29 @@ def test_failures_are_left_out_and_tried_again(tmp_path: Path) -> None:
     assert beside(path) == ["f.h5"]
 
 
+@pytest.mark.parametrize("passes", [7, 9])  # of the second part: for test images, for images
+def test_a_part_for_which_memory_runs_out_says_which_batch_would_do(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    path = tmp_path / "f.h5"
+    forward, calls = Runtime._forward, []
+
+    def running_out(self: Runtime, batch: torch.Tensor) -> Any:
+        calls.append(len(batch))
+        if len(calls) > passes and len(batch) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "_forward", running_out)
+        with pytest.raises(ExtractionError, match=r"(?s)batch_size: 4 .*, 2 .*--batch-size 2 "):
+            run(root, path, executor=Recording(), parts=2)
+    store = run(root, path, executor=Recording(), parts=2, batch_size=2)
+    assert store.extraction.settings["batch_size"] == 2
+    assert store.extraction.copied == 20  # the first part
+    assert sha256(store) == sha256(run(root, tmp_path / "two.h5", batch_size=2))
+
+
 # --- what an engine cannot take -------------------------------------------------------------------
 
 
@@ -230,6 +276,16 @@ def test_what_is_only_in_memory_goes_to_processes_of_our_own(root: Path, tmp_pat
     one = extract(arrays, backbone(), tmp_path / "one.h5", device="cpu", **options)
     two = extract(arrays, backbone(), tmp_path / "two.h5", device=["cpu", "cpu"], **options)
     assert sha256(one) == sha256(two)
+
+
+def test_a_callable_may_take_its_weights_from_a_file(root: Path, tmp_path: Path) -> None:
+    torch.save(network(seed=7).state_dict(), tmp_path / "seven.pt")
+    images, options = ImageSet.open(root), {"batch_size": 4, "workers": 0, "device": "cpu"}
+    net = Backbone(OWN, weights=tmp_path / "seven.pt", layers=["pool"])
+    one = extract(images, net, tmp_path / "one.h5", **options)
+    two = extract(images, net, tmp_path / "two.h5", executor=Recording(), parts=2, **options)
+    assert sha256(one) == sha256(two)
+    assert one.fingerprint.weights == "seven.pt"
 
 
 @pytest.mark.parametrize("source", ["callable", "torchvision"])
@@ -367,8 +423,10 @@ def test_stopped_and_killed_it_goes_on_at_once(root: Path, whole: str, tmp_path:
     child.wait_for(4)
     status, said = child.end(signal.SIGINT)
     assert status == 75
-    assert "Stopped by SIGINT" in said
-    assert "Traceback" not in said
+    assert [line for line in said.splitlines() if line and "img/s" not in line] == [
+        "Interrupted: Stopped by SIGINT. Everything computed is kept: "
+        "run the same command again to go on."
+    ]
     kept = done(path)
     assert kept >= 4
     child = Child(root, path)

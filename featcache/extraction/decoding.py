@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import get_context
 
-from featcache.errors import DecodeError, ExtractionError
+from featcache.errors import DecodeError
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.pixels.decode import RawImage
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.store.format import DONE, FAILED, PENDING
-from featcache.system.processes import die_with_parent
+from featcache.system.processes import die_with_parent, start_processes
 
 __all__ = ["ENTRY", "PREFETCH", "Batch", "Decoder", "Loader", "make_tasks"]
 
@@ -47,7 +47,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Batch:
-    """Images decoded together.
+    """Images that go from their files to their features together.
 
     Attributes
     ----------
@@ -59,7 +59,10 @@ class Batch:
         Status, file size, time of the last change, and hash of each image. The status is DONE for
         an image that was decoded, else FAILED.
     pixels : torch.Tensor of uint8, shape (slots, [views,] channels, h, w)
-        The images; black where a slot has none. Channels are adjacent in memory.
+        The images; black where a slot has none. Channels are adjacent in memory. Empty once the
+        features are there.
+    features : dict of str to ndarray of float32, shape (m, [views,] ...)
+        Features by tap of the m images that are `done`.
     failures : dict of int to DecodeError
         Reasons of the images that failed, by row.
     seconds : float
@@ -70,8 +73,14 @@ class Batch:
     slots: np.ndarray
     entries: np.ndarray
     pixels: Tensor
+    features: dict[str, np.ndarray] = field(default_factory=dict)
     failures: dict[int, DecodeError] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def done(self) -> np.ndarray:
+        """Mask of the images that have pixels or features: bool, shape (k,)."""
+        return np.asarray(self.entries["status"] == DONE)
 
     def fail(self, k: int, error: DecodeError) -> None:
         """Record that image `k` of this batch has no pixels, and why."""
@@ -312,22 +321,11 @@ def _worker_pool(decoder: Decoder, workers: int) -> Iterator[ProcessPoolExecutor
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
-            # Blocked from birth in the children, whatever handlers they inherit.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            if daemon:
-                this.daemon = False  # lest children become orphans; this one dies with its parent
+            this.daemon = False  # lest children become orphans; a daemon dies with its parent
             try:
-                pool.submit(os.getpid).result()
-            except BrokenProcessPool as error:
-                raise ExtractionError(
-                    "The processes that decode images end as soon as they are started. Type "
-                    "--workers 0 (workers=0), or put what your script does below "
-                    'if __name__ == "__main__":'
-                ) from error
+                start_processes(pool, workers, _SIGNALS, "Type --workers 0 (workers=0)")
             finally:
-                if daemon:
-                    this.daemon = True
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                this.daemon = daemon
         yield pool
     finally:
         stop.fill_(True)

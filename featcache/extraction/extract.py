@@ -23,10 +23,11 @@ import numpy as np
 from featcache.errors import ExtractionError
 from featcache.extraction import reuse
 from featcache.extraction.canaries import of_canaries
+from featcache.extraction.decoding import Batch
 from featcache.extraction.filling import Job, filled
 from featcache.extraction.parts import in_parts
 from featcache.extraction.plan import Plan
-from featcache.extraction.stream import Chunk, Options, compute
+from featcache.extraction.stream import Options, compute
 from featcache.extraction.summary import Summary
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
@@ -36,7 +37,7 @@ from featcache.store.writer import relabel
 from featcache.system.console import interruptible
 from featcache.system.memory import reuse_memory
 
-__all__ = ["Chunk", "Summary", "canary_features", "extract", "features"]
+__all__ = ["Batch", "Summary", "canary_features", "extract", "features"]
 
 
 def features(
@@ -50,7 +51,7 @@ def features(
     precision: str = "float32",
     compile: bool | None = None,
     augmentation: Augmentation | None = None,
-) -> Iterator[Chunk]:
+) -> Iterator[Batch]:
     """Compute features, a batch at a time, in the order of the rows.
 
     Parameters
@@ -66,7 +67,7 @@ def features(
 
     Yields
     ------
-    Chunk
+    Batch
         Features and failures of the next images.
     """
     options = Options(
@@ -157,10 +158,12 @@ def extract(
         these, and rows of parts with other images or batches are copied.
     executor : concurrent.futures.Executor, optional
         Computes the parts: of an engine for several machines that see the same files, such as
-        Dask's ``client.get_executor(pure=False, retries=3)``; or of threads or processes. Every
-        task uses one device of the kind of `device`, and as many threads on a CPU as this process
-        would (`featcache.networks.forward.default_threads`): then the features are those of one
-        process, bit for bit.
+        Dask's ``client.get_executor(pure=False, retries=3)``; or of threads or processes. Make a
+        ``ProcessPoolExecutor`` with ``mp_context=multiprocessing.get_context("spawn")``: a process
+        that is forked from one in which torch has computed may hang.
+        Every task uses one device of the kind of `device`, and as many threads on a CPU as this
+        process would (`featcache.networks.forward.default_threads`): then the features are those of
+        one process, bit for bit.
         The images must be found by `ImageSet.open`, and the network by its name.
     precision : {"float32", "bfloat16", "float16"}
         Precision of the forward pass.

@@ -106,7 +106,7 @@ def filled(
         Of a part: settings of the whole job, for a file in which none are recorded. A machine that
         cannot compute with them refuses to; without them it may choose others.
     check : callable
-        Called after every chunk. What it raises ends the run; everything computed is kept.
+        Called after every batch. What it raises ends the run; everything computed is kept.
     """
     images, options = job.images, job.options
     known = known or job.layout
@@ -171,19 +171,18 @@ def _compute(
     pending, clock = writer.pending, Clock()
     recorded = _recorded(writer, settings)
     runtime = job.options.runtime(job.backbone, len(pending), settings=recorded)
-    if settings is not None:
-        _check_settings(writer.path, recorded or settings, runtime.settings)
-    writer.set_meta("settings", runtime.settings.to_dict())
+    asked = settings and recorded  # what every part repeats
+    _check_settings(writer.path, asked, runtime.settings)
     summary.rounding = check_canaries(writer, runtime)
     crashed = (writer.meta.get("run") or {}).get("state") == "running"
     started = time.perf_counter()
     with _marked_as_running(writer):
-        _fill(job, writer, runtime, pending, clock, advance, crashed=crashed)
+        _fill(job, writer, runtime, asked, pending, clock, advance, crashed=crashed)
         for _ in range(_ROUNDS):
             reuse.recheck_replaced_files(writer, job.images, pending)
             if not len(again := writer.pending):
                 break
-            _fill(job, writer, runtime, again, clock, advance, crashed=crashed)
+            _fill(job, writer, runtime, asked, again, clock, advance, crashed=crashed)
         # As the writer counts: features that are not finite are failures too.
         summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
         summary.failed = int(np.count_nonzero(writer.status == FAILED))
@@ -195,6 +194,7 @@ def _fill(
     job: Job,
     writer: FeatureWriter,
     runtime: Runtime,
+    asked: Settings | None,
     rows: np.ndarray,
     clock: Clock,
     advance: Callable[[int, Mapping[int, DecodeError]], None],
@@ -202,19 +202,20 @@ def _fill(
     crashed: bool,
 ) -> None:
     """Compute rows and write them."""
-    settings, reported = runtime.settings, time.monotonic()
-    chunks = compute(job.images, runtime, rows, job.options, clock=clock, crashed=crashed)
-    with WriterThread(writer, clock) as thread, contextlib.closing(chunks):
-        for chunk in chunks:
-            if runtime.settings != settings:  # memory ran out, and the batch was halved
+    settings, reported = None, time.monotonic()
+    batches = compute(job.images, runtime, rows, job.options, clock=clock, crashed=crashed)
+    with WriterThread(writer, clock) as thread, contextlib.closing(batches):
+        for batch in batches:
+            if runtime.settings != settings:  # the first time, or memory ran out: half a batch
                 settings = runtime.settings
+                _check_settings(writer.path, asked, settings)
                 writer.set_meta("settings", settings.to_dict())
-            thread.submit(chunk)
+            thread.submit(batch)
             if time.monotonic() > reported + _REPORT_SECONDS:
                 reported = time.monotonic()  # for the process that waits for this part
                 rows_done = int(np.count_nonzero(writer.status))
                 writer.set_meta("run", {"state": "running", "rows": rows_done})
-            advance(len(chunk.rows), chunk.failures)
+            advance(len(batch.rows), batch.failures)
 
 
 def _first_failure(job: Job, failures: Mapping[int, DecodeError]) -> ExtractionError:
@@ -236,15 +237,18 @@ def _recorded(writer: FeatureWriter, settings: Settings | None) -> Settings | No
     return None
 
 
-def _check_settings(path: str, asked: Settings, here: Settings) -> None:
-    different = differences(asked.to_dict(), here.to_dict(), ("asked for", "here"))
-    if different:
-        raise ExtractionError(
-            f"This machine cannot compute {path} as the job asks:\n{different}\n"
-            "Let only machines of one kind take part, or run the command again with what all of "
-            "them can do, such as --no-compile or --device cpu (compile=False, device='cpu'). "
-            "What was computed is kept."
-        )
+def _check_settings(path: str, asked: Settings | None, here: Settings) -> None:
+    if asked in (None, here):
+        return
+    possible = "--no-compile or --device cpu (compile=False, device='cpu')"
+    if asked.batch_size != here.batch_size:
+        possible = f"--batch-size {here.batch_size} (batch_size={here.batch_size})"
+    raise ExtractionError(
+        f"This machine cannot compute {path} as the job asks:\n"
+        f"{differences(asked.to_dict(), here.to_dict(), ('asked for', 'here'))}\n"
+        "Let only machines of one kind take part, or run the command again with what all of them "
+        f"can do, such as {possible}. What was computed is kept."
+    )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ Beside ``flowers.h5`` there are, until it is complete:
 
 A task gets the path of the store and the number of a part, and reads the rest from the plan. The
 disk says what is done: a part that is complete is not computed again, whatever became of the future
-that computed it, and a torn one is resumed. A task stops between two chunks, with everything
+that computed it, and a torn one is resumed. A task stops between two batches, with everything
 committed, as soon as the plan is written anew. So Ctrl-C reaches the tasks on every machine, and
 tasks that an earlier run left behind let go of their parts.
 
@@ -28,6 +28,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,7 +65,7 @@ from featcache.store.store import FeatureStore
 from featcache.store.writer import merge
 from featcache.system.console import progress_bar
 from featcache.system.memory import reuse_memory
-from featcache.system.processes import die_with_parent
+from featcache.system.processes import die_with_parent, start_processes
 
 __all__ = ["choose_settings", "extract_part", "in_parts"]
 
@@ -91,6 +92,9 @@ def in_parts(
     The parameters are those of `featcache.extraction.extract.extract`, and `job` and `summary` as
     for `featcache.extraction.filling.filled`.
     """
+    main = sys.modules["__main__"]
+    if executor is None and sys.modules.get("__mp_main__", main) is not main:
+        raise SystemExit(1)  # a process of ours imports the script; the one that started it says so
     path, images, backbone, options = job.path, job.images, job.backbone, job.options
     named: tuple[str, ...] = ()
     if executor is not None:
@@ -126,7 +130,12 @@ def in_parts(
 
         _recheck(plan, images, retry_failed=options.retry_failed)
         loop = time.perf_counter()
-        results = _fill(plan, pool, named, lambda: bar.update(plan.done - bar.n))
+        try:
+            results = _fill(plan, pool, named, lambda: bar.update(plan.done - bar.n))
+        except BaseException:
+            if plan.settings is None and not plan.earlier:  # nothing was begun
+                plan_file(path).unlink()
+            raise
         _summarize(plan, results, time.perf_counter() - loop, summary)
         plan.merging = True
         plan.write()
@@ -236,9 +245,10 @@ def _fill(
             return results
     k = min(lost or plan.missing)
     error = lost.get(k)
+    kept = "What was computed is kept: run" if plan.done else "Run"
     raise ExtractionError(
         f"{plan.path} is not complete after {_TRIES} attempts; part {k}: {type(error).__name__}: "
-        f"{error}. What was computed is kept: run the same command again to go on."
+        f"{str(error).rstrip('.')}. {kept} the same command again to go on."
     ) from error
 
 
@@ -253,13 +263,8 @@ def _run(
     found: dict[int, Any] = {}
     lost: dict[int, Exception] = {}
     try:
-        # Blocked from birth in the processes that are started for a call.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for k, call in calls.items():
-                futures[executor.submit(*call)] = k
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for k, call in calls.items():
+            futures[executor.submit(*call)] = k
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, _LOOK, FIRST_COMPLETED)
@@ -302,20 +307,24 @@ def _processes(devices: Sequence[str], images: ImageSet, backbone: Backbone) -> 
         len(devices), context, _start_process, (names, images, backbone, os.getpid())
     )
     try:
+        start_processes(pool, len(devices), {signal.SIGINT}, "Name one device")
         yield pool
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        raise
     finally:
+        pool.shutdown(wait=False)
+        for process in set(multiprocessing.active_children()) - others:
+            process.join(1)  # it ends by itself, unless its task has not stopped
+            process.kill()
         pool.shutdown()
 
 
 def _start_process(names: Any, images: ImageSet, backbone: Backbone, parent: int) -> None:
     """Prepare a process; SIGINT stays blocked, and the kernel kills it if its parent dies."""
+    from tqdm import tqdm
+
     global _given
     _given = images, backbone, names.get()
     die_with_parent(parent)
+    tqdm.set_lock(threading.RLock())  # tqdm's own, a semaphore of the system, would outlive a kill
 
 
 # --- in a task ------------------------------------------------------------------------------------
@@ -427,7 +436,7 @@ def _opened(planned: str, network: str | None) -> tuple[ImageSet, Backbone]:
         raise ExtractionError(f"The plan names the network {name}, the task {network}.")
     backbone = Backbone(
         f"timm/{name}" if request["source"] == "timm" else name,
-        weights="auto" if request["source"] == "callable" else request["weights"],
+        weights="auto" if request["weights"] == "as given" else request["weights"],
         layers=request["taps"],
         partial=request.get("partial", False),
     )

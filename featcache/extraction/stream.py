@@ -17,18 +17,16 @@ from typing import Self
 import numpy as np
 import torch
 
-from featcache.errors import DecodeError
 from featcache.extraction.decoding import Batch, Decoder, Loader, make_tasks
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Pending, Runtime, Settings
 from featcache.pixels.views import Augmentation
-from featcache.store.format import DONE
 from featcache.store.writer import FeatureWriter
 
-__all__ = ["Chunk", "Clock", "Options", "WriterThread", "compute"]
+__all__ = ["Clock", "Options", "WriterThread", "compute"]
 
-MAX_QUEUED = 4  # chunks that may wait for the disk
+MAX_QUEUED = 4  # batches that may wait for the disk
 _IMAGES_A_THREAD = 16
 
 
@@ -71,33 +69,6 @@ class Options:
 
 
 @dataclass
-class Chunk:
-    """Features of a few images.
-
-    Attributes
-    ----------
-    rows : ndarray of int64, shape (k,)
-        Numbers of the images in the image set, ascending.
-    entries : ndarray of `featcache.extraction.decoding.ENTRY`, shape (k,)
-        Status, file size, time of the last change, and hash of each image.
-    features : dict of str to ndarray of float32, shape (m, [views,] ...)
-        Features by tap of the m images that are `done`.
-    failures : dict of int to DecodeError
-        Reasons of the others, by row.
-    """
-
-    rows: np.ndarray
-    entries: np.ndarray
-    features: dict[str, np.ndarray]
-    failures: dict[int, DecodeError]
-
-    @property
-    def done(self) -> np.ndarray:
-        """Mask of the images that have features: bool, shape (k,)."""
-        return np.asarray(self.entries["status"] == DONE)
-
-
-@dataclass
 class Clock:
     """Where the time went, in seconds.
 
@@ -130,7 +101,7 @@ def compute(
     *,
     clock: Clock | None = None,
     crashed: bool = False,
-) -> Generator[Chunk, None, None]:
+) -> Generator[Batch, None, None]:
     """Compute features, a batch at a time, in the order of the rows.
 
     Parameters
@@ -150,7 +121,7 @@ def compute(
 
     Yields
     ------
-    Chunk
+    Batch
     """
     if not len(rows):
         return
@@ -182,10 +153,10 @@ def compute(
             # A GPU goes on by itself: one batch is decoded, and the one before fetched and written,
             # while it computes.
             ready = len(computing) > (on_gpu and batch is not None)
-            chunk = _chunk(*computing.popleft(), views) if ready else None
+            finished = _finished(*computing.popleft(), views) if ready else None
             clock.forward += time.perf_counter() - loaded
-            if chunk is not None:
-                yield chunk
+            if finished is not None:
+                yield finished
             elif batch is None:
                 return
     finally:
@@ -207,7 +178,7 @@ def _drop_empty_groups(batch: Batch, group: int) -> None:
 
     A few images, or the last of a resumed run, would otherwise wait for dozens of black ones.
     """
-    taken = batch.slots[batch.entries["status"] == DONE]
+    taken = batch.slots[batch.done]
     groups = np.unique(taken // group) if len(taken) else np.zeros(1, np.int64)
     if len(groups) * group >= len(batch.pixels):
         return
@@ -216,14 +187,14 @@ def _drop_empty_groups(batch: Batch, group: int) -> None:
     batch.slots = np.searchsorted(kept, batch.slots)
 
 
-def _chunk(batch: Batch, pending: Pending, views: int) -> Chunk:
-    chunk = Chunk(batch.rows, batch.entries, {}, batch.failures)
-    slots = batch.slots[chunk.done]
+def _finished(batch: Batch, pending: Pending, views: int) -> Batch:
+    batch.pixels = batch.pixels.new_empty(0)  # their memory is free for the next batch
+    slots = batch.slots[batch.done]
     for tap, value in pending.result().items():
         if views > 1:  # (slots * views, ...) -> (slots, views, ...)
             value = value.reshape(-1, views, *value.shape[1:])
-        chunk.features[tap] = value[slots]  # -> (m, [views,] ...)
-    return chunk
+        batch.features[tap] = value[slots]  # -> (m, [views,] ...)
+    return batch
 
 
 def _default_workers(runtime: Runtime, *, crashed: bool) -> int:
@@ -243,7 +214,7 @@ def _default_workers(runtime: Runtime, *, crashed: bool) -> int:
 
 
 class WriterThread:
-    """A thread that writes chunks in the order in which they come.
+    """A thread that writes batches in the order in which they come.
 
     Use it as a context manager: on leaving, however that comes about, everything that was submitted
     is written and on the disk.
@@ -265,13 +236,13 @@ class WriterThread:
     def __enter__(self) -> Self:
         return self
 
-    def submit(self, chunk: Chunk) -> None:
-        """Queue a chunk, waiting while the queue is full. Raises what writing raised."""
+    def submit(self, batch: Batch) -> None:
+        """Queue a batch, waiting while the queue is full. Raises what writing raised."""
         started = time.perf_counter()
         while self._queued and (self._queued[0].done() or len(self._queued) > MAX_QUEUED):
             self._queued.popleft().result()
         self._clock.waiting_for_writer += time.perf_counter() - started
-        self._queued.append(self._thread.submit(self._write, chunk))
+        self._queued.append(self._thread.submit(self._write, batch))
 
     def __exit__(self, kind: object, *rest: object) -> None:
         self._queued.append(self._thread.submit(self._writer.commit))
@@ -279,12 +250,12 @@ class WriterThread:
         while kind is None and self._queued:
             self._queued.popleft().result()
 
-    def _write(self, chunk: Chunk) -> None:
+    def _write(self, batch: Batch) -> None:
         started = time.perf_counter()
-        done = {name: chunk.entries[name][chunk.done] for name in ("sha256", "size", "mtime_ns")}
-        self._writer.write(chunk.rows[chunk.done], chunk.features, **done)
-        for row, entry in zip(chunk.rows.tolist(), chunk.entries, strict=True):
-            if error := chunk.failures.get(row):
+        done = {name: batch.entries[name][batch.done] for name in ("sha256", "size", "mtime_ns")}
+        self._writer.write(batch.rows[batch.done], batch.features, **done)
+        for row, entry in zip(batch.rows.tolist(), batch.entries, strict=True):
+            if error := batch.failures.get(row):
                 stat = {name: int(entry[name]) for name in ("size", "mtime_ns")}
                 self._writer.fail(row, error.stage, error.reason, **stat)
         self._clock.write += time.perf_counter() - started

@@ -325,16 +325,14 @@ class OwnModule(Family):
     ) -> None:
         self.kind = kind
         self.name = name
-        self.pinned = "as given"
-        self.file = None
+        self.pinned, self.file = "as given", None
         self._module = module
         self._preprocessing = preprocessing
         self._report = None
         if weights not in ("auto", None):
             path = _weights_path(str(weights), f"{name} takes its weights from a file", [])
-            file = WeightsFile(path, partial)
-            self._report = file.load(module, file.read())
-            self.pinned = path.name
+            self.pinned, self.file = None, WeightsFile(path, partial)
+            self._report = self.file.load(module, self.file.read())
 
     def preprocessing(self) -> Preprocessing:
         """Return what was given."""
@@ -342,7 +340,7 @@ class OwnModule(Family):
 
     def request(self) -> dict[str, Any]:
         """Return the weights' hash: they are in memory, and nothing else tells of a change."""
-        return {"weights": self.weights, "checkpoint": {"state_sha256": self._state_sha256}}
+        return {**super().request(), "checkpoint": {"state_sha256": self._state_sha256}}
 
     @functools.cached_property
     def _state_sha256(self) -> str:
