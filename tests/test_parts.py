@@ -515,7 +515,7 @@ from featcache.networks.backbone import Backbone
 
 def run(name, **options):
     images = fc.ImageSet.open(sys.argv[1])
-    backbone = Backbone("mobilenet_v2", image_size=96)
+    backbone = Backbone("mobilenet_v2", image_size=64)
     store = fc.extract(images, backbone, name, device=options.pop("device", "cpu"), **options)
     print(hashlib.sha256(store.load()[0].tobytes()).hexdigest(), store.meta["settings"]["threads"])
 
