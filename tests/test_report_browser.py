@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +88,36 @@ def to_point(browser: Any, k: int) -> ActionChains:
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
     x, y, _ = browser.execute_script(PLACE, k)
     return ActionChains(browser).move_to_element_with_offset(plot, round(x), round(y))
+
+
+def test_every_section_is_shown(shown: Any) -> None:
+    names = ["Leaderboard", "Confusion matrix", "Classes", "Calibration", "Map"]
+    names += ["Surest mistakes", "Suspicious labels", "Near-duplicates", "What was run"]
+    assert [one.text for one in shown.find_elements(By.CSS_SELECTOR, "h2")] == names
+    assert [one.text for one in shown.find_elements(By.CSS_SELECTOR, "nav a")] == names
+    text = find(shown, "main").text
+    assert "svm (C 10); 30 images to train on, 5 folds, 30 held out." in text
+    assert "0.900 [0.880, 0.920]" in text
+    assert "featcache train" in text
+    for name in CLASSES:
+        assert name in text
+    assert "30 images are left out" in find(shown, "header").text
+    figures = [one.text for one in shown.find_elements(By.CSS_SELECTOR, "#figures dt")]
+    assert figures[0] == "accuracy" and figures[-1] == "images"
+    assert len(shown.find_elements(By.CSS_SELECTOR, "#calibration circle")) >= 2
+    pictures = shown.find_elements(By.TAG_NAME, "img")
+    assert len(pictures) >= 4
+    assert all(one.get_attribute("alt") for one in pictures)
+    assert all(one.get_property("naturalWidth") > 0 for one in pictures)
+
+
+def test_an_evaluation_alone_is_a_page(browser: Any, tmp_path: Path) -> None:
+    write_report(case(tmp_path).evaluation, tmp_path / "r.html")
+    browser.get_log("browser")
+    browser.get((tmp_path / "r.html").as_uri())
+    heads = [one.text for one in browser.find_elements(By.CSS_SELECTOR, "h2")]
+    assert heads[0] == "Confusion matrix" and "Map" not in heads and "What was run" not in heads
+    assert [line for line in browser.get_log("browser") if line["level"] != "INFO"] == []
 
 
 def test_it_asks_for_nothing_beyond_the_file(shown: Any) -> None:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ import numpy.typing as npt
 from featcache.errors import MissingExtra
 from featcache.images.image_set import ImageSet
 from featcache.report import page as report_page
-from featcache.report.page import Card, Pair
 from featcache.report.pictures import sheets, thumbnail
 from featcache.results.evaluation import Evaluation
 from featcache.results.leaderboard import Leaderboard
@@ -94,31 +93,31 @@ def write_report(
     _require_bokeh()
     target = Path(path)
     check_overwrite(target, _is_report, "a report of featcache")
-    shown = _Shown.of(evaluation, store, random_state)
-    pictures = _Pictures(images)
-    content = report_page.Content(
-        title=title,
-        version=__version__,
-        evaluation=evaluation,
-        leaderboard=leaderboard,
-        mistakes=_mistakes(evaluation, pictures),
-        has_pictures=images is not None,
-        facts=_facts(store),
-        commands=tuple(commands) or _commands(store, images, target),
-    )
-    content.suspects, content.suspects_note = _suspects(evaluation, findings, pictures)
-    content.pairs, content.pairs_note = _pairs(evaluation, store, pictures)
-    data = shown.data(evaluation)
+    shown = _PageImages.of(evaluation, store, random_state)
+    pictures = _Thumbnails(images)
+    data: dict[str, Any] = {
+        "title": title,
+        "version": __version__,
+        "evaluation": _figures(evaluation),
+        "leaderboard": None if leaderboard is None else leaderboard.to_dict(),
+        "mistakes": _mistakes(evaluation, pictures),
+        "suspects": _suspects(evaluation, findings, pictures),
+        "duplicates": _duplicates(evaluation, store, pictures),
+        "facts": _facts(store),
+        "commands": list(commands) or _commands(store, target),
+        **shown.data(evaluation),
+    }
+    map_item: dict[str, Any] | None = None
+    bokeh: list[str] = []
     if store is not None and len(shown.ids) >= 3:
         data["maps"] = _maps(store, shown, maps, random_state)
-        content.maps = list(data["maps"])
-        content.map_item, content.bokeh = _bokeh_parts()
+        map_item, bokeh = _bokeh_parts()
     if images is not None:
-        spent = len(report_page.render(content, data))
+        spent = len(report_page.render(data, map_item, bokeh))
         made = sheets(images, pictures.rows(shown.ids), budget=_PAGE_BYTES - spent)
         data["tiles"] = made.tiles
         data["sheets"] = {"edge": made.edge, "columns": made.columns, "pictures": made.pictures}
-    page = report_page.render(content, data)
+    page = report_page.render(data, map_item, bokeh)
     with atomic_write(target) as file:
         file.write(page.encode("utf-8", "replace"))
 
@@ -139,7 +138,7 @@ def _is_report(path: Path) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Shown:
+class _PageImages:
     """The images that the page knows one by one: evaluated ones first, mistakes before all.
 
     Attributes
@@ -161,7 +160,9 @@ class _Shown:
     splits: npt.NDArray[Any]
 
     @classmethod
-    def of(cls, evaluation: Evaluation, store: FeatureStore | None, random_state: int) -> _Shown:
+    def of(
+        cls, evaluation: Evaluation, store: FeatureStore | None, random_state: int
+    ) -> _PageImages:
         rng = np.random.default_rng(random_state)
         order = rng.permutation(len(evaluation))
         wrong = (evaluation.y_pred != evaluation.y_true)[order]
@@ -235,7 +236,7 @@ def _shorten(name: str) -> str:
 
 
 @dataclass(eq=False)
-class _Pictures:
+class _Thumbnails:
     """Thumbnails by image id."""
 
     images: ImageSet | None
@@ -248,51 +249,69 @@ class _Pictures:
             self._ids = np.array(self.images.ids.tolist())
         return [int(row) for row in _lookup(self._ids, ids)]
 
-    def of(self, id: str) -> str | None:
+    def card(self, id: str, label: str, second: str = "") -> Card:
         row = self.rows(np.array([id]))[0]
-        return None if self.images is None or row < 0 else thumbnail(self.images, row)
+        picture = None if self.images is None or row < 0 else thumbnail(self.images, row)
+        return {"id": id, "label": label or "no label", "second": second, "picture": picture}
 
 
-# --- galleries -------------------------------------------------------------------------------
+# --- figures and galleries -------------------------------------------------------------------
+
+Card: TypeAlias = dict[str, str | None]  # id, label, second line, picture (WebP, base64)
 
 
-def _mistakes(evaluation: Evaluation, pictures: _Pictures) -> list[Card]:
-    return [
-        Card(one.id, one.label, one.predicted, one.probability, pictures.of(one.id))
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what `Evaluation.to_dict` has, but for images and matrix, and the calibration."""
+    values = evaluation.to_dict()
+    for name in ("classes", "confusion", "mistakes"):
+        del values[name]
+    bins = [vars(one) for one in evaluation.calibration if one.count]
+    return {**values, "mistakes": len(evaluation.mistakes), "calibration": bins}
+
+
+def _gallery(note: str, cards: Sequence[Card] = ()) -> dict[str, Any]:
+    return {"note": note, "cards": list(cards)}
+
+
+def _mistakes(evaluation: Evaluation, pictures: _Thumbnails) -> dict[str, Any]:
+    total = len(evaluation.mistakes)
+    cards = [
+        pictures.card(one.id, one.label, f"predicted {one.predicted} {one.probability:.3f}")
         for one in evaluation.mistakes[:_CARDS]
     ]
+    note = f"The {len(cards)} surest of {total:,}." if total else "None."
+    if total and pictures.images is None:
+        note += " Give the images to see them."
+    return _gallery(note, cards)
 
 
 def _suspects(
-    evaluation: Evaluation, findings: Findings | None, pictures: _Pictures
-) -> tuple[list[Card], str]:
+    evaluation: Evaluation, findings: Findings | None, pictures: _Thumbnails
+) -> dict[str, Any]:
     """Return the images whose label looks wrong, and what to say of how they were found."""
+    how = "by confident learning (cleanlab). The figure is the probability of the label it has."
     if findings is not None:
         found = findings.of("label")
         cards = [
-            Card(one.id, one.label, one.suggested, one.score, pictures.of(one.id))
+            pictures.card(one.id, f"{one.label} {one.score:.3f}", f"rather {one.suggested}?")
             for one in found[:_CARDS]
         ]
-        return cards, (
-            f"{len(found):,} of {findings.n_images:,} images, judged out of fold by confident "
-            "learning (cleanlab). The figure is the probability of the label it has."
-        )
+        count = f"{len(found):,} of {findings.n_images:,} images"
+        return _gallery(f"{count}, judged out of fold {how}", cards)
     try:
         ranked = _label_issues(evaluation)
     except MissingExtra as error:
-        return [], str(error)
+        return _gallery(str(error))
+    names = evaluation.classes
     cards = []
-    for i in ranked[:_CARDS]:
-        label = evaluation.classes[evaluation.y_true[i]]
-        guess = evaluation.classes[evaluation.y_pred[i]]
-        own = float(evaluation.proba[i, evaluation.y_true[i]])
-        cards.append(
-            Card(str(evaluation.ids[i]), label, guess, own, pictures.of(str(evaluation.ids[i])))
-        )
-    return cards, (
-        f"{len(ranked):,} of the {len(evaluation):,} evaluated images, judged by confident "
-        "learning (cleanlab). The figure is the probability of the label it has. "
-        "The command featcache audit looks at the training images too."
+    for i in ranked[:_CARDS].tolist():
+        true, guess = int(evaluation.y_true[i]), int(evaluation.y_pred[i])
+        label = f"{names[true]} {evaluation.proba[i, true]:.3f}"
+        cards.append(pictures.card(str(evaluation.ids[i]), label, f"rather {names[guess]}?"))
+    return _gallery(
+        f"{len(ranked):,} of the {len(evaluation):,} evaluated images, judged {how} "
+        "The command featcache audit looks at the training images too.",
+        cards,
     )
 
 
@@ -316,46 +335,46 @@ def _label_issues(evaluation: Evaluation) -> npt.NDArray[np.int64]:
     return found
 
 
-def _pairs(
-    evaluation: Evaluation, store: FeatureStore | None, pictures: _Pictures
-) -> tuple[list[Pair], str]:
+def _duplicates(
+    evaluation: Evaluation, store: FeatureStore | None, pictures: _Thumbnails
+) -> dict[str, Any]:
     """Return evaluated images that nearly equal one that was not evaluated: they flatter."""
     if store is None:
-        return [], "Needs the features: give the store."
+        return {"note": "Needs the features: give the store.", "pairs": []}
     if len(store) > _NEAR_LIMIT:
-        return [], f"Not looked for among {len(store):,} images; featcache audit does."
+        note = f"Not looked for among {len(store):,} images; featcache audit does."
+        return {"note": note, "pairs": []}
     mine = _lookup(store.ids, np.asarray(evaluation.ids))
     mine = mine[mine >= 0]
     others = np.setdiff1d(np.arange(len(store)), mine)
     if not len(mine) or not len(others):
-        return [], "The store has no images on the other side of the split."
+        note = "The store has no images on the other side of the split."
+        return {"note": note, "pairs": []}
     X = store.matrix()
-    X = X.mean(axis=1) if X.ndim == 3 else X
+    X = X.mean(axis=1) if X.ndim == 3 else X  # (n, views, d) -> (n, d)
     X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
     similar, rows = nearest_rows(X[mine], X[others])
     near = np.flatnonzero(similar[:, 0] >= _NEAR)
     near = near[np.argsort(-similar[near, 0], kind="stable")]
-    pairs = []
-    for i in near[:_PAIRS]:
-        one, other = (_card(store, int(row), pictures) for row in (mine[i], others[rows[i, 0]]))
-        pairs.append(Pair(one, other, float(similar[i, 0])))
-    return pairs, (
+
+    def pair(i: int) -> dict[str, Any]:
+        both = mine[i], others[rows[i, 0]]
+        cards = [pictures.card(str(store.ids[row]), str(store.labels[row])) for row in both]
+        return {"cards": cards, "similarity": float(similar[i, 0])}
+
+    note = (
         f"{len(near):,} of {len(mine):,} evaluated images have a nearly equal one (cosine of "
         f"centred features {_NEAR} or more) among the {len(others):,} others. What is known from "
         "training is easy to get right: many such pairs flatter the figures above."
     )
-
-
-def _card(store: FeatureStore, row: int, pictures: _Pictures) -> Card:
-    id = str(store.ids[row])
-    return Card(id, str(store.labels[row]), "", 0.0, pictures.of(id))
+    return {"note": note, "pairs": [pair(i) for i in near[:_PAIRS].tolist()]}
 
 
 # --- the map ---------------------------------------------------------------------------------
 
 
 def _maps(
-    store: FeatureStore, shown: _Shown, methods: Sequence[Method] | None, random_state: int
+    store: FeatureStore, shown: _PageImages, methods: Sequence[Method] | None, random_state: int
 ) -> dict[str, list[list[float | None]]]:
     """Return x and y of the shown images by name of the map, each scaled to [-1, 1]."""
     second: Method = "tsne" if len(shown.ids) <= _TSNE_LIMIT else "umap"
@@ -444,10 +463,10 @@ def _facts(store: FeatureStore | None) -> list[tuple[str, str]]:
     return facts
 
 
-def _commands(store: FeatureStore | None, images: ImageSet | None, target: Path) -> tuple[str, ...]:
+def _commands(store: FeatureStore | None, target: Path) -> list[str]:
     """Return the three commands; capitals stand for what is not known here."""
     if store is None:
-        return ()
+        return []
     path = store.paths[0]
     commands = []
     recorded = store.meta.get("command")
@@ -467,4 +486,4 @@ def _commands(store: FeatureStore | None, images: ImageSet | None, target: Path)
         f"featcache evaluate PREDICTOR.featcache {shlex.quote(path)} "
         f"--report {shlex.quote(str(target))}"
     )
-    return tuple(commands)
+    return commands

@@ -11,6 +11,174 @@ const make = (tag, text, attributes) => {
 const say = (n) => n.toLocaleString("en-US");
 const images = (n) => `${say(n)} image${n === 1 ? "" : "s"}`;
 
+const add = (parent, tag, text, attributes) => parent.appendChild(make(tag, text, attributes));
+const draw = (parent, tag, attributes, text) => {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  if (text !== undefined) element.textContent = text;
+  return parent.appendChild(element);
+};
+const three = (value) => value.toFixed(3);
+const brackets = ([low, high]) => `[${three(low)}, ${three(high)}]`;
+const addHeader = (table, names) => {
+  const row = table.createTHead().insertRow();
+  for (const name of names) add(row, "th", name, {scope: "col"});
+};
+
+// --- sections without anything to show, and links to the others ---
+if (!data.leaderboard) $("leaderboard").remove();
+if (!data.maps) $("map").remove();
+if (!data.facts.length && !data.commands.length) $("run").remove();
+for (const section of document.querySelectorAll("section")) {
+  add(add($("links"), "li"), "a", section.querySelector("h2").textContent,
+    {href: `#${section.id}`});
+}
+
+// --- figures ---
+const found = data.evaluation;
+const figures = [
+  ["accuracy", three(found.accuracy), brackets(found.accuracy_interval)],
+  ["balanced accuracy", three(found.balanced_accuracy),
+    brackets(found.balanced_accuracy_interval)],
+  ["macro F1", three(found.macro_f1), brackets(found.macro_f1_interval)],
+  ...Object.entries(found.top_k).filter(([k]) => k > 1).map(([k, value]) =>
+    [`top-${k} accuracy`, three(value), `the label is among the ${k} likeliest`]),
+  ["log loss", three(found.log_loss), "natural logarithm"],
+  ["calibration error", three(found.ece), "0 is perfect"],
+  ["images", say(found.images), `${say(found.mistakes)} mistakes`],
+];
+for (const [name, value, small] of figures) {
+  const box = add($("figures"), "div");
+  add(box, "dt", name);
+  add(add(box, "dd", value), "small", small);
+}
+$("notes").textContent = [
+  `Brackets are 95 % bootstrap intervals over ${found.resampled}.`,
+  ...found.notes.map((note) => `${note}.`)].join(" ");
+$("version").textContent = data.version;
+
+// --- leaderboard ---
+if (data.leaderboard) {
+  const board = data.leaderboard, best = board.rows[0];
+  const other = board.scoring !== "accuracy", held = board.n_test > 0;
+  const params = Object.entries(best.params).map(([name, value]) => `${name} ${value}`).join(", ");
+  $("best").textContent = best.head;
+  $("best").after(`${params && ` (${params})`}; ${say(board.n_fit)} images to train on, `
+    + `${board.folds}, ${say(board.n_test)} held out.`);
+  const ends = board.rows.flatMap((row) =>
+    [...row.cv_accuracy_interval, ...(row.accuracy_interval || [])]);
+  const low = Math.min(...ends), high = Math.max(...ends);
+  const x = (value) => 6 + 148 * (value - low) / Math.max(high - low, 1e-9);
+  const whiskers = (cell, row) => {
+    const svg = draw(cell, "svg", {width: 160, height: 24, "aria-hidden": "true"});
+    const mark = (kind, y, value, interval) => {
+      const g = draw(svg, "g", {class: kind});
+      draw(g, "line", {x1: x(interval[0]), x2: x(interval[1]), y1: y, y2: y, "stroke-width": 2});
+      draw(g, "circle", {cx: x(value), cy: y, r: 4});
+    };
+    mark("cv", 7, row.cv_accuracy, row.cv_accuracy_interval);
+    if (row.accuracy !== null) mark("held", 17, row.accuracy, row.accuracy_interval);
+  };
+  addHeader($("heads"), ["head", ...(other ? [`CV ${board.scoring}`] : []), "CV accuracy",
+    ...(held ? ["held-out accuracy", "balanced", "macro F1"] : []), "fit s", "predict µs",
+    `${low.toFixed(2)} to ${high.toFixed(2)}`]);
+  const body = $("heads").createTBody();
+  for (const row of board.rows) {
+    const line = body.insertRow();
+    if (row === best) line.className = "best";
+    add(line, "th", row.head, {scope: "row"});
+    if (other) add(line, "td", row.cv_score.toFixed(4));
+    add(line, "td", `${three(row.cv_accuracy)} ${brackets(row.cv_accuracy_interval)}`);
+    if (held) {
+      add(line, "td", `${three(row.accuracy)} ${brackets(row.accuracy_interval)}`);
+      add(line, "td", three(row.balanced_accuracy));
+      add(line, "td", three(row.macro_f1));
+    }
+    add(line, "td", (row.search_seconds + row.fit_seconds).toFixed(1));
+    add(line, "td", row.predict_us.toFixed(0));
+    whiskers(add(line, "td"), row);
+  }
+  const left = Object.entries(board.left_out).map(([head, why]) => `${head} was left out: ${why}`);
+  for (const note of [...board.notes, ...left]) add($("heads-notes"), "p", note, {class: "quiet"});
+}
+
+// --- classes ---
+addHeader($("scores"), ["class", "precision", "recall", "F1", "images", "predicted"]);
+const scores = $("scores").createTBody();
+for (const one of found.per_class) {
+  const row = scores.insertRow();
+  add(row, "th", one.label, {scope: "row"});
+  for (const value of [one.precision, one.recall, one.f1]) add(row, "td", three(value));
+  for (const n of [one.support, one.predicted]) add(row, "td", say(n), {"data-value": n});
+}
+
+// --- reliability diagram (Niculescu-Mizil and Caruana, ICML 2005) ---
+{
+  const bins = found.calibration, most = Math.max(...bins.map((bin) => bin.count));
+  const x = (value) => 40 + 270 * value, y = (value) => 290 - 270 * value;
+  const told = (bin) => `confidence ${bin.confidence.toFixed(2)}: accuracy `
+    + `${bin.accuracy.toFixed(2)} of ${images(bin.count)}`;
+  const svg = draw($("reliability"), "svg", {viewBox: "0 0 320 330", width: "100%",
+    style: "max-width: 28rem", role: "img",
+    "aria-label": `Reliability diagram. ${bins.map(told).join("; ")}`});
+  for (const t of [0, .2, .4, .6, .8, 1]) {
+    draw(svg, "line", {class: "axis", x1: x(t), x2: x(t), y1: y(0), y2: y(1)});
+    draw(svg, "line", {class: "axis", x1: x(0), x2: x(1), y1: y(t), y2: y(t)});
+    draw(svg, "text", {x: x(t), y: 306, "text-anchor": "middle"}, t.toFixed(1));
+    draw(svg, "text", {x: 34, y: y(t) + 4, "text-anchor": "end"}, t.toFixed(1));
+  }
+  for (const bin of bins) {
+    const height = 60 * bin.count / most;
+    draw(svg, "rect", {class: "bar", x: x(bin.low), width: x(bin.high) - x(bin.low) - 1,
+      y: 290 - height, height});
+  }
+  draw(svg, "line", {class: "dash", x1: x(0), y1: y(0), x2: x(1), y2: y(1)});
+  draw(svg, "polyline", {class: "line",
+    points: bins.map((bin) => `${x(bin.confidence)},${y(bin.accuracy)}`).join(" ")});
+  for (const bin of bins) {
+    const dot = draw(svg, "circle", {class: "dot", cx: x(bin.confidence), cy: y(bin.accuracy),
+      r: 4});
+    draw(dot, "title", {}, told(bin));
+  }
+  draw(svg, "text", {x: 175, y: 324, "text-anchor": "middle"}, "confidence");
+  draw(svg, "text", {x: 12, y: 160, "text-anchor": "middle", transform: "rotate(-90 12 160)"},
+    "accuracy");
+}
+
+// --- galleries ---
+const addCard = (list, card) => {
+  const li = add(list, "li");
+  if (card.picture) {
+    const alt = `${card.id}: ${card.label}${card.second && `, ${card.second}`}`;
+    add(li, "img", null, {src: `data:image/webp;base64,${card.picture}`, alt});
+  }
+  add(li, "b", card.label);
+  if (card.second) add(li, "span", card.second);
+  add(li, "span", card.id);
+};
+for (const name of ["mistakes", "suspects"]) {
+  $(name).querySelector("p").textContent = data[name].note;
+  for (const card of data[name].cards) addCard($(name).querySelector("ul"), card);
+}
+$("duplicates").querySelector("p").textContent = data.duplicates.note;
+for (const pair of data.duplicates.pairs) {
+  const li = add($("duplicates").querySelector("ul"), "li", null, {class: "pair"});
+  const list = add(li, "ul", null, {class: "cards"});
+  for (const card of pair.cards) addCard(list, card);
+  const line = add(li, "span", `similarity ${three(pair.similarity)}`, {class: "quiet"});
+  if (pair.cards[0].label !== pair.cards[1].label) line.append(", ", make("b", "other label"));
+}
+
+// --- what was run ---
+if ($("run")) {
+  for (const [name, value] of data.facts) {
+    add($("facts"), "dt", name);
+    add($("facts"), "dd", value);
+  }
+  $("commands").textContent = data.commands.join("\n");
+  if (!data.commands.length) $("again").remove();
+}
+
 // --- light and dark ---
 $("theme").addEventListener("click", () => {
   const root = document.documentElement;
@@ -155,12 +323,19 @@ const drawMatrix = () => {
   $("matrix").className = "wide matrix " + (k > 8 ? "many" : k < 5 ? "few" : "");
   $("matrix").replaceChildren(table);
 };
+const confused = data.confusion.filter(([i, j]) => i !== j).sort((a, b) => b[2] - a[2]);
+if (k < 3 || !confused.length) $("confused").remove();
+else for (const [i, j, n] of confused.slice(0, 8)) {
+  const li = add($("confused").querySelector("ul"), "li", `${images(n)} of `);
+  li.append(make("b", data.classes[i]), " predicted ", make("b", data.classes[j]));
+}
 if (k > MOST) $("order").value = "errors";
 $("order").addEventListener("change", drawMatrix);
 drawMatrix();
 
 // --- map ---
 if (data.maps) {
+  for (const name of Object.keys(data.maps)) add($("layout"), "option", name);
   const COLORS = ["#3f83d6", "#d9822b", "#2f9e5b", "#d64550", "#8e63ce", "#a0705a", "#d4619f",
     "#6f8a99", "#9c9a1e", "#1ba3b5"];
   const GREY = "#8a939c";
