@@ -342,6 +342,13 @@ def test_too_many_failures_end_the_run_and_keep_the_good_rows(
     assert len(failures) == 2
 
 
+def test_columns_without_a_table_are_a_usage_error(flower_folder: Path, tmp_path: Path) -> None:
+    command = ["extract", flower_folder, "-o", tmp_path / "f.h5", *NETWORK]
+    for flag in ("--id-column", "--label-column", "--group-column", "--split-column", "--suffix"):
+        message = fail(*command, flag, "label", status=2)
+        assert f"{flag} is for a table of labels; name it with --labels" in message
+
+
 def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
     assert featcache("extract").exit_code == 2
     assert featcache("extract", tmp_path, "-o", tmp_path / "x.h5").exit_code == 2

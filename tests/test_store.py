@@ -37,6 +37,7 @@ from featcache.errors import (
     TrainingError,
 )
 from featcache.store import checksums, disk, format
+from featcache.store.file import StoreFile
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter, relabel
 from tests import stores
@@ -589,6 +590,34 @@ def test_relabelling_rewrites_labels_only(path: Path) -> None:
     assert beside(path) == ["a.h5"]
     with pytest.raises(MissingFeatures, match="first: a/0000"):
         relabel(again, stores.images(5, start=20).tables)
+
+
+@pytest.mark.parametrize("name", ["labels", "ids", "meta/run", "canaries/images/0"])
+def test_damaged_tables_get_no_new_digest_and_are_written_again(path: Path, name: str) -> None:
+    imgs = stores.images(12)
+    canaries = stores.store(path, imgs).canaries
+    place = StoreFile(str(path)).datasets[name].offset + 1
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[place] ^= 0xFF
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptStore, match=rf"mv {path} {path}\.partial, then run the same"):
+        relabel(FeatureStore.open(path), imgs.tables)
+    assert path.read_bytes() == damaged
+    assert not FeatureStore.open(path).verify().ok
+    if name in ("labels", "ids"):  # 0xff is in no UTF-8
+        with pytest.raises(CorruptStore, match="featcache verify"):
+            getattr(FeatureStore.open(path), name)
+    path.rename(f"{path}.partial")
+    with stores.writer(path, imgs) as writer:
+        for earlier in writer.earlier_stores:
+            rows = np.array([imgs.ids.index(name) for name in earlier.ids.tolist()])
+            writer.copy_rows(earlier, np.arange(len(rows)), rows)
+        assert len(writer.pending) == (name == "ids")
+        stores.fill(writer, imgs, writer.pending)
+        again = writer.finish()
+    assert again.verify().ok and again.canaries == canaries
+    assert again.labels.tolist() == imgs.labels
 
 
 # --- test images --------------------------------------------------------------------------------

@@ -164,11 +164,22 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
 @options.path_option(
     "--labels", "FILE.csv", "CSV or TSV table of ids and labels; IMAGES is a folder."
 )
-@options.column("--id-column", "Column with the file name of each image.", default="id")
-@option("--suffix", default="", show_default=False, help="Ending that the file names lack: .jpg")
-@options.column("--label-column", "Column with the label.", default="label")
-@options.column("--group-column", "Column with the group, such as a patient or a site.")
-@options.column("--split-column", "Column with a given split: train, validation or test.")
+@options.column(
+    "--id-column", "Column of that table with the file name of each image.", default="id"
+)
+@option(
+    "--suffix",
+    default="",
+    show_default=False,
+    help="Ending that the file names in that table lack, such as .jpg.",
+)
+@options.column("--label-column", "Column of that table with the label.", default="label")
+@options.column(
+    "--group-column", "Column of that table with the group, such as a patient or a site."
+)
+@options.column(
+    "--split-column", "Column of that table with a given split: train, validation or test."
+)
 @options.path_option("--root", "FOLDER", "Folder of a torchvision data set.")
 @options.flag("--download", "Download the torchvision data set if it is not in --root.")
 @options.batch_size
@@ -221,6 +232,13 @@ def extract(
     a changed folder: only new content is computed.
     """
     listing = {name: settings.pop(name) for name in options.LISTING}
+    context = click.get_current_context()
+    for name in options.OF_LABELS:
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and labels is None:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is for a table of labels; name it with --labels."
+            )
     store = featcache.extract(
         featcache.ImageSet.open(images, labels_csv=labels, **listing),
         featcache.Backbone(
@@ -261,7 +279,7 @@ def info(store: Path, as_json: bool) -> None:
 @options.path_argument("store")
 @options.json_output
 def verify(store: Path, as_json: bool) -> None:
-    """Check every byte of STORE against its checksums."""
+    """Check all features and tables of STORE against their checksums."""
     from featcache.errors import CorruptStore
 
     report = featcache.FeatureStore.open(store).verify()
@@ -270,7 +288,7 @@ def verify(store: Path, as_json: bool) -> None:
     elif report.ok:
         click.echo(f"{store}: {report}")
     if not report.ok:
-        raise CorruptStore(f"{store}: {report}")
+        raise CorruptStore(str(report))
 
 
 @main.command()

@@ -16,15 +16,8 @@ Decorator = Callable[[Any], Any]
 
 DEVICES = "auto, cpu, cuda, cuda:1 or mps"
 # Parameters of `ImageSet.open` with an option of the same name.
-LISTING = (
-    "id_column",
-    "label_column",
-    "group_column",
-    "split_column",
-    "suffix",
-    "root",
-    "download",
-)
+OF_LABELS = ("id_column", "label_column", "group_column", "split_column", "suffix")
+LISTING = (*OF_LABELS, "root", "download")
 
 
 def share(text: str) -> float:

@@ -138,7 +138,8 @@ class Torchvision(Family):
         from torchvision.models import get_model_weights
 
         if name not in backbones():
-            raise UnknownBackbone(_unknown(name, backbones(), "torchvision", "backbones()"))
+            listing = "python -c 'import featcache; print(*featcache.backbones())'"
+            raise UnknownBackbone(_unknown(name, backbones(), "torchvision", listing))
         entries = get_model_weights(name)
         newest = entries["DEFAULT"].name
         names = [entry.name for entry in entries]
@@ -223,7 +224,8 @@ class Timm(Family):
 
         name, _, tag = name.partition(".")
         if not timm.is_model(name):
-            raise UnknownBackbone(_unknown(name, timm.list_models(), "timm", "timm.list_models()"))
+            listing = "python -c 'import timm; print(*timm.list_models())'"
+            raise UnknownBackbone(_unknown(name, timm.list_models(), "timm", listing))
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
         if weights == "auto":
             weights = tag or self._default_tag(name, tags)

@@ -183,9 +183,13 @@ def verify(files: Sequence[StoreFile]) -> VerifyReport:
     rows, bad_rows, problems = 0, [], []
     for file in files:
         rows += file.n
-        if file.digest() != file.read("digest").tobytes():
+        again = (
+            f"mv {file.path} {file.path}.partial, then run the same `featcache extract` command."
+        )
+        if not file.intact:
             problems.append(
-                f"{file.path}: the tables (ids, labels, rows, metadata) do not match their digest."
+                f"{file.path}: the tables (ids, labels, rows, metadata) do not match their digest. "
+                f"To write them again and keep the features that are intact: {again}"
             )
         names: list[str] = []
         taps = dict.fromkeys(file.features, 0)
@@ -199,8 +203,7 @@ def verify(files: Sequence[StoreFile]) -> VerifyReport:
             counts = ", ".join(f"{tap}: {count}" for tap, count in taps.items() if count)
             problems.append(
                 f"{file.path}: {len(names)} of {file.n} rows are damaged (first: {names[0]}; "
-                f"{counts or 'their entries'}). To compute only these again: mv {file.path} "
-                f"{file.path}.partial, then run the same `featcache extract` command."
+                f"{counts or 'their entries'}). To compute only these again: {again}"
             )
         bad_rows += names
     return VerifyReport(rows, bad_rows, problems)

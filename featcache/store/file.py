@@ -71,7 +71,13 @@ class StoreFile:
         if not disk.is_at(self.descriptor, path):
             raise StoreError(f"{path} was replaced while it was opened. Try again.")
         self._check_format()
-        self.fingerprint = Fingerprint.from_dict(self.meta("fingerprint"))
+        try:
+            self.fingerprint = Fingerprint.from_dict(self.meta("fingerprint"))
+        except CorruptStore as error:
+            raise CorruptStore(
+                f"{path} is damaged, nothing tells which network its features are of: {error}. "
+                "Compute them again, into another file"
+            ) from error
         self.features = {tap: self._features(tap) for tap in self.fingerprint.taps}
         self.n = self.datasets["ids"].shape[0]
 
@@ -267,6 +273,11 @@ class StoreFile:
                 disk.pread_into(self.descriptor, block, dataset.offset + start)
                 digest.update(block)
         return digest.digest()
+
+    @property
+    def intact(self) -> bool:
+        """True if everything outside /features is what it was when the file was finished."""
+        return self.digest() == self.read("digest").tobytes()
 
     @property
     def finished(self) -> bool:

@@ -273,10 +273,22 @@ def encode_table(texts: Sequence[str] | np.ndarray, what: str) -> np.ndarray:
 
 
 def decode_table(table: np.ndarray) -> np.ndarray:
-    """Return a table of UTF-8 as an array of str."""
+    """Return a table of UTF-8 as an array of str.
+
+    Raises
+    ------
+    CorruptStore
+        A text is not UTF-8.
+    """
     if table.size == 0 or table.view(np.uint8).max() < 128:
         return table.astype(f"U{max(table.dtype.itemsize, 1)}")
-    return np.char.decode(table, "utf-8")
+    try:
+        return np.char.decode(table, "utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptStore(
+            f"A text of the feature file is damaged on the disk: {error.object!r} is not UTF-8. "
+            "`featcache verify` says how to mend the file"
+        ) from error
 
 
 def counts(table: np.ndarray) -> Counter[str]:
@@ -284,7 +296,8 @@ def counts(table: np.ndarray) -> Counter[str]:
     found: Counter[bytes] = Counter()
     for start in range(0, len(table), 65_536):
         found.update(table[start : start + 65_536].tolist())
-    return Counter({name.decode(): count for name, count in found.items()})
+    names = decode_table(np.array(list(found), table.dtype))
+    return Counter(dict(zip(names.tolist(), found.values(), strict=True)))
 
 
 def create_file(path: str, contents: Contents, *, room: int | None = None) -> None:

@@ -31,6 +31,7 @@ from typing import Any, Self
 import numpy as np
 
 from featcache.errors import (
+    CorruptStore,
     FingerprintMismatch,
     IncompleteStore,
     MissingFeatures,
@@ -354,7 +355,7 @@ class FeatureWriter:
             with contextlib.suppress(StoreError):
                 file = StoreFile(path)
                 if file.fingerprint == self.fingerprint:
-                    done = np.flatnonzero(file.read("rows")["status"] == DONE)
+                    done = np.flatnonzero(checksums.row_status(file, features=False) == DONE)
                     found.append(FeatureStore.of_file(file, done))
         return found
 
@@ -533,6 +534,8 @@ def relabel(store: FeatureStore, tables: Tables) -> FeatureStore:
         The tables lack an image of the store.
     StoreLocked
         The file is being written.
+    CorruptStore
+        The tables do not match their digest. The file is left as it is.
     StoreError
         A row fails its checksum. The file is left as it is.
     """
@@ -547,6 +550,12 @@ def relabel(store: FeatureStore, tables: Tables) -> FeatureStore:
 
 def _relabel(file: StoreFile, tables: Tables) -> None:
     """Replace one file by one with other tables."""
+    if not file.intact:  # a new digest would cover the damage
+        raise CorruptStore(
+            f"The tables of {file.path} (ids, labels, rows, metadata) are damaged on the disk; it "
+            f"is left as it is. To write them again and keep the features that are intact: mv "
+            f"{file.path} {file.path}.partial, then run the same `featcache extract` command."
+        )
     ids = file.read("ids")
     rows = _positions(tables["ids"], ids)
     missing = ids[rows < 0]
@@ -799,6 +808,8 @@ def _resumed(path: str, contents: Contents) -> StoreFile | None:
     _refuse_overwrite(partial, contents.fingerprint)
     file = StoreFile(partial, writable=True)
     if file.tables != sorted(contents.tables) or file.datasets["failures/id"].nbytes:
+        return None
+    if file.finished and not file.intact:  # renamed, so that what is damaged is written again
         return None
     if not all(np.array_equal(file.read(name), x) for name, x in contents.tables.items()):
         return None
