@@ -279,7 +279,7 @@ def info(store: Path, as_json: bool) -> None:
 @options.path_argument("store")
 @options.json_output
 def verify(store: Path, as_json: bool) -> None:
-    """Check all features and tables of STORE against their checksums."""
+    """Check the features and tables of STORE by their checksums."""
     from featcache.errors import CorruptStore
 
     report = featcache.FeatureStore.open(store).verify()
