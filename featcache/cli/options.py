@@ -110,7 +110,8 @@ weights = click.option(
     "--weights",
     metavar="WEIGHTS",
     help="Name of pretrained weights (IMAGENET1K_V2), a checkpoint file, or 'none' for random "
-    "weights. Default: the newest of torchvision, or timm's own choice.",
+    "weights. Default: the newest of torchvision (of mobilenet_v2: IMAGENET1K_V1), or timm's own "
+    "choice.",
 )
 image_size = click.option(
     "--image-size", **count(), help="Side of the square crop in pixels. Default: as for WEIGHTS."
@@ -153,7 +154,7 @@ suffix_training = stacked(
     _suffix("--epochs", "train for at most this many epochs.", **count()),
     _suffix("--batch-size", "number of images per step.", **count(2)),
     _suffix("--lr", "highest learning rate of the new last layer.", type=float),
-    _suffix("--schedule", "learning rate schedule.", type=click.Choice(SCHEDULES)),
+    _suffix("--schedule", "how the learning rate changes.", type=click.Choice(SCHEDULES)),
     _suffix(
         "--unfreeze-every",
         "unfreeze one block more every N epochs; 0 trains all of them at once.",
