@@ -321,7 +321,7 @@ class _Resolver:
                 f"{str(tap)!r}: the {tap.side} of {tap.layer!r} is a vector of {shape[1]} numbers "
                 f"and needs no reduction. Write {replace(tap, reduce=None)}"
             )
-        return ResolvedTap(replace(tap, reduce="flatten"), shape[1:])
+        return _resolved(replace(tap, reduce="flatten"), shape)
 
     def _of_map(self, tap: Tap, shape: tuple[int, ...], known_axis: int | None) -> ResolvedTap:
         how = tap.reduce
@@ -341,11 +341,7 @@ class _Resolver:
         pixels = math.prod(shape[1:]) // shape[axis]
         if pixels == 1 and how in (None, "mean", "max"):
             how = "flatten"
-        tap = replace(tap, reduce=how or "mean")
-        if tap.reduce == "map":
-            return ResolvedTap(tap, shape[1:], axis)
-        size = math.prod(shape[1:]) if tap.reduce == "flatten" else shape[axis]
-        return ResolvedTap(tap, (size,), axis)
+        return _resolved(replace(tap, reduce=how or "mean"), shape, axis)
 
     def _of_tokens(self, tap: Tap, shape: tuple[int, ...]) -> ResolvedTap:
         prefix = self._prefix_tokens(shape[1])
@@ -357,11 +353,7 @@ class _Resolver:
             )
         if how == "patches" and not prefix:
             how = "mean"
-        tap = replace(tap, reduce=how)
-        if how == "map":
-            return ResolvedTap(tap, shape[1:], None, prefix)
-        size = shape[1] * shape[2] if how == "flatten" else shape[2]
-        return ResolvedTap(tap, (size,), None, prefix)
+        return _resolved(replace(tap, reduce=how), shape, prefix_tokens=prefix)
 
     def _of_other(self, tap: Tap, shape: tuple[int, ...]) -> ResolvedTap:
         if tap.reduce not in ("flatten", "map"):
@@ -370,7 +362,7 @@ class _Resolver:
                 f"per image. Write {replace(tap, reduce='flatten')} or "
                 f"{replace(tap, reduce='map')}"
             )
-        return ResolvedTap(tap, shape[1:] if tap.reduce == "map" else (math.prod(shape[1:]),))
+        return _resolved(tap, shape)
 
     def _prefix_tokens(self, tokens: int) -> int:
         """Return how many of the tokens at a layer are class and register tokens.
@@ -387,6 +379,15 @@ class _Resolver:
         }
         without = tokens in grids and tokens - prefix not in grids
         return 0 if without or tokens <= prefix else prefix
+
+
+def _resolved(
+    tap: Tap, shape: tuple[int, ...], channel_axis: int | None = None, prefix_tokens: int = 0
+) -> ResolvedTap:
+    """Return a canonical tap of what a layer gives, `shape`, with the shape of its features."""
+    resolved = ResolvedTap(tap, shape[1:], channel_axis, prefix_tokens)
+    features = resolved.reduce(torch.empty(shape, device="meta"))
+    return replace(resolved, shape=tuple(features.shape[1:]))
 
 
 def resolve(traced: Trace, texts: Iterable[str] | None) -> list[ResolvedTap]:
@@ -479,11 +480,11 @@ class Tapped:
         for tap in self.taps:
             points.setdefault((tap.tap.layer, tap.tap.side or "output"), []).append(tap)
         for (layer, side), taps in points.items():
-            part = self.module.get_submodule(layer)
+            part, hook = self.module.get_submodule(layer), self._hook(layer, side, taps)
             self._handles.append(
-                part.register_forward_pre_hook(self._input_hook(layer, taps), with_kwargs=True)
+                part.register_forward_pre_hook(hook, with_kwargs=True)
                 if side == "input"
-                else part.register_forward_hook(self._output_hook(layer, taps))
+                else part.register_forward_hook(hook)
             )
         return self
 
@@ -534,20 +535,15 @@ class Tapped:
                 )
         return {str(tap): captured[str(tap)] for tap in self.taps}
 
-    def _input_hook(
-        self, layer: str, taps: Sequence[ResolvedTap]
-    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        # A forward hook would be too late: ReLU(inplace=True) has clipped its input by then.
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._read(layer, "input", taps, first_argument(args, kwargs))
-
-        return hook
-
-    def _output_hook(
-        self, layer: str, taps: Sequence[ResolvedTap]
+    def _hook(
+        self, layer: str, side: str, taps: Sequence[ResolvedTap]
     ) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._read(layer, "output", taps, output)
+        """Return a hook before a layer, which gets its keywords, or after it, with its output."""
+
+        # A forward hook would be too late for the input: ReLU(inplace=True) has clipped it by then.
+        def hook(module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
+            value = first_argument(args, last) if side == "input" else last
+            self._read(layer, side, taps, value)
 
         return hook
 
