@@ -12,6 +12,7 @@ The format is specified in `featcache.store.format`.
 from __future__ import annotations
 
 import bisect
+import copy
 import dataclasses
 import itertools
 import math
@@ -73,20 +74,27 @@ class TapInfo:
 
 
 class FileGroup:
-    """Rows of one fingerprint: files one after the other."""
+    """Rows of one fingerprint: some rows, or all (None), of files one after the other."""
 
-    def __init__(self, files: Sequence[StoreFile], name: str) -> None:
+    def __init__(self, files: Sequence[StoreFile], rows: np.ndarray | None = None) -> None:
         self.files = list(files)
-        self.name = name
+        self.rows = rows
         self.fingerprint = files[0].fingerprint
+        self.name = self.fingerprint.backbone
         self.starts = np.cumsum([0, *(file.n for file in files)]).tolist()
         self._tables: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.starts[-1]) if self.rows is None else len(self.rows)
+
+    def select(self, rows: np.ndarray) -> FileGroup:
+        """Return some of these rows, in the order given."""
+        chosen = copy.copy(self)  # shares the tables that were read
+        chosen.rows = rows if self.rows is None else self.rows[rows]
+        return chosen
 
     def table(self, name: str) -> np.ndarray | None:
-        """Return a table of all files, None if no file has it; absent ones count as ``""``."""
+        """Return a table, None if no file has it; absent ones count as ``""``."""
         if not any(name in file.datasets for file in self.files):
             return None
         if name not in self._tables:
@@ -95,18 +103,20 @@ class FileGroup:
                 for file in self.files
             ]
             self._tables[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return self._tables[name]
+        whole = self._tables[name]
+        return whole if self.rows is None else whole[self.rows]
 
     def locate(self, tap: str, row: int) -> tuple[StoreFile, Dataset, int]:
-        """Return the file that holds a row, the dataset, and the row's number there."""
+        """Return the file that holds a row of all, the dataset, and the row's number there."""
         k = bisect.bisect_right(self.starts, row) - 1
         return self.files[k], self.files[k].features[tap], row - self.starts[k]
 
-    def fetch(self, tap: str, rows: slice | np.ndarray, out: np.ndarray) -> None:
-        """Fill `out` (m, ...), in the type stored, with rows given as a run or as numbers."""
-        if isinstance(rows, slice):
-            self._fetch_run(tap, rows.start, out)
+    def fetch(self, tap: str, start: int, out: np.ndarray) -> None:
+        """Fill `out` (m, ...), in the type stored, with m of these rows."""
+        if self.rows is None:
+            self._fetch_run(tap, start, out)
             return
+        rows = self.rows[start : start + len(out)]
         if (np.diff(rows) >= 0).all():
             self._fetch_ascending(tap, rows, out)
             return
@@ -130,7 +140,7 @@ class FileGroup:
                     np.take(span, rows[start:stop] - first, axis=0, out=out[start:stop])
 
     def _fetch_run(self, tap: str, start: int, out: np.ndarray) -> None:
-        """Read consecutive rows, across files."""
+        """Read consecutive rows of all, across files."""
         done = 0
         while done < len(out):
             file, dataset, row = self.locate(tap, start + done)
@@ -179,16 +189,15 @@ class FeatureStore:
     >>> X, y = store.load("avgpool")                     # doctest: +SKIP
     """
 
-    def __init__(self, sources: Sequence[FileGroup], indices: Sequence[np.ndarray | None]) -> None:
+    def __init__(self, sources: Sequence[FileGroup]) -> None:
         # The summary of the run that gave this store, None if it was opened. Any, because its type
         # belongs to extraction, which imports this module.
         self.extraction: Any = None
         self._sources = list(sources)
-        self._indices = list(indices)  # rows of each source; None = all of them in order
-        # (files, rows of them, tap) by the name that the user sees
+        # (rows of files, tap) by the name that the user sees
         self._columns = {
-            f"{source.name}/{tap}" if len(sources) > 1 else tap: (source, index, tap)
-            for source, index in zip(sources, indices, strict=True)
+            f"{source.name}/{tap}" if len(sources) > 1 else tap: (source, tap)
+            for source in sources
             for tap in source.fingerprint.taps
         }
 
@@ -222,15 +231,14 @@ class FeatureStore:
                     f"{files[0].path} and {file.path} hold features of different origin and "
                     f"cannot be one store:\n{difference}"
                 )
-        source = FileGroup(files, files[0].fingerprint.backbone)
         if len(files) > 1:
             _check_disjoint(files)
-        return cls([source], [None])
+        return cls([FileGroup(files)])
 
     @classmethod
     def of_file(cls, file: StoreFile, rows: np.ndarray | None = None) -> Self:
         """Return some rows of an open file, finished or not, as a store."""
-        return cls([FileGroup([file], file.fingerprint.backbone)], [rows])
+        return cls([FileGroup([file], rows)])
 
     def close(self) -> None:
         """Close the files. Nothing can be read any more, but arrays that were mapped stay."""
@@ -255,22 +263,18 @@ class FeatureStore:
         if not stores:
             raise StoreError("No store was given to join.")
         if len(stores) == 1:
-            return cls(stores[0]._sources, stores[0]._indices)
+            return cls(stores[0]._sources)
         sources: list[FileGroup] = []
-        indices: list[np.ndarray | None] = []
         for store in stores:
             rows = _align_rows(stores[0], store)
-            for source, index in zip(store._sources, store._indices, strict=True):
-                sources.append(FileGroup(source.files, source.fingerprint.backbone))
-                indices.append(rows if index is None else index[rows])
+            sources += [source.select(rows) for source in store._sources]
         _disambiguate_names(sources)
-        return cls(sources, indices)
+        return cls(sources)
 
     # --- what the rows are ----------------------------------------------------------------------
 
     def __len__(self) -> int:
-        index = self._indices[0]
-        return len(self._sources[0]) if index is None else len(index)
+        return len(self._sources[0])
 
     def __repr__(self) -> str:
         taps = ", ".join(f"{name} {info.shape}" for name, info in self.taps.items())
@@ -284,15 +288,11 @@ class FeatureStore:
     @cached_property
     def rows(self) -> np.ndarray:
         """Rows of the (first) underlying store, in order: int64, shape (n,)."""
-        index = self._indices[0]
-        return np.arange(len(self._sources[0])) if index is None else index
-
-    def _take(self, table: np.ndarray | None) -> np.ndarray | None:
-        index = self._indices[0]
-        return table if table is None or index is None else table[index]
+        rows = self._sources[0].rows
+        return np.arange(len(self)) if rows is None else rows
 
     def _text(self, name: str) -> np.ndarray | None:
-        table = self._take(self._sources[0].table(name))
+        table = self._sources[0].table(name)
         return None if table is None else format.decode_table(table)
 
     @cached_property
@@ -325,13 +325,13 @@ class FeatureStore:
 
     @cached_property
     def _label_counts(self) -> Counter[str]:
-        table = self._take(self._sources[0].table("labels"))
+        table = self._sources[0].table("labels")
         return Counter({"": len(self)}) if table is None else format.counts(table)
 
     @cached_property
     def _entries(self) -> np.ndarray:
         """The rows of /rows."""
-        table = self._take(self._sources[0].table("rows"))
+        table = self._sources[0].table("rows")
         assert table is not None
         return table
 
@@ -354,7 +354,7 @@ class FeatureStore:
     def taps(self) -> dict[str, TapInfo]:
         """Shape and type of each tap, in the order of the columns."""
         found = {}
-        for name, (source, _, tap) in self._columns.items():
+        for name, (source, tap) in self._columns.items():
             dataset = source.files[0].features[tap]
             found[name] = TapInfo(dataset.shape[1:], dataset.dtype, source.fingerprint.views)
         return found
@@ -417,10 +417,7 @@ class FeatureStore:
     @property
     def parts(self) -> tuple[FeatureStore, ...]:
         """The stores that are joined here, each with the rows of this one."""
-        return tuple(
-            FeatureStore([source], [index])
-            for source, index in zip(self._sources, self._indices, strict=True)
-        )
+        return tuple(FeatureStore([source]) for source in self._sources)
 
     @cached_property
     def digest(self) -> str:
@@ -493,8 +490,7 @@ class FeatureStore:
         chosen = np.where(chosen < 0, chosen + len(self), chosen)
         if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"Rows go from 0 to {len(self) - 1}.")
-        indices_ = [chosen if index is None else index[chosen] for index in self._indices]
-        return FeatureStore(self._sources, indices_)
+        return FeatureStore([source.select(chosen) for source in self._sources])
 
     def split(
         self,
@@ -612,11 +608,11 @@ class FeatureStore:
 
     def _mapped(self, name: str) -> np.ndarray | None:
         """Return the rows mapped from the file, None if they are not one run in one file."""
-        source, index, tap = self._columns[name]
+        source, tap = self._columns[name]
         if len(self) == 0:
             return None
-        first = 0 if index is None else int(index[0])
-        if index is not None and not (index == np.arange(first, first + len(index))).all():
+        first = 0 if source.rows is None else int(source.rows[0])
+        if source.rows is not None and (np.diff(source.rows) != 1).any():
             return None
         file, dataset, row = source.locate(tap, first)
         if row + len(self) > file.n or dataset.nbytes == 0:
@@ -638,17 +634,16 @@ class FeatureStore:
         In pieces that stay in the processor's cache, through one small buffer: new memory for each
         block would cost more in page faults than the reading.
         """
-        source, index, tap = self._columns[name]
+        source, tap = self._columns[name]
         stored, shape = self.taps[name].dtype, self.taps[name].shape
         direct = out.dtype == stored and out.flags.c_contiguous
         step = max(1, _PIECE_BYTES // max(math.prod(shape) * stored.itemsize, 1))
         buffer = np.empty((0 if direct else min(step, len(out)), *shape), stored)
         for start in range(part.start, part.stop, step):
             stop = min(start + step, part.stop)
-            rows = slice(start, stop) if index is None else index[start:stop]
             target = out[start - part.start : stop - part.start]
             piece = target if direct else buffer[: stop - start]
-            source.fetch(tap, rows, piece)
+            source.fetch(tap, start, piece)
             if not direct:
                 convert(piece.reshape(target.shape), target)
 
@@ -757,7 +752,7 @@ class FeatureStore:
         """
         entries = self._entries
         intact = entries["status"] == DONE
-        ids = self._take(self._sources[0].table("ids"))
+        ids = self._sources[0].table("ids")
         assert ids is not None
         intact &= checksums.entry_crcs(entries, ids) == entries["entry_crc"]
         seeds = checksums.row_seeds(entries["sha256"])
@@ -869,7 +864,7 @@ def _disambiguate_names(sources: Sequence[FileGroup]) -> None:
     """Name stores of the same backbone by their digests, whatever their order."""
     names = [source.fingerprint.backbone for source in sources]
     for source, name in zip(sources, names, strict=True):
-        if names.count(name) > 1:
-            source.name = f"{name}@{source.fingerprint.digest[:8]}"
+        twice = names.count(name) > 1
+        source.name = f"{name}@{source.fingerprint.digest[:8]}" if twice else name
     if len({source.name for source in sources}) < len(sources):
         raise StoreError("The same features were given twice to join.")
