@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -167,12 +167,7 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {
-            "ok": self.ok,
-            "rows": self.rows,
-            "bad_rows": self.bad_rows,
-            "problems": self.problems,
-        }
+        return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
         return "\n".join(self.problems) if self.problems else f"{self.rows:,} rows, all intact"

@@ -93,10 +93,12 @@ class FileGroup:
         chosen.rows = rows if self.rows is None else self.rows[rows]
         return chosen
 
-    def table(self, name: str) -> np.ndarray | None:
-        """Return a table, None if no file has it; absent ones count as ``""``."""
-        if not any(name in file.datasets for file in self.files):
-            return None
+    def has(self, name: str) -> bool:
+        """Return whether one of the files has a table."""
+        return any(name in file.datasets for file in self.files)
+
+    def table(self, name: str) -> np.ndarray:
+        """Return a table; of a file that does not have it, ``""`` for each row."""
         if name not in self._tables:
             parts = [
                 file.read(name) if name in file.datasets else np.zeros(file.n, "S1")
@@ -291,32 +293,28 @@ class FeatureStore:
         rows = self._sources[0].rows
         return np.arange(len(self)) if rows is None else rows
 
-    def _text(self, name: str) -> np.ndarray | None:
-        table = self._sources[0].table(name)
-        return None if table is None else format.decode_table(table)
+    def _text(self, name: str) -> np.ndarray:
+        return format.decode_table(self._sources[0].table(name))
 
     @cached_property
     def ids(self) -> np.ndarray:
         """Ids of the images: array of str, shape (n,)."""
-        ids = self._text("ids")
-        assert ids is not None  # checked when the file was opened
-        return ids
+        return self._text("ids")
 
     @cached_property
     def labels(self) -> np.ndarray:
         """Labels: array of str, shape (n,); ``""`` = none."""
-        labels = self._text("labels")
-        return np.full(len(self), "", dtype="U1") if labels is None else labels
+        return self._text("labels")
 
     @cached_property
     def groups(self) -> np.ndarray | None:
         """Groups: array of str, shape (n,), or None."""
-        return self._text("groups")
+        return self._text("groups") if self._sources[0].has("groups") else None
 
     @cached_property
     def splits(self) -> np.ndarray | None:
         """Names of predefined splits: array of str, shape (n,), or None."""
-        return self._text("splits")
+        return self._text("splits") if self._sources[0].has("splits") else None
 
     @cached_property
     def classes(self) -> list[str]:
@@ -325,15 +323,12 @@ class FeatureStore:
 
     @cached_property
     def _label_counts(self) -> Counter[str]:
-        table = self._sources[0].table("labels")
-        return Counter({"": len(self)}) if table is None else format.counts(table)
+        return format.counts(self._sources[0].table("labels"))
 
     @cached_property
     def _entries(self) -> np.ndarray:
         """The rows of /rows."""
-        table = self._sources[0].table("rows")
-        assert table is not None
-        return table
+        return self._sources[0].table("rows")
 
     @property
     def sha256(self) -> np.ndarray:
@@ -752,9 +747,8 @@ class FeatureStore:
         """
         entries = self._entries
         intact = entries["status"] == DONE
-        ids = self._sources[0].table("ids")
-        assert ids is not None
-        intact &= checksums.entry_crcs(entries, ids) == entries["entry_crc"]
+        crcs = checksums.entry_crcs(entries, self._sources[0].table("ids"))
+        intact &= crcs == entries["entry_crc"]
         seeds = checksums.row_seeds(entries["sha256"])
         found = {}
         for k, (name, info) in enumerate(self.taps.items()):

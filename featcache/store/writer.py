@@ -149,7 +149,8 @@ class FeatureWriter:
             No images, or the folder cannot be written to.
         """
         real, lock = _locked(path, wait)
-        with _releasing(lock):
+        with contextlib.ExitStack() as unless_begun:
+            unless_begun.enter_context(lock)
             names, images = zip(*canaries, strict=True) if canaries else ((), ())
             contents = Contents(
                 fingerprint=fingerprint,
@@ -159,7 +160,9 @@ class FeatureWriter:
                 canaries=Canaries(list(names), list(images)) if canaries else None,
             )
             file = _resumed(real, contents) or _begun(real, contents)
-            return cls(real, file, lock, earlier=earlier, retry_failed=retry_failed)
+            writer = cls(real, file, lock, earlier=earlier, retry_failed=retry_failed)
+            unless_begun.pop_all()
+        return writer
 
     def close(self) -> None:
         """Close the files and release the lock; what was written stays. May be called twice."""
@@ -621,17 +624,16 @@ def merge(
         A row of a part fails its checksum. The part is kept.
     """
     real, lock = _locked(path, wait)
-    with _releasing(lock):
+    with lock:
         there = [os.path.realpath(part) for part in parts if Path(part).exists()]
         file = _merging(real, _encoded(tables, real), there, max_failures)
         kept = f"All rows are kept, in {real}.partial and in the parts that are left."
-        writer = FeatureWriter(real, file, lock, kept=kept)
-    with writer:
-        for part in there:
-            writer._move_part(part, wait)
-        if run is not None:
-            writer.set_meta("run", run)
-        return writer.finish(max_failures)
+        with FeatureWriter(real, file, lock, kept=kept) as writer:
+            for part in there:
+                writer._move_part(part, wait)
+            if run is not None:
+                writer.set_meta("run", run)
+            return writer.finish(max_failures)
 
 
 def _merging(path: str, tables: Tables, parts: Sequence[str], max_failures: float) -> StoreFile:
@@ -655,9 +657,7 @@ def _merging(path: str, tables: Tables, parts: Sequence[str], max_failures: floa
         file = StoreFile(partial, writable=True)
         known = {failure.id for failure in file.failures()}
         keep = np.array([name.decode() not in known for name in ids.tolist()])
-        same = file.tables == sorted(tables) and all(
-            np.array_equal(file.read(name), table[keep]) for name, table in tables.items()
-        )
+        same = _has_tables(file, {name: table[keep] for name, table in tables.items()})
         if same and known >= {failure.id for _, failure in failures}:
             return file
     if model is None or not covered.all():
@@ -732,16 +732,6 @@ def _locked(path: str | Path, wait: float = 0) -> tuple[str, WriteLock]:
         disk.raise_for(error, real)
 
 
-@contextlib.contextmanager
-def _releasing(lock: WriteLock) -> Iterator[None]:
-    """Release the lock if what follows fails."""
-    try:
-        yield
-    except BaseException:
-        lock.release()
-        raise
-
-
 def _encoded(tables: Tables, path: str) -> dict[str, np.ndarray]:
     """Return columns of text as they are stored, of one length that is not 0."""
     encoded = format.encode_tables(tables)
@@ -807,11 +797,9 @@ def _resumed(path: str, contents: Contents) -> StoreFile | None:
         return None
     _refuse_overwrite(partial, contents.fingerprint)
     file = StoreFile(partial, writable=True)
-    if file.tables != sorted(contents.tables) or file.datasets["failures/id"].nbytes:
+    if file.datasets["failures/id"].nbytes or not _has_tables(file, contents.tables):
         return None
     if file.finished and not file.intact:  # renamed, so that what is damaged is written again
-        return None
-    if not all(np.array_equal(file.read(name), x) for name, x in contents.tables.items()):
         return None
     try:  # what a merge began has room for the parts that were merged only
         size = os.fstat(file.descriptor).st_size
@@ -820,6 +808,13 @@ def _resumed(path: str, contents: Contents) -> StoreFile | None:
         so_far = f"Everything computed so far is kept in {partial}."
         disk.raise_for(error, path, needed=contents.feature_bytes, so_far=so_far)
     return file
+
+
+def _has_tables(file: StoreFile, tables: Tables) -> bool:
+    """Return whether a file has exactly these columns of text."""
+    return file.tables == sorted(tables) and all(
+        np.array_equal(file.read(name), table) for name, table in tables.items()
+    )
 
 
 def _check_failures(path: str, failures: Sequence[Failure], n: int, max_failures: float) -> None:
