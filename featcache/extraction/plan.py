@@ -103,9 +103,10 @@ class Plan:
         del values["path"]
         text, target = json.dumps(values).encode(), str(plan_file(self.path))
         try:
-            with disk.opened(f"{target}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
-                disk.pwrite_all(descriptor, text, 0)
-                disk.fsync(descriptor)
+            with Path(f"{target}.new").open("wb") as file:
+                file.write(text)
+                file.flush()
+                disk.fsync(file.fileno())
             disk.rename(f"{target}.new", target)
         except OSError as error:
             disk.raise_for(error, self.path, needed=len(text))

@@ -7,6 +7,7 @@ numbers. Weights are loaded when `Backbone.module` or `Backbone.fingerprint` is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,6 @@ class Backbone:
         self._asked = [layers] if isinstance(layers, str) else list(layers or ())
         chosen = preprocessing or self._family.preprocessing()
         self.preprocessing = chosen if image_size is None else chosen.with_image_size(image_size)
-        self._loaded: tuple[nn.Module, PartialReport | None] | None = None
-        self._points: list[ResolvedTap] | None = None
-        self._sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -138,7 +136,7 @@ class Backbone:
     @property
     def module(self) -> nn.Module:
         """The network: in evaluation mode, frozen, on the CPU. Loads the weights."""
-        return self._load()[0]
+        return self._loaded[0]
 
     def skeleton(self) -> nn.Module:
         """Return the network in evaluation mode, on the meta device where it can be built so.
@@ -151,14 +149,12 @@ class Backbone:
     @property
     def partial(self) -> PartialReport | None:
         """What a weights file left out that fitted in part; None otherwise. Loads the weights."""
-        return self._load()[1]
+        return self._loaded[1]
 
-    @property
+    @functools.cached_property
     def points(self) -> list[ResolvedTap]:
         """The resolved taps, which `featcache.networks.taps.Tapped` takes with `module`."""
-        if self._points is None:
-            self._points = resolve(self._trace(), self._asked)
-        return self._points
+        return resolve(self._trace(), self._asked)
 
     @property
     def taps(self) -> list[str]:
@@ -182,11 +178,13 @@ class Backbone:
                 "carry no knowledge of images"
             )
         norms = [
-            part
+            (part.running_mean, part.running_var)
             for part in self.module.modules()
-            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is not None
+            if isinstance(part, nn.modules.batchnorm._BatchNorm)
+            and part.running_mean is not None
+            and part.running_var is not None
         ]
-        if norms and all(_is_initial(norm) for norm in norms):
+        if norms and all((mean == 0).all() and (var == 1).all() for mean, var in norms):
             return (
                 f"The statistics of all {len(norms)} BatchNorm layers of {self.name} are at their "
                 "initial values: the network has not been trained, or its weights were not loaded"
@@ -215,7 +213,7 @@ class Backbone:
             source=self.source,
             backbone=self.name,
             weights=self.weights,
-            state_sha256=self._state_sha256(),
+            state_sha256=self._state_sha256,
             taps=tuple(self.taps),
             preprocessing=self.preprocessing.to_dict(),
             precision=precision,
@@ -234,18 +232,16 @@ class Backbone:
         return f"Backbone({self.source} {self.name}, weights {self.weights}, {size}, {taps})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_loaded"}
 
-    def _load(self) -> tuple[nn.Module, PartialReport | None]:
-        if self._loaded is None:
-            module, report = self._family.load()
-            self._loaded = module.eval().requires_grad_(False), report
-        return self._loaded
+    @functools.cached_property
+    def _loaded(self) -> tuple[nn.Module, PartialReport | None]:
+        module, report = self._family.load()
+        return module.eval().requires_grad_(False), report
 
+    @functools.cached_property
     def _state_sha256(self) -> str:
-        if self._sha256 is None:
-            self._sha256 = state_sha256(self.module.state_dict())
-        return self._sha256
+        return state_sha256(self.module.state_dict())
 
     def _trace(self, *, flops: bool = False) -> Trace:
         example = torch.zeros((1, *self.preprocessing.output_shape))
@@ -258,9 +254,3 @@ class Backbone:
                 if "meta" not in str(error):
                     raise
         return trace(self.module, example, flops=flops)
-
-
-def _is_initial(norm: nn.modules.batchnorm._BatchNorm) -> bool:
-    if norm.running_mean is None or norm.running_var is None:
-        return False
-    return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())

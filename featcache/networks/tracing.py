@@ -320,9 +320,7 @@ class _Recorder:
         self.result = result
         self.counter = counter
         self.axes = _Axes()
-        self._name = {}
-        for name, part in result.module.named_modules():
-            self._name[id(part)] = name
+        self._name = {id(part): name for name, part in result.module.named_modules()}
         self._number: Counter[int] = Counter()
         self._open: list[tuple[Call, int]] = []
 

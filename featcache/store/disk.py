@@ -115,19 +115,6 @@ def _free_bytes(folder: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
-class opened:
-    """A file descriptor for the length of a ``with`` block."""
-
-    def __init__(self, path: str, flags: int) -> None:
-        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-
-    def __enter__(self) -> int:
-        return self._descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-
 def as_bytes(array: np.ndarray) -> memoryview:
     """Return the bytes of a C-contiguous array, not copied."""
     return array.reshape(-1).view(np.uint8).data
@@ -169,11 +156,13 @@ def fsync(descriptor: int) -> None:
 def rename(source: str, target: str) -> None:
     """Replace `target` by `source` so that a power cut leaves the one or the other."""
     Path(source).replace(target)
-    with (
-        opened(str(Path(target).parent), os.O_RDONLY | os.O_DIRECTORY) as folder,
-        contextlib.suppress(OSError),  # some network file systems cannot fsync a folder
-    ):
+    folder = os.open(Path(target).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
         os.fsync(folder)
+    except OSError:
+        pass  # some network file systems cannot fsync a folder
+    finally:
+        os.close(folder)
 
 
 def runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:

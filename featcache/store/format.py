@@ -178,15 +178,10 @@ class Contents:
     canaries: Canaries | None = None
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one image's features."""
-        size = np.dtype(self.fingerprint.store_dtype).itemsize
-        return sum(math.prod(self.shapes[tap]) * size for tap in self.fingerprint.taps)
-
-    @property
     def feature_bytes(self) -> int:
         """Bytes of all features."""
-        return self.row_bytes * len(self.tables["ids"])
+        values = sum(math.prod(self.shapes[tap]) for tap in self.fingerprint.taps)  # of one image
+        return values * np.dtype(self.fingerprint.store_dtype).itemsize * len(self.tables["ids"])
 
     def plan(self) -> Plan:
         """Return shape, type and first bytes (None = zeros) of each dataset by name."""
@@ -329,11 +324,12 @@ def create_file(path: str, contents: Contents, *, room: int | None = None) -> No
         bound += room - contents.feature_bytes
     try:
         # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
-        with disk.opened(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as descriptor:
-            disk.reserve(descriptor, 0, bound, zeros=False)
+        with Path(temporary).open("wb") as file:
+            disk.reserve(file.fileno(), 0, bound, zeros=False)
         _write_layout(temporary, plan)
         datasets = read_datasets(temporary)
-        with disk.opened(temporary, os.O_RDWR) as descriptor:
+        with Path(temporary).open("rb+", buffering=0) as file:
+            descriptor = file.fileno()
             if room is None:
                 disk.reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
             for name, (_, _, data) in plan.items():

@@ -271,20 +271,14 @@ class FeatureWriter:
             finite &= _finite_rows(stored[tap])
         entries = np.zeros(len(rows), self._rows.dtype)
         entries["sha256"], entries["size"], entries["mtime_ns"] = sha256, size, mtime_ns
-        if finite.all():
-            self._store(rows, stored, entries)
-            return rows[:0]
-        good = np.flatnonzero(finite)
-        self._store(rows[good], {tap: x[good] for tap, x in stored.items()}, entries[good])
+        entries["status"] = np.where(finite, DONE, FAILED)
+        self._check_rows(rows)
         for k in np.flatnonzero(~finite).tolist():
-            self.fail(
-                int(rows[k]),
-                "forward",
-                f"features are not finite in {self.fingerprint.store_dtype}"
-                + self._overflow_hint(features, k),
-                size=int(entries["size"][k]),
-                mtime_ns=int(entries["mtime_ns"][k]),
-            )
+            reason = f"features are not finite in {self.fingerprint.store_dtype}"
+            with self._keeping():
+                hint = self._overflow_hint(features, k)
+                self._file.add_reason(int(rows[k]), "forward", reason + hint)
+        self._store(rows, stored, entries)
         return rows[~finite]
 
     def _overflow_hint(self, features: Mapping[str, np.ndarray], k: int) -> str:
@@ -297,16 +291,12 @@ class FeatureWriter:
         self, rows: np.ndarray, stored: Mapping[str, np.ndarray], entries: np.ndarray
     ) -> None:
         """Write features (k, ...), then entries (k,), run by run."""
-        if len(rows) == 0:
-            return
-        self._check_rows(rows)
         seeds = checksums.row_seeds(entries["sha256"])
         with self._keeping():
             for k, (tap, dataset) in enumerate(self._file.features.items()):
                 entries["crc32"][:, k] = checksums.row_checksums(stored[tap], seeds)
                 for position, first, count in disk.runs(rows):
                     self._file.write_rows(dataset, first, stored[tap][position : position + count])
-            entries["status"] = DONE
             self._write_entries(rows, entries)
 
     @contextlib.contextmanager
@@ -329,7 +319,7 @@ class FeatureWriter:
 
     def _check_rows(self, rows: np.ndarray) -> None:
         """Refuse rows that are not there."""
-        if rows.min() < 0 or rows.max() >= self._file.n:
+        if ((rows < 0) | (rows >= self._file.n)).any():
             raise StoreError(f"{self.path}: rows go from 0 to {self._file.n - 1}.")
 
     def fail(
@@ -392,6 +382,7 @@ class FeatureWriter:
         if store.fingerprints != (self.fingerprint,):
             raise FingerprintMismatch("Rows can be copied only between the same features.")
         source_rows, rows = np.asarray(source_rows, np.int64), np.asarray(rows, np.int64)
+        self._check_rows(rows)
         widest = max(dataset.row_bytes for dataset in self._file.features.values())
         step = max(1, _COPY_ROWS_BYTES // max(widest, 1))
         copied = [rows[:0]]
@@ -399,7 +390,7 @@ class FeatureWriter:
             part = slice(start, start + step)
             chosen = store.select(source_rows[part])
             entries = np.zeros(len(chosen), self._rows.dtype)
-            entries["sha256"] = chosen.sha256
+            entries["status"], entries["sha256"] = DONE, chosen.sha256
             entries["size"] = chosen.sizes if size is None else size[part]
             entries["mtime_ns"] = chosen.mtimes_ns if mtime_ns is None else mtime_ns[part]
             stored, intact = chosen.stored_rows()
