@@ -364,9 +364,13 @@ def import_callable(spec: str) -> tuple[nn.Module, Preprocessing]:
         If it fails, or returns something else than ``(module, Preprocessing)``.
     """
     module_name, _, attribute = spec.partition(":")
+    folder = str(Path.cwd())
     try:
-        with _current_folder_importable():
+        sys.path.append(folder)
+        try:
             found: Any = importlib.import_module(module_name)
+        finally:
+            sys.path.remove(folder)
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
@@ -391,16 +395,6 @@ def import_callable(spec: str) -> tuple[nn.Module, Preprocessing]:
     ):
         return result
     raise BackboneError(f"{wanted}, it returned {type(result).__name__}")
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    folder = str(Path.cwd())
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
 
 
 class _Skeleton(TorchFunctionMode):

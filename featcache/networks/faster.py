@@ -17,8 +17,9 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,28 +77,19 @@ class _Watcher:
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         self.ended.add(module)
 
-    def product(self, name: str) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
-            inputs = args[0].shape[-1]
-            rows = args[0].numel() // inputs
-            self.products[name] = rows, inputs, getattr(module, "out_features", inputs)
+    def product(self, name: str, module: Any, args: tuple[Any, ...]) -> None:
+        inputs = args[0].shape[-1]
+        rows = args[0].numel() // inputs
+        self.products[name] = rows, inputs, getattr(module, "out_features", inputs)
 
-        return hook
+    def convolution(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self.runs[name] += 1
+        self.made_by[id(output)] = name, output
 
-    def convolution(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.runs[name] += 1
-            self.made_by[id(output)] = name, output
-
-        return hook
-
-    def normalisation(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.runs[name] += 1
-            if args and id(args[0]) in self.made_by:
-                self.pairs.append((self.made_by[id(args[0])][0], name))
-
-        return hook
+    def normalisation(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.runs[name] += 1
+        if args and id(args[0]) in self.made_by:
+            self.pairs.append((self.made_by[id(args[0])][0], name))
 
 
 def find_speed_ups(module: nn.Module, points: Sequence[ResolvedTap], example: Tensor) -> SpeedUps:
@@ -143,11 +135,11 @@ def _watch(module: nn.Module, watcher: _Watcher, hooked: Container[nn.Module]) -
         if part in hooked:
             continue
         if type(part) is nn.Conv2d:
-            yield part.register_forward_hook(watcher.convolution(name))
+            yield part.register_forward_hook(partial(watcher.convolution, name))
         elif type(part) in (nn.Linear, nn.MultiheadAttention):
-            yield part.register_forward_pre_hook(watcher.product(name))
+            yield part.register_forward_pre_hook(partial(watcher.product, name))
         elif isinstance(part, nn.BatchNorm2d) and _after_folding(part) is not None:
-            yield part.register_forward_pre_hook(watcher.normalisation(name))
+            yield part.register_forward_pre_hook(partial(watcher.normalisation, name))
 
 
 def _unused(module: nn.Module, watcher: _Watcher) -> set[int]:

@@ -255,8 +255,7 @@ class _Resolver:
     def _resolve(self, tap: Tap) -> ResolvedTap:
         call = self._run_of(tap)
         side: Side = tap.side or "output"
-        several = len(self.trace.runs(tap.layer)) > 1
-        tap = Tap(call.layer, call.number if several else None, side, tap.reduce)
+        tap = replace(self._tap(call, side), reduce=tap.reduce)
         value = call.input if side == "input" else call.output
         shape = self._checked_shape(tap, call, value)
         if len(shape) == 2:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -56,8 +57,7 @@ def reserve(descriptor: int, start: int, stop: int, *, zeros: bool) -> None:
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:
                 raise
-    available = os.fstatvfs(descriptor)
-    if stop - start > available.f_bavail * available.f_frsize + os.fstat(descriptor).st_size:
+    if stop - start > shutil.disk_usage(descriptor).free + os.fstat(descriptor).st_size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if zeros:
         _write_zeros(descriptor, start, stop)
@@ -94,9 +94,10 @@ def raise_for(
     """
     folder = str(Path(path).parent)
     if error.errno in _NO_SPACE:
+        free = shutil.disk_usage(folder).free
         raise DiskFull(
             f"There is no room for {path}: it needs {needed / 1e6:,.1f} MB and "
-            f"{_free_bytes(folder) / 1e6:,.1f} MB are free in {folder} ({error.strerror}). "
+            f"{free / 1e6:,.1f} MB are free in {folder} ({error.strerror}). "
             f"{so_far} Free some space or choose another disk with -o, and run the command "
             f"again{advice}."
         ) from error
@@ -105,14 +106,6 @@ def raise_for(
             f"Cannot write in {folder}: {error.strerror}. Choose a folder of your own with -o."
         ) from error
     raise StoreError(f"Cannot write {path}: {error}. {so_far}".rstrip()) from error
-
-
-def _free_bytes(folder: str) -> int:
-    try:
-        status = os.statvfs(folder)
-    except OSError:
-        return 0
-    return status.f_bavail * status.f_frsize
 
 
 def as_bytes(array: np.ndarray) -> memoryview:

@@ -32,9 +32,13 @@ IntArray = npt.NDArray[np.int64]
 Labels = Sequence[str] | npt.NDArray[Any]
 Fold = tuple[IntArray, IntArray]
 
-_FIT_NAMES = frozenset({"train", "training", "fit"})
-_VALID_NAMES = frozenset({"val", "valid", "validation", "dev"})
-_TEST_NAMES = frozenset({"test", "testing", "holdout", "eval"})
+# What the words of a split column, in lower case, say of a row.
+_ROLES = {
+    **dict.fromkeys(("train", "training", "fit"), "fit"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "valid"),
+    **dict.fromkeys(("test", "testing", "holdout", "eval"), "test"),
+    "": "",
+}
 
 
 def n_unlabelled(y: Labels) -> int:
@@ -278,19 +282,12 @@ def _roles(splits: Labels) -> npt.NDArray[Any]:
     roles = []
     for word in words:
         name = str(word).strip().lower()
-        if name in _FIT_NAMES:
-            roles.append("fit")
-        elif name in _VALID_NAMES:
-            roles.append("valid")
-        elif name in _TEST_NAMES:
-            roles.append("test")
-        elif not name:
-            roles.append("")
-        else:
+        if name not in _ROLES:
             raise TrainingError(
                 f"The split column holds {str(word)!r}; the words it may hold are train, val "
                 "and test (and the empty cell: in no part)."
             )
+        roles.append(_ROLES[name])
     return np.asarray(roles)[inverse]
 
 
