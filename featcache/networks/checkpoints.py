@@ -68,7 +68,8 @@ class PartialReport:
         }
 
     def __str__(self) -> str:
-        lines = [f"{len(self.loaded)} of {self._wanted()} parameters and buffers loaded"]
+        wanted = len(self.loaded) + len(self.missing) + len(self.mismatched)
+        lines = [f"{len(self.loaded)} of {wanted} parameters and buffers loaded"]
         if self.missing:
             lines.append(f"missing in the checkpoint: {first_names(self.missing)}")
         if self.unexpected:
@@ -77,9 +78,6 @@ class PartialReport:
             shapes = [f"{name} {a} instead of {b}" for name, a, b in self.mismatched]
             lines.append(f"wrongly shaped: {first_names(shapes)}")
         return "\n".join(lines)
-
-    def _wanted(self) -> int:
-        return len(self.loaded) + len(self.missing) + len(self.mismatched)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:

@@ -495,27 +495,20 @@ class Runtime:
         tapped.__enter__()  # hooks that come after compiling would never fire
         options: dict[str, Any] = {"freezing": True} if settings.device == "cpu" else {}
         compute = torch.compile(tapped.capture, dynamic=False, options=options)
+        # On a machine without CUDA the compiler would say that there is none.
+        logger = logging.getLogger("torch.utils.cpp_extension")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
         try:
-            with _quiet_compiler():
-                matches = self._matches_original(compute, compiled, found, compiled.batch_size)
+            matches = self._matches_original(compute, compiled, found, compiled.batch_size)
         except Exception:  # no compiler, an operation it does not know: hundreds of reasons
             matches = False
+        finally:
+            logger.setLevel(level)
         if not matches:
             return replace(settings, compiled=False)
         self._compute = compute
         return compiled
-
-
-@contextlib.contextmanager
-def _quiet_compiler() -> Iterator[None]:
-    """Keep torch.compile from telling a machine without CUDA that it has none."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _allclose(features: Tensor, expected: Tensor, *, relative: float) -> bool:

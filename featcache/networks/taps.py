@@ -183,12 +183,10 @@ class ResolvedTap:
             return value[:, 0]  # (b, n, d) -> (b, d)
         if how == "patches":
             return _mean(value[:, self.prefix_tokens :], (1,))  # (b, n, d) -> (b, d)
-        axes = tuple(a for a in range(1, value.ndim) if a != self._feature_axis(value.ndim))
+        kept = value.ndim - 1 if self.channel_axis is None else self.channel_axis
+        axes = tuple(axis for axis in range(1, value.ndim) if axis != kept)
         # (b, c, h, w) or (b, h, w, c) -> (b, c); (b, n, d) -> (b, d)
         return value.amax(axes) if how == "max" else _mean(value, axes)
-
-    def _feature_axis(self, ndim: int) -> int:
-        return ndim - 1 if self.channel_axis is None else self.channel_axis
 
 
 def _mean(value: Tensor, axes: tuple[int, ...]) -> Tensor:

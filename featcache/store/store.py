@@ -132,14 +132,13 @@ class FileGroup:
         row_bytes = max(self.files[0].features[tap].row_bytes, 1)
         cuts = np.flatnonzero(np.diff(rows) > max(1, _GAP_BYTES // row_bytes)) + 1
         for start, stop in itertools.pairwise([0, *cuts.tolist(), len(rows)]):
-            if start < stop:
-                first, last = int(rows[start]), int(rows[stop - 1])
-                if (np.diff(rows[start:stop]) == 1).all():
-                    self._fetch_run(tap, first, out[start:stop])
-                else:
-                    span = np.empty((last - first + 1, *out.shape[1:]), out.dtype)
-                    self._fetch_run(tap, first, span)
-                    np.take(span, rows[start:stop] - first, axis=0, out=out[start:stop])
+            first, last = int(rows[start]), int(rows[stop - 1])
+            if (np.diff(rows[start:stop]) == 1).all():
+                self._fetch_run(tap, first, out[start:stop])
+            else:
+                span = np.empty((last - first + 1, *out.shape[1:]), out.dtype)
+                self._fetch_run(tap, first, span)
+                np.take(span, rows[start:stop] - first, axis=0, out=out[start:stop])
 
     def _fetch_run(self, tap: str, start: int, out: np.ndarray) -> None:
         """Read consecutive rows of all, across files."""
