@@ -55,9 +55,7 @@ class _Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def interruptible(
-    *numbers: signal.Signals, kept: str = "Everything computed is kept"
-) -> Iterator[None]:
+def interruptible(kept: str = "Everything computed is kept") -> Iterator[None]:
     """Turn SIGINT and SIGTERM into `Interrupted`, once the block has cleaned up.
 
     The first signal raises an exception in the main thread; further ones are ignored while rows are
@@ -65,8 +63,6 @@ def interruptible(
 
     Parameters
     ----------
-    numbers : signal.Signals
-        Signals to handle instead of these two.
     kept : str
         What the same command goes on from: a sentence without its full stop.
 
@@ -74,15 +70,14 @@ def interruptible(
     ------
     Interrupted
     """
-    numbers = numbers or _SIGNALS
 
     def stop(number: int, frame: object) -> None:
-        for each in numbers:
+        for each in _SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         raise _Stopped(signal.Signals(number).name)
 
     try:
-        with _handled(numbers, stop):
+        with _handled(_SIGNALS, stop):
             yield
     except _Stopped as stopped:
         raise Interrupted(
