@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import shlex
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from featcache.report.pictures import sheets, thumbnail
 from featcache.results.evaluation import Evaluation
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
-from featcache.study.audit import Findings
+from featcache.study.audit import Findings, label_issues
 from featcache.study.maps import Method, embed, nearest_rows
 from featcache.system.files import atomic_write, check_overwrite
 from featcache.version import __version__
@@ -299,7 +298,7 @@ def _suspects(
         count = f"{len(found):,} of {findings.n_images:,} images"
         return _gallery(f"{count}, judged out of fold {how}", cards)
     try:
-        ranked = _label_issues(evaluation)
+        ranked = label_issues(evaluation.y_true, evaluation.proba)
     except MissingExtra as error:
         return _gallery(str(error))
     names = evaluation.classes
@@ -313,26 +312,6 @@ def _suspects(
         "The command featcache audit looks at the training images too.",
         cards,
     )
-
-
-def _label_issues(evaluation: Evaluation) -> npt.NDArray[np.int64]:
-    """Return the rows whose label looks wrong, the least probable label first."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            from cleanlab.filter import find_label_issues
-        except ImportError as error:
-            raise MissingExtra("cleanlab", "report", "Looking for wrong labels") from error
-        present, codes = np.unique(evaluation.y_true, return_inverse=True)
-        if len(present) < 2:
-            return np.empty(0, np.int64)
-        proba = evaluation.proba[:, present]
-        total = proba.sum(axis=1, keepdims=True)
-        proba = np.where(total > 0, proba / np.maximum(total, 1e-300), 1 / len(present))
-        found: npt.NDArray[np.int64] = find_label_issues(
-            codes, proba, return_indices_ranked_by="self_confidence", n_jobs=1, verbose=False
-        )
-    return found
 
 
 def _duplicates(

@@ -25,6 +25,7 @@ marked: the first are mistakes, the second flatter every test.
 from __future__ import annotations
 
 import csv
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -229,11 +230,6 @@ def _label_findings(
     names: _Names,
 ) -> tuple[list[Finding], list[str]]:
     """Find suspicious labels, and say which labels could not be judged."""
-    try:
-        from cleanlab.filter import find_label_issues
-    except ImportError as error:
-        raise MissingExtra("cleanlab", "report", "Looking for wrong labels") from error
-
     rows, notes = _judgeable(store)
     if not len(rows):
         return [], notes
@@ -243,15 +239,47 @@ def _label_findings(
     found = HEADS[head].search(X[rows], y, folds, random_state=random_state)
     proba = softmax(found.logits.astype(np.float64) / found.temperature, axis=1)
     codes = np.searchsorted(found.classes, y)
-    ranked = find_label_issues(
-        codes, proba, return_indices_ranked_by="self_confidence", n_jobs=1, verbose=False
-    )
     items = []
-    for i in ranked:
+    for i in label_issues(codes, proba):
         id, label, split = names.of(int(rows[i]))
         suggested = str(found.classes[proba[i].argmax()])
         items.append(Finding("label", id, label, split, float(proba[i, codes[i]]), suggested))
     return items, notes
+
+
+def label_issues(y_true: npt.NDArray[Any], proba: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return the rows whose label looks wrong by confident learning, the least probable first.
+
+    Northcutt, Jiang and Chuang, *Journal of Artificial Intelligence Research* 70, 2021.
+
+    Parameters
+    ----------
+    y_true : ndarray of int64, shape (n,)
+        Column of the label.
+    proba : ndarray of float64, shape (n, k)
+        Predicted probabilities. Classes that nobody has are left out.
+
+    Raises
+    ------
+    MissingExtra
+        cleanlab is not installed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own optional packages
+        try:
+            from cleanlab.filter import find_label_issues
+        except ImportError as error:
+            raise MissingExtra("cleanlab", "report", "Looking for wrong labels") from error
+        present, codes = np.unique(y_true, return_inverse=True)
+        if len(present) < 2:
+            return np.empty(0, np.int64)
+        proba = proba[:, present]
+        total = proba.sum(axis=1, keepdims=True)
+        proba = np.where(total > 0, proba / np.maximum(total, 1e-300), 1 / len(present))
+        ranked: npt.NDArray[np.int64] = find_label_issues(
+            codes, proba, return_indices_ranked_by="self_confidence", n_jobs=1, verbose=False
+        )
+    return ranked
 
 
 def _judgeable(store: FeatureStore) -> tuple[npt.NDArray[np.int64], list[str]]:
