@@ -154,7 +154,7 @@ suffix_training = stacked(
     _suffix("--epochs", "train for at most this many epochs.", **count()),
     _suffix("--batch-size", "number of images per step.", **count(2)),
     _suffix("--lr", "highest learning rate of the new last layer.", type=float),
-    _suffix("--schedule", "how the learning rate changes.", type=click.Choice(SCHEDULES)),
+    _suffix("--schedule", "learning rate schedule.", type=click.Choice(SCHEDULES)),
     _suffix(
         "--unfreeze-every",
         "unfreeze one block more every N epochs; 0 trains all of them at once.",
