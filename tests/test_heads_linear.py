@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logsumexp
-from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
@@ -18,11 +17,12 @@ from sklearn.utils.estimator_checks import (
 
 from featcache.errors import TrainingError
 from featcache.heads import solver
-from featcache.heads.linear import search_linear
-from featcache.heads.ridge import search_ridge
+from featcache.heads.linear import LinearClassifier, LinearHead
+from featcache.heads.ridge import Ridge, RidgeHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
-from featcache.heads.search import logits
-from featcache.heads.table import HEADS, LinearClassifier, LinearSVM, Ridge
+from featcache.heads.search import logits, search
+from featcache.heads.svm import LinearSVM, LinearSVMHead
+from featcache.heads.table import HEADS
 from featcache.heads.treatment import SignedPower
 from featcache.predictor import persistence
 
@@ -221,7 +221,7 @@ def test_out_of_fold_scores_are_those_of_fits_on_each_fold(head, classes):
     by_fold = [right[valid].mean() for _, valid in folds]
     np.testing.assert_allclose(found.fold_scores, by_fold)
     assert found.score == pytest.approx(np.mean(by_fold))
-    assert found.score == max(one.score for one in found.candidates)
+    assert found.score == max(one.score for one in found.trials)
 
 
 @pytest.mark.parametrize("head", LINEAR)
@@ -288,8 +288,8 @@ def test_views_share_an_images_weight(head):
     )
 
 
-@pytest.mark.parametrize("model", [LinearClassifier(), LinearSVM()])
-def test_the_same_bits_for_any_number_of_threads(model):
+@pytest.mark.parametrize("kind", [LinearHead, LinearSVMHead])
+def test_the_same_bits_for_any_number_of_threads(kind):
     X, y = features(300, 40, 5)
     rows = TrainingRows.check(X, y, folds_of(y), None)
     threads = torch.get_num_threads()
@@ -297,9 +297,7 @@ def test_the_same_bits_for_any_number_of_threads(model):
     for count in (1, 2):
         torch.set_num_threads(count)
         try:
-            found = search_linear(
-                rows, clone(model), head="x", Cs=[1e-3, 1e-2], treatments=["l2"], refine=False
-            )
+            found = search(kind(Cs=[1e-3, 1e-2], treatments=["l2"], refine=False), rows)
             assert torch.get_num_threads() == count
         finally:
             torch.set_num_threads(threads)
@@ -311,21 +309,19 @@ def test_the_same_bits_for_any_number_of_threads(model):
 def test_exactly_the_given_grid_is_tried():
     X, y = features(150, 6)
     rows = TrainingRows.check(X, y, folds_of(y), None)
-    found = search_linear(
-        rows, LinearClassifier(), head="linear", Cs=[1.0, 0.01], treatments=["l2"], refine=False
-    )
-    assert [dict(one.params) for one in found.candidates] == [
+    found = search(LinearHead(Cs=[1.0, 0.01], treatments=["l2"], refine=False), rows)
+    assert [dict(one.params) for one in found.trials] == [
         {"treatment": "l2", "C": 0.01},
         {"treatment": "l2", "C": 1.0},
     ]
-    ridge = search_ridge(rows, alphas=[2.0, 1.0], treatments=["power"])
-    assert [one.params["alpha"] for one in ridge.candidates] == [300.0, 150.0]
+    ridge = search(RidgeHead(alphas=[2.0, 1.0], treatments=["power"]), rows)
+    assert [one.params["alpha"] for one in ridge.trials] == [300.0, 150.0]
 
 
 def test_coarse_to_fine_looks_either_side_of_the_best():
     X, y = features(300, 20)
     found = HEADS["linear"].search(X, y, folds_of(y), scoring="neg_log_loss")
-    coarse, fine = found.candidates[:-2], found.candidates[-2:]
+    coarse, fine = found.trials[:-2], found.trials[-2:]
     best = max(coarse, key=lambda one: one.score)
     values = sorted(one.params["C"] for one in fine)
     assert values[0] < best.params["C"] < values[1]
@@ -358,20 +354,18 @@ def test_what_is_found_can_be_saved(head):
 def test_what_cannot_be_trained_on_is_refused():
     X, y = features(60, 4)
     folds = folds_of(y, 3)
-    search = HEADS["linear"].search
+    refused = HEADS["linear"].search
     with pytest.raises(TrainingError, match=r"60 rows, 59 labels"):
-        search(X, y[:-1], folds)
+        refused(X, y[:-1], folds)
     with pytest.raises(TrainingError, match="two classes"):
-        search(X, np.full(60, "one"), folds)
+        refused(X, np.full(60, "one"), folds)
     with pytest.raises(TrainingError, match="at least one"):
-        search(X, y, [])
+        refused(X, y, [])
     with pytest.raises(TrainingError, match=r"shape \(60,\)"):
-        search(X[:, 0], y, folds)
+        refused(X[:, 0], y, folds)
     without = [(np.flatnonzero(y != "class 1"), np.flatnonzero(y == "class 1"))]
     with pytest.raises(TrainingError, match=r"Fold 0 has no training row of class 'class 1'"):
-        search(X, y, without)
-    with pytest.raises(TrainingError, match="in blocks"):
-        HEADS["rbf-svm"].search(FeatureBlocks.of(X), y, folds)
+        refused(X, y, without)
     with pytest.raises(ValueError, match="must be positive"):
         LinearClassifier(0.0).fit(X, y)
     with pytest.raises(ValueError, match="'balanced', a dict or None"):

@@ -64,7 +64,7 @@ def test_it_learns_what_a_linear_head_cannot(found):
     new, truth = shells(seed=1)
     assert found.score > 0.75
     assert (found.estimator.predict(new) == truth).mean() > 0.75
-    assert found.score == max(one.score for one in found.candidates)
+    assert found.score == max(one.score for one in found.trials)
     assert found.params["epochs"] == found.estimator.n_iter_
 
 

@@ -95,7 +95,7 @@ def test_out_of_fold_scores_are_those_of_a_fit_on_the_other_folds():
         expected = logits(fitted, treated[valid])
         np.testing.assert_allclose(found.logits[valid], expected, rtol=1e-3, atol=1e-3)
     assert found.score > 0.7
-    assert found.score == max(one.score for one in found.candidates)
+    assert found.score == max(one.score for one in found.trials)
     labels = found.classes[logits(found.estimator, X).argmax(axis=1)]
     np.testing.assert_array_equal(labels, found.estimator.predict(X))
 

@@ -45,7 +45,7 @@ def found(request: pytest.FixtureRequest) -> SearchResult:
 def test_components_are_found_where_they_help(found: SearchResult) -> None:
     new, truth = buried(seed=1)
     assert "n_components" in found.params
-    without = max(one.score for one in found.candidates if "n_components" not in one.params)
+    without = max(one.score for one in found.trials if "n_components" not in one.params)
     assert found.score > without + 0.03
     assert (found.estimator.predict(new) == truth).mean() > without
 

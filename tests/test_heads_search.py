@@ -12,8 +12,9 @@ from scipy.special import softmax
 from featcache.errors import TrainingError
 from featcache.heads import linear
 from featcache.heads.calibration import fit_temperature
-from featcache.heads.linear import LinearClassifier, LinearSearch, search_linear
+from featcache.heads.linear import LinearHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
+from featcache.heads.search import Search, search
 from featcache.heads.solver import minimise
 from featcache.heads.table import HEADS
 from featcache.store.splitting import folds
@@ -48,9 +49,7 @@ def test_probabilities_stay_calibrated_under_a_strong_penalty() -> None:
     rows = TrainingRows.check(X, y, folds(y.astype(str), cv=3), None)
     losses = []
     for C in (3e-6, 1e-2):
-        found = search_linear(
-            rows, LinearClassifier(), head="x", Cs=[C], treatments=["standard"], refine=False
-        )
+        found = search(LinearHead(Cs=[C], treatments=["standard"], refine=False), rows)
         proba = softmax(found.logits.astype(np.float64) / found.temperature, axis=1)
         losses.append(-np.log(proba[np.arange(900), y]).mean())
     # The direction is that of the class means: as good as any here, however small the scores.
@@ -70,7 +69,8 @@ def test_a_path_reaches_the_minimum_of_every_problem() -> None:
     X = (rng.normal(size=(300, 40)) + 1.5 * np.eye(5, 40)[y]).astype(np.float32)
     rows = TrainingRows.check(X, y, folds(y.astype(str), cv=2), None)
     Cs = [1e-3, 1e-2, 1e-1, 1.0, 10.0]
-    search = LinearSearch(rows, LinearClassifier(), head="linear")
+    head = LinearHead()
+    paths = linear._Paths(head, rows, Search(rows, head.options))
     reached = {}
 
     def kept(design: Any, problems: Any, W: Any, b: Any, **options: Any) -> Any:
@@ -87,9 +87,9 @@ def test_a_path_reaches_the_minimum_of_every_problem() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("featcache.heads.linear.minimise", kept)
         patch.setitem(linear._COLUMNS, "softmax", 10)  # one C at a time
-        search.path("standard", Cs, stop_early=False)
+        paths.follow("standard", Cs, stop_early=False)
         near = dict(reached)
-        search.path("standard", Cs, tol=1e-7, stop_early=False)
+        paths.follow("standard", Cs, tol=1e-7, stop_early=False)
     assert len(near) == 10
     for problem, value in near.items():
         assert value == pytest.approx(reached[problem], rel=2e-3)
@@ -116,8 +116,8 @@ def test_many_rows_choose_roughly_on_a_part(head: str, monkeypatch: pytest.Monke
     found = HEADS[head].search(X, y, parts)
     said = rf"{head} chose its treatment, and C to within a decade, on 24\d of 600 images"
     assert len(found.notes) == 1 and re.match(said, found.notes[0])
-    assert len({one.params["treatment"] for one in found.candidates}) == 1
-    Cs = [one.params["C"] for one in found.candidates]
+    assert len({one.params["treatment"] for one in found.trials}) == 1
+    Cs = [one.params["C"] for one in found.trials]
     assert max(Cs) / min(Cs) < 1001 and len(Cs) <= 5
     assert not np.isnan(found.logits).any()
     blocks = HEADS[head].search(FeatureBlocks.of(X), y, parts)
@@ -130,13 +130,27 @@ def test_many_rows_choose_roughly_on_a_part(head: str, monkeypatch: pytest.Monke
     assert re.search(r"on 12\d of 400 images", both.notes[0])
 
 
-def test_all_rows_choose_where_a_part_would_miss_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_MANY", 500)
-    monkeypatch.setattr(linear, "_SOME", 60)
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_part_keeps_every_class_in_every_fold(views: int) -> None:
     y = np.where(np.arange(600) < 3, 0, 1 + np.arange(600) % 2)
-    X = np.random.default_rng(0).normal(size=(600, 4)).astype(np.float32) + y[:, None]
-    found = HEADS["linear"].search(X, y, folds(y.astype(str), cv=3))
-    assert found.notes == ()
+    X = np.random.default_rng(0).normal(size=(600, views, 4)).astype(np.float16)
+    parts = folds(y.astype(str), cv=3)
+    for features in (X, FeatureBlocks.of(X)):
+        rows = TrainingRows.check(features, y, parts, np.arange(600.0))
+        part = rows.sample(60, random_state=0)
+        assert part.images is not None and 60 <= len(part) < 75
+        np.testing.assert_array_equal(part.features(), X[part.images].reshape(-1, 4))
+        np.testing.assert_array_equal(part.codes, y[part.images])
+        np.testing.assert_array_equal(part.weight, part.images)
+        for (train, valid), (more, whole) in zip(part.folds, parts, strict=True):
+            assert set(part.images[train]) <= set(more) and set(part.images[valid]) <= set(whole)
+            assert len(np.unique(part.codes[train])) == len(np.unique(part.codes[valid])) == 3
+            assert len(train) + len(valid) == len(part)
+        values = part.spread(part.codes.astype(np.float32))
+        np.testing.assert_array_equal(values[part.images], y[part.images])
+        assert np.isnan(values).sum() == 600 - len(part)
+        again = part.sample(30, random_state=1)
+        np.testing.assert_array_equal(again.codes, y[again.images])
 
 
 @pytest.mark.parametrize("views", [1, 2])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedKFold
@@ -10,7 +12,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.heads import svm
 from featcache.heads.search import logits
-from featcache.heads.table import HEADS, GaussianSVM
+from featcache.heads.svm import GaussianSVM
+from featcache.heads.table import HEADS
 from featcache.heads.treatment import SignedPower
 from featcache.predictor import persistence
 
@@ -116,16 +119,23 @@ def test_views_are_trained_on_and_averaged():
 
 
 @pytest.mark.parametrize("limit", ["rows", "memory"])
-def test_many_rows_get_nystroem_features_and_a_note(limit, monkeypatch):
+def test_of_many_rows_a_part_is_trained_on_and_a_part_chooses(limit, monkeypatch):
     X, y = rings(400)
     options = {}
     if limit == "rows":
-        monkeypatch.setattr(svm, "KERNEL_ROWS", 300)
+        monkeypatch.setattr(svm, "_MOST_ROWS", 300)
+        monkeypatch.setattr(svm, "_ENOUGH_ROWS", 150)
+        said = (
+            r"chose its settings on 15\d of 400 images, .* of each class, and was fitted on 30\d\."
+        )
     else:
-        options["memory"] = 24 * 400**2 - 1
+        options["memory"] = 24 * 300**2
+        said = r"was trained on 30\d of 400 images, a random part of each class\."
     found = HEADS["rbf-svm"].search(X, y, folds_of(y), **options)
-    assert "400 rows" in found.notes[0]
-    assert "200 Nystroem features" in found.notes[0]
+    assert len(found.notes) == 1 and re.fullmatch(f"rbf-svm {said}", found.notes[0])
+    judged = ~np.isnan(found.logits).any(axis=1)
+    assert judged.sum() == int(re.search(r"\d+", found.notes[0])[0])
+    assert (found.best.predicted >= 0).tolist() == judged.tolist()
     assert found.score > 0.9
     right = found.estimator.predict(X) == y
     assert right.mean() > 0.9

@@ -143,7 +143,7 @@ def test_a_search_keeps_the_best_that_it_tried(head):
     X, y = network_like()
     found = HEADS[head].search(X, y, folds_of(y))
     assert found.score > 0.55
-    assert found.best in found.candidates
+    assert found.best in found.trials
     chosen = found.classes[found.logits.argmax(axis=1)]
     assert np.mean([(chosen[v] == y[v]).mean() for _, v in folds_of(y)]) == pytest.approx(
         found.score
@@ -174,7 +174,7 @@ def test_boosting_out_of_fold_is_a_fit_on_the_other_folds(monkeypatch):
 def test_forests_try_both_kinds():
     X, y = network_like(200)
     found = HEADS["forest"].search(X, y, folds_of(y), class_weight="balanced")
-    assert {one.params["splits"] for one in found.candidates} == {"random", "extra"}
+    assert {one.params["splits"] for one in found.trials} == {"random", "extra"}
     assert found.params["trees"] == len(found.estimator.estimators_)
 
 

@@ -35,7 +35,7 @@ from featcache.finetuning.head import SuffixClassifier
 from featcache.finetuning.settings import SuffixSettings
 from featcache.finetuning.training import Epoch, Finetuned, Maps, finetune, scores_of
 from featcache.heads.calibration import fit_temperature
-from featcache.heads.search import Candidate, SearchResult, score_folds
+from featcache.heads.search import SearchResult, Trial, score_folds
 from featcache.networks import identity
 from featcache.networks.forward import select_device
 from featcache.networks.tracing import Trace, trace
@@ -167,12 +167,12 @@ class SuffixSearch:
         finally:
             run.bar.close()
         scores = score_folds(logits, run.codes, run.classes, folds, scoring)
-        best = Candidate(self._params(final), scores)
+        best = Trial(self._params(final), scores)
         return SearchResult(
             head=SUFFIX,
             estimator=SuffixClassifier(final.suffix, run.classes),
             best=best,
-            candidates=(best,),
+            trials=(best,),
             classes=run.classes,
             logits=logits,
             temperature=fit_temperature(logits, run.codes, run.weight),

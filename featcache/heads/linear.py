@@ -6,11 +6,10 @@ is part of the model, and ends folded into `coef_`, so that prediction is one ma
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -20,9 +19,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
-from featcache.heads.calibration import fit_temperature
-from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
-from featcache.heads.search import Candidate, Scoring, SearchResult, score_folds
+from featcache.heads.rows import FeatureBlocks, TrainingRows, Transform
+from featcache.heads.search import HeadKind, Params, Search, Trial
 from featcache.heads.solver import (
     Design,
     Loss,
@@ -31,7 +29,6 @@ from featcache.heads.solver import (
     Workers,
     minimise,
     product,
-    standardise,
     unstandardise,
 )
 from featcache.heads.treatment import TREATMENTS, with_treatment
@@ -39,7 +36,7 @@ from featcache.heads.treatment import TREATMENTS, with_treatment
 ClassWeight: TypeAlias = str | dict[Any, float] | None
 
 CS: tuple[float, ...] = tuple(float(10.0**power) for power in range(-5, 3))
-"""Coarse values of C; `search_linear` refines around the best by half a decade."""
+"""Coarse values of C; a search refines around the best by half a decade."""
 
 # Scores to compute at a time (values of C x folds x classes). More fill a matrix product better,
 # fewer start nearer to their solutions; the squared hinge gains most from a near start.
@@ -97,7 +94,12 @@ class LinearModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         raise NotImplementedError
 
     def _solve(
-        self, X: np.ndarray, codes: np.ndarray, classes: np.ndarray, weight: np.ndarray
+        self,
+        X: np.ndarray | FeatureBlocks,
+        codes: np.ndarray,
+        classes: np.ndarray,
+        weight: np.ndarray,
+        transform: Transform | None = None,
     ) -> LinearModel:
         raise NotImplementedError
 
@@ -175,13 +177,20 @@ class IterativeModel(LinearModel):
             )
 
     def _solve(
-        self, X: np.ndarray, codes: np.ndarray, classes: np.ndarray, weight: np.ndarray
+        self,
+        X: np.ndarray | FeatureBlocks,
+        codes: np.ndarray,
+        classes: np.ndarray,
+        weight: np.ndarray,
+        transform: Transform | None = None,
     ) -> IterativeModel:
         loss = self._loss(len(classes))
         factors = class_factors(self.class_weight, classes, codes, weight)[None]
         weights = weight[None]
         in_loss, positive = loss_weights(loss, weights, codes, factors)
-        design = Design.build(X, codes, weights, in_loss, standardize=self.standardize)
+        design = Design.build(
+            X, codes, weights, in_loss, standardize=self.standardize, transform=transform
+        )
         problems = _problems(design, loss, [self.C], [0], positive, self._penalizes_intercept())
         W, b = _zeros(1, len(classes), loss, design)
         solution = minimise(design, problems, W, b, tol=self.tol, max_iter=self.max_iter)
@@ -368,23 +377,86 @@ def _validate(
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """One treatment and C on all folds."""
+class LinearHead(HeadKind):
+    """Multinomial logistic regression: treatment and C, coarse to fine.
 
-    candidate: Candidate
-    logits: np.ndarray
-    treatment: str
+    Attributes
+    ----------
+    treatments : tuple of str
+        Names from `featcache.heads.treatment.TREATMENTS`.
+    Cs : tuple of float
+        Coarse values of C.
+    refine : bool
+        Whether to stop early on the way up, to try other treatments than the first only within
+        a decade of the best so far, and at the end half a decade either side of the best.
+        Otherwise exactly `Cs` are tried with every treatment. Of more than 100,000 rows, 20,000
+        choose the treatment and a decade either side of C; a note says so.
+    """
+
+    treatments: Sequence[str] = tuple(TREATMENTS)
+    Cs: Sequence[float] = CS
+    refine: bool = True
+    name: ClassVar[str] = "linear"
+    summary: ClassVar[str] = "multinomial logistic regression"
+    out_of_core: ClassVar[bool] = True
+    estimator: ClassVar[type[IterativeModel]] = LinearClassifier
+
+    def explore(self, rows: TrainingRows, search: Search) -> None:
+        """Try treatments and values of C."""
+        treatments, Cs = self.treatments, self.Cs
+        some = min(_SOME // rows.views, rows.images_in(self.options.room // 4))
+        if self.refine and len(rows) * rows.views > _MANY and some >= _SOME // rows.views:
+            part = rows.sample(some, random_state=0)
+            rough = Search(part, self.options)
+            best = self._scan(_Paths(self, part, rough), treatments, Cs).params
+            treatments, Cs = (best["treatment"],), _within_a_decade(Cs, best["C"])
+            search.notes.append(
+                f"{self.name} chose its treatment, and C to within a decade, on {len(part):,} of "
+                f"{len(rows):,} images, a random part of each class."
+            )
+        paths = _Paths(self, rows, search)
+        best = self._scan(paths, treatments, Cs).params
+        if self.refine:
+            near = [float(f"{best['C'] * factor:.2g}") for factor in (10**-0.5, 10**0.5)]
+            paths.follow(best["treatment"], near, stop_early=False, start=paths.best)
+
+    def _scan(self, paths: _Paths, treatments: Sequence[str], Cs: Sequence[float]) -> Trial:
+        for treatment in treatments:
+            near = Cs
+            if self.refine and paths.best is not None:
+                near = _within_a_decade(Cs, paths.best.C)
+            paths.follow(treatment, near, stop_early=self.refine)
+        return paths.search.best
+
+    def fit(self, rows: TrainingRows, params: Params) -> Any:
+        """Fit on all rows, in memory or in blocks."""
+        estimator: Any = self.estimator(params["C"], class_weight=self.options.class_weight)
+        return fit_linear(self.name, estimator, rows, params["treatment"])
+
+
+def fit_linear(name: str, estimator: Any, rows: TrainingRows, treatment: str) -> Any:
+    """Fit a linear model behind a treatment on all rows, in memory or in blocks."""
+    given, codes = rows.weights(), np.repeat(rows.codes, rows.views)
+    weight = np.ones(len(codes)) if given is None else given
+    estimator._solve(rows.X, codes, rows.classes, weight, TREATMENTS[treatment][1])
+    return with_treatment(treatment, estimator, name)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The solutions of all folds at one C, from which others start."""
+
     C: float
     W: Tensor  # (folds, k, d)
     b: Tensor
 
 
-class LinearSearch:
-    """Cross-validated choice of treatment and C for one of the linear classifiers.
+class _Paths:
+    """Paths of solutions over C on all folds, one treatment after the other.
 
     Values of C are solved from the smallest (which converges in a few passes) upwards, as many at
-    a time as fill a matrix product, each from the solutions before it. The search goes no further
-    upwards once two values of C in a row have scored below the best.
+    a time as fill a matrix product, each from the solutions before it. A path goes no further
+    upwards once two values of C in a row have scored below its best.
 
     The weights of a logistic regression grow nearly linearly with log C where it separates the
     classes well, so its path is started from the line through the two solutions before: on 10,000
@@ -392,26 +464,12 @@ class LinearSearch:
     hinge's weights stop growing, and from such starts take longer.
     """
 
-    def __init__(
-        self,
-        rows: TrainingRows,
-        estimator: IterativeModel,
-        *,
-        head: str,
-        scoring: Scoring = "accuracy",
-        memory: int | None = None,
-    ) -> None:
-        self.rows = rows
-        self.estimator = estimator
-        self.name = head
-        self.scoring = scoring
-        self.memory = memory
-        self.loss = estimator._loss(len(rows.classes))
-        self.candidates: list[Candidate] = []
-        self.best: _Tried | None = None
-        self._before_best: _Tried | None = None
+    def __init__(self, head: LinearHead, rows: TrainingRows, search: Search) -> None:
+        self.rows, self.search, self.options = rows, search, head.options
+        self.loss = head.estimator()._loss(len(rows.classes))
+        self.best: _Start | None = None  # the solutions of the search's best
         self._codes = np.repeat(rows.codes, rows.views)
-        self._row_weights, factors = fold_weights(rows, estimator.class_weight)
+        self._row_weights, factors = fold_weights(rows, head.options.class_weight)
         self._loss_weights, self._positive = loss_weights(
             self.loss, self._row_weights, self._codes, factors
         )
@@ -426,7 +484,6 @@ class LinearSearch:
                 self._codes,
                 self._row_weights,
                 self._loss_weights,
-                standardize=self.estimator.standardize,
                 transform=TREATMENTS[treatment][1],
             )
         return self._designs[treatment]
@@ -438,25 +495,24 @@ class LinearSearch:
             return max(1, round(_COLUMNS[self.loss] / (folds * k)))
         # From disk a pass is dear: as many as the solver's state (about 30 copies of the
         # weights) leaves room for.
-        room = (self.memory or 1 << 30) // 2
-        return max(1, room // (30 * 4 * folds * k * d))
+        return max(1, self.options.room // 2 // (30 * 4 * folds * k * d))
 
-    def path(
+    def follow(
         self,
         treatment: str,
         Cs: Sequence[float],
         *,
         tol: float = _SEARCH_TOL,
         stop_early: bool = True,
-        start: _Tried | None = None,
+        start: _Start | None = None,
     ) -> None:
-        """Try all `Cs`, smallest first, and keep the best; the smaller one where scores tie."""
+        """Try all `Cs`, smallest first."""
         design = self._design(treatment)
         size = self._group_size(design.d)
         ordered = sorted(Cs)
         folds = range(len(self.rows.folds))
         scores: list[float] = []
-        before: _Tried | None = None
+        before: _Start | None = None
         for first in range(0, len(ordered), size):
             group = ordered[first : first + size]
             if start is None:
@@ -464,169 +520,30 @@ class LinearSearch:
             else:
                 starts = [self._start(C, start, before) for C in group]
                 W, b = (torch.cat(parts) for parts in zip(*starts, strict=True))
-            problems = self._problems(design, group, folds)
-            solution = minimise(design, problems, W, b, tol=tol, max_iter=self.estimator.max_iter)
-            for tried in self._judge(design, treatment, group, solution):
-                # Of the solutions that the next ones start from, the scores are not needed.
-                before, start = start, replace(tried, logits=tried.logits[:0].copy())
-                self.candidates.append(tried.candidate)
-                scores.append(tried.candidate.score)
-                if self.best is None or scores[-1] > self.best.candidate.score:
-                    self.best, self._before_best = tried, before
+            problems = _problems(design, self.loss, group, folds, self._positive, False)
+            solution = minimise(design, problems, W, b, tol=tol)
+            self.search.fitted(len(W))
+            W, b = (
+                part.view(len(group), len(folds), *part.shape[1:])
+                for part in (solution.W, solution.b)
+            )
+            for number, values in enumerate(out_of_fold(design, self.rows, W, b)):
+                C = group[number]
+                trial = self.search.tried({"treatment": treatment, "C": C}, values)
+                before, start = start, _Start(C, W[number], b[number])
+                if self.search.best.params == trial.params:
+                    self.best = start
+                scores.append(trial.score)
             if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
                 break
 
-    def scan(self, treatments: Sequence[str], Cs: Sequence[float], *, refine: bool) -> _Tried:
-        """Try values of C with every treatment, and return the best; see `search_linear`."""
-        for treatment in treatments:
-            near = _within_a_decade(Cs, self.best.C) if refine and self.best is not None else Cs
-            self.path(treatment, near, stop_early=refine)
-        assert self.best is not None, "nothing was tried"
-        return self.best
-
-    def _start(self, C: float, last: _Tried, before: _Tried | None) -> tuple[Tensor, Tensor]:
+    def _start(self, C: float, last: _Start, before: _Start | None) -> tuple[Tensor, Tensor]:
         """Return where to start for C: the last solution, or the line through the last two."""
         if before is None or before.C == last.C or self.loss == "squared_hinge":
             return last.W, last.b
         ahead = float(np.log(C / last.C) / np.log(last.C / before.C))
         return torch.lerp(before.W, last.W, 1 + ahead), torch.lerp(before.b, last.b, 1 + ahead)
 
-    def _problems(self, design: Design, Cs: Sequence[float], folds: Sequence[int]) -> Problems:
-        penalized = self.estimator._penalizes_intercept()
-        return _problems(design, self.loss, Cs, folds, self._positive, penalized)
-
-    def _judge(
-        self, design: Design, treatment: str, Cs: Sequence[float], solution: Solution
-    ) -> Iterator[_Tried]:
-        rows, folds = self.rows, len(self.rows.folds)
-        W, b = (part.view(len(Cs), folds, *part.shape[1:]) for part in (solution.W, solution.b))
-        for number, values in enumerate(out_of_fold(design, rows, W, b)):
-            scores = score_folds(values, rows.codes, rows.classes, rows.folds, self.scoring)
-            candidate = Candidate({"treatment": treatment, "C": Cs[number]}, scores)
-            yield _Tried(candidate, values, treatment, Cs[number], W[number], b[number])
-
-    def finish(self, search_seconds: float, notes: Sequence[str] = ()) -> SearchResult:
-        """Fit the best on all rows, starting from the mean of its folds' solutions."""
-        begin = time.perf_counter()
-        chosen = self.best
-        assert chosen is not None, "nothing was tried"
-        design = self._design(chosen.treatment)
-        everything = len(self.rows.folds)
-        # More rows at the same C are a weaker penalty: as a larger C is on a fold's rows.
-        mass = design.weights.sum(dim=1)
-        more = float(mass[-1] / mass[:-1].mean())
-        starts = zip(*self._start(chosen.C * more, chosen, self._before_best), strict=True)
-        pairs = [unstandardise(design, fold, W, b) for fold, (W, b) in enumerate(starts)]
-        W, b = standardise(
-            design,
-            everything,
-            np.mean([w for w, _ in pairs], axis=0),
-            np.mean([c for _, c in pairs], axis=0),
-        )
-        problems = self._problems(design, [chosen.C], [everything])
-        solution = minimise(
-            design,
-            problems,
-            W[None],
-            b[None],
-            tol=self.estimator.tol,
-            max_iter=self.estimator.max_iter,
-        )
-        estimator: Any = self.estimator.set_params(C=chosen.C)
-        estimator._keep(design, everything, solution, self.rows.classes)
-        estimator = with_treatment(chosen.treatment, estimator, self.name)
-        return SearchResult(
-            head=self.name,
-            estimator=estimator,
-            best=chosen.candidate,
-            candidates=tuple(self.candidates),
-            classes=self.rows.classes,
-            logits=chosen.logits,
-            temperature=fit_temperature(chosen.logits, self.rows.codes, self.rows.weight),
-            search_seconds=search_seconds,
-            fit_seconds=time.perf_counter() - begin,
-            notes=tuple(notes),
-        )
-
-
-def search_linear(
-    rows: TrainingRows,
-    estimator: IterativeModel,
-    *,
-    head: str,
-    scoring: Scoring = "accuracy",
-    memory: int | None = None,
-    Cs: Sequence[float] = CS,
-    treatments: Sequence[str] = tuple(TREATMENTS),
-    refine: bool = True,
-) -> SearchResult:
-    """Choose treatment and C by cross-validation, coarse to fine, and fit on all rows.
-
-    Parameters
-    ----------
-    rows : TrainingRows
-        Training rows with their folds.
-    estimator : LinearClassifier or LinearSVM
-        Gives all other parameters, and is the one that is fitted.
-    head : str
-        Name of the head.
-    scoring : str or callable
-        See `featcache.heads.search.score_folds`.
-    memory : int, optional
-        Bytes to stay under when features are read from disk.
-    Cs : list of float
-        Coarse values of C.
-    treatments : list of str
-        Names from `featcache.heads.treatment.TREATMENTS`.
-    refine : bool
-        Whether to stop early on the way up, to try other treatments than the first only within
-        a decade of the best so far, and at the end half a decade either side of the best.
-        Otherwise exactly `Cs` are tried with every treatment. Of more than 100,000 rows, 20,000
-        choose the treatment and a decade either side of C; a note says so.
-    """
-    start = time.perf_counter()
-    notes = []
-    some = _some_of(rows, memory) if refine else None
-    if some is not None:
-        first = LinearSearch(some, estimator, head=head, scoring=scoring)
-        best = first.scan(treatments, Cs, refine=True)
-        treatments, Cs = (best.treatment,), _within_a_decade(Cs, best.C)
-        notes.append(
-            f"{head} chose its treatment, and C to within a decade, on {len(some.codes):,} of "
-            f"{len(rows.codes):,} images, a random part of each class."
-        )
-    search = LinearSearch(rows, estimator, head=head, scoring=scoring, memory=memory)
-    best = search.scan(treatments, Cs, refine=refine)
-    if refine:
-        near = [float(f"{best.C * factor:.2g}") for factor in (10**-0.5, 10**0.5)]
-        search.path(best.treatment, near, stop_early=False, start=best)
-    return search.finish(time.perf_counter() - start, notes)
-
 
 def _within_a_decade(Cs: Sequence[float], centre: float) -> list[float]:
     return [C for C in Cs if 0.09 < C / centre < 11]
-
-
-def _some_of(rows: TrainingRows, memory: int | None) -> TrainingRows | None:
-    """Return a part of many rows to choose roughly on; None where that does not pay or fit."""
-    size = _SOME // rows.views
-    if len(rows.codes) * rows.views <= _MANY:
-        return None
-    if 2 * 4 * size * rows.views * rows.X.shape[-1] > (memory or 1 << 30) // 2:
-        return None
-    chosen = stratified(rows.codes, size, random_state=0)
-    folds = [
-        (np.flatnonzero(np.isin(chosen, train)), np.flatnonzero(np.isin(chosen, valid)))
-        for train, valid in rows.folds
-    ]
-    codes = rows.codes[chosen]
-    for train, valid in folds:
-        if len(np.unique(codes[train])) < len(rows.classes) or not len(valid):
-            return None  # of a rare class, or a small validation part, too few were drawn
-    X = (
-        rows.X.take(rows.rows(chosen))
-        if isinstance(rows.X, FeatureBlocks)
-        else rows.features(chosen)
-    )
-    weight = None if rows.weight is None else rows.weight[chosen]
-    return TrainingRows(X, codes, rows.classes, weight, folds, rows.views)

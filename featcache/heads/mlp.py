@@ -26,7 +26,7 @@ from featcache.errors import TrainingError
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import FeatureBlocks, TrainingRows
-from featcache.heads.search import Candidate, Scoring, SearchResult, gather, score_folds
+from featcache.heads.search import Scoring, SearchResult, Trial, gather, score_folds
 from featcache.heads.solver import Workers
 
 _CHECKPOINTS = (1, 2, 3, 5, 7, 10, 14, 20, 28)  # epochs at which a search looks, or ...
@@ -442,7 +442,7 @@ def search_mlp(
         head="mlp",
         estimator=fitted,
         best=best.candidate,
-        candidates=tuple(one.candidate for one in search.tried),
+        trials=tuple(one.candidate for one in search.tried),
         classes=rows.classes,
         logits=best.logits,
         temperature=fit_temperature(best.logits, rows.codes, rows.weight),
@@ -455,7 +455,7 @@ def search_mlp(
 class _Tried:
     """A network after some epochs, on all folds."""
 
-    candidate: Candidate
+    candidate: Trial
     logits: np.ndarray
     preparation: Preparation
 
@@ -516,7 +516,7 @@ class _Search:
             )
             found = score_folds(values, rows.codes, rows.classes, rows.folds, self.scoring)
             params = {**preparation.params, "dropout": dropout, "epochs": epochs}
-            self.tried.append(_Tried(Candidate(params, found), values, preparation))
+            self.tried.append(_Tried(Trial(params, found), values, preparation))
             scored.append(self.tried[-1].candidate.score)
             if len(scored) - 1 - int(np.argmax(scored)) >= _PATIENCE:
                 break

@@ -23,7 +23,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
-from featcache.heads.search import Candidate, Scoring, SearchResult, choose, gather, score_folds
+from featcache.heads.search import Scoring, SearchResult, Trial, choose, gather, score_folds
 from featcache.heads.treatment import power, unit_norm, with_treatment
 
 NEIGHBORS = (10, 20, 100, 200)
@@ -360,7 +360,7 @@ class _Search:
         neighbors: _Neighbors,
         scoring: Scoring,
         class_weight: Any,
-    ) -> list[tuple[Candidate, np.ndarray]]:
+    ) -> list[tuple[Trial, np.ndarray]]:
         """Judge all settings of the vote."""
         rows = self.rows
         judged, similarities, found = neighbors
@@ -386,7 +386,7 @@ class _Search:
                 values = gather(_judged_rows(rows, folds), per_fold)
                 scores = score_folds(values, rows.codes, rows.classes, folds, scoring)
                 vote = {"k": n_neighbors, "temperature": temperature}
-                tried.append((Candidate({**params, **vote}, scores), values))
+                tried.append((Trial({**params, **vote}, scores), values))
         return tried
 
 
@@ -448,7 +448,7 @@ def search_knn(
     start = time.perf_counter()
     plan = _Plan.make(rows, memory, random_state)
     treatments: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {"l2": None, "power": power}
-    tried: list[tuple[Candidate, np.ndarray]] = []
+    tried: list[tuple[Trial, np.ndarray]] = []
     for name, treat in treatments.items():
         search = _Search(rows, plan, treat)
         params = {"treatment": name}
@@ -477,7 +477,7 @@ def search_knn(
         head="knn",
         estimator=estimator,
         best=best,
-        candidates=tuple(one for one, _ in tried),
+        trials=tuple(one for one, _ in tried),
         classes=rows.classes,
         logits=values,
         temperature=fit_temperature(values, rows.codes, rows.weight),

@@ -24,7 +24,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featcache.heads.rows import TrainingRows
-from featcache.heads.search import fit_estimator
+from featcache.heads.search import Params, fit_estimator
 from featcache.heads.treatment import TREATMENTS
 
 _EXACT = 3000  # columns up to which the whole covariance is decomposed, in seconds
@@ -55,10 +55,16 @@ class Preparation:
 
     @property
     def params(self) -> dict[str, Any]:
-        """What a candidate says of it."""
+        """What a trial says of it."""
         if self.n_components is None:
             return {"treatment": self.treatment}
         return {"treatment": self.treatment, "n_components": self.n_components}
+
+    @classmethod
+    def of(cls, params: Params, random_state: int, *, scaled: bool = True) -> Preparation:
+        """Return what a trial's parameters name."""
+        count = params.get("n_components")
+        return cls(params.get("treatment", "standard"), count, scaled, random_state)
 
     def fit(self, rows: TrainingRows, images: np.ndarray | None = None) -> list[tuple[str, Any]]:
         """Return the named steps, fitted on (at most 20,000 random ones of) the rows of images."""

@@ -12,28 +12,27 @@ group, on both sides; the penalty is therefore chosen on the same folds as with 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 from torch import Tensor
 
-from featcache.heads.calibration import fit_temperature
 from featcache.heads.linear import (
     ClassWeight,
     LinearModel,
     class_factors,
+    fit_linear,
     fold_weights,
     out_of_fold,
 )
-from featcache.heads.rows import TrainingRows
-from featcache.heads.search import Candidate, Scoring, SearchResult, score_folds
+from featcache.heads.rows import FeatureBlocks, TrainingRows, Transform
+from featcache.heads.search import HeadKind, Params, Search
 from featcache.heads.solver import Design
-from featcache.heads.treatment import TREATMENTS, with_treatment
+from featcache.heads.treatment import TREATMENTS
 
 ALPHAS: tuple[float, ...] = (100.0, 10.0, 3.0, 1.0, 0.3, 1e-1, 1e-2, 1e-3)
 """Penalties that are tried, in units of the number of rows; the first wins where scores tie."""
@@ -82,12 +81,18 @@ class Ridge(LinearModel):
             raise ValueError(f"alpha must be positive, got {self.alpha}.")
 
     def _solve(
-        self, X: np.ndarray, codes: np.ndarray, classes: np.ndarray, weight: np.ndarray
+        self,
+        X: np.ndarray | FeatureBlocks,
+        codes: np.ndarray,
+        classes: np.ndarray,
+        weight: np.ndarray,
+        transform: Transform | None = None,
     ) -> Ridge:
         factors = class_factors(self.class_weight, classes, codes, weight)
         weights = weight[None]
+        in_loss = weights * factors[codes]
         design = Design.build(
-            X, codes, weights, weights * factors[codes], standardize=self.standardize
+            X, codes, weights, in_loss, standardize=self.standardize, transform=transform
         )
         W, b = _solutions(design, _sums(design, len(classes))[0], 0, [self.alpha])
         return self._take(design, 0, W[0], b[0], classes)
@@ -207,63 +212,41 @@ def _solve_clipped(gram: np.ndarray, alpha: float, right: np.ndarray) -> np.ndar
     return solution
 
 
-def search_ridge(
-    rows: TrainingRows,
-    *,
-    class_weight: ClassWeight = None,
-    scoring: Scoring = "accuracy",
-    alphas: Sequence[float] = ALPHAS,
-    treatments: Sequence[str] = tuple(TREATMENTS),
-) -> SearchResult:
-    """Choose treatment and penalty by cross-validation and fit on all rows.
+@dataclass(frozen=True)
+class RidgeHead(HeadKind):
+    """Ridge regression on class indicators: treatment and penalty.
 
-    Parameters
+    Attributes
     ----------
-    rows : TrainingRows
-        Training rows with their folds.
-    class_weight, scoring
-        See `featcache.heads.HeadSpec.search`.
-    alphas : list of float
-        Penalties, in units of the number of rows.
-    treatments : list of str
+    treatments : tuple of str
         Names from `featcache.heads.treatment.TREATMENTS`.
+    alphas : tuple of float
+        Penalties, in units of the number of rows.
     """
-    start = time.perf_counter()
-    weights, factors = fold_weights(rows, class_weight)
-    codes = np.repeat(rows.codes, rows.views)
-    in_loss = weights * np.take(factors, codes, axis=1)
-    penalties = [alpha * len(rows.codes) for alpha in alphas]
-    best: tuple[Candidate, np.ndarray, Design, _Sums] | None = None
-    candidates = []
-    for treatment in treatments:
-        design = Design.build(rows.X, codes, weights, in_loss, transform=TREATMENTS[treatment][1])
-        sums = _sums(design, len(rows.classes))
-        solved = [
-            _solutions(design, sums[fold], fold, penalties) for fold in range(len(rows.folds))
-        ]
-        W = torch.stack([part for part, _ in solved], dim=1)
-        b = torch.stack([part for _, part in solved], dim=1)
-        for alpha, values in zip(penalties, out_of_fold(design, rows, W, b), strict=True):
-            scores = score_folds(values, rows.codes, rows.classes, rows.folds, scoring)
-            candidate = Candidate({"treatment": treatment, "alpha": alpha}, scores)
-            candidates.append(candidate)
-            if best is None or candidate.score > best[0].score:
-                best = candidate, values, design, sums[-1]
-    assert best is not None
-    chosen, values, design, everything = best
-    middle = time.perf_counter()
-    last = len(rows.folds)
-    W, b = _solutions(design, everything, last, [chosen.params["alpha"]])
-    estimator = Ridge(chosen.params["alpha"], class_weight=class_weight)
-    estimator._take(design, last, W[0], b[0], rows.classes)
-    return SearchResult(
-        head="ridge",
-        estimator=with_treatment(chosen.params["treatment"], estimator, "ridge"),
-        best=chosen,
-        candidates=tuple(candidates),
-        classes=rows.classes,
-        logits=values,
-        temperature=fit_temperature(values, rows.codes, rows.weight),
-        search_seconds=middle - start,
-        fit_seconds=time.perf_counter() - middle,
-    )
+
+    treatments: Sequence[str] = tuple(TREATMENTS)
+    alphas: Sequence[float] = ALPHAS
+    name: ClassVar[str] = "ridge"
+    summary: ClassVar[str] = "ridge regression on class indicators"
+    out_of_core: ClassVar[bool] = True
+
+    def explore(self, rows: TrainingRows, search: Search) -> None:
+        """Solve all penalties on all folds, treatment by treatment."""
+        weights, factors = fold_weights(rows, self.options.class_weight)
+        codes, folds = np.repeat(rows.codes, rows.views), range(len(rows.folds))
+        in_loss = weights * np.take(factors, codes, axis=1)
+        penalties = [alpha * len(rows) for alpha in self.alphas]
+        for treatment in self.treatments:
+            transform = TREATMENTS[treatment][1]
+            design = Design.build(rows.X, codes, weights, in_loss, transform=transform)
+            sums = _sums(design, len(rows.classes))
+            solved = [_solutions(design, sums[fold], fold, penalties) for fold in folds]
+            search.fitted(len(folds) * len(penalties))
+            W, b = (torch.stack(parts, dim=1) for parts in zip(*solved, strict=True))
+            for alpha, values in zip(penalties, out_of_fold(design, rows, W, b), strict=True):
+                search.tried({"treatment": treatment, "alpha": alpha}, values)
+
+    def fit(self, rows: TrainingRows, params: Params) -> Any:
+        """Fit on all rows, in memory or in blocks."""
+        estimator = Ridge(params["alpha"], class_weight=self.options.class_weight)
+        return fit_linear(self.name, estimator, rows, params["treatment"])

@@ -6,7 +6,7 @@ Features are an array, or blocks that are read from disk where they do not fit i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -118,7 +118,11 @@ class TrainingRows:
     folds : list of (train, valid)
         Image numbers.
     views : int
-        TrainingRows of `X` for each image, next to each other.
+        Rows of `X` for each image, next to each other.
+    images : ndarray of shape (n,), int64, or None
+        Where this is a part: the numbers of its images in the whole, ascending.
+    total : int
+        Images of the whole, where this is a part.
     """
 
     X: np.ndarray | FeatureBlocks
@@ -127,6 +131,8 @@ class TrainingRows:
     weight: np.ndarray | None
     folds: Folds
     views: int
+    images: np.ndarray | None = None
+    total: int = 0
 
     @classmethod
     def check(
@@ -167,6 +173,9 @@ class TrainingRows:
             flat = np.asarray(X, dtype=np.float32).reshape(-1, X.shape[-1])
         return cls(flat, codes.astype(np.int64), classes, weight, folds, views)
 
+    def __len__(self) -> int:
+        return len(self.codes)
+
     @property
     def labels(self) -> np.ndarray:
         """Label of each image."""
@@ -201,6 +210,64 @@ class TrainingRows:
         codes = self.codes if images is None else self.codes[images]
         targets: np.ndarray = self.classes[np.repeat(codes, self.views)]
         return targets
+
+    def images_in(self, room: int) -> int:
+        """Return how many images' features (float32) so many bytes hold."""
+        return room // (4 * self.views * self.X.shape[-1])
+
+    def sample(self, images: int, random_state: int) -> TrainingRows:
+        """Return about so many images in memory, the same part of each class in each fold.
+
+        At least one image is kept of each class in each fold. Where there are no more images, the
+        rows are returned as they are, in memory or not.
+        """
+        if images >= len(self):
+            return self
+        strata = self.codes if self.weight is None else 2 * self.codes + (self.weight > 0)
+        for fold in self.folds:
+            side = np.zeros(len(self), dtype=np.int64)
+            for bit, part in enumerate(fold):
+                side[part] += 1 << bit
+            _, strata = np.unique(4 * strata + side, return_inverse=True)
+        return self.only(stratified(strata, images, random_state))
+
+    def loaded(self) -> TrainingRows:
+        """Return the same rows in memory."""
+        return self if isinstance(self.X, np.ndarray) else self.only(np.arange(len(self)))
+
+    def only(self, images: np.ndarray) -> TrainingRows:
+        """Return some images in memory, in the order of their numbers, and their folds."""
+        chosen = np.sort(images)
+        place = np.full(len(self), -1)
+        place[chosen] = np.arange(len(chosen))
+        numbers = self.rows(chosen)
+        return replace(
+            self,
+            X=self.X.take(numbers) if isinstance(self.X, FeatureBlocks) else self.X[numbers],
+            codes=self.codes[chosen],
+            weight=None if self.weight is None else self.weight[chosen],
+            folds=[
+                (place[train][place[train] >= 0], place[valid][place[valid] >= 0])
+                for train, valid in self.folds
+            ],
+            images=chosen if self.images is None else self.images[chosen],
+            total=self.total or len(self),
+        )
+
+    def judging(self, part: TrainingRows) -> TrainingRows:
+        """Return the same rows, of which each fold validates only those of a part of them."""
+        own = np.arange(len(self)) if self.images is None else self.images
+        judged = np.arange(len(part)) if part.images is None else part.images
+        folds = [(train, valid[np.isin(own[valid], judged)]) for train, valid in self.folds]
+        return replace(self, folds=folds)
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Return values (n, ...) of these images among those of the whole, NaN for the others."""
+        if self.images is None:
+            return values
+        whole = np.full((self.total, *values.shape[1:]), np.nan, dtype=values.dtype)
+        whole[self.images] = values
+        return whole
 
 
 def stratified(codes: np.ndarray, size: int, random_state: int) -> np.ndarray:

@@ -9,18 +9,20 @@ calibration of probabilities and the audit all come from them.
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from featcache.errors import TrainingError
+from featcache.heads.base import ClassWeight
 from featcache.heads.calibration import fit_temperature
-from featcache.heads.rows import Folds, TrainingRows
+from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
 
 Params: TypeAlias = Mapping[str, Any]
 Scoring: TypeAlias = str | Callable[..., float]
@@ -28,26 +30,7 @@ Scoring: TypeAlias = str | Callable[..., float]
 # Probabilities are clipped here before the logarithm: a forest gives exact zeros.
 _SMALLEST_PROBABILITY = 1e-4
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One setting of the hyper-parameters and how it did.
-
-    Attributes
-    ----------
-    params : mapping
-        Name to value.
-    fold_scores : tuple of float
-        Score on each fold's validation rows, in the order of the folds.
-    """
-
-    params: Params
-    fold_scores: tuple[float, ...]
-
-    @property
-    def score(self) -> float:
-        """Mean over the folds."""
-        return float(np.mean(self.fold_scores))
+_COPIES = 3  # of the features, that training takes
 
 
 @dataclass(frozen=True)
@@ -60,9 +43,9 @@ class SearchResult:
         Name of the head.
     estimator : estimator
         Fitted on all rows with the chosen hyper-parameters; takes float32 (n, d).
-    best : Candidate
+    best : Trial
         The chosen hyper-parameters with their scores.
-    candidates : tuple of Candidate
+    trials : tuple of Trial
         All that were tried, in order.
     classes : ndarray of shape (k,)
         Sorted class labels: the columns of `logits`.
@@ -80,8 +63,8 @@ class SearchResult:
 
     head: str
     estimator: Any
-    best: Candidate
-    candidates: tuple[Candidate, ...]
+    best: Trial
+    trials: tuple[Trial, ...]
     classes: np.ndarray
     logits: np.ndarray
     temperature: float
@@ -107,6 +90,268 @@ class SearchResult:
     def __repr__(self) -> str:
         chosen = ", ".join(f"{name}={value}" for name, value in self.params.items())
         return f"SearchResult({self.head}: {chosen}; score {self.score:.4f})"
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What all heads are searched under.
+
+    Attributes
+    ----------
+    scoring : str or callable
+        One of scikit-learn's scorers; what decides.
+    class_weight : "balanced", dict or None
+        As in scikit-learn.
+    random_state : int
+        Seed: the same search gives the same result.
+    n_jobs : int
+        Fits at a time (-1: one a core).
+    memory : int, optional
+        Bytes of working memory to stay under; left out, 1 GiB where that matters.
+    progress : callable, optional
+        Called with a number of fits whenever so many more are done.
+    """
+
+    scoring: Scoring = "accuracy"
+    class_weight: ClassWeight = None
+    random_state: int = 0
+    n_jobs: int = 1
+    memory: int | None = None
+    progress: Callable[[int], object] | None = None
+
+    @property
+    def room(self) -> int:
+        """Bytes of working memory."""
+        return self.memory or 1 << 30
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of the hyper-parameters and how it did.
+
+    Attributes
+    ----------
+    params : mapping
+        Name to value.
+    fold_scores : tuple of float
+        Score on each fold's validation rows, in the order of the folds.
+    seconds : float
+        Wall-clock seconds since the trial before.
+    predicted : ndarray of shape (n,), int32, or None
+        Number of the class with the highest out-of-fold score; -1 in rows that no fold validates.
+    logits : ndarray of shape (n, k), float32, or None
+        Out-of-fold scores, NaN in such rows; None where they were given up to save memory.
+    rough : bool
+        Whether it only served to decide what to try next.
+    """
+
+    params: Params
+    fold_scores: tuple[float, ...]
+    seconds: float = 0.0
+    predicted: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    rough: bool = False
+
+    @property
+    def score(self) -> float:
+        """Mean over the folds."""
+        return float(np.mean(self.fold_scores))
+
+
+class Search:
+    """The trials of one search: scored and kept, and chosen from, in one place.
+
+    Parameters
+    ----------
+    rows : TrainingRows
+        What is tried on.
+    options : SearchOptions
+        What decides, and the memory: an eighth of it may hold logits; of the trials that it has
+        no room for, except the best, only the predicted classes are kept.
+
+    Attributes
+    ----------
+    trials : list of Trial
+        All, in order.
+    notes : list of str
+        What the user should be told, one sentence each.
+    """
+
+    def __init__(self, rows: TrainingRows, options: SearchOptions) -> None:
+        self.rows, self.options = rows, options
+        self.trials: list[Trial] = []
+        self.notes: list[str] = []
+        self._since = time.perf_counter()
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the highest score; the earlier (simpler) one where scores tie.
+
+        Rough ones count only as long as there is no other.
+        """
+        return max(self.trials, key=lambda one: (not one.rough, one.score))
+
+    def fitted(self, count: int = 1) -> None:
+        """Tell whoever watches that so many more fits are done."""
+        if self.options.progress is not None:
+            self.options.progress(count)
+
+    def tried(self, params: Params, logits: np.ndarray, *, rough: bool = False) -> Trial:
+        """Score and keep the out-of-fold logits (images, k) of one setting; NaN if not judged."""
+        rows, now = self.rows, time.perf_counter()
+        scores = score_folds(logits, rows.codes, rows.classes, rows.folds, self.options.scoring)
+        values = rows.spread(logits)
+        predicted = np.where(np.isnan(values).any(axis=1), -1, values.argmax(axis=1))
+        trial = Trial(params, scores, now - self._since, predicted.astype(np.int32), values, rough)
+        self._since = now
+        self.trials.append(trial)
+        kept = [one.logits.nbytes for one in self.trials if one.logits is not None]
+        if len(kept) > 1 and sum(kept) > self.options.room // 8:
+            best = self.best
+            self.trials = [one if one is best else replace(one, logits=None) for one in self.trials]
+        return trial
+
+
+@dataclass(frozen=True)
+class HeadKind:
+    """One kind of head: what to try, and how to fit it.
+
+    Attributes
+    ----------
+    options : SearchOptions
+        What it is searched under.
+    name : str
+        What it is called on the command line.
+    summary : str
+        One line for tables and help.
+    out_of_core : bool
+        Whether it reads features that are larger than memory; others get a part of them.
+    """
+
+    options: SearchOptions = SearchOptions()
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    out_of_core: ClassVar[bool] = False
+
+    def explore(self, rows: TrainingRows, search: Search) -> None:
+        """Try settings on the folds of `rows`, and tell `search` the out-of-fold logits of each."""
+        raise NotImplementedError
+
+    def fit(self, rows: TrainingRows, params: Params) -> Any:
+        """Fit one setting on all of `rows`."""
+        raise NotImplementedError
+
+    def most_images(self, rows: TrainingRows) -> int:
+        """How many images the head can be fitted on: a matter of memory."""
+        return len(rows)
+
+    def enough_images(self, rows: TrainingRows) -> int:
+        """How many images it chooses its settings on: a matter of time."""
+        return len(rows)
+
+    @classmethod
+    def search(
+        cls,
+        X: np.ndarray | FeatureBlocks,
+        y: np.ndarray,
+        folds: Folds,
+        *,
+        sample_weight: np.ndarray | None = None,
+        **options: Any,
+    ) -> SearchResult:
+        """Choose the hyper-parameters by cross-validation on `folds` and fit on all rows.
+
+        Parameters
+        ----------
+        X : ndarray of shape (n, d) or (n, views, d), or FeatureBlocks
+            Features. All views of an image are trained on, predictions are averaged over them.
+        y : ndarray of shape (n,)
+            Labels.
+        folds : list of (train, valid)
+            Row numbers (of images, not of views).
+        sample_weight : ndarray of shape (n,), optional
+            Weights of the images.
+        **options
+            See `SearchOptions`.
+
+        Returns
+        -------
+        SearchResult
+
+        Raises
+        ------
+        TrainingError
+            Labels, classes or folds that cannot be trained on, or an unknown scoring.
+        """
+        check_scoring(options.get("scoring", "accuracy"))
+        rows = TrainingRows.check(X, y, folds, sample_weight)
+        return search(cls(SearchOptions(**options)), rows)
+
+
+def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
+    """Explore a head's settings, choose the best, and fit it on all rows.
+
+    One rule where memory or time is short: the settings are chosen on a random part of each class,
+    the chosen one is judged once more by fits on all rows of the other folds, and the last fit
+    takes all rows, or as many as there is memory for. How many depends on counts (of rows, columns,
+    classes and bytes), never on a clock.
+    """
+    options, start = head.options, time.perf_counter()
+    kept = rows
+    if isinstance(rows.X, FeatureBlocks) and not head.out_of_core:
+        some = rows.images_in(options.room // _COPIES)
+        kept = rows.sample(some, options.random_state).loaded()
+    kept = kept.sample(head.most_images(kept), options.random_state)
+    part = kept.sample(head.enough_images(kept), options.random_state)
+    found = Search(part, options)
+    head.explore(part, found)
+    if len(part) < len(kept):
+        params = found.best.params
+        found.trials = [replace(one, rough=True) for one in found.trials]
+        found.rows = kept.judging(part)
+        found.tried(params, refitted(head, params, found))
+    best, middle = found.best, time.perf_counter()
+    assert best.logits is not None
+    estimator = head.fit(kept, best.params)
+    found.fitted()
+    if len(part) < len(rows):
+        found.notes.append(_note(head.name, len(part), len(kept), len(rows)))
+    return SearchResult(
+        head=head.name,
+        estimator=estimator,
+        best=best,
+        trials=tuple(found.trials),
+        classes=rows.classes,
+        logits=best.logits,
+        temperature=fit_temperature(best.logits, rows.codes, rows.weight),
+        search_seconds=middle - start,
+        fit_seconds=time.perf_counter() - middle,
+        notes=tuple(found.notes),
+    )
+
+
+def _note(name: str, part: int, kept: int, everything: int) -> str:
+    """Say that not all images were trained on."""
+    whole = f"all {everything:,}" if kept == everything else f"{kept:,}"
+    if part == kept:
+        return (
+            f"{name} was trained on {kept:,} of {everything:,} images, a random part of each class."
+        )
+    return (
+        f"{name} chose its settings on {part:,} of {everything:,} images, a random part of each "
+        f"class, and was fitted on {whole}."
+    )
+
+
+def refitted(head: HeadKind, params: Params, search: Search) -> np.ndarray:
+    """Return the out-of-fold logits (images, k) of one setting, by a whole fit for each fold."""
+    rows, per_fold = search.rows, []
+    for train, valid in rows.folds:
+        fitted = head.fit(rows.only(train), params)
+        X = rows.features(valid).reshape(len(valid), rows.views, -1)
+        per_fold.append(logits(fitted, X))
+        search.fitted()
+    return gather(rows, per_fold)
 
 
 def logits(estimator: Any, X: np.ndarray) -> np.ndarray:
@@ -237,6 +482,6 @@ def gather(rows: TrainingRows, per_fold: Sequence[np.ndarray]) -> np.ndarray:
     return total.astype(np.float32)
 
 
-def choose(tried: Sequence[tuple[Candidate, np.ndarray]]) -> tuple[Candidate, np.ndarray]:
-    """Return the best candidate; the earlier (simpler) one where scores tie."""
+def choose(tried: Sequence[tuple[Trial, np.ndarray]]) -> tuple[Trial, np.ndarray]:
+    """Return the best trial; the earlier (simpler) one where scores tie."""
     return max(tried, key=lambda one: one[0].score)

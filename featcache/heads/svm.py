@@ -16,31 +16,25 @@ It could not share the kernel between values of C either.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from featcache.heads.calibration import fit_temperature
-from featcache.heads.linear import ClassWeight, IterativeModel, search_linear
+from featcache.heads.linear import ClassWeight, IterativeModel, LinearHead
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import TrainingRows
-from featcache.heads.search import Candidate, Scoring, SearchResult, gather, score_folds
+from featcache.heads.search import HeadKind, Params, Search, SearchOptions, gather
 from featcache.heads.solver import Loss
 from featcache.heads.treatment import TREATMENTS
 
-KERNEL_ROWS = 20_000
-"""More training rows than this get Nystroem features and a linear SVM."""
-
-_LANDMARKS = 2000
+_MOST_ROWS = 20_000  # that are trained on: 3.2 GB of kernel ...
+_ENOUGH_ROWS = 5_000  # ... and that choose the parameters
 _PAIRS = 1 << 23  # (row, support vector) pairs at a time: 64 MB of kernel
 _C = 10.0
 _COUNTS = (128, 256, 512)  # of principal components
@@ -109,6 +103,15 @@ class LinearSVM(IterativeModel):
 
     def _penalizes_intercept(self) -> bool:
         return self.penalize_intercept
+
+
+@dataclass(frozen=True)
+class LinearSVMHead(LinearHead):
+    """Linear SVM: treatment and C, as `LinearHead`."""
+
+    name: ClassVar[str] = "svm"
+    summary: ClassVar[str] = "linear SVM (squared hinge, one against the rest)"
+    estimator: ClassVar[type[IterativeModel]] = LinearSVM
 
 
 def _squared_distances(A: np.ndarray, B: np.ndarray) -> np.ndarray:
@@ -312,191 +315,87 @@ class GaussianSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """What a kernel machine is tried with, behind a treatment."""
-
-    n_components: int | None = None
-    C: float = _C
-    gamma: float = 1.0
-
-
-def _kernel_fold(
-    rows: TrainingRows,
-    fold: int,
-    preparation: Preparation,
-    settings: Sequence[_Setting],
-    class_weight: ClassWeight,
-) -> list[np.ndarray]:
-    """Return scores of one fold's validation rows at each setting."""
-    train, valid = (np.asarray(part) for part in rows.folds[fold])
-    X = preparation.on_fold(rows, fold)
-    A, B = X[rows.rows(train)], X[rows.rows(valid)]
-    y, weight = rows.targets(train), rows.weights(train)
-    found: list[np.ndarray] = []
-    for count, same in itertools.groupby(settings, key=lambda one: one.n_components):
-        inner = _squared_distances(A[:, :count], A[:, :count])
-        outer = _squared_distances(B[:, :count], A[:, :count])
-        scale = _default_gamma(A[:, :count], weight)
-        for gamma, several in itertools.groupby(same, key=lambda one: one.gamma):
-            K = _kernel(inner, gamma * scale)
-            for one in several:
-                machine = _Machine.fit(K, y, weight, C=one.C, class_weight=class_weight, tol=1e-3)
-                values = machine.decide(_kernel(outer[:, machine.support], gamma * scale))
-                if values.ndim == 1:
-                    values = np.stack([-values / 2, values / 2], axis=1)
-                found.append(values.reshape(len(valid), rows.views, -1).mean(axis=1))
-    return found
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """One setting on all folds."""
-
-    candidate: Candidate
-    logits: np.ndarray
-    preparation: Preparation
-    setting: _Setting
-
-
-class _KernelSearch:
-    """Treatment first, then the number of components, the width of the kernel, and C."""
-
-    def __init__(
-        self,
-        rows: TrainingRows,
-        class_weight: ClassWeight,
-        scoring: Scoring,
-        random_state: int,
-        n_jobs: int,
-    ) -> None:
-        self.rows, self.class_weight = rows, class_weight
-        self.scoring, self.random_state, self.n_jobs = scoring, random_state, n_jobs
-        self.tried: list[_Tried] = []
-
-    @property
-    def best(self) -> _Tried:
-        """The best so far; the earlier one where scores tie."""
-        return max(self.tried, key=lambda one: one.candidate.score)
-
-    def attempt(self, treatment: str, settings: Sequence[_Setting]) -> None:
-        """Try settings that have all columns, or all of them components."""
-        if not settings:
-            return
-        counts = [one.n_components for one in settings if one.n_components is not None]
-        most = Preparation(treatment, max(counts, default=None), random_state=self.random_state)
-        per_fold = Parallel(n_jobs=self.n_jobs)(
-            delayed(_kernel_fold)(self.rows, fold, most, settings, self.class_weight)
-            for fold in range(len(self.rows.folds))
-        )
-        for number, one in enumerate(settings):
-            values = gather(self.rows, [found[number] for found in per_fold])
-            scores = score_folds(
-                values, self.rows.codes, self.rows.classes, self.rows.folds, self.scoring
-            )
-            preparation = replace(most, n_components=one.n_components)
-            params = {**preparation.params, "C": one.C, "gamma": one.gamma}
-            self.tried.append(_Tried(Candidate(params, scores), values, preparation, one))
-
-    def vary(self, name: str, values: Sequence[Any]) -> None:
-        """Try other values of one parameter at the best setting."""
-        best = self.best
-        settings = [replace(best.setting, **{name: value}) for value in values]
-        self.attempt(best.preparation.treatment, settings)
-
-
-def search_kernel_svm(
-    rows: TrainingRows,
-    *,
-    class_weight: ClassWeight = None,
-    scoring: Scoring = "accuracy",
-    random_state: int = 0,
-    n_jobs: int = 1,
-    memory: int | None = None,
-    treatments: Sequence[str] = tuple(TREATMENTS),
-) -> SearchResult:
-    """Choose the parameters of a `GaussianSVM` one after the other, and fit it.
+class GaussianSVMHead(HeadKind):
+    """SVM with a Gaussian kernel: its parameters are chosen one after the other.
 
     These are the treatment, whether and how many principal components are kept, the width of the
-    kernel, and C.
-
-    Above `KERNEL_ROWS` rows, or where the kernel matrix would take more than half of `memory`,
-    it is a linear SVM on Nystroem features instead, and a note says so.
-
-    Parameters
-    ----------
-    rows : TrainingRows
-        Training rows with their folds.
-    class_weight, scoring, random_state, n_jobs, memory
-        See `featcache.heads.HeadSpec.search`.
-    treatments : list of str
-        Names from `featcache.heads.treatment.TREATMENTS`.
+    kernel, and C. The kernel's matrix grows with the square of the rows: at most 20,000 are
+    trained on, or those whose matrix takes half of the memory, and 5,000 choose.
     """
-    n = len(rows.codes) * rows.views
-    if n > KERNEL_ROWS or (memory is not None and 12 * n**2 > memory / 2):
-        return _search_nystroem(
-            rows, class_weight=class_weight, scoring=scoring, random_state=random_state, n=n
+
+    treatments: Sequence[str] = tuple(TREATMENTS)
+    name: ClassVar[str] = "rbf-svm"
+    summary: ClassVar[str] = "SVM with a Gaussian kernel"
+
+    def most_images(self, rows: TrainingRows) -> int:
+        """Return as many as there is room for their kernel."""
+        most = _MOST_ROWS
+        if self.options.memory is not None:
+            most = min(most, int((self.options.memory / 24) ** 0.5))  # 12 bytes a pair, in half
+        return most // rows.views
+
+    def enough_images(self, rows: TrainingRows) -> int:
+        """Return fewer: a fit takes time by the square of the rows."""
+        return _ENOUGH_ROWS // rows.views
+
+    def explore(self, rows: TrainingRows, search: Search) -> None:
+        """Try the treatments, then other values of one parameter after the other."""
+        start = {"C": _C, "gamma": 1.0}
+        self._try(rows, search, [{"treatment": name, **start} for name in self.treatments])
+        counts = component_counts(rows, _COUNTS)
+        for name, values in (("n_components", counts), ("gamma", _GAMMAS), ("C", _CS)):
+            best = dict(search.best.params)
+            if name == "n_components":  # which stand behind the treatment
+                best = {"treatment": best["treatment"], name: None, **best}
+            self._try(rows, search, [{**best, name: value} for value in values])
+
+    def _try(self, rows: TrainingRows, search: Search, settings: Sequence[Params]) -> None:
+        per_fold: list[list[np.ndarray]] = []
+        for found in Parallel(n_jobs=self.options.n_jobs, return_as="generator")(
+            delayed(_fold_scores)(rows, fold, settings, self.options)
+            for fold in range(len(rows.folds))
+        ):
+            per_fold.append(found)
+            search.fitted(len(settings))
+        for params, values in zip(settings, zip(*per_fold, strict=True), strict=True):
+            search.tried(params, gather(rows, values))
+
+    def fit(self, rows: TrainingRows, params: Params) -> Any:
+        """Fit on all rows."""
+        estimator = GaussianSVM(
+            params["C"], gamma=params["gamma"], class_weight=self.options.class_weight
         )
-    start = time.perf_counter()
-    search = _KernelSearch(rows, class_weight, scoring, random_state, n_jobs)
-    for treatment in treatments:
-        search.attempt(treatment, [_Setting()])
-    search.vary("n_components", component_counts(rows, _COUNTS))
-    search.vary("gamma", _GAMMAS)
-    search.vary("C", _CS)
-    best = search.best
-    middle = time.perf_counter()
-    estimator = GaussianSVM(best.setting.C, gamma=best.setting.gamma, class_weight=class_weight)
-    fitted = best.preparation.fit_head(rows, "rbf-svm", estimator)
-    return SearchResult(
-        head="rbf-svm",
-        estimator=fitted,
-        best=best.candidate,
-        candidates=tuple(one.candidate for one in search.tried),
-        classes=rows.classes,
-        logits=best.logits,
-        temperature=fit_temperature(best.logits, rows.codes, rows.weight),
-        search_seconds=middle - start,
-        fit_seconds=time.perf_counter() - middle,
-    )
+        preparation = Preparation.of(params, self.options.random_state)
+        return preparation.fit_head(rows, self.name, estimator)
 
 
-def _search_nystroem(
-    rows: TrainingRows, *, class_weight: ClassWeight, scoring: Scoring, random_state: int, n: int
-) -> SearchResult:
-    """Search a linear SVM on Nystroem features.
+def _fold_scores(
+    rows: TrainingRows, fold: int, settings: Sequence[Params], options: SearchOptions
+) -> list[np.ndarray]:
+    """Return scores of one fold's validation rows at each setting.
 
-    The landmarks are rows of all folds, without their labels: nothing about a validation row's
-    class reaches the fit.
+    Settings of one treatment share its components, those of one width share the kernel.
     """
-    from sklearn.kernel_approximation import Nystroem
-
-    X = rows.features()
-    before = Pipeline(
-        [
-            ("scaler", StandardScaler()),
-            (
-                "nystroem",
-                Nystroem(
-                    gamma=1.0 / X.shape[1],
-                    n_components=min(_LANDMARKS, n // 2),
-                    random_state=random_state,
-                ),
-            ),
-        ]
-    )
-    mapped = before.fit_transform(X).astype(np.float32)
-    inside = TrainingRows(mapped, rows.codes, rows.classes, rows.weight, rows.folds, rows.views)
-    found = search_linear(
-        inside,
-        LinearSVM(class_weight=class_weight, standardize=False),
-        head="rbf-svm",
-        scoring=scoring,
-        treatments=("standard",),
-        Cs=tuple(10.0**power for power in range(-2, 5)),
-    )
-    note = (
-        f"{n:,} rows: a linear SVM on {mapped.shape[1]:,} Nystroem features stands in for the "
-        "Gaussian kernel."
-    )
-    joined = Pipeline([*before.steps, ("rbf-svm", found.estimator)])
-    return replace(found, estimator=joined, notes=(note,))
+    train, valid = (np.asarray(part) for part in rows.folds[fold])
+    y, weight = rows.targets(train), rows.weights(train)
+    found: list[np.ndarray] = []
+    for treatment, alike in itertools.groupby(settings, key=lambda one: one["treatment"]):
+        several = list(alike)
+        most = max((one.get("n_components") or 0 for one in several), default=0) or None
+        X = Preparation(treatment, most, random_state=options.random_state).on_fold(rows, fold)
+        A, B = X[rows.rows(train)], X[rows.rows(valid)]
+        for count, same in itertools.groupby(several, key=lambda one: one.get("n_components")):
+            inner = _squared_distances(A[:, :count], A[:, :count])
+            outer = _squared_distances(B[:, :count], A[:, :count])
+            scale = _default_gamma(A[:, :count], weight)
+            for gamma, some in itertools.groupby(same, key=lambda one: one["gamma"]):
+                K = _kernel(inner, gamma * scale)
+                for one in some:
+                    machine = _Machine.fit(
+                        K, y, weight, C=one["C"], class_weight=options.class_weight, tol=1e-3
+                    )
+                    values = machine.decide(_kernel(outer[:, machine.support], gamma * scale))
+                    if values.ndim == 1:
+                        values = np.stack([-values / 2, values / 2], axis=1)
+                    found.append(values.reshape(len(valid), rows.views, -1).mean(axis=1))
+    return found

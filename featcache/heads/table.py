@@ -38,41 +38,14 @@ from typing import Any
 
 import numpy as np
 
-from featcache.heads.calibration import fit_temperature
-from featcache.heads.linear import LinearClassifier, search_linear
-from featcache.heads.mlp import MLP, search_mlp
-from featcache.heads.neighbors import CosineNeighbors, search_knn
-from featcache.heads.ridge import Ridge, search_ridge
+from featcache.heads.linear import LinearHead
+from featcache.heads.mlp import search_mlp
+from featcache.heads.neighbors import search_knn
+from featcache.heads.ridge import RidgeHead
 from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
-from featcache.heads.search import (
-    Candidate,
-    Scoring,
-    SearchResult,
-    check_scoring,
-    logits,
-    score_folds,
-)
-from featcache.heads.svm import GaussianSVM, LinearSVM, search_kernel_svm
-from featcache.heads.trees import BoostedTrees, search_boosting, search_forest
-
-__all__ = [
-    "CLASSICS",
-    "HEADS",
-    "MLP",
-    "BoostedTrees",
-    "Candidate",
-    "CosineNeighbors",
-    "FeatureBlocks",
-    "GaussianSVM",
-    "HeadSpec",
-    "LinearClassifier",
-    "LinearSVM",
-    "Ridge",
-    "SearchResult",
-    "fit_temperature",
-    "logits",
-    "score_folds",
-]
+from featcache.heads.search import Scoring, SearchResult, check_scoring
+from featcache.heads.svm import GaussianSVMHead, LinearSVMHead
+from featcache.heads.trees import search_boosting, search_forest
 
 
 @dataclass(frozen=True)
@@ -151,39 +124,15 @@ class HeadSpec:
         )
 
 
-def _search_linear(
-    rows: TrainingRows, *, class_weight: Any, scoring: Scoring, memory: int | None, **_: Any
-) -> SearchResult:
-    estimator = LinearClassifier(class_weight=class_weight)
-    return search_linear(rows, estimator, head="linear", scoring=scoring, memory=memory)
-
-
-def _search_svm(
-    rows: TrainingRows, *, class_weight: Any, scoring: Scoring, memory: int | None, **_: Any
-) -> SearchResult:
-    estimator = LinearSVM(class_weight=class_weight)
-    return search_linear(rows, estimator, head="svm", scoring=scoring, memory=memory)
-
-
-def _search_rbf_svm(rows: TrainingRows, **options: Any) -> SearchResult:
-    return search_kernel_svm(rows, **options)
-
-
-def _search_ridge(
-    rows: TrainingRows, *, class_weight: Any, scoring: Scoring, **_: Any
-) -> SearchResult:
-    return search_ridge(rows, class_weight=class_weight, scoring=scoring)
-
-
-HEADS: dict[str, HeadSpec] = {
+HEADS: dict[str, Any] = {
     spec.name: spec
     for spec in (
-        HeadSpec("linear", "multinomial logistic regression", True, _search_linear),
-        HeadSpec("svm", "linear SVM (squared hinge, one against the rest)", True, _search_svm),
-        HeadSpec("rbf-svm", "SVM with a Gaussian kernel", False, _search_rbf_svm),
+        LinearHead,
+        LinearSVMHead,
+        GaussianSVMHead,
         HeadSpec("forest", "random forest or extra trees", False, search_forest),
         HeadSpec("boosting", "gradient-boosted trees on discriminants", True, search_boosting),
-        HeadSpec("ridge", "ridge regression on class indicators", True, _search_ridge),
+        RidgeHead,
         HeadSpec("knn", "nearest neighbours by cosine similarity", True, search_knn),
         HeadSpec("mlp", "network of one hidden layer", False, search_mlp),
     )

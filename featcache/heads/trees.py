@@ -34,9 +34,9 @@ from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
 from featcache.heads.search import (
-    Candidate,
     Scoring,
     SearchResult,
+    Trial,
     choose,
     fit_estimator,
     gather,
@@ -514,7 +514,7 @@ def search_boosting(
     for number, (size, rounds) in enumerate(search.settings):
         values = gather(rows, [one[number] for one in per_fold])
         scores = score_folds(values, rows.codes, rows.classes, rows.folds, scoring)
-        tried.append((Candidate({"n_components": size, "rounds": rounds}, scores), values))
+        tried.append((Trial({"n_components": size, "rounds": rounds}, scores), values))
     best, values = choose(tried)
     middle = time.perf_counter()
     estimator = search.last(best.params["n_components"], best.params["rounds"])
@@ -522,7 +522,7 @@ def search_boosting(
         head="boosting",
         estimator=estimator,
         best=best,
-        candidates=tuple(one for one, _ in tried),
+        trials=tuple(one for one, _ in tried),
         classes=rows.classes,
         logits=values,
         temperature=fit_temperature(values, rows.codes, rows.weight),
@@ -672,7 +672,7 @@ def search_forest(
     shared = {"class_weight": class_weight, "random_state": random_state, "n_jobs": n_jobs}
     kinds = {"random": RandomForestClassifier, "extra": ExtraTreesClassifier}
     plain = Preparation(scaled=False)
-    tried: dict[_Forest, tuple[Candidate, np.ndarray]] = {}
+    tried: dict[_Forest, tuple[Trial, np.ndarray]] = {}
 
     def judge(forests: Sequence[_Forest], count: int) -> _Forest:
         for one in forests:
@@ -697,7 +697,7 @@ def search_forest(
         head="forest",
         estimator=estimator,
         best=chosen,
-        candidates=(*candidates, chosen),
+        trials=(*candidates, chosen),
         classes=rows.classes,
         logits=values,
         temperature=fit_temperature(values, rows.codes, rows.weight),
@@ -708,7 +708,7 @@ def search_forest(
 
 def _judge_forest(
     rows: TrainingRows, how: _Forest, forest: Any, scoring: Scoring
-) -> tuple[Candidate, np.ndarray]:
+) -> tuple[Trial, np.ndarray]:
     """Grow a forest for each fold and score it on the fold's validation rows."""
     per_fold = []
     for fold, (train, valid) in enumerate(rows.folds):
@@ -724,4 +724,4 @@ def _judge_forest(
         "min_samples_leaf": how.min_samples_leaf,
         "trees": forest.n_estimators,
     }
-    return Candidate(params, scores), values
+    return Trial(params, scores), values

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
-from featcache.heads.linear import search_linear
+from featcache.heads.linear import LinearHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
-from featcache.heads.table import LinearClassifier
+from featcache.heads.search import SearchOptions, search
 from featcache.store.store import FeatureStore
 
 
@@ -40,15 +40,8 @@ def train_from_disk(path: str, memory: int) -> None:
     rows = TrainingRows.check(blocks, y, list(split.split(np.zeros(len(y)), y)), None)
     # The same penalty a row whatever their number, so that the problems are equally hard.
     Cs = [c / len(y) for c in (0.3, 3.0, 30.0)]
-    found = search_linear(
-        rows,
-        LinearClassifier(),
-        head="linear",
-        memory=memory,
-        Cs=Cs,
-        treatments=("standard",),
-        refine=False,
-    )
+    options = SearchOptions(memory=memory)
+    found = search(LinearHead(options, treatments=("standard",), Cs=Cs, refine=False), rows)
     seconds = time.perf_counter() - begin
     print(f"{seconds} {peak_megabytes()} {before} {found.score} {found.estimator.n_iter_[0]}")
 

@@ -42,10 +42,12 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from synthetic import FINGERPRINT, TAP, Images, features
 
-from featcache.heads.linear import search_linear
+from featcache.heads.linear import LinearClassifier, LinearHead
 from featcache.heads.rows import TrainingRows
-from featcache.heads.table import HEADS, BoostedTrees, GaussianSVM, LinearClassifier, LinearSVM
-from featcache.heads.trees import search_forest
+from featcache.heads.search import search
+from featcache.heads.svm import GaussianSVM, LinearSVM, LinearSVMHead
+from featcache.heads.table import HEADS
+from featcache.heads.trees import BoostedTrees, search_forest
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
 
@@ -95,13 +97,10 @@ def linear(X: np.ndarray, y: np.ndarray, name: str, whole: bool) -> None:
 
     def ours() -> Any:
         rows = TrainingRows.check(X, y, folds, None)
-        model = LinearClassifier()
-        return search_linear(
-            rows, model, head="linear", Cs=CS, treatments=("standard",), refine=False
-        )
+        return search(LinearHead(treatments=("standard",), Cs=CS, refine=False), rows)
 
     seconds, found = timed(ours)
-    scores = {one.params["C"]: one.score for one in found.candidates}
+    scores = {one.params["C"]: one.score for one in found.trials}
     say(f"linear, {name}: 8 C x 5 folds + refit")
     at = found.params["C"]
     say(f"  featcache            {seconds:8.1f} s   accuracy {found.score:.4f} at C={at:g}")
@@ -182,9 +181,7 @@ def svm(X: np.ndarray, y: np.ndarray, name: str, Cs: tuple[float, ...]) -> None:
         say(f"  ratio {other / seconds:.1f}; objectives: {mine / theirs - 1:+.1e}")
     rows = TrainingRows.check(X, y, folds_of(y), None)
     seconds, found = timed(
-        lambda: search_linear(
-            rows, LinearSVM(), head="svm", Cs=CS[:6], treatments=("standard",), refine=False
-        )
+        lambda: search(LinearSVMHead(treatments=("standard",), Cs=CS[:6], refine=False), rows)
     )
     say(
         f"svm, {name}: search, 6 C x 5 folds + refit: {seconds:.1f} s, accuracy {found.score:.4f}; "
@@ -270,7 +267,7 @@ def components(X: np.ndarray, y: np.ndarray, name: str) -> None:
     for head in ("knn", "rbf-svm", "mlp", "forest"):
         seconds, found = timed(lambda head=head: HEADS[head].search(X, y, folds_of(y), n_jobs=-1))
         scores = {True: 0.0, False: 0.0}
-        for one in found.candidates:
+        for one in found.trials:
             kind = "n_components" in one.params
             scores[kind] = max(scores[kind], one.score)
         say(
