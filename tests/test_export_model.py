@@ -10,23 +10,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer, StandardScaler
-from sklearn.svm import LinearSVC
 from torch import nn
 
 from featcache import Backbone, ImageSet, Preprocessing, extract, train
 from featcache.cli.main import main
 from featcache.errors import MissingExtra, OutputError, PredictorError
 from featcache.finetuning.settings import SuffixSettings
-from featcache.heads.mlp import MLP
-from featcache.heads.treatment import SignedPower
+from featcache.heads.base import FittedHead
+from featcache.heads.steps import Matrix, Power, Relu, Scale, Step, Unit
 from featcache.predictor.export import METADATA, export_model
-from featcache.predictor.grafting import head_layers
-from featcache.predictor.inputs import InputTap
-from featcache.predictor.manifest import CanaryRows
 from featcache.predictor.predictor import Predictor
 from featcache.store.store import FeatureStore
 
@@ -90,9 +82,14 @@ def test_the_network_gives_the_predictors_probabilities(
     predictor = train(part, head=head, cv=3)
     network = predictor.to_torch(backbone=small())
     assert isinstance(network, nn.Module)
+    images = PREPARE.normalize(torch.from_numpy(pixels[rows]))
     with torch.inference_mode():
-        found = network(PREPARE.normalize(torch.from_numpy(pixels[rows]))).numpy()
+        found = network(images).numpy()
     np.testing.assert_allclose(found, predictor.predict_proba_of(part), atol=1e-5)
+    logits = predictor.estimator.logits(part.matrix()) / predictor.temperature
+    network.probabilities = False
+    with torch.inference_mode():
+        np.testing.assert_allclose(network(images).numpy(), logits, atol=1e-5)
 
 
 def test_logits_are_there_to_train_the_head_further(
@@ -116,43 +113,39 @@ def test_logits_are_there_to_train_the_head_further(
     assert nn.functional.cross_entropy(network(images), truth) < before
 
 
+def matrix(out: int, width: int) -> Matrix:
+    rng = np.random.default_rng(out)
+    return Matrix(rng.normal(size=(out, width)), rng.normal(size=out))
+
+
 @pytest.mark.parametrize("n_classes", [2, 3])
 @pytest.mark.parametrize(
-    "steps",
+    "treatment",
     [
-        (StandardScaler(), LogisticRegression(C=0.1)),
-        (StandardScaler(with_mean=False), PCA(5, whiten=True), LogisticRegression()),
-        (PCA(5), StandardScaler(with_std=False), LinearSVC()),
-        (Normalizer(), LinearSVC()),
-        (StandardScaler(), Normalizer(), RidgeClassifier()),
-        (SignedPower(), StandardScaler(), RidgeClassifier()),
-        (StandardScaler(), MLP(hidden=7, max_epochs=5)),
-        (LogisticRegression(max_iter=10_000),),
+        [Scale(np.arange(8.0), np.arange(1.0, 9.0))],
+        [Scale(np.arange(8.0), np.arange(1.0, 9.0)), matrix(8, 8)],
+        [Unit()],
+        [Power(), Scale(np.zeros(8), np.arange(1.0, 9.0))],
+        [Power(0.3), Unit()],
+        [matrix(7, 8), Relu(), matrix(8, 7)],
+        [],
     ],
-    ids=lambda steps: "-".join(type(step).__name__ for step in steps),
+    ids=lambda steps: "-".join(step.kind for step in steps),
 )
-def test_every_treatment_becomes_layers(steps: tuple[Any, ...], n_classes: int) -> None:
+def test_every_step_of_layers_is_a_layer(treatment: list[Step], n_classes: int) -> None:
     rng = np.random.default_rng(0)
-    y = np.arange(90) % n_classes
-    X = (rng.normal(size=(90, 8)) * rng.uniform(0.1, 30, 8) + y[:, None]).astype(np.float32)
+    X = (rng.normal(size=(90, 8)) * rng.uniform(0.1, 30, 8)).astype(np.float32)
     X[3] = 0
-    estimator = make_pipeline(*steps).fit(X, y)
-    predictor = Predictor(
-        estimator=estimator,
-        head="some",
-        params={},
-        classes=tuple("abc"[:n_classes]),
-        temperature=0.4,
-        columns=(InputTap(0, "tap", 8),),
-        fingerprints=(),
-        train_sha256=np.zeros((0, 32), np.uint8),
-        canaries=CanaryRows(X[:0], np.zeros((0, n_classes), np.float32)),
-    )
-    layers = head_layers(predictor)
+    steps = [
+        *treatment,
+        Matrix.of_scores(*matrix(n_classes if n_classes > 2 else 1, 8).arrays().values()),
+    ]
+    layers = nn.Sequential(*(step.module() for step in steps))
     with torch.inference_mode():
-        found = layers(torch.from_numpy(X)).softmax(1).numpy()
-    np.testing.assert_allclose(found, predictor.predict_proba(X), atol=1e-5)
-    assert sum(isinstance(layer, nn.Linear) for layer in layers) <= 3
+        found = layers(torch.from_numpy(X)).numpy()
+    expected = FittedHead(steps, np.arange(n_classes)).logits(X)
+    assert found.shape == expected.shape == (90, n_classes)
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("head", ["forest", "rbf-svm"])

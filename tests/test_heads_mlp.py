@@ -12,7 +12,6 @@ from featcache.heads.mlp import MLP
 from featcache.heads.rows import FeatureBlocks
 from featcache.heads.search import logits
 from featcache.heads.table import HEADS
-from featcache.predictor import persistence
 
 UNEQUAL = {
     "check_sample_weight_equivalence_on_dense_data": "minibatches are drawn from other rows",
@@ -148,9 +147,3 @@ def test_it_leaves_torch_alone():
     before = torch.get_rng_state()
     MLP(max_epochs=2).fit(X, y)
     torch.testing.assert_close(torch.get_rng_state(), before, rtol=0, atol=0)
-
-
-def test_it_can_be_saved(found):
-    X, _ = shells()
-    again = persistence.load(persistence.dump(found.estimator))
-    np.testing.assert_array_equal(again.predict_proba(X), found.estimator.predict_proba(X))

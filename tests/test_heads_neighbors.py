@@ -10,7 +10,6 @@ from featcache.heads.neighbors import CosineNeighbors, nearest
 from featcache.heads.rows import FeatureBlocks, stratified
 from featcache.heads.search import logits
 from featcache.heads.table import HEADS
-from featcache.predictor import persistence
 
 
 @parametrize_with_checks([CosineNeighbors(5)])
@@ -161,10 +160,3 @@ def test_with_little_memory_it_keeps_a_part_of_each_class_and_says_so():
 def test_a_sample_leaves_no_class_out():
     codes = np.array([0] * 1000 + [1])
     assert set(codes[stratified(codes, 10, 0)]) == {0, 1}
-
-
-def test_it_can_be_saved(tmp_path):
-    X, y = mixture()
-    found = HEADS["knn"].search(X, y, folds_of(y)).estimator
-    again = persistence.load(persistence.dump(found))
-    np.testing.assert_array_equal(again.predict_proba(X), found.predict_proba(X))

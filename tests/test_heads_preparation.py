@@ -11,9 +11,8 @@ from sklearn.preprocessing import StandardScaler
 
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import TrainingRows
-from featcache.heads.search import SearchResult, logits
+from featcache.heads.search import SearchResult
 from featcache.heads.table import HEADS
-from featcache.predictor import persistence
 from featcache.store.splitting import folds
 
 
@@ -48,12 +47,6 @@ def test_components_are_found_where_they_help(found: SearchResult) -> None:
     without = max(one.score for one in found.trials if "n_components" not in one.params)
     assert found.score > without + 0.03
     assert (found.estimator.predict(new) == truth).mean() > without
-
-
-def test_a_head_on_components_can_be_saved(found: SearchResult) -> None:
-    new, _ = buried(seed=1)
-    again = persistence.load(persistence.dump(found.estimator))
-    np.testing.assert_array_equal(logits(again, new), logits(found.estimator, new))
 
 
 def test_the_last_fit_has_the_steps_of_the_folds(found: SearchResult) -> None:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from featcache.errors import (
 from featcache.extraction.extract import extract
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.cutting import Suffix, check, cut
-from featcache.finetuning.head import SuffixClassifier
+from featcache.finetuning.head import SuffixStep
 from featcache.finetuning.search import SuffixSearch, choose_tap
 from featcache.finetuning.settings import SuffixSettings
 from featcache.finetuning.training import (
@@ -57,12 +56,12 @@ from featcache.networks.taps import Tapped, resolve
 from featcache.networks.tracing import trace
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
-from featcache.predictor import manifest, persistence
 from featcache.predictor.export import export_model
 from featcache.predictor.predictor import Predictor
 from featcache.store.store import FeatureStore
 from featcache.study.train import compare, train, train_files
 from featcache.system.console import interruptible
+from tests.predictor_files import parts_of, rewritten
 from tests.small import SIDE, Network, network
 
 SHAPE = (3, SIDE, SIDE)
@@ -460,7 +459,7 @@ def test_without_validation_images_all_are_trained_on_to_the_last_epoch(
     predictor.save(tmp_path / "a.featcache")
     assert Predictor.load(tmp_path / "a.featcache").params == predictor.params
     state = tuned.suffix.network.state_dict()
-    for name, value in predictor.estimator.suffix.network.state_dict().items():
+    for name, value in predictor.estimator.steps[0].suffix.network.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=1e-6)
 
 
@@ -588,7 +587,8 @@ def test_a_command_stopped_by_a_signal_resumes_to_the_same_weights(tmp_path: Pat
     assert CliRunner().invoke(main, [*command, "-o", str(target)]).exit_code == 0
     assert not first.parent.exists()
     made, expected = Predictor.load(target), Predictor.load(whole)
-    assert made.estimator.sha256_ == expected.estimator.sha256_
+    for name, value in expected.estimator.steps[0].arrays().items():
+        np.testing.assert_array_equal(made.estimator.steps[0].arrays()[name], value)
     assert made.temperature == expected.temperature
 
 
@@ -646,7 +646,7 @@ def test_views_are_drawn_in_training_and_averaged_in_prediction(folder: Path) ->
     predictor = train(made, head="suffix", cv=2, suffix=FAST, backbone=network_)
     X = made.matrix([BODY])
     assert X.shape == (48, 3, 8 * 15 * 15)
-    scores = np.mean([predictor.estimator.decision_function(X[:, k]) for k in range(3)], axis=0)
+    scores = np.mean([predictor.estimator.logits(X[:, k]) for k in range(3)], axis=0)
     np.testing.assert_array_equal(
         predictor.predict_features(X), np.array(predictor.classes)[scores.argmax(axis=1)]
     )
@@ -675,10 +675,10 @@ def test_it_is_compared_with_the_other_heads_under_the_same_folds(store: Feature
 def test_scores_while_training_are_those_that_the_head_gives(
     predictor: Predictor, store: FeatureStore
 ) -> None:
-    head, rows = predictor.estimator, np.arange(len(store))
+    head, rows = predictor.estimator.steps[0], np.arange(len(store))
     while_training = scores_of(head.suffix, Maps(store, BODY), rows, torch.device("cpu"))
-    np.testing.assert_array_equal(head.decision_function(store.matrix([BODY])), while_training)
-    assert head.decision_function(np.zeros((0, head.n_features_in_))).shape == (0, 3)
+    np.testing.assert_array_equal(head(store.matrix([BODY])), while_training)
+    assert head(np.zeros((0, 8 * 15 * 15))).shape == (0, 3)
 
 
 def test_saved_loaded_and_used_on_images_and_stores(
@@ -695,8 +695,7 @@ def test_saved_loaded_and_used_on_images_and_stores(
     found = loaded.predict(images(), backbone=backbone(BODY), top_k=3)
     proba = [dict(one.top)[name] for one in found for name in predictor.classes]
     np.testing.assert_allclose(np.reshape(proba, (48, 3)), expected, atol=1e-4)
-    names = zipfile.ZipFile(tmp_path / "a.featcache").namelist()
-    assert tuple(names) == manifest.MEMBERS
+    assert [step["kind"] for step in parts_of(tmp_path / "a.featcache")[0]["steps"]] == ["suffix"]
 
 
 def test_as_a_network_and_exported(
@@ -715,40 +714,52 @@ def test_as_a_network_and_exported(
     np.testing.assert_allclose(program(pixels).detach().numpy(), found, atol=1e-5)
 
 
-def test_damaged_weights_are_refused(predictor: Predictor, store: FeatureStore) -> None:
-    head = predictor.estimator
-    assert isinstance(head, SuffixClassifier)
-    before = head.state_["body.weight"].copy()
-    head.state_["body.weight"][0, 0, 0, 0] += 1
-    try:
-        with pytest.raises(PredictorError, match="SHA-256"):
-            persistence.dump(head)
-    finally:
-        head.state_["body.weight"] = before
-    loaded = persistence.load(persistence.dump(head))
+def test_it_needs_the_code_of_its_network(predictor: Predictor, store: FeatureStore) -> None:
+    head = predictor.estimator.steps[0]
+    loaded = SuffixStep.of(head.arrays(), **head.values())
     assert not loaded.is_bound
     with pytest.raises(PredictorError, match="has not been given one"):
-        loaded.predict(store.matrix([BODY]))
+        loaded(store.matrix([BODY]))
     with pytest.raises(PredictorError, match="does not fit the network"):
         loaded.bind(network(Residual), SHAPE)
     loaded.bind(network(seed=3), SHAPE)
-    np.testing.assert_array_equal(
-        loaded.predict(store.matrix([BODY])), predictor.predict_features(store.matrix([BODY]))
-    )
+    np.testing.assert_array_equal(loaded(store.matrix([BODY])), head(store.matrix([BODY])))
+
+
+SUFFIX_EDITS: dict[str, Any] = {
+    "shape of another size": {"shape": [8, 15, 14]},
+    "shape of texts": {"shape": "abc"},
+    "shape of nothing": {"shape": [0, 15, 15]},
+    "tap a number": {"tap": 3},
+    "head a list": {"head": []},
+    "outputs of another number": {"outputs": 4},
+    "outputs without end": {"outputs": 10**12},
+    "something else": {"path": "/etc"},
+}
+
+
+@pytest.mark.parametrize("what", SUFFIX_EDITS)
+def test_a_hostile_suffix_is_refused(predictor: Predictor, tmp_path: Path, what: str) -> None:
+    predictor.save(tmp_path / "a")
+
+    def change(text: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        text["steps"][0].update(SUFFIX_EDITS[what])
+
+    with pytest.raises(PredictorError):
+        Predictor.load(rewritten(tmp_path / "a", tmp_path / "b", change))
 
 
 def test_the_last_layer_alone_is_trained_on_its_own_input(folder: Path) -> None:
     network_ = backbone("head:input")
     made = extract(images(), network_, folder / "head.h5", workers=0, progress=False)
     predictor = train(made, head="suffix", cv=2, suffix=FAST, backbone=network_)
-    assert predictor.estimator.suffix.trained() == ["head.weight", "head.bias"]
-    state = predictor.estimator.state_
+    assert predictor.estimator.steps[0].suffix.trained() == ["head.weight", "head.bias"]
+    state = predictor.estimator.steps[0].state
     scores = made.matrix() @ state["head.weight"].T + state["head.bias"]
-    np.testing.assert_allclose(
-        predictor.estimator.decision_function(made.matrix()), scores, atol=1e-5
-    )
-    loaded = persistence.load(persistence.dump(predictor.estimator)).bind(network(), SHAPE)
-    np.testing.assert_allclose(loaded.decision_function(made.matrix()), scores, atol=1e-5)
+    np.testing.assert_allclose(predictor.estimator.logits(made.matrix()), scores, atol=1e-5)
+    head = predictor.estimator.steps[0]
+    loaded = SuffixStep.of(head.arrays(), **head.values()).bind(network(), SHAPE)
+    np.testing.assert_allclose(loaded(made.matrix()), scores, atol=1e-5)
 
 
 def test_class_weights_and_groups_are_heeded(store: FeatureStore) -> None:

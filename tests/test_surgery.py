@@ -366,7 +366,8 @@ def test_recipe_9_csv_of_breeds_by_hand_and_from_the_cache(tmp_path: Path) -> No
     )
     assert {row.head for row in board.rows} == {"suffix", "svm", "forest"}
     assert all(row.held_out is not None and row.cv.accuracy > 0.6 for row in board.rows)
-    assert board.predictors["suffix"].estimator.suffix.trained() == ["head.weight", "head.bias"]
+    suffix = board.predictors["suffix"].estimator.steps[0].suffix
+    assert suffix.trained() == ["head.weight", "head.bias"]
 
 
 def test_recipe_9_pretrained_layers_learn_ten_times_slower_than_new_ones(small: Small) -> None:

@@ -7,7 +7,8 @@ predicts, and `Predictor` does that by itself where the network is public.
 
 from __future__ import annotations
 
-import hashlib
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,58 +19,83 @@ from torch import Tensor, nn
 
 from featcache.errors import FeatcacheError, PredictorError
 from featcache.finetuning.cutting import Suffix, cut
+from featcache.heads.steps import Step
 from featcache.system.memory import reuse_memory
 
-__all__ = ["SCORED_AT_ONCE", "SuffixClassifier", "block_scores", "load_tensors", "moved"]
+__all__ = ["SCORED_AT_ONCE", "SuffixStep", "block_scores", "load_tensors", "moved"]
 
 SCORED_AT_ONCE = 64
 
 
-class SuffixClassifier:
-    """The part of a network behind a cut, as a classifier of flattened features at the cut.
+class SuffixStep(Step):
+    """The part of a network behind a cut, as the one step of a head: flattened features to scores.
 
     Attributes
     ----------
-    classes_ : ndarray of str, shape (k,)
-        Class names: the columns of the scores.
-    n_features_in_ : int
-        Numbers in one image's features.
-    tap_ : str
-        Where the network is cut, in canonical form.
-    shape_ : tuple of int
-        Shape of one image's features.
-    head_ : str
-        Name of the layer that gives the classes.
-    state_ : dict of str to ndarray
+    state : dict of str to ndarray
         All parameters and buffers behind the cut.
-    sha256_ : str
-        Over `state_`.
+    tap : str
+        Where the network is cut, in canonical form.
+    shape : tuple of int
+        Shape of one image's features.
+    head : str
+        Name of the layer that gives the classes.
+    outputs : int
+        Number of classes.
     """
 
-    _suffix: Suffix | None = None
+    kind = "suffix"
+    _network: Suffix | None = None
     _device = torch.device("cpu")
 
-    def __init__(self, suffix: Suffix, classes: Sequence[str] | np.ndarray) -> None:
-        self.classes_ = np.asarray(classes)
-        self.n_features_in_ = int(np.prod(suffix.shape))
-        self.tap_ = suffix.tap
-        self.shape_ = suffix.shape
-        self.head_ = suffix.head
-        self.state_ = {name: _array(one) for name, one in suffix.tensors().items()}
-        self.sha256_ = state_digest(self.state_)
-        self._suffix = suffix.eval()
+    def __init__(
+        self,
+        state: Mapping[str, np.ndarray],
+        *,
+        tap: str,
+        shape: Sequence[int],
+        head: str,
+        outputs: int,
+    ) -> None:
+        self.state = dict(state)
+        self.tap, self.shape, self.head, self.outputs = tap, tuple(shape), head, outputs
 
-    def __repr__(self) -> str:
-        return f"SuffixClassifier({self.tap_}, {len(self.classes_)} classes)"
+    @classmethod
+    def trained(cls, suffix: Suffix, outputs: int) -> SuffixStep:
+        """Return the step of a trained suffix."""
+        state = {name: _array(one) for name, one in suffix.tensors().items()}
+        step = cls(state, tap=suffix.tap, shape=suffix.shape, head=suffix.head, outputs=outputs)
+        step._network = suffix.eval()
+        return step
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the network: it is made anew by `bind`."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray], **values: Any) -> SuffixStep:
+        """Return the step that gave these `arrays` and `values`."""
+        return cls(arrays, **values)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the weights by name."""
+        return self.state
+
+    def values(self) -> dict[str, Any]:
+        """Return where the network is cut, as JSON values."""
+        shape = list(self.shape)
+        return {"tap": self.tap, "shape": shape, "head": self.head, "outputs": self.outputs}
+
+    def check(self, width: int) -> int:
+        """Refuse weights that are none; `bind` compares them with the network's layers."""
+        kinds = {one.dtype.kind for one in self.state.values()}
+        self._require(self.state and kinds <= set("fiub"), "weights of no network")
+        self._require(isinstance(self.tap, str) and isinstance(self.head, str), "no cut")
+        numbers = (*self.shape, self.outputs)
+        self._require(all(type(n) is int and 0 < n < 2**31 for n in numbers), "no shape")
+        self._require(math.prod(self.shape) == width, f"features other than {width}")
+        return self.outputs
 
     @property
     def is_bound(self) -> bool:
         """Whether it has a network to run."""
-        return self._suffix is not None
+        return self._network is not None
 
     @property
     def suffix(self) -> Suffix:
@@ -80,14 +106,14 @@ class SuffixClassifier:
         PredictorError
             It has none yet.
         """
-        if self._suffix is None:
+        if self._network is None:
             raise PredictorError(
                 "This head is the rest of a network and has not been given one: use it through "
                 "its Predictor, or call bind(network, image_shape)."
             )
-        return self._suffix
+        return self._network
 
-    def bind(self, network: nn.Module, image_shape: Sequence[int]) -> SuffixClassifier:
+    def bind(self, network: nn.Module, image_shape: Sequence[int]) -> SuffixStep:
         """Take the code of a network, of whatever weights, and give it the weights of this head.
 
         Parameters
@@ -99,7 +125,7 @@ class SuffixClassifier:
 
         Returns
         -------
-        SuffixClassifier
+        SuffixStep
             Itself.
 
         Raises
@@ -108,30 +134,30 @@ class SuffixClassifier:
             The network has other layers than the one that this head was part of.
         """
         try:
-            suffix = cut(network, self.tap_, image_shape)
-            suffix.new_classifier(len(self.classes_))
+            suffix = cut(network, self.tap, image_shape)
+            suffix.new_classifier(self.outputs)
         except (FeatcacheError, ValueError) as error:
             raise PredictorError(f"The head does not fit the network: {error}") from error
-        if (suffix.shape, suffix.head) != (self.shape_, self.head_):
+        if (suffix.shape, suffix.head) != (self.shape, self.head):
             raise PredictorError(
-                f"The head takes features of shape {self.shape_} and ends in {self.head_!r}; the "
-                f"network gives {suffix.shape} at {self.tap_} and ends in {suffix.head!r}."
+                f"The head takes features of shape {self.shape} and ends in {self.head!r}; the "
+                f"network gives {suffix.shape} at {self.tap} and ends in {suffix.head!r}."
             )
-        load_tensors(suffix, {n: torch.from_numpy(a) for n, a in self.state_.items()})
-        self._suffix = suffix.eval().requires_grad_(False).to(self._device)
+        load_tensors(suffix, {n: torch.from_numpy(a) for n, a in self.state.items()})
+        self._network = suffix.eval().requires_grad_(False).to(self._device)
         return self
 
-    def to(self, device: torch.device) -> SuffixClassifier:
+    def to(self, device: torch.device) -> SuffixStep:
         """Compute on a device from now on."""
         self._device = device
-        if self._suffix is not None:
-            self._suffix.to(device)
+        if self._network is not None:
+            self._network.to(device)
         return self
 
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
+    def __call__(self, X: np.ndarray) -> np.ndarray:
         """Return scores (n, k), float32, for flattened features (n, d)."""
         suffix = self.suffix
-        scores = [np.empty((0, len(self.classes_)), np.float32)]
+        scores = [np.empty((0, self.outputs), np.float32)]
         pages = reuse_memory() if self._device.type == "cpu" else nullcontext()
         with pages:
             for start in range(0, len(X), SCORED_AT_ONCE):
@@ -139,10 +165,10 @@ class SuffixClassifier:
                 scores.append(block_scores(suffix, torch.from_numpy(block), self._device))
         return np.concatenate(scores)
 
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Return the class of each row of features (n, d)."""
-        chosen: np.ndarray = self.classes_[self.decision_function(X).argmax(axis=1)]
-        return chosen
+    def module(self) -> nn.Module:
+        """Return a copy of the network behind the cut, ready to be trained further."""
+        suffix = copy.deepcopy(self.suffix).requires_grad_(True).cpu()
+        return nn.Sequential(nn.Unflatten(1, suffix.shape), suffix)
 
 
 def block_scores(suffix: Suffix, maps: Tensor, device: torch.device) -> np.ndarray:
@@ -192,16 +218,6 @@ def load_tensors(suffix: Suffix, tensors: Mapping[str, Tensor]) -> None:
             part._parameters[attribute] = nn.Parameter(value, requires_grad=False)
         else:
             part._buffers[attribute] = value
-
-
-def state_digest(state: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        array = np.asarray(state[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -31,9 +31,10 @@ from torch import nn
 from featcache.errors import TapError, TrainingError
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.cutting import Suffix, check, cut, suggest, taps_before
-from featcache.finetuning.head import SuffixClassifier
+from featcache.finetuning.head import SuffixStep
 from featcache.finetuning.settings import SuffixSettings
 from featcache.finetuning.training import Epoch, Finetuned, Maps, finetune, scores_of
+from featcache.heads.base import FittedHead
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.search import SearchResult, Trial, score_folds
 from featcache.networks import identity
@@ -168,9 +169,10 @@ class SuffixSearch:
             run.bar.close()
         scores = score_folds(logits, run.codes, run.classes, folds, scoring)
         best = Trial(self._params(final), scores)
+        step = SuffixStep.trained(final.suffix, len(run.classes))
         return SearchResult(
             head=SUFFIX,
-            estimator=SuffixClassifier(final.suffix, run.classes),
+            estimator=FittedHead([step], run.classes),
             best=best,
             trials=(best,),
             classes=run.classes,

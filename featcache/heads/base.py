@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from featcache.heads import steps
 from featcache.heads.steps import Log, Step
 
 ClassWeight: TypeAlias = str | dict[Any, float] | None
@@ -45,14 +46,14 @@ class FittedHead:
         return mean
 
 
-def through(steps: Sequence[Step], X: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def through(chain: Sequence[Step], X: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Send rows (n, d) through steps, some at a time: yield which, and what comes out."""
-    widest = max(X.shape[1], *(step.cells for step in steps))
+    widest = max(X.shape[1], *(step.cells for step in chain))
     size = max(1, min(_ROWS, _CELLS // widest))
     for start in range(0, len(X), size):
         rows = slice(start, min(start + size, len(X)))
         block = X[rows]
-        for step in steps:
+        for step in chain:
             block = step(block)
         yield rows, block
 
@@ -106,11 +107,11 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.steps_ = self._fit(X, codes, weight)
         return self
 
-    def _scores(self, X: np.ndarray, steps: int | None = None) -> np.ndarray:
-        """Return what comes out of the first `steps` steps, of shape (n, k)."""
+    def _scores(self, X: np.ndarray, stop: int | None = None) -> np.ndarray:
+        """Return what comes out of the first `stop` steps, of shape (n, k)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return np.concatenate([found for _, found in through(self.steps_[:steps], X)])
+        return np.concatenate([found for _, found in through(self.steps_[:stop], X)])
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Return scores: (n, k), or (n,) for two classes, positive for the second."""
@@ -120,7 +121,8 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         """Return the labels with the highest scores, of shape (n,)."""
-        labels: np.ndarray = self.classes_[self._scores(X).argmax(axis=1)]
+        scores = self._scores(X)  # says first whether it is fitted
+        labels: np.ndarray = self.classes_[scores.argmax(axis=1)]
         return labels
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
@@ -135,3 +137,47 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return logarithms of the probabilities, of shape (n, k)."""
         logs: np.ndarray = log_softmax(self._scores(X), axis=1)
         return logs
+
+
+def fitted_head(estimator: Any) -> FittedHead:
+    """Return the steps of a fitted estimator or pipeline."""
+    if isinstance(estimator, FittedHead):
+        return estimator
+    pipeline = hasattr(estimator, "named_steps")
+    parts = [one for _, one in estimator.steps] if pipeline else [estimator]
+    return FittedHead([step for one in parts for step in _steps_of(one)], parts[-1].classes_)
+
+
+def _steps_of(part: Any) -> list[Step]:
+    if hasattr(part, "steps_"):
+        found: list[Step] = part.steps_
+        return found
+    name = type(part).__name__
+    if name == "Normalizer":
+        return [steps.Unit()]
+    if name == "SignedPower":
+        return [steps.Power(float(part.exponent))]
+    if name == "StandardScaler":
+        return [steps.Scale(part.mean_, part.scale_)]
+    if name == "PCA":
+        weight = part.components_ / np.sqrt(part.explained_variance_)[:, None]
+        return [steps.Matrix(weight, -weight @ part.mean_)]
+    if name == "MLP":
+        (first, bias), (second, offset) = part.layers()
+        return [steps.Matrix(first, bias), steps.Relu(), steps.Matrix(second, offset)]
+    if name == "CosineNeighbors":
+        numbers = float(part.n_neighbors), float(part.temperature)
+        arrays = part.rows_, part.codes_, part.weights_, part.factors_
+        return [steps.Unit(), steps.Neighbors(*arrays, *numbers), steps.Log()]
+    if name == "BoostedTrees":
+        children = np.stack([part.left_, part.right_], axis=1)
+        trees = steps.Trees(
+            part.roots_, part.feature_, part.threshold_, children, part.value_[:, None],
+            part.baseline_,
+        )  # fmt: skip
+        project = steps.Matrix(part.components_, -part.components_ @ part.mean_)
+        both = steps.Matrix(np.array([[-0.5], [0.5]]), np.zeros(2))
+        return [project, trees, both] if part.roots_.shape[1] == 1 else [project, trees]
+    if hasattr(part, "estimators_"):
+        return [steps.Trees.of_forest(part), steps.Log()]
+    return [steps.Matrix.of_scores(part.coef_, part.intercept_)]

@@ -20,7 +20,7 @@ from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from featcache.errors import TrainingError
-from featcache.heads.base import ClassWeight
+from featcache.heads.base import ClassWeight, FittedHead
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
 
@@ -370,6 +370,8 @@ def logits(estimator: Any, X: np.ndarray) -> np.ndarray:
         Decision values, or log-probabilities. A binary decision value ``f`` becomes
         ``[-f/2, f/2]``, whose softmax is the logistic function of ``f``.
     """
+    if isinstance(estimator, FittedHead):
+        return estimator.logits(X)
     n = len(X)
     flat = X.reshape(-1, X.shape[-1])
     if hasattr(estimator, "decision_function"):

@@ -6,6 +6,7 @@ file of a predictor, `Predictor.to_torch` and exported models are four readings 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Self, get_type_hints
@@ -60,9 +61,22 @@ class Step:
         """Return the fields as arrays, by name: what is written to a file."""
         return {name: np.asarray(getattr(self, name)) for name in self.declared()}
 
+    def values(self) -> dict[str, Any]:
+        """Return what else the step is made of, as JSON values."""
+        return {}
+
     @classmethod
-    def of(cls, arrays: dict[str, Array]) -> Self:
-        """Return the step of the arrays that `arrays` gave."""
+    def of(cls, arrays: Mapping[str, Array], **values: Any) -> Self:
+        """Return the step that gave these `arrays` and `values`; `check` it before it is used.
+
+        Raises
+        ------
+        ValueError
+            Other names than the step has.
+        """
+        if values or arrays.keys() != cls.declared().keys():
+            given, own = ", ".join((*arrays, *values)), ", ".join(cls.declared())
+            raise ValueError(f"the step {cls.kind!r} is made of: {own}; given are: {given}")
         return cls(**{name: one if one.ndim else one.item() for name, one in arrays.items()})
 
     def check(self, width: int) -> int:
@@ -301,7 +315,7 @@ class PairVotes(Step):
 
     With f the decision value between two classes, the one gets a vote of ``tanh(4 f)`` and the
     other as much less: nearly a whole vote outside the margin, and no jump between the classes.
-    Two classes have f itself, as -f/2 and f/2.
+    Two classes have f itself, as -f/2 and f/2; it is positive for the second, as in scikit-learn.
 
     Attributes
     ----------
@@ -330,7 +344,7 @@ class PairVotes(Step):
         first, second = np.triu_indices(k, 1)
         value = parts[:, first, second] + parts[:, second, first] + self.intercept  # (n, pairs)
         if k == 2:
-            return np.concatenate([value, -value], axis=1) / 2  # libsvm's positive class is first
+            return np.concatenate([-value, value], axis=1) / 2
         votes = np.zeros((len(X), k, k))
         votes[:, first, second] = np.tanh(_STEEPNESS * value)
         scores: Array = votes.sum(axis=2) - votes.sum(axis=1)
@@ -481,6 +495,54 @@ class Trees(Step):
     children: Annotated[Array, ("int32",), "nodes", "sides"]
     value: Annotated[Array, ("float32",), "nodes", "values"]
     baseline: Annotated[Array, _FLOAT, "out"]
+
+    @classmethod
+    def joined(cls, trees: Sequence[Mapping[str, Array]], per_round: int, baseline: Array) -> Self:
+        """Put trees together, each with its own nodes from 0 and -1 for the children of leaves.
+
+        Parameters
+        ----------
+        trees : list of dict
+            ``feature``, ``threshold``, ``left``, ``right`` (nodes,) and ``value`` (nodes, values).
+        per_round : int
+            Trees of a round.
+        baseline : ndarray of shape (per_round * values,)
+        """
+        counts = [len(one["feature"]) for one in trees]
+        start = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        feature, threshold, left, right, value = (
+            np.concatenate([one[name] for one in trees])
+            for name in ("feature", "threshold", "left", "right", "value")
+        )
+        leaf, itself = left < 0, np.arange(len(left))
+        children = np.stack([left, right], axis=1) + np.repeat(start, counts)[:, None]
+        near = threshold.astype(np.float32)
+        # Rounded downwards: float32 values compare with it as with the float64.
+        down = np.where(near > threshold, np.nextafter(near, np.float32(-np.inf)), near)
+        return cls(
+            start.astype(np.int32).reshape(-1, per_round),
+            np.where(leaf, 0, feature).astype(np.int32),
+            np.where(leaf, np.float32(0), down),
+            np.where(leaf[:, None], itself[:, None], children).astype(np.int32),
+            value.astype(np.float32),
+            baseline,
+        )
+
+    @classmethod
+    def of_forest(cls, forest: Any) -> Self:
+        """Return the trees of a fitted forest of scikit-learn: the mean of their probabilities."""
+        count = len(forest.estimators_)
+        trees = [
+            {
+                "feature": one.feature,
+                "threshold": one.threshold,
+                "left": one.children_left,
+                "right": one.children_right,
+                "value": one.value[:, 0] / count,  # (nodes, 1, classes)
+            }
+            for one in (tree.tree_ for tree in forest.estimators_)
+        ]
+        return cls.joined(trees, 1, np.zeros(len(forest.classes_)))
 
     def __call__(self, X: Array) -> Array:
         """Return scores (n, trees * values)."""

@@ -22,20 +22,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 from joblib import Parallel, delayed
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from featcache.heads.linear import ClassWeight, IterativeModel, LinearHead
+from featcache.heads.base import ClassWeight, Head
+from featcache.heads.linear import IterativeModel, LinearHead
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import HeadKind, Params, Search, SearchOptions, gather
 from featcache.heads.solver import Loss
+from featcache.heads.steps import Gaussian, PairVotes, Step, kernel, squared_distances
 from featcache.heads.treatment import TREATMENTS
 
 _MOST_ROWS = 20_000  # that are trained on: 3.2 GB of kernel ...
 _ENOUGH_ROWS = 5_000  # ... and that choose the parameters
-_PAIRS = 1 << 23  # (row, support vector) pairs at a time: 64 MB of kernel
 _C = 10.0
 _COUNTS = (128, 256, 512)  # of principal components
 _GAMMAS = (0.25, 0.5, 2.0)
@@ -114,24 +112,6 @@ class LinearSVMHead(LinearHead):
     estimator: ClassVar[type[IterativeModel]] = LinearSVM
 
 
-def _squared_distances(A: np.ndarray, B: np.ndarray) -> np.ndarray:
-    """Return squared Euclidean distances of all rows: (n, d) and (m, d) to (n, m)."""
-    a, b = np.einsum("ij,ij->i", A, A), np.einsum("ij,ij->i", B, B)
-    D: np.ndarray = A @ B.T
-    D *= -2
-    D += a[:, None]
-    D += b
-    np.maximum(D, 0, out=D)
-    return D
-
-
-def _kernel(D: np.ndarray, gamma: float) -> np.ndarray:
-    """Return ``exp(-gamma * D)`` in double precision, which libsvm wants."""
-    K: np.ndarray = np.multiply(D, -gamma, dtype=np.float64)
-    np.exp(K, out=K)
-    return K
-
-
 def _default_gamma(X: np.ndarray, weight: np.ndarray | None = None) -> float:
     """Return what scikit-learn calls ``gamma="scale"``, of weighted rows."""
     mean = np.average(X, axis=0, weights=weight)
@@ -140,64 +120,29 @@ def _default_gamma(X: np.ndarray, weight: np.ndarray | None = None) -> float:
     return 1.0 / (X.shape[1] * variance) if variance > 0 else 1.0
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """What libsvm found, on the rows of a kernel matrix."""
+def _fit(
+    K: np.ndarray,
+    y: np.ndarray,
+    weight: np.ndarray | None,
+    *,
+    C: float,
+    class_weight: ClassWeight,
+    tol: float = 1e-3,
+) -> tuple[np.ndarray, PairVotes]:
+    """Fit on a kernel matrix (n, n): return the numbers of the support vectors, and the votes."""
+    from sklearn.svm import SVC  # here, because loading a predictor must not wait for it
 
-    support: np.ndarray  # (s,) row numbers, class by class
-    counts: np.ndarray  # (k,) support vectors of each class
-    dual: np.ndarray  # (k - 1, s)
-    intercept: np.ndarray  # (k * (k - 1) / 2,)
-
-    @classmethod
-    def fit(
-        cls,
-        K: np.ndarray,
-        y: np.ndarray,
-        weight: np.ndarray | None,
-        *,
-        C: float,
-        class_weight: ClassWeight,
-        tol: float,
-    ) -> _Machine:
-        from sklearn.svm import SVC  # here, because loading a predictor must not wait for it
-
-        machine = SVC(
-            C=C, kernel="precomputed", class_weight=class_weight, tol=tol, cache_size=500
-        ).fit(K, y, sample_weight=weight)
-        return cls(machine.support_, machine.n_support_, machine._dual_coef_, machine._intercept_)
-
-    def decide(self, K: np.ndarray) -> np.ndarray:
-        """Return decision values (n,) or (n, k) of kernel rows (n, s) on the support vectors.
-
-        One against one, as in libsvm, then summed up to one value a class as scikit-learn does:
-        the votes, with the confidences breaking ties.
-        """
-        k = len(self.counts)
-        ends = np.cumsum(self.counts)
-        parts = [
-            K[:, end - count : end] @ self.dual[:, end - count : end].T
-            for end, count in zip(ends, self.counts, strict=True)
-        ]
-        if k == 2:
-            both: np.ndarray = parts[0][:, 0] + parts[1][:, 0] + self.intercept[0]
-            return -both  # libsvm's positive class is the first
-        votes, confidence = np.zeros((2, len(K), k))
-        pair = 0
-        for i in range(k):
-            for j in range(i + 1, k):
-                value = parts[i][:, j - 1] + parts[j][:, i] + self.intercept[pair]
-                votes[:, i] += value > 0
-                votes[:, j] += value <= 0
-                confidence[:, i] += value
-                confidence[:, j] -= value
-                pair += 1
-        together: np.ndarray = votes + confidence / (3 * (np.abs(confidence) + 1))
-        return together
+    machine = SVC(C=C, kernel="precomputed", class_weight=class_weight, tol=tol, cache_size=500)
+    machine.fit(K, y, sample_weight=weight)
+    votes = PairVotes(machine.n_support_, machine.dual_coef_, machine.intercept_)
+    return machine.support_, votes
 
 
-class GaussianSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class GaussianSVM(Head):
     """Support vector machine with a Gaussian kernel: `SVC`, by matrix products.
+
+    With more than two classes, each pair of them gives the one a smooth vote, ``tanh(4 f)`` of the
+    decision value f, and the other as much less.
 
     Parameters
     ----------
@@ -216,16 +161,10 @@ class GaussianSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Labels.
     gamma_ : float
         The kernel is ``exp(-gamma_ * |a - b|^2)``.
-    support_vectors_ : ndarray of shape (s, d)
-        TrainingRows that count, class by class.
     support_ : ndarray of shape (s,)
-        Their numbers.
-    n_support_ : ndarray of shape (k,)
-        How many of each class.
-    dual_coef_ : ndarray of shape (k - 1, s), float64
-        As in libsvm.
-    intercept_ : ndarray of shape (k * (k - 1) / 2,), float64
-        Of each pair of classes.
+        Numbers of the rows that count, class by class.
+    steps_ : list of Step
+        A `Gaussian` of these rows and the `PairVotes`.
     n_features_in_ : int
         Number of columns.
     """
@@ -243,75 +182,23 @@ class GaussianSVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.class_weight = class_weight
         self.tol = tol
 
-    def fit(
-        self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
-    ) -> GaussianSVM:
-        """Fit to features (n, d) and labels (n,).
-
-        Parameters
-        ----------
-        X : array of shape (n, d)
-            Features.
-        y : array of shape (n,)
-            Labels of at least two classes.
-        sample_weight : array of shape (n,), optional
-            Weights of the rows in the loss.
-
-        Raises
-        ------
-        ValueError
-            A parameter out of range, or data that scikit-learn refuses.
-        """
+    def _check_parameters(self) -> None:
         if not self.C > 0 or not self.gamma > 0 or not self.tol > 0:
             raise ValueError(
                 f"C, gamma and tol must be positive, got {self.C}, {self.gamma}, {self.tol}."
             )
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
-        check_classification_targets(y)
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
-        self.classes_ = np.unique(y)
-        if len(self.classes_) < 2:
-            raise ValueError(f"Expected at least two classes, got one class: {y[0]!r}.")
-        self.gamma_ = self.gamma * _default_gamma(X, sample_weight)
-        machine = _Machine.fit(
-            _kernel(_squared_distances(X, X), self.gamma_),
-            y,
-            sample_weight,
+
+    def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
+        self.gamma_ = self.gamma * _default_gamma(X, weight)
+        self.support_, votes = _fit(
+            kernel(squared_distances(X, X), self.gamma_),
+            self.classes_[codes],
+            weight,
             C=self.C,
             class_weight=self.class_weight,
             tol=self.tol,
         )
-        return self._take(machine, X)
-
-    def _take(self, machine: _Machine, X: np.ndarray) -> GaussianSVM:
-        self.support_ = machine.support
-        self.n_support_ = machine.counts
-        self.dual_coef_ = machine.dual
-        self.intercept_ = machine.intercept
-        self.support_vectors_ = np.ascontiguousarray(X[machine.support])
-        return self
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Return scores: (n, k), or (n,) for two classes, positive for the second."""
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        machine = _Machine(self.support_, self.n_support_, self.dual_coef_, self.intercept_)
-        rows = max(1, _PAIRS // max(1, len(self.support_)))
-        support = self.support_vectors_.astype(X.dtype, copy=False)
-        parts = [
-            machine.decide(_kernel(_squared_distances(X[i : i + rows], support), self.gamma_))
-            for i in range(0, len(X), rows)
-        ]
-        return np.concatenate(parts)
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Return the labels with the highest scores, of shape (n,)."""
-        scores = self.decision_function(X)
-        positive = scores > 0 if scores.ndim == 1 else None
-        chosen = scores.argmax(axis=1) if positive is None else positive.astype(np.int64)
-        labels: np.ndarray = self.classes_[chosen]
-        return labels
+        return [Gaussian(np.ascontiguousarray(X[self.support_]), self.gamma_), votes]
 
 
 @dataclass(frozen=True)
@@ -385,17 +272,15 @@ def _fold_scores(
         X = Preparation(treatment, most, random_state=options.random_state).on_fold(rows, fold)
         A, B = X[rows.rows(train)], X[rows.rows(valid)]
         for count, same in itertools.groupby(several, key=lambda one: one.get("n_components")):
-            inner = _squared_distances(A[:, :count], A[:, :count])
-            outer = _squared_distances(B[:, :count], A[:, :count])
+            inner = squared_distances(A[:, :count], A[:, :count])
+            outer = squared_distances(B[:, :count], A[:, :count])
             scale = _default_gamma(A[:, :count], weight)
             for gamma, some in itertools.groupby(same, key=lambda one: one["gamma"]):
-                K = _kernel(inner, gamma * scale)
+                K = kernel(inner, gamma * scale)
                 for one in some:
-                    machine = _Machine.fit(
-                        K, y, weight, C=one["C"], class_weight=options.class_weight, tol=1e-3
+                    support, votes = _fit(
+                        K, y, weight, C=one["C"], class_weight=options.class_weight
                     )
-                    values = machine.decide(_kernel(outer[:, machine.support], gamma * scale))
-                    if values.ndim == 1:
-                        values = np.stack([-values / 2, values / 2], axis=1)
+                    values = votes(kernel(outer[:, support], gamma * scale))
                     found.append(values.reshape(len(valid), rows.views, -1).mean(axis=1))
     return found

@@ -15,7 +15,7 @@ head         what the search tries                                        larger
 ============ ============================================================ =======================
 ``linear``   treatment, C                                                 yes
 ``svm``      treatment, C                                                 yes
-``rbf-svm``  treatment, components, kernel width, C                       Nystroem above 20,000
+``rbf-svm``  treatment, components, kernel width, C                       no
 ``forest``   random forest or extra trees, leaf size, components          no
 ``boosting`` components, rounds                                           yes
 ``ridge``    treatment, penalty                                           yes

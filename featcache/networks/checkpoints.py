@@ -7,7 +7,6 @@ safetensors). Its keys are then matched to the network's without the prefixes of
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import pickle
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featcache.errors import MissingExtra, WeightsError
+from featcache.errors import WeightsError
 from featcache.system.tables import first_names
 
 #: Under these keys training scripts keep the weights beside the optimiser's state and the like.
@@ -113,8 +112,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if importlib.util.find_spec("safetensors") is None:
-        raise MissingExtra("safetensors", "timm", "Reading .safetensors files")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -11,14 +11,11 @@ make these rows of the canary images (another Pillow, torch or device might not)
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import datetime
 import itertools
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,12 +24,13 @@ import numpy.typing as npt
 from scipy.special import softmax
 
 from featcache.errors import FeatcacheError, PredictorError
+from featcache.finetuning.head import SuffixStep
 from featcache.fingerprint import Fingerprint
-from featcache.heads.search import logits as head_logits
+from featcache.heads.base import FittedHead
 from featcache.networks import identity
-from featcache.predictor import inputs, manifest, persistence
+from featcache.predictor import file, inputs
+from featcache.predictor.file import CanaryRows, is_predictor
 from featcache.predictor.inputs import InputTap
-from featcache.predictor.manifest import CanaryRows, is_predictor
 from featcache.predictor.predictions import Prediction, write_predictions
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
@@ -67,8 +65,8 @@ class Predictor:
 
     Attributes
     ----------
-    estimator : estimator
-        The head: takes float32 features (n, d).
+    estimator : FittedHead
+        The head: its steps, from float32 features (n, d) to scores of the classes.
     head : str
         Name of the head.
     params : dict
@@ -95,7 +93,7 @@ class Predictor:
         Versions of the packages that it was trained with.
     """
 
-    estimator: Any
+    estimator: FittedHead
     head: str
     params: Mapping[str, Any]
     classes: tuple[str, ...]
@@ -107,7 +105,7 @@ class Predictor:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     leaderboard: Leaderboard[Predictor] | None = None
     request: Mapping[str, Any] | None = None
-    versions: Mapping[str, str] = field(default_factory=manifest.versions)
+    versions: Mapping[str, str] = field(default_factory=file.versions)
     _networks: list[Backbone] | None = field(default=None, init=False, repr=False)
     _checked: bool = field(default=False, init=False, repr=False)
 
@@ -151,7 +149,7 @@ class Predictor:
         if not len(X):
             return np.zeros((0, len(self.classes)))
         self._bind()
-        scores = head_logits(self.estimator, np.ascontiguousarray(X, dtype=np.float32))
+        scores = self.estimator.logits(np.ascontiguousarray(X, dtype=np.float32))
         proba: Floats = softmax(scores.astype(np.float64) / self.temperature, axis=1)
         return proba
 
@@ -324,8 +322,8 @@ class Predictor:
 
     def _bind(self, networks: Sequence[Backbone] | None = None, device: str | None = None) -> None:
         """Give a head that is the rest of a network the network's code; others need none."""
-        head = self.estimator
-        if not hasattr(head, "bind"):
+        head = self.estimator.steps[-1]
+        if not isinstance(head, SuffixStep):
             return
         if not head.is_bound:
             known = networks or self._networks or [identity.rebuild(self.fingerprints[0])]
@@ -367,7 +365,7 @@ class Predictor:
                 f"The canary image {kept.names[worst]!r} gives features that differ from those at "
                 f"training by {off[worst]:.2g} of the largest; up to {limit:g} is rounding. "
                 "Another Pillow, torch or device decodes, resizes or computes differently: "
-                f"{manifest.then_and_now(self.versions)}."
+                f"{file.then_and_now(self.versions)}."
             )
             if not off[worst] <= inputs.FAR:
                 raise PredictorError(f"{text} Predictions would be meaningless.")
@@ -454,9 +452,8 @@ class Predictor:
     ) -> Grafted:
         """Return the whole network, head grafted on, as an ordinary ``nn.Module``.
 
-        The scaling of the features and the temperature are folded into the last layer (the first
-        and the last one of an ``mlp``). Its input is what ``backbone.preprocessing.normalize``
-        returns; of views, it sees one.
+        Each step of the head is a layer, and the last one divides by the temperature. Its input is
+        what ``backbone.preprocessing.normalize`` returns; of views, it sees one.
 
         Parameters
         ----------
@@ -479,7 +476,15 @@ class Predictor:
 
         networks = self._backbones(backbone)
         self._bind(networks)
-        return graft(self, networks, probabilities=probabilities).eval()
+        grafted = graft(
+            networks,
+            self.columns,
+            self.estimator,
+            name=self.head,
+            temperature=self.temperature,
+            probabilities=probabilities,
+        )
+        return grafted.eval()
 
     # --- files ---------------------------------------------------------------------------------
 
@@ -500,22 +505,16 @@ class Predictor:
 
         Raises
         ------
-        PredictorError
-            The head cannot be saved.
         OutputError
             The path holds something that is not a predictor, or cannot be written.
         """
         target = Path(path)
         check_overwrite(target, is_predictor, "a featcache predictor")
-        content = manifest.zipped(
-            {
-                manifest.MANIFEST: self._manifest(),
-                manifest.HEAD: persistence.dump(self.estimator),
-                manifest.ARRAYS: manifest.npz(self._arrays()),
-            }
-        )
-        with atomic_write(target) as file:
-            file.write(content)
+        parts = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+        board = self.leaderboard
+        content = file.write(parts | {"leaderboard": None if board is None else board.to_dict()})
+        with atomic_write(target) as output:
+            output.write(content)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -548,112 +547,32 @@ class Predictor:
 
     @classmethod
     def _read(cls, data: bytes) -> Self:
-        members = persistence.unzip(data, "the file")
-        missing = [name for name in manifest.MEMBERS if name not in members]
-        if missing:
-            raise PredictorError(
-                f"It is a zip without {', '.join(missing)}, not a featcache predictor."
-            )
-        values = manifest.read(members[manifest.MANIFEST])
-        arrays = persistence.read_npz(members[manifest.ARRAYS], manifest.ARRAYS)
-        predictor = cls(
-            estimator=persistence.load(members[manifest.HEAD]),
-            head=manifest.typed(values, "head", str),
-            params=manifest.typed(values, "params", dict),
-            classes=manifest.texts(values, "classes"),
-            temperature=manifest.temperature(values),
-            columns=tuple(map(manifest.column, manifest.typed(values, "columns", list))),
-            fingerprints=tuple(
-                map(manifest.fingerprint, manifest.typed(values, "fingerprints", list))
-            ),
-            train_sha256=arrays["train_sha256"],
-            canaries=manifest.canaries(values, arrays),
-            metrics=manifest.typed(values, "metrics", dict),
-            request=values.get("request"),
-            versions=manifest.typed(values, "versions", dict),
-        )
-        if values.get("leaderboard") is not None:
-            predictor.leaderboard = Leaderboard.from_dict(
-                manifest.typed(values, "leaderboard", dict), {predictor.head: predictor}
-            )
-        predictor._check_parts()
+        parts = file.read(data)
+        leaderboard = parts.pop("leaderboard")
+        predictor = cls(**parts)
+        if leaderboard is not None:
+            predictor.leaderboard = Leaderboard.from_dict(leaderboard, {predictor.head: predictor})
         predictor._check_head()
         return predictor
-
-    def _manifest(self) -> bytes:
-        values = {
-            "format": manifest.FORMAT,
-            "format_version": manifest.FORMAT_VERSION,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": dict(self.versions),
-            "head": self.head,
-            "params": dict(self.params),
-            "classes": list(self.classes),
-            "temperature": self.temperature,
-            "columns": [dataclasses.asdict(column) for column in self.columns],
-            "fingerprints": [one.to_dict() for one in self.fingerprints],
-            "canaries": list(self.canaries.names),
-            "metrics": dict(self.metrics),
-            "leaderboard": None if self.leaderboard is None else self.leaderboard.to_dict(),
-            "request": self.request,
-        }
-        return json.dumps(values, indent=1, ensure_ascii=False).encode()
-
-    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        return {
-            "train_sha256": self.train_sha256,
-            "canary_x": self.canaries.x,
-            "canary_logits": self.canaries.logits,
-            **{
-                f"canary_image_{i}": np.frombuffer(image, dtype=np.uint8)
-                for i, image in enumerate(self.canaries.images)
-            },
-        }
-
-    def _check_parts(self) -> None:
-        """Refuse a file whose parts do not fit each other."""
-        d, k, rows = self.n_features, len(self.classes), self.canaries
-        for right, what in (
-            (k >= 2 and len(set(self.classes)) == k, "classes"),
-            (
-                list(self.classes) == [str(c) for c in self.estimator.classes_],
-                "classes of the head",
-            ),
-            (d == self.estimator.n_features_in_, "columns"),
-            (all(0 <= c.source < len(self.fingerprints) for c in self.columns), "sources"),
-            (
-                all(c.tap in self.fingerprints[c.source].taps for c in self.columns),
-                "taps",
-            ),
-            (
-                self.train_sha256.dtype == np.uint8
-                and self.train_sha256.ndim == 2
-                and self.train_sha256.shape[1] == 32,
-                "hashes of the training images",
-            ),
-            (rows.x.dtype == np.float32 and rows.x.shape == (len(rows.x), d), "canary rows"),
-            (rows.logits.shape == (len(rows.x), k), "canary scores"),
-        ):
-            if not right:
-                raise PredictorError(f"The predictor's {what} do not fit its other parts.")
 
     def _check_head(self) -> None:
         """Refuse a head that does not compute what it computed when it was saved."""
         expected = self.canaries.logits
-        if not len(expected) or not getattr(self.estimator, "is_bound", True):
+        head = self.estimator.steps[-1]
+        if not len(expected) or (isinstance(head, SuffixStep) and not head.is_bound):
             return  # a head without its network is checked when it gets one
         try:
             with np.errstate(all="ignore"):
-                found = head_logits(self.estimator, self.canaries.x)
+                found = self.estimator.logits(self.canaries.x)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise PredictorError(
                 f"The head in this file cannot compute ({error}): it is damaged, or a package has "
-                f"changed: {manifest.then_and_now(self.versions)}. Train again."
+                f"changed: {file.then_and_now(self.versions)}. Train again."
             ) from error
         if found.shape != expected.shape or not inputs.distance(found, expected) <= _SAME:
             raise PredictorError(
                 "The head no longer computes what it did when it was saved: "
-                f"{manifest.then_and_now(self.versions)}. Install the former, or train again."
+                f"{file.then_and_now(self.versions)}. Install the former, or train again."
             )
 
 

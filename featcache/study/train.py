@@ -41,6 +41,7 @@ from scipy.special import softmax
 from featcache.errors import PredictorError, TrainingError
 from featcache.finetuning.search import SUFFIX, SuffixSearch, remove_checkpoints
 from featcache.finetuning.settings import SuffixSettings
+from featcache.heads.base import FittedHead, fitted_head
 from featcache.heads.rows import FeatureBlocks
 from featcache.heads.search import logits as head_logits
 from featcache.heads.search import score_folds
@@ -559,8 +560,9 @@ def _predictor(task: _Task, found: Any) -> Predictor:
         )
         for source in sorted(used)
     ]
+    head = fitted_head(found.estimator)
     return Predictor(
-        estimator=found.estimator,
+        estimator=head,
         head=found.head,
         params=_jsonable(found.params),
         classes=tuple(str(name) for name in found.classes),
@@ -568,11 +570,11 @@ def _predictor(task: _Task, found: Any) -> Predictor:
         columns=tuple(replace(column, source=renumbered[column.source]) for column in columns),
         fingerprints=tuple(fingerprints),
         train_sha256=store.sha256,
-        canaries=_canaries(task, found.estimator, columns),
+        canaries=_canaries(task, head, columns),
     )
 
 
-def _canaries(task: _Task, estimator: Any, columns: Sequence[InputTap]) -> CanaryRows:
+def _canaries(task: _Task, head: FittedHead, columns: Sequence[InputTap]) -> CanaryRows:
     """Return the features of the store's canary images, or some training rows, with scores."""
     kept = {c.source: task.store.parts[c.source].canaries for c in columns}
     first = next(iter(kept.values()))
@@ -588,7 +590,7 @@ def _canaries(task: _Task, estimator: Any, columns: Sequence[InputTap]) -> Canar
         _, block = next(iter(task.store.blocks(task.layers, _CANARY_ROWS)))
         x = block[:, 0] if block.ndim == 3 else block
     x = np.ascontiguousarray(x, dtype=np.float32).copy()
-    return CanaryRows(x, head_logits(estimator, x), names, images)
+    return CanaryRows(x, head.logits(x), names, images)
 
 
 def _predict_us(task: _Task, predictor: Predictor) -> float:

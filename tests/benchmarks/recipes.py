@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import featcache as fc
 from featcache.finetuning.cutting import cut
-from featcache.finetuning.head import SuffixClassifier
+from featcache.finetuning.head import SuffixStep
 from featcache.finetuning.training import Maps, finetune, minibatches, rate, seeded
 from featcache.networks.forward import select_device
 from featcache.networks.surgery import (
@@ -194,7 +194,7 @@ def nine(folder: Path, device: torch.device, count: int | None) -> None:
         by_hand,
         extracting,
         adam,
-        scored(ids, truth, tuned.decision_function(outside.matrix()), classes),
+        scored(ids, truth, tuned(outside.matrix()), classes),
     )
 
 
@@ -206,7 +206,7 @@ def _last_layer(store: FeatureStore, settings: fc.SuffixSettings) -> Any:
     tuned = finetune(
         suffix, len(classes), Maps(store, tap), codes.astype(np.int64), fit, valid, settings
     )
-    return SuffixClassifier(tuned.suffix, classes)
+    return SuffixStep.trained(tuned.suffix, len(classes))
 
 
 def report(name: str, by_hand: float, extracting: float, training: float, accuracy: str) -> None:

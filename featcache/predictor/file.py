@@ -1,0 +1,297 @@
+"""The file of a predictor: one safetensors file, arrays by name and one JSON text.
+
+The text is the entry ``featcache`` of the file's metadata: the SHA-256 of the whole file with its
+own 64 digits blanked, format and versions, head and parameters, classes, temperature, columns
+(which taps of which networks, side by side), the networks' fingerprints, figures, and the kinds of
+the head's steps. The arrays are:
+
+========================  ========================================================================
+``step0.weight`` ...      the arrays of each step (see `featcache.heads.steps`)
+``train_sha256``          (n, 32): hash of each training image
+``canary_x``              (m, d): rows, ``canary_logits`` (m, k) what the head makes of them, and
+``canary_image_0`` ...    the image files that they come from
+========================  ========================================================================
+
+Whoever wrote a file decides what is in it, so nothing is taken for granted: names, types and
+shapes are checked before anything is made of them, and a file that is not a predictor's ends in
+`PredictorError`. Reading takes no more memory than the file has, and runs no code of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from featcache.errors import PredictorError
+from featcache.finetuning.head import SuffixStep
+from featcache.fingerprint import Fingerprint
+from featcache.heads import steps
+from featcache.heads.base import FittedHead
+from featcache.pixels.views import Augmentation
+from featcache.predictor.inputs import InputTap
+from featcache.version import __version__
+
+FORMAT_VERSION = 2
+
+_KEY = "featcache"
+_START = b'{"__metadata__":{"featcache":"{\\"sha256\\": \\"'  # of the header, before the digits
+_DIGITS = slice(8 + len(_START), 8 + len(_START) + 64)
+_KINDS: dict[str, type[steps.Step]] = {
+    one.kind: one
+    for one in (
+        steps.Unit, steps.Power, steps.Scale, steps.Matrix, steps.Relu, steps.Log, steps.Gaussian,
+        steps.PairVotes, steps.Neighbors, steps.Trees, SuffixStep,
+    )
+}  # fmt: skip
+_AS_THEY_ARE = (
+    "versions", "head", "params", "classes", "temperature", "metrics", "leaderboard", "request",
+)  # fmt: skip
+# What the text holds: a list of one is a list of such; what may be nothing is not listed.
+_TEXT: Any = {
+    "created": str,
+    "versions": dict,
+    "head": str,
+    "params": dict,
+    "classes": [str],
+    "temperature": float,
+    "columns": [{"source": int, "tap": str, "width": int}],
+    "fingerprints": [dict],
+    "canaries": [str],
+    "metrics": dict,
+    "steps": [dict],
+}
+_FINGERPRINT: Any = {
+    "backbone": str,
+    "weights": str,
+    "state_sha256": str,
+    "taps": [str],
+    "preprocessing": dict,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CanaryRows:
+    """Rows on which a head, and the network before it, can be checked.
+
+    Attributes
+    ----------
+    x : ndarray of float32, shape (m, d)
+        Features.
+    logits : ndarray of float32, shape (m, k)
+        What the head made of them when it was trained.
+    names, images : tuple of str, tuple of bytes
+        The image files that `x` are the features of; empty where `x` are training rows.
+    """
+
+    x: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
+    names: tuple[str, ...] = ()
+    images: tuple[bytes, ...] = ()
+
+
+def is_predictor(path: Path) -> bool:
+    """Return whether a file is a predictor, of whatever version, intact or not."""
+    with path.open("rb") as file:
+        return file.read(_DIGITS.start)[8:] == _START
+
+
+def write(parts: Mapping[str, Any]) -> bytes:
+    """Return the file of a predictor's parts, by name as `read` gives them."""
+    head, canaries = parts["estimator"], parts["canaries"]
+    _check_parts(**parts)
+    text = {
+        "sha256": "0" * 64,
+        "format_version": FORMAT_VERSION,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{name: parts[name] for name in _AS_THEY_ARE},
+        "columns": [dataclasses.asdict(column) for column in parts["columns"]],
+        "fingerprints": [one.to_dict() for one in parts["fingerprints"]],
+        "canaries": canaries.names,
+        "steps": [{"kind": step.kind, **step.values()} for step in head.steps],
+    }
+    arrays = {
+        f"step{number}.{name}": one
+        for number, step in enumerate(head.steps)
+        for name, one in step.arrays().items()
+    }
+    arrays |= {
+        f"canary_image_{number}": np.frombuffer(image, dtype=np.uint8)
+        for number, image in enumerate(canaries.images)
+    }
+    arrays |= {
+        "train_sha256": parts["train_sha256"],
+        "canary_x": canaries.x,
+        "canary_logits": canaries.logits,
+    }
+    content = bytearray(
+        safetensors.numpy.save(
+            {name: np.asarray(one, order="C") for name, one in arrays.items()},
+            metadata={_KEY: json.dumps(text, ensure_ascii=False)},
+        )
+    )
+    content[_DIGITS] = hashlib.sha256(content).hexdigest().encode()
+    return bytes(content)
+
+
+def read(content: bytes) -> dict[str, Any]:
+    """Return the parts of a predictor by name: its fields, the leaderboard as JSON.
+
+    Raises
+    ------
+    PredictorError
+        It is not a predictor's, damaged, of another format version, or its parts do not fit.
+    ValueError and others
+        What hostile bytes can make of parsing JSON and arrays.
+    """
+    if content.startswith(b"PK"):
+        raise PredictorError(
+            "It is a predictor of an earlier featcache, or another zip, which this featcache "
+            f"{__version__} does not read. Train again."
+        )
+    if content[8 : _DIGITS.start] != _START:
+        raise PredictorError("It is not a featcache predictor.")
+    whole = memoryview(content)
+    digest = hashlib.sha256(whole[: _DIGITS.start])
+    digest.update(b"0" * 64)
+    digest.update(whole[_DIGITS.stop :])
+    if content[_DIGITS] != digest.hexdigest().encode():
+        raise PredictorError("It is damaged: its SHA-256 is not that of its content.")
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    text = json.loads(header["__metadata__"][_KEY])
+    if text["format_version"] != FORMAT_VERSION:
+        raise PredictorError(
+            f"It has format version {text['format_version']!r} (made by {text.get('versions')!r}), "
+            f"this featcache {__version__} reads version {FORMAT_VERSION}. Use that featcache, or "
+            "train again."
+        )
+    _check_fits("text", text, _TEXT)
+    arrays = safetensors.numpy.load(content)
+    names = tuple(text["canaries"])
+    parts = {
+        **{name: text[name] for name in _AS_THEY_ARE},
+        "classes": tuple(text["classes"]),
+        "columns": tuple(InputTap(**column) for column in text["columns"]),
+        "fingerprints": tuple(map(_fingerprint, text["fingerprints"])),
+        "estimator": FittedHead(
+            [_step(number, values, arrays) for number, values in enumerate(text["steps"])],
+            np.array(text["classes"]),
+        ),
+        "train_sha256": arrays.pop("train_sha256"),
+        "canaries": CanaryRows(
+            arrays.pop("canary_x"),
+            arrays.pop("canary_logits"),
+            names,
+            tuple(arrays.pop(f"canary_image_{i}").tobytes() for i in range(len(names))),
+        ),
+    }
+    if arrays:
+        raise PredictorError(f"It holds arrays of no part: {', '.join(sorted(arrays))}.")
+    _check_parts(**parts)
+    return parts
+
+
+def _step(number: int, values: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> steps.Step:
+    """Return a step of its values in the text and its arrays, which it takes out of `arrays`."""
+    prefix = f"step{number}."
+    mine = {name: arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
+    kind = _KINDS.get(values.pop("kind"))
+    if kind is None:
+        raise PredictorError(f"Step {number} of its head is of no kind that this featcache knows.")
+    return kind.of({name.removeprefix(prefix): one for name, one in mine.items()}, **values)
+
+
+def _check_fits(name: str, value: Any, kind: Any) -> None:
+    """Refuse JSON that is not of the types that `kind` says."""
+    if isinstance(kind, list) and isinstance(value, list):
+        for one in value:
+            _check_fits(name, one, kind[0])
+    elif isinstance(kind, dict) and isinstance(value, dict):
+        for key, inner in kind.items():
+            _check_fits(key, value.get(key), inner)
+    elif not isinstance(kind, type) or type(value) is not kind:
+        raise PredictorError(f"Its {name!r} is {value!r:.80}, which no predictor has there.")
+
+
+def _fingerprint(values: Any) -> Fingerprint:
+    """Return a fingerprint of the text after checking the types of its fields."""
+    _check_fits("fingerprint", values, _FINGERPRINT)
+    made = Fingerprint.from_dict(values)
+    right = (
+        made.source in ("torchvision", "timm", "callable", "module")
+        and made.taps
+        and made.precision in ("float32", "bfloat16", "float16")
+        and made.store_dtype in ("float32", "float16")
+        and isinstance(made.augmentation, dict | None)
+        and isinstance(made.partial, dict | None)
+    )
+    if not right:
+        raise PredictorError(f"One of its fingerprints is damaged: {values!r:.200}.")
+    Augmentation.from_dict(made.augmentation or {})
+    return made
+
+
+def _check_steps(head: FittedHead, width: int) -> None:
+    """Refuse steps that do not fit each other, the columns and the classes."""
+    for step in head.steps:
+        width = step.check(width)
+    if width != len(head.classes):
+        raise PredictorError(f"The head gives {width} scores for {len(head.classes)} classes.")
+
+
+def _check_parts(
+    *,
+    estimator: FittedHead,
+    classes: tuple[str, ...],
+    temperature: float,
+    columns: tuple[InputTap, ...],
+    fingerprints: tuple[Fingerprint, ...],
+    train_sha256: npt.NDArray[Any],
+    canaries: CanaryRows,
+    **_: Any,
+) -> None:
+    """Refuse parts that do not fit each other."""
+    d, k, rows = sum(column.width for column in columns), len(classes), canaries
+    for right, what in (
+        (k >= 2 and list(classes) == sorted(set(classes)), "classes"),
+        (math.isfinite(temperature) and temperature > 0, "temperature"),
+        (all(one.width > 0 for one in columns), "columns"),
+        (all(0 <= one.source < len(fingerprints) for one in columns), "sources"),
+        (all(one.tap in fingerprints[one.source].taps for one in columns), "taps"),
+        (train_sha256.dtype == np.uint8 and train_sha256.shape[1:] == (32,), "training images"),
+        (rows.x.dtype == np.float32 and rows.x.shape == (len(rows.x), d), "canary rows"),
+        (
+            rows.logits.dtype == np.float32 and rows.logits.shape == (len(rows.x), k),
+            "canary scores",
+        ),
+    ):
+        if not right:
+            raise PredictorError(f"Its {what} do not fit its other parts, or are none.")
+    _check_steps(estimator, d)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides what a predictor computes."""
+    from importlib.metadata import version
+
+    packages = ("torch", "torchvision", "pillow", "scikit-learn", "numpy")
+    return {"featcache": __version__, **{name: version(name) for name in packages}}
+
+
+def then_and_now(trained: Mapping[str, str]) -> str:
+    """Return which versions a predictor was trained with, and which are here."""
+    then, now = (
+        ", ".join(f"{name} {version}" for name, version in one.items())
+        for one in (trained, versions())
+    )
+    return f"trained with {then}; here are {now}"
