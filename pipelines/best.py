@@ -23,9 +23,9 @@ import click
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from featcache.cli.main import Command
+from featcache.cli.command import Command
 from featcache.system.files import atomic_write
-from pipelines.study import DEMO, demo_images
+from pipelines.demo import DEMO, demo_images
 
 MOBILENET = "mobilenet_v2"
 EFFICIENTNET = "timm/tf_efficientnet_lite0"

@@ -195,6 +195,24 @@ def test_train_again_is_nothing_to_do(predictor: Path, store: Path) -> None:
     assert predictor.stat().st_mtime_ns == before
 
 
+def test_study_does_both_stages_and_nothing_twice(flower_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bokeh", reason="pip install 'featcache[report]'")
+    out = tmp_path / "out"
+    arguments = ["study", flower_folder, "-o", out, "--backbone", "resnet18", "--weights", "none"]
+    arguments += ["--head", "ridge"]
+    first = succeed(*arguments)
+    name = f"{flower_folder.name}-resnet18-none"
+    endings = (".h5", ".featcache", "-leaderboard.csv", ".html")
+    assert {path.name for path in out.iterdir()} == {name + ending for ending in endings}
+    assert "36 computed" in first and "best by cross-validation: ridge" in first
+    assert first.splitlines()[-1] == f"report: {out / name}.html"
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = succeed(*arguments)
+    assert again.count("nothing to do") == 2
+    assert again.splitlines()[-1] == f"report: {out / name}.html"
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
 def test_the_bar_of_predict_names_the_network(
     predictor: Path, flower_folder: Path, tmp_path: Path
 ) -> None:

@@ -80,7 +80,7 @@ def test_the_network_gives_the_predictors_probabilities(
     rows = np.flatnonzero(np.isin(store.labels, ["daisy", "rose", "tulip"][:classes]))
     part = store.select(rows)
     predictor = train(part, head=head, cv=3)
-    network = predictor.to_torch(backbone=small())
+    network = predictor.attach(small()).to_torch()
     assert isinstance(network, nn.Module)
     images = PREPARE.normalize(torch.from_numpy(pixels[rows]))
     with torch.inference_mode():
@@ -95,7 +95,7 @@ def test_the_network_gives_the_predictors_probabilities(
 def test_logits_are_there_to_train_the_head_further(
     predictor: Predictor, store: FeatureStore, pixels: np.ndarray
 ) -> None:
-    network = predictor.to_torch(backbone=small(), probabilities=False)
+    network = predictor.attach(small()).to_torch(probabilities=False)
     images = PREPARE.normalize(torch.from_numpy(pixels))
     logits = network(images)
     np.testing.assert_allclose(
@@ -152,7 +152,7 @@ def test_every_step_of_layers_is_a_layer(treatment: list[Step], n_classes: int) 
 def test_heads_that_are_not_made_of_layers_are_refused(store: FeatureStore, head: str) -> None:
     predictor = train(store, head=head, cv=2)
     with pytest.raises(PredictorError, match=f"A {head} head .*Heads that can: linear"):
-        predictor.to_torch(backbone=small())
+        predictor.attach(small()).to_torch()
 
 
 def test_networks_that_prepare_images_differently_are_refused(
@@ -163,7 +163,7 @@ def test_networks_that_prepare_images_differently_are_refused(
     second = extract(images, other, folder / "b.h5", workers=0, progress=False)
     predictor = train(FeatureStore.join([store, second]), cv=3)
     with pytest.raises(PredictorError, match="prepare images differently"):
-        predictor.to_torch(backbone=[small(), other])
+        predictor.attach([small(), other]).to_torch()
 
 
 # --- as a file ---------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_pt2_gives_the_predictors_probabilities(
     predictor: Predictor, store: FeatureStore, pixels: np.ndarray, tmp_path: Path
 ) -> None:
     target = tmp_path / "model.pt2"
-    export_model(predictor, target, backbone=small())
+    export_model(predictor.attach(small()), target)
     extra = {METADATA: ""}
     module = torch.export.load(target, extra_files=extra).module()
     for images in (pixels, pixels[:1]):
@@ -193,7 +193,7 @@ def test_onnx_gives_the_predictors_probabilities(
     runtime = pytest.importorskip("onnxruntime", reason="pip install 'featcache[export]'")
     pytest.importorskip("onnxscript", reason="pip install 'featcache[export]'")
     target = tmp_path / "model.onnx"
-    export_model(predictor, target, backbone=small())
+    export_model(predictor.attach(small()), target)
     session = runtime.InferenceSession(target, providers=["CPUExecutionProvider"])
     assert [one.name for one in session.get_inputs()] == ["images"]
     assert [one.name for one in session.get_outputs()] == ["probabilities"]
@@ -206,10 +206,10 @@ def test_onnx_gives_the_predictors_probabilities(
     assert metadata["classes"] == ["daisy", "rose", "tulip"]
     assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
 
-    export_model(predictor, target, backbone=small())  # its own kind is replaced
+    export_model(predictor.attach(small()), target)  # its own kind is replaced
     target.write_bytes(b"\x08\x07mine")
     with pytest.raises(OutputError, match="is not a model that featcache exported"):
-        export_model(predictor, target, backbone=small())
+        export_model(predictor.attach(small()), target)
     assert target.read_bytes() == b"\x08\x07mine"
 
 
@@ -246,7 +246,7 @@ def test_the_rest_of_a_network_is_exported_with_what_comes_before(
 @pytest.mark.parametrize("name", ["model", "model.pth", "model.ONNX"])
 def test_other_endings_are_refused(predictor: Predictor, tmp_path: Path, name: str) -> None:
     with pytest.raises(PredictorError, match=r"to \.onnx or \.pt2"):
-        export_model(predictor, tmp_path / name, backbone=small())
+        export_model(predictor.attach(small()), tmp_path / name)
 
 
 def test_a_checkpoint_is_not_replaced(predictor: Predictor, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_checkpoint_is_not_replaced(predictor: Predictor, tmp_path: Path) -> N
         archive.writestr("data.pkl", b"precious")
     content = target.read_bytes()
     with pytest.raises(OutputError, match="is not a model that featcache exported"):
-        export_model(predictor, target, backbone=small())
+        export_model(predictor.attach(small()), target)
     assert target.read_bytes() == content
 
 
@@ -272,4 +272,4 @@ def test_without_onnx_the_message_says_what_to_type(
     monkeypatch.setattr(importlib.util, "find_spec", without)
     monkeypatch.delitem(sys.modules, "onnxscript", raising=False)
     with pytest.raises(MissingExtra, match=r"pip install 'featcache\[export\]'"):
-        export_model(predictor, tmp_path / "model.onnx", backbone=small())
+        export_model(predictor.attach(small()), tmp_path / "model.onnx")

@@ -94,7 +94,7 @@ def proba_of(predictions: list[Prediction], classes: tuple[str, ...]) -> np.ndar
 def test_a_predictor_goes_from_a_folder_to_labels(
     predictor: Predictor, store: FeatureStore, flower_folder: Path
 ) -> None:
-    found = predictor.predict(flower_folder, top_k=3, backbone=own(), workers=0)
+    found = predictor.attach(own()).predict(flower_folder, top_k=3, workers=0)
     assert [one.id for one in found] == store.ids.tolist()
     # The one path from image to features: what was stored is what is predicted from.
     np.testing.assert_allclose(
@@ -111,22 +111,22 @@ def test_features_and_images_give_the_same_labels(
     predictor: Predictor, store: FeatureStore, flower_folder: Path
 ) -> None:
     X, _ = store.load()
-    found = predictor.predict(flower_folder, backbone=own(), workers=0)
+    found = predictor.attach(own()).predict(flower_folder, workers=0)
     assert predictor.predict_features(X).tolist() == [one.label for one in found]
 
 
 def test_files_come_in_the_order_given(predictor: Predictor, flower_folder: Path) -> None:
     files = [flower_folder / name for name in ("tulip/0003.jpg", "daisy/0001.jpg", "rose/0002.jpg")]
-    found = predictor.predict([*files, files[0]], backbone=own(), workers=0)
+    found = predictor.attach(own()).predict([*files, files[0]], workers=0)
     assert [one.id for one in found] == [str(file) for file in files]
-    (single,) = predictor.predict(str(files[0]), backbone=own(), workers=0)
+    (single,) = predictor.attach(own()).predict(str(files[0]), workers=0)
     assert single.label == found[0].label
     assert single.probability == pytest.approx(found[0].probability, abs=1e-6)
 
 
 def test_files_and_folders_can_be_mixed(predictor: Predictor, flower_folder: Path) -> None:
     given = [flower_folder / "rose/0001.jpg", flower_folder / "tulip"]
-    found = predictor.predict(given, backbone=own(), workers=0)
+    found = predictor.attach(own()).predict(given, workers=0)
     assert [one.id for one in found[:2]] == [str(given[0]), "0000.jpg"]
     assert len(found) == 13
 
@@ -137,7 +137,7 @@ def test_images_that_cannot_be_read_are_reported(
     good = (flower_folder / "rose/0001.jpg").read_bytes()
     for name, content in {"a.jpg": good, "b.jpg": b"", "c.jpg": good[:200], "d.jpg": good}.items():
         (tmp_path / name).write_bytes(content)
-    found = predictor.predict(tmp_path, backbone=own(), workers=0)
+    found = predictor.attach(own()).predict(tmp_path, workers=0)
     assert [one.id for one in found] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
     assert [bool(one.error) for one in found] == [False, True, True, False]
     assert found[1].label == ""
@@ -149,17 +149,17 @@ def test_images_that_cannot_be_read_are_reported(
 
 def test_a_folder_of_nothing_readable_is_reported_too(predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no")
-    (one,) = predictor.predict(tmp_path, backbone=own(), workers=0)
+    (one,) = predictor.attach(own()).predict(tmp_path, workers=0)
     assert one.error
 
 
 def test_arrays_and_pictures_in_memory(predictor: Predictor, flower_folder: Path) -> None:
     with Image.open(flower_folder / "rose/0001.jpg") as picture:
         picture.load()
-    (expected,) = predictor.predict(flower_folder / "rose/0001.jpg", backbone=own(), workers=0)
+    (expected,) = predictor.attach(own()).predict(flower_folder / "rose/0001.jpg", workers=0)
     pixels = np.stack([np.asarray(picture)] * 2)
     for given in (pixels, [picture, picture], picture):
-        found = predictor.predict(given, backbone=own(), workers=0)
+        found = predictor.attach(own()).predict(given, workers=0)
         assert {one.label for one in found} == {expected.label}
         assert found[0].probability == pytest.approx(expected.probability, abs=1e-6)
 
@@ -177,7 +177,7 @@ def test_streaming_reads_no_further_than_it_must(predictor: Predictor) -> None:
 
     pictures = ImageSet.from_dataset(Pictures())  # reads all of them, for their labels
     read.clear()
-    stream = predictor.stream(pictures, backbone=own(), workers=0)
+    stream = predictor.attach(own()).stream(pictures, workers=0)
     first = next(stream)
     del stream
     assert first.label in predictor.classes
@@ -196,7 +196,7 @@ def test_views_are_made_and_averaged_at_prediction(
         progress=False,
     )
     predictor = train(views, cv=3)
-    found = predictor.predict(flower_folder, top_k=3, backbone=own(), workers=0)
+    found = predictor.attach(own()).predict(flower_folder, top_k=3, workers=0)
     np.testing.assert_allclose(
         proba_of(found, predictor.classes), predictor.predict_proba_of(views), atol=1e-6
     )
@@ -209,7 +209,7 @@ def test_features_are_rounded_as_they_were_stored(
         images, own(), folder / "half.h5", store_dtype="float16", workers=0, progress=False
     )
     predictor = train(half, cv=3)
-    found = predictor.predict(flower_folder, top_k=3, backbone=own(), workers=0, batch_size=16)
+    found = predictor.attach(own()).predict(flower_folder, top_k=3, workers=0, batch_size=16)
     np.testing.assert_array_equal(
         proba_of(found, predictor.classes), predictor.predict_proba_of(half)
     )
@@ -230,7 +230,7 @@ def test_two_networks_predict_together(
     (flower_folder / "zz.jpg").write_bytes(b"not an image")
     try:
         # The network with a public name builds itself, the other one is given.
-        found = loaded.predict(flower_folder, top_k=3, backbone=own(), workers=0, batch_size=5)
+        found = loaded.attach(own()).predict(flower_folder, top_k=3, workers=0, batch_size=5)
     finally:
         (flower_folder / "zz.jpg").unlink()
     assert found[-1].error
@@ -249,18 +249,18 @@ def test_features_of_another_width_are_refused(
 
 def test_no_images_and_no_classes_are_refused(predictor: Predictor, flower_folder: Path) -> None:
     with pytest.raises(PredictorError, match="list is empty"):
-        predictor.predict([], backbone=own())
+        predictor.attach(own()).predict([])
     with pytest.raises(PredictorError, match="top_k counts classes from 1"):
-        predictor.predict(flower_folder, top_k=0, backbone=own())
+        predictor.attach(own()).predict(flower_folder, top_k=0)
 
 
 def test_what_is_wrong_is_said_before_the_first_image(
     predictor: Predictor, flower_folder: Path
 ) -> None:
     with pytest.raises(ImageSetError, match="nowhere"):
-        predictor.stream(flower_folder / "nowhere", backbone=own())
+        predictor.attach(own()).stream(flower_folder / "nowhere")
     with pytest.raises(FingerprintMismatch):
-        predictor.stream(flower_folder, backbone=own(seed=1))
+        predictor.attach(own(seed=1)).stream(flower_folder)
 
 
 # --- which network -----------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_a_module_must_be_given_again(
     loaded = Predictor.load(folder / "own.featcache")
     with pytest.raises(PredictorError, match=r"small0, was given as a module.*preprocessing="):
         loaded.predict(flower_folder)
-    assert loaded.predict(flower_folder, backbone=own(), workers=0)
+    assert loaded.attach(own()).predict(flower_folder, workers=0)
     # Once given, it is remembered.
     assert loaded.predict(flower_folder, workers=0)
 
@@ -292,12 +292,12 @@ def test_another_network_is_refused_field_by_field(
     predictor: Predictor, flower_folder: Path
 ) -> None:
     with pytest.raises(FingerprintMismatch) as error:
-        predictor.predict(flower_folder, backbone=own(seed=1))
+        predictor.attach(own(seed=1)).predict(flower_folder)
     assert "backbone: 'small0' (predictor), 'small1' (network)" in str(error.value)
     assert "state_sha256" in str(error.value)
     other = Backbone(network(), preprocessing=Preprocessing(resize=40, crop=32), name="small0")
     with pytest.raises(FingerprintMismatch, match=r"preprocessing\.resize: 36 .* 40"):
-        predictor.predict(flower_folder, backbone=other)
+        predictor.attach(other).predict(flower_folder)
 
 
 def test_a_checkpoint_in_the_file_is_not_opened(
@@ -312,11 +312,10 @@ def test_a_checkpoint_in_the_file_is_not_opened(
     monkeypatch.chdir(folder)  # a file of that name is even there
     with pytest.raises(PredictorError, match=r"weights\.pth.*--weights FILE"):
         loaded.predict(flower_folder)
-    again = loaded.rebuild_backbone(weights=path)
-    assert again.preprocessing == backbone.preprocessing
-    assert loaded.predict(flower_folder, backbone=again, workers=0)
+    loaded.attach(weights=path)
+    assert loaded.predict(flower_folder, workers=0)
     with pytest.raises(FingerprintMismatch, match="weights"):
-        loaded.predict(flower_folder, backbone=public())
+        loaded.attach(public()).predict(flower_folder)
 
 
 def test_a_callable_in_the_file_is_not_imported(
@@ -333,8 +332,8 @@ def test_a_callable_in_the_file_is_not_imported(
     loaded = Predictor.load(folder / "callable.featcache")
     with pytest.raises(PredictorError, match=r"mynets:small.*not imported.*--backbone"):
         loaded.predict(flower_folder)
-    again = loaded.rebuild_backbone(backbone="mynets:small")
-    assert loaded.predict(flower_folder, backbone=again, workers=0)
+    loaded.attach("mynets:small")
+    assert loaded.predict(flower_folder, workers=0)
 
 
 def test_a_path_posing_as_a_public_name_is_not_opened(
@@ -379,13 +378,13 @@ def test_the_first_prediction_checks_the_canaries(
     drifted[3] += 0.05 * np.abs(x).max()
     near = with_canaries(predictor, drifted, tmp_path / "a")
     with pytest.warns(UserWarning, match="'cmyk' gives features that differ.*may differ slightly"):
-        found = near.predict(flower_folder, backbone=own(), workers=0)
+        found = near.attach(own()).predict(flower_folder, workers=0)
     assert len(found) == 36
     assert near.predict(flower_folder, workers=0) == found  # once is enough
 
     far = with_canaries(predictor, x[::-1] + 1.0, tmp_path / "b")
     with pytest.raises(PredictorError, match="would be meaningless"):
-        far.predict(flower_folder, backbone=own(), workers=0)
+        far.attach(own()).predict(flower_folder, workers=0)
 
 
 def test_a_head_that_computes_something_else_is_refused(named: Path, tmp_path: Path) -> None:

@@ -692,7 +692,7 @@ def test_saved_loaded_and_used_on_images_and_stores(
     loaded.attach(backbone(BODY))
     np.testing.assert_allclose(loaded.predict_proba_of(store), expected, atol=1e-6)
     loaded = Predictor.load(tmp_path / "a.featcache")
-    found = loaded.predict(images(), backbone=backbone(BODY), top_k=3)
+    found = loaded.attach(backbone(BODY)).predict(images(), top_k=3)
     proba = [dict(one.top)[name] for one in found for name in predictor.classes]
     np.testing.assert_allclose(np.reshape(proba, (48, 3)), expected, atol=1e-4)
     assert [step["kind"] for step in parts_of(tmp_path / "a.featcache")[0]["steps"]] == ["suffix"]
@@ -701,7 +701,7 @@ def test_saved_loaded_and_used_on_images_and_stores(
 def test_as_a_network_and_exported(
     predictor: Predictor, store: FeatureStore, tmp_path: Path
 ) -> None:
-    grafted = predictor.to_torch(backbone=backbone(BODY))
+    grafted = predictor.attach(backbone(BODY)).to_torch()
     listed, prepare = images(), Preprocessing(resize=SIDE, crop=SIDE)
     pixels = torch.stack([torch.from_numpy(prepare(listed.read(i))) for i in range(5)])
     with torch.inference_mode():
@@ -709,7 +709,7 @@ def test_as_a_network_and_exported(
     np.testing.assert_allclose(found, predictor.predict_proba_of(store)[:5], atol=1e-5)
     trainable = {name for name, p in grafted.named_parameters() if p.requires_grad}
     assert trainable and all(name.startswith("head.") for name in trainable)
-    export_model(predictor, tmp_path / "a.pt2", backbone=backbone(BODY))
+    export_model(predictor.attach(backbone(BODY)), tmp_path / "a.pt2")
     program = torch.export.load(tmp_path / "a.pt2").module()
     np.testing.assert_allclose(program(pixels).detach().numpy(), found, atol=1e-5)
 

@@ -483,7 +483,7 @@ def test_a_damaged_predictor_is_made_again(store: FeatureStore, tmp_path: Path) 
 def test_the_demo_reaches_what_is_promised(elpv_root: Path, tmp_path: Path) -> None:
     # 0.85 out of fold on the training part of a 25 % hold-out, by one small network, untuned.
     from featcache import Backbone, extract
-    from pipelines.study import demo_images
+    from pipelines.demo import demo_images
 
     backbone = Backbone("mobilenet_v2", weights="IMAGENET1K_V1")
     store = extract(demo_images(tmp_path), backbone, tmp_path / "elpv.h5", progress=False)

@@ -1,6 +1,7 @@
 """The `featcache` command: flags become arguments, errors become messages.
 
 In: what is typed. Out: results on standard output, messages on standard error.
-Here: the commands. The entry point is `featcache.cli.main:main`.
+Here: main (the group), extract, stores, train, predict, study (the commands), options, command
+(what they share). The entry point is `featcache.cli.main:main`.
 May import: everything, inside the commands.
 """

@@ -124,6 +124,14 @@ workers = click.option(
     **count(0),
     help="Number of processes that decode images; 0 decodes in this one. Default: by processor.",
 )
+heads = click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    metavar="HEAD",
+    help="linear, svm, rbf-svm, forest, boosting, knn, mlp, ridge, all, or suffix (the rest of the "
+    "network). May be repeated.  [default: linear, svm, rbf-svm, forest]",
+)
 own_network = stacked(
     click.option(
         "--backbone",

@@ -104,7 +104,7 @@ def rebuild(
     if fingerprint.source == "module":
         raise PredictorError(
             f"The predictor's network, {fingerprint.backbone}, was given as a module; no name "
-            "leads back to it. Give it again: predict(..., backbone=Backbone(module, "
+            "leads back to it. Give it again: predictor.attach(Backbone(module, "
             "preprocessing=...))."
         )
     # Whatever the source is said to be: a name with a colon would be imported.
@@ -112,14 +112,14 @@ def rebuild(
         raise PredictorError(
             f"The predictor's network comes from the callable {fingerprint.backbone}. What a "
             "predictor names is not imported: name it again with --backbone "
-            "PACKAGE.MODULE:CALLABLE (library: backbone=Backbone(...))."
+            "PACKAGE.MODULE:CALLABLE (library: predictor.attach)."
         )
     chosen = weights if weights is not None else public_weights(fingerprint)
     if chosen is None and fingerprint.weights != "as given":
         raise PredictorError(
             f"The predictor was trained on {spec_of(fingerprint)} with weights from a file, "
             f"{fingerprint.weights}. What a predictor names is not opened: name the file again "
-            "with --weights FILE (library: backbone=)."
+            "with --weights FILE (library: predictor.attach)."
         )
     spec = backbone if backbone is not None else spec_of(fingerprint)
     partial = fingerprint.partial is not None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from featcache.system.files import atomic_write, check_overwrite
 from featcache.version import __version__
 
 if TYPE_CHECKING:
-    from featcache.networks.backbone import Backbone
     from featcache.predictor.predictor import Predictor
 
 __all__ = ["METADATA", "export_model"]
@@ -34,12 +32,7 @@ METADATA = "featcache.json"
 _KEY = "featcache"
 
 
-def export_model(
-    predictor: Predictor,
-    path: str | Path,
-    *,
-    backbone: Backbone | Sequence[Backbone] | None = None,
-) -> None:
+def export_model(predictor: Predictor, path: str | Path) -> None:
     """Write the whole network of a predictor to one file.
 
     Parameters
@@ -48,8 +41,6 @@ def export_model(
         With a head made of layers: linear, svm, ridge, mlp or suffix.
     path : path
         Ending in ``.onnx`` (for onnxruntime and others) or ``.pt2`` (for ``torch.export.load``).
-    backbone : Backbone, optional
-        As for `Predictor.predict`.
 
     Raises
     ------
@@ -66,7 +57,7 @@ def export_model(
     if target.suffix == ".onnx":
         _require_onnx()
     check_overwrite(target, _is_model, "a model that featcache exported")
-    grafted = predictor.to_torch(backbone=backbone)
+    grafted = predictor.to_torch()
     preprocessing = Preprocessing.from_dict(predictor.fingerprints[0].preprocessing)
     program = _program(_Served(grafted, preprocessing), preprocessing.output_shape)
     metadata = json.dumps(_metadata(predictor), ensure_ascii=False)

@@ -197,7 +197,6 @@ class Predictor:
         images: ImageSet | str | Path | Sequence[Any] | npt.NDArray[Any],
         *,
         top_k: int = 1,
-        backbone: Backbone | Sequence[Backbone] | None = None,
         batch_size: int | None = None,
         workers: int | None = None,
         device: str = "auto",
@@ -210,8 +209,6 @@ class Predictor:
             Files, folders, or what `ImageSet` makes.
         top_k : int
             Classes to name, from the most probable one.
-        backbone : Backbone, optional
-            Needed where the predictor's network is one's own, or has weights from a checkpoint.
         batch_size, workers, device
             As for `extract`.
 
@@ -223,15 +220,12 @@ class Predictor:
         Raises
         ------
         PredictorError
-            The network must be named, or does not make what it made at training.
-        FingerprintMismatch
-            The network given is another one.
+            The network must be attached, or does not make what it made at training.
         """
         return list(
             self.stream(
                 images,
                 top_k=top_k,
-                backbone=backbone,
                 batch_size=batch_size,
                 workers=workers,
                 device=device,
@@ -243,7 +237,6 @@ class Predictor:
         images: ImageSet | str | Path | Sequence[Any] | npt.NDArray[Any],
         *,
         top_k: int = 1,
-        backbone: Backbone | Sequence[Backbone] | None = None,
         batch_size: int | None = None,
         workers: int | None = None,
         device: str = "auto",
@@ -256,7 +249,7 @@ class Predictor:
 
         Parameters
         ----------
-        images, top_k, backbone, batch_size, workers, device
+        images, top_k, batch_size, workers, device
             As in `predict`.
         progress : bool, optional
             Show a progress bar on standard error; left out, if that is a terminal.
@@ -264,7 +257,7 @@ class Predictor:
         if top_k < 1:
             raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
         image_sets = list(_image_sets(images))
-        networks = self._backbones(backbone)
+        networks = self._backbones()
         self._bind(networks, device)
         self._check_networks(networks, device)
         settings = {"batch_size": batch_size, "workers": workers, "device": device}
@@ -273,52 +266,48 @@ class Predictor:
             for image_set in image_sets
         )
 
-    def rebuild_backbone(
-        self, *, backbone: str | None = None, weights: str | Path | None = None
-    ) -> Backbone:
-        """Build one of the predictor's networks from names that the user gives.
+    def attach(
+        self,
+        backbone: Backbone | Sequence[Backbone] | str | None = None,
+        *,
+        weights: str | Path | None = None,
+    ) -> Self:
+        """Use these networks from now on, and return the predictor.
+
+        Needed where no public name leads to the predictor's network: it is one's own, or has
+        weights from a file. If the head is the rest of that network (``suffix``), it cannot compute
+        without it, on features of a store either.
 
         Parameters
         ----------
-        backbone : str, optional
-            As on the command line: a torchvision name, ``timm/NAME``, ``package.module:callable``.
-            Left out: the predictor's own, where it is public.
+        backbone : Backbone, list of Backbone, or str, optional
+            One network for each fingerprint, or a name as on the command line: ``resnet50``,
+            ``timm/NAME``, ``package.module:callable``. None: the predictor's own, where it is
+            public.
         weights : str or Path, optional
-            A weights name or a checkpoint file; left out, the predictor's own, where public.
-
-        Returns
-        -------
-        Backbone
-            With the predictor's taps and preprocessing, for `predict` and `to_torch`.
-
-        Raises
-        ------
-        PredictorError
-            The predictor has several networks and none is named, or one that no name leads to.
-        """
-        chosen = identity.named(self.fingerprints, backbone)
-        return identity.rebuild(chosen, backbone=backbone, weights=weights)
-
-    def _backbones(self, given: Backbone | Sequence[Backbone] | None) -> list[Backbone]:
-        """Return a network for every fingerprint; those built by name are kept for later."""
-        if given is not None:
-            self._networks, self._checked = None, False
-        if self._networks is None:
-            self._networks = identity.choose(self.fingerprints, given)
-        return self._networks
-
-    def attach(self, backbone: Backbone | Sequence[Backbone]) -> None:
-        """Use these networks from now on.
-
-        For a predictor whose network no public name leads to, and whose head is the rest of that
-        network (``suffix``): without it the head cannot compute, on features of a store either.
+            Where a name is given: a weights name or a checkpoint file. None: the predictor's own,
+            where they are public.
 
         Raises
         ------
         FingerprintMismatch
             It is another network than that of training.
+        PredictorError
+            The predictor has several networks and none is named, or one that no name leads to.
         """
-        self._bind(self._backbones(backbone))
+        if backbone is None or isinstance(backbone, str):
+            chosen = identity.named(self.fingerprints, backbone)
+            backbone = identity.rebuild(chosen, backbone=backbone, weights=weights)
+        self._checked = False
+        self._networks = identity.choose(self.fingerprints, backbone)
+        self._bind(self._networks)
+        return self
+
+    def _backbones(self) -> list[Backbone]:
+        """Return a network for every fingerprint; those built by name are kept for later."""
+        if self._networks is None:
+            self._networks = identity.choose(self.fingerprints, None)
+        return self._networks
 
     def _bind(self, networks: Sequence[Backbone] | None = None, device: str | None = None) -> None:
         """Give a head that is the rest of a network the network's code; others need none."""
@@ -444,12 +433,7 @@ class Predictor:
 
     # --- as a network --------------------------------------------------------------------------
 
-    def to_torch(
-        self,
-        *,
-        backbone: Backbone | Sequence[Backbone] | None = None,
-        probabilities: bool = True,
-    ) -> Grafted:
+    def to_torch(self, *, probabilities: bool = True) -> Grafted:
         """Return the whole network, head grafted on, as an ordinary ``nn.Module``.
 
         Each step of the head is a layer, and the last one divides by the temperature. Its input is
@@ -457,8 +441,6 @@ class Predictor:
 
         Parameters
         ----------
-        backbone : Backbone, optional
-            As for `predict`.
         probabilities : bool
             Whether the output is `predict_proba` (True), or logits to train further (False).
 
@@ -474,7 +456,7 @@ class Predictor:
         """
         from featcache.predictor.grafting import graft
 
-        networks = self._backbones(backbone)
+        networks = self._backbones()
         self._bind(networks)
         grafted = graft(
             networks,

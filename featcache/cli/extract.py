@@ -1,0 +1,186 @@
+"""Stage one: ``featcache layers`` and ``featcache extract``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import featcache
+from featcache.cli import options
+from featcache.cli.command import Command, print_json
+from featcache.system.tables import text_table
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "-" if shape is None else " x ".join(str(side) for side in shape)
+
+
+@click.command(cls=Command)
+@click.argument("backbone")
+@options.weights
+@options.image_size
+@options.json_output
+def layers(backbone: str, weights: str | None, image_size: int | None, as_json: bool) -> None:
+    """List the layers of BACKBONE, their shapes and their cost.
+
+    BACKBONE is a torchvision name (resnet50), timm/NAME, or package.module:callable: a function of
+    your own, without arguments, that returns (torch.nn.Module, featcache.Preprocessing).
+
+    The cost of a layer is its share of the operations of a forward pass. Any layer of the list may
+    be given to "featcache extract" as --layer, alone or as LAYER[#K][:SIDE][:REDUCTION]: K counts
+    the runs of a layer that runs several times, SIDE is input or output, and REDUCTION, which makes
+    a vector of maps and tokens, is mean, max, flatten, map, cls or patches.
+    """
+    network = featcache.Backbone(backbone, weights=weights or "none", image_size=image_size)
+    table = network.layers()
+    if as_json:
+        rows = [
+            {
+                "layer": row.name,
+                "kind": row.kind,
+                "output_shape": row.output_shape,
+                "parameters": row.parameters,
+                "share": row.share,
+            }
+            for row in table
+        ]
+        print_json({"backbone": backbone, "default_taps": list(network.taps), "layers": rows})
+        return
+    cells = [
+        (
+            row.name or "(network)",
+            row.kind,
+            _shape(row.output_shape),
+            f"{row.parameters:,}",
+            f"{row.share:.1%}",
+        )
+        for row in table
+    ]
+    header = ("layer", "kind", "output", "parameters", "cost")
+    click.echo(text_table(header, cells, right=(3, 4)))
+    click.echo(f"\nDefault tap: {', '.join(network.taps)}")
+
+
+@click.command(cls=Command)
+@click.argument("images")
+@options.output("STORE.h5", "Feature file to write, or to bring up to date.", required=True)
+@options.backbone
+@options.weights
+@options.flag("--partial", "Accept a checkpoint that fits in part, and record which part.")
+@options.layer(
+    'Layer to read features from, such as layer4:max; see "featcache layers --help". May be '
+    "repeated. Default: the pooling layer, or the input of the network's head."
+)
+@options.image_size
+@click.option(
+    "--views", **options.count(), default=1, help="Number of augmented views of each image."
+)
+@options.path_option(
+    "--labels", "FILE.csv", "CSV or TSV table of ids and labels; IMAGES is a folder."
+)
+@options.column(
+    "--id-column", "Column of that table with the file name of each image.", default="id"
+)
+@click.option(
+    "--suffix",
+    default="",
+    show_default=False,
+    help="Ending that the file names in that table lack, such as .jpg.",
+)
+@options.column("--label-column", "Column of that table with the label.", default="label")
+@options.column(
+    "--group-column", "Column of that table with the group, such as a patient or a site."
+)
+@options.column(
+    "--split-column", "Column of that table with a given split: train, validation or test."
+)
+@options.path_option("--root", "FOLDER", "Folder of a torchvision data set.")
+@options.flag("--download", "Download the torchvision data set if it is not in --root.")
+@options.batch_size
+@options.workers
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="DEVICE",
+    help=f"{options.DEVICES}. May be repeated to use several, with a process for each.  "
+    "[default: auto]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    help="Format of the forward pass.",
+)
+@click.option(
+    "--store-dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    help="Format of the stored features.",
+)
+@click.option("--compile/--no-compile", default=None, help="Use torch.compile.  [default: no]")
+@click.option(
+    "--on-error",
+    type=click.Choice(["skip", "fail"]),
+    default="skip",
+    help="Leave out an image that cannot be read and record the reason, or stop at it.",
+)
+@click.option(
+    "--max-failures",
+    type=options.share,
+    default="1%",
+    help="Fail if a larger share of the images than this cannot be read.",
+)
+@options.flag("--retry-failed", "Try the images again that failed in an earlier run.")
+@options.json_output
+def extract(
+    images: str,
+    output: Path,
+    backbone: str,
+    weights: str | None,
+    partial: bool,
+    layers: tuple[str, ...],
+    image_size: int | None,
+    labels: Path | None,
+    devices: tuple[str, ...],
+    views: int,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Compute the features of IMAGES into an HDF5 file.
+
+    IMAGES is a folder (class folders give labels), a folder with --labels, a torchvision data set
+    (CIFAR10, FashionMNIST, OxfordIIITPet, Flowers102) with --root, or WebDataset tars.
+
+    Run the same command again to resume after an interruption, or to bring the file up to date with
+    a changed folder: only new content is computed.
+    """
+    listing = {name: settings.pop(name) for name in options.LISTING}
+    context = click.get_current_context()
+    for name in options.OF_LABELS:
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and labels is None:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is for a table of labels; name it with --labels."
+            )
+    store = featcache.extract(
+        featcache.ImageSet.open(images, labels_csv=labels, **listing),
+        featcache.Backbone(
+            backbone,
+            weights=weights or "auto",
+            layers=layers,
+            image_size=image_size,
+            partial=partial,
+        ),
+        output,
+        device=devices[0] if len(devices) == 1 else (list(devices) or "auto"),
+        augmentation=featcache.Augmentation(views=views) if views > 1 else None,
+        progress=True,
+        **settings,
+    )
+    if as_json:
+        print_json({"store": str(output), **store.extraction.to_dict()})
+    else:
+        click.echo(f"{output}: {store.extraction}")

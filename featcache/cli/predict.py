@@ -1,0 +1,111 @@
+"""Predictors: ``featcache evaluate``, ``predict`` and ``export-model``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import featcache
+from featcache.cli import options
+from featcache.cli.command import Command, print_json
+
+
+def _load(predictor: Path, backbone: str | None, weights: str | None) -> featcache.Predictor:
+    """Open a predictor, with a network of one's own if one is named."""
+    loaded = featcache.Predictor.load(predictor)
+    if backbone is not None or weights is not None:
+        loaded.attach(backbone, weights=weights)
+    return loaded
+
+
+@click.command(cls=Command)
+@options.path_argument("predictor")
+@options.path_argument("store")
+@options.output("FILE.html", "Write a page with figures, maps and mistakes.", "--report")
+@click.option("--images", metavar="IMAGES", help="The images of STORE, to show them in the report.")
+@options.own_network
+@options.json_output
+def evaluate(
+    predictor: Path,
+    store: Path,
+    report: Path | None,
+    images: str | None,
+    backbone: str | None,
+    weights: str | None,
+    as_json: bool,
+) -> None:
+    """Measure PREDICTOR on the images that it was not trained on.
+
+    These are the images of STORE whose content is not among the training images.
+    """
+    opened = featcache.FeatureStore.open(store)
+    loaded = _load(predictor, backbone, weights)
+    evaluation = featcache.evaluate(loaded, opened)
+    if report is not None:
+        pictures = None if images is None else featcache.ImageSet.open(images)
+        featcache.write_report(
+            evaluation, report, store=opened, images=pictures, leaderboard=loaded.leaderboard
+        )
+    if as_json:
+        print_json(evaluation.to_dict())
+    else:
+        click.echo(evaluation.to_text())
+        if report is not None:
+            click.echo(f"\nreport: {report}")
+
+
+@click.command(cls=Command)
+@options.path_argument("predictor")
+@click.argument("images", nargs=-1, required=True)
+@options.output("FILE", "File to write. Default: standard output.")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["csv", "json"]),
+    default="csv",
+    help="Format of the predictions.",
+)
+@click.option(
+    "--top-k", **options.count(), default=1, help="Number of classes to list for each image."
+)
+@options.own_network
+@options.batch_size
+@options.workers
+@click.option("--device", metavar="DEVICE", default="auto", help=f"{options.DEVICES}.")
+def predict(
+    predictor: Path,
+    images: tuple[str, ...],
+    output: Path | None,
+    file_format: str,
+    top_k: int,
+    backbone: str | None,
+    weights: str | None,
+    **settings: Any,
+) -> None:
+    """Label new IMAGES (files or folders) with PREDICTOR.
+
+    An image that cannot be read has an empty label, and the reason in the column 'error'.
+    """
+    from featcache.predictor.predictions import write_predictions
+
+    predictions = _load(predictor, backbone, weights).stream(
+        list(images),
+        top_k=top_k,
+        progress=output is not None,  # not between predictions that go to the terminal
+        **settings,
+    )
+    write_predictions(predictions, output, file_format=file_format, top_k=top_k)
+
+
+@click.command("export-model", cls=Command)
+@options.path_argument("predictor")
+@options.output("FILE", "File to write: .onnx, or .pt2 for torch.export.load.", required=True)
+@options.own_network
+def export_model(predictor: Path, output: Path, backbone: str | None, weights: str | None) -> None:
+    """Write network and head as one model: .onnx or .pt2."""
+    from featcache.predictor.export import export_model as export_predictor
+
+    export_predictor(_load(predictor, backbone, weights), output)
+    click.echo(str(output))

@@ -1,0 +1,90 @@
+"""Stage two: ``featcache train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import featcache
+from featcache.cli import options
+from featcache.cli.command import Command, print_json
+from featcache.finetuning.settings import SuffixSettings
+
+
+@click.command(cls=Command)
+@options.path_argument("stores", nargs=-1, required=True)
+@options.output("PREDICTOR", "Predictor file to write.", required=True)
+@options.layer(
+    "Layer of STORES to train on. May be repeated to use several side by side. Default: all."
+)
+@options.heads
+@click.option(
+    "--cv", **options.count(2), default=5, help="Number of folds of the cross-validation."
+)
+@click.option(
+    "--test-size",
+    type=options.share,
+    help="Share of the images to hold out and score once. Default: as the split column says, or "
+    "25%.",
+)
+@options.flag("--group", "Keep the images of a group on one side of every split.")
+@click.option(
+    "--scoring", metavar="NAME", default="accuracy", help="Metric, by scikit-learn's name."
+)
+@click.option(
+    "--class-weight",
+    type=click.Choice(["balanced"]),
+    help="Give rare classes the same total weight as frequent ones.",
+)
+@click.option(
+    "--memory",
+    type=options.size,
+    help="Memory to stay within, such as 1GB; features are then read in blocks. Default: what is "
+    "free.",
+)
+@click.option("--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core.")
+@click.option("--random-state", type=int, default=0, help="Seed of everything that is drawn.")
+@options.suffix_training
+@options.json_output
+def train(
+    stores: tuple[Path, ...],
+    output: Path,
+    layers: tuple[str, ...],
+    heads: tuple[str, ...],
+    backbone: str | None,
+    weights: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train and compare classifiers on the features in STORES.
+
+    The best by cross-validation is kept as PREDICTOR. Several stores are joined: one below the
+    other if their features come from the same network and layers, else side by side, by the ids of
+    their images.
+
+    With --head suffix the rest of the network is trained, on maps that STORES keep (extract them
+    with --layer LAYER:input:map). If it is interrupted, the same command resumes after the last
+    finished epoch.
+    """
+    suffix = {name: settings.pop(name) for name in vars(SuffixSettings()) if name in settings}
+    given = {name: value for name, value in suffix.items() if value is not None}
+    if "suffix" not in heads and (given or backbone or weights):
+        name = next(iter(given), "backbone" if backbone else "weights")
+        name = {"first": "from"}.get(name, name).replace("_", "-")
+        raise click.UsageError(f"--{name} is for --head suffix.")
+    network = None if backbone is None else featcache.Backbone(backbone, weights=weights or "auto")
+    result = featcache.train_files(
+        list(stores),
+        output,
+        heads=list(heads),
+        layers=list(layers) or None,
+        suffix=SuffixSettings(**given),
+        backbone=network,
+        **settings,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        click.echo(result.to_text())
