@@ -172,7 +172,7 @@ def test_forests_try_both_kinds():
     X, y = network_like(200)
     found = HEADS["forest"].search(X, y, folds_of(y), class_weight="balanced")
     assert {one.params["splits"] for one in found.trials} == {"random", "extra"}
-    assert found.params["trees"] == len(found.estimator.estimators_)
+    assert found.params["trees"] == len(found.estimator.steps[-2].roots)
 
 
 @pytest.mark.parametrize("head", ["boosting", "forest"])

@@ -1,6 +1,6 @@
 """The linear heads: multinomial logistic regression, and the search that is shared with the SVM.
 
-Both are scikit-learn classifiers on the solver of :mod:`featcache.heads.solver`; standardisation
+Both are one scikit-learn classifier on the solver of :mod:`featcache.heads.solver`; standardisation
 is part of the model, and ends folded into `coef_`, so that prediction is one matrix product.
 """
 
@@ -9,31 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.special import expit, log_softmax, softmax
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
+from featcache.heads.base import ClassWeight, Head
 from featcache.heads.rows import FeatureBlocks, TrainingRows, Transform
 from featcache.heads.search import HeadKind, Params, Search, Trial
 from featcache.heads.solver import (
     Design,
     Loss,
     Problems,
-    Solution,
     Workers,
     minimise,
     product,
     unstandardise,
 )
-from featcache.heads.treatment import TREATMENTS, with_treatment
-
-ClassWeight: TypeAlias = str | dict[Any, float] | None
+from featcache.heads.steps import Matrix, Step
+from featcache.heads.treatment import TREATMENTS
 
 CS: tuple[float, ...] = tuple(float(10.0**power) for power in range(-5, 3))
 """Coarse values of C; a search refines around the best by half a decade."""
@@ -84,139 +79,24 @@ def loss_weights(
     return row_weights * np.take(factors.astype(row_weights.dtype), codes, axis=1), None
 
 
-class LinearModel(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """What the linear classifiers share: fit, decision values, prediction."""
+class LinearClassifier(Head):
+    """A linear classifier on standardised features: logistic regression, or a linear SVM.
 
-    class_weight: ClassWeight
-    standardize: bool
+    Minimises ``C * sum_i s_i loss_i + ||w||^2 / 2`` for standardised features, with a free
+    intercept. Two classes have one vector of weights. The loss is that of
 
-    def _check_parameters(self) -> None:
-        raise NotImplementedError
-
-    def _solve(
-        self,
-        X: np.ndarray | FeatureBlocks,
-        codes: np.ndarray,
-        classes: np.ndarray,
-        weight: np.ndarray,
-        transform: Transform | None = None,
-    ) -> LinearModel:
-        raise NotImplementedError
-
-    def fit(
-        self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
-    ) -> LinearModel:
-        """Fit to features (n, d) and labels (n,).
-
-        Parameters
-        ----------
-        X : array of shape (n, d)
-            Features. float64 is computed in float64, anything else in float32.
-        y : array of shape (n,)
-            Labels of at least two classes.
-        sample_weight : array of shape (n,), optional
-            Weights of the rows in the loss and in the standardisation.
-
-        Raises
-        ------
-        ValueError
-            A parameter out of range, or data that scikit-learn refuses.
-        """
-        self._check_parameters()
-        X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
-        check_classification_targets(y)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        classes, codes = np.unique(y, return_inverse=True)
-        if len(classes) < 2:
-            raise ValueError(f"Expected at least two classes, got one class: {classes[0]!r}.")
-        return self._solve(X, codes, classes, weight)
-
-    def _take(
-        self, design: Design, fold: int, W: Tensor, b: Tensor, classes: np.ndarray
-    ) -> LinearModel:
-        """Keep a solution, of shapes (k, d) and (k, 1), as weights for raw features."""
-        self.classes_ = classes
-        self.n_features_in_ = design.d
-        self.coef_, self.intercept_ = unstandardise(design, fold, W, b)
-        return self
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Return scores: (n, k), or (n,) for two classes, positive for the second."""
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        scores = X @ self.coef_.T.astype(X.dtype) + self.intercept_.astype(X.dtype)
-        result: np.ndarray = scores[:, 0] if scores.shape[1] == 1 else scores
-        return result
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Return the labels with the highest scores, of shape (n,)."""
-        scores = self.decision_function(X)
-        positive = scores > 0 if scores.ndim == 1 else None
-        chosen = scores.argmax(axis=1) if positive is None else positive.astype(np.int64)
-        labels: np.ndarray = self.classes_[chosen]
-        return labels
-
-
-class IterativeModel(LinearModel):
-    """A linear classifier that the solver of :mod:`featcache.heads.solver` fits."""
-
-    C: float
-    tol: float
-    max_iter: int
-
-    def _loss(self, k: int) -> Loss:
-        raise NotImplementedError
-
-    def _penalizes_intercept(self) -> bool:
-        return False
-
-    def _check_parameters(self) -> None:
-        if not self.C > 0 or not self.tol > 0 or not self.max_iter > 0:
-            raise ValueError(
-                f"C, tol and max_iter must be positive, got {self.C}, {self.tol}, {self.max_iter}."
-            )
-
-    def _solve(
-        self,
-        X: np.ndarray | FeatureBlocks,
-        codes: np.ndarray,
-        classes: np.ndarray,
-        weight: np.ndarray,
-        transform: Transform | None = None,
-    ) -> IterativeModel:
-        loss = self._loss(len(classes))
-        factors = class_factors(self.class_weight, classes, codes, weight)[None]
-        weights = weight[None]
-        in_loss, positive = loss_weights(loss, weights, codes, factors)
-        design = Design.build(
-            X, codes, weights, in_loss, standardize=self.standardize, transform=transform
-        )
-        problems = _problems(design, loss, [self.C], [0], positive, self._penalizes_intercept())
-        W, b = _zeros(1, len(classes), loss, design)
-        solution = minimise(design, problems, W, b, tol=self.tol, max_iter=self.max_iter)
-        return self._keep(design, 0, solution, classes)
-
-    def _keep(
-        self, design: Design, fold: int, solution: Solution, classes: np.ndarray
-    ) -> IterativeModel:
-        self._take(design, fold, solution.W[0], solution.b[0], classes)
-        self.n_iter_ = solution.passes
-        return self
-
-
-class LinearClassifier(IterativeModel):
-    """Multinomial logistic regression on standardised features.
-
-    Minimises the objective of scikit-learn's `LogisticRegression`, ``C * sum_i s_i loss_i +
-    ||w||^2 / 2`` with a free intercept, for standardised features. Two classes have one vector
-    of weights, as there.
+    - scikit-learn's `LogisticRegression` ("log"), multinomial with more than two classes, or
+    - ``LinearSVC(loss="squared_hinge")``, one against the rest: ``max(0, 1 - t_i f(x_i))^2``.
 
     Parameters
     ----------
     C : float
-        Inverse strength of the penalty.
+        Weight of the loss.
+    loss : "log" or "squared_hinge"
+        The loss.
     class_weight : "balanced", dict or None
-        Weights of the classes.
+        Weights of the classes. As in liblinear, those of a squared hinge weight, with more than
+        two classes, the rows of the class that a problem is about, not the rest.
     standardize : bool
         Whether columns are scaled to unit deviation first. Constant columns are left alone.
     tol : float
@@ -232,6 +112,8 @@ class LinearClassifier(IterativeModel):
         Weights for raw features: the standardisation is folded in.
     intercept_ : ndarray of shape (k,) or (1,), float64
         Intercepts.
+    steps_ : list of Step
+        The same as one `Matrix`.
     n_features_in_ : int
         Number of columns.
     n_iter_ : ndarray of shape (1,)
@@ -242,35 +124,58 @@ class LinearClassifier(IterativeModel):
         self,
         C: float = 1.0,
         *,
+        loss: str = "log",
         class_weight: ClassWeight = None,
         standardize: bool = True,
         tol: float = 1e-6,
         max_iter: int = 1000,
     ) -> None:
         self.C = C
+        self.loss = loss
         self.class_weight = class_weight
         self.standardize = standardize
         self.tol = tol
         self.max_iter = max_iter
 
-    def _loss(self, k: int) -> Loss:
-        return "logistic" if k == 2 else "softmax"
+    def _check_parameters(self) -> None:
+        if not self.C > 0 or not self.tol > 0 or not self.max_iter > 0:
+            raise ValueError(
+                f"C, tol and max_iter must be positive, got {self.C}, {self.tol}, {self.max_iter}."
+            )
+        if self.loss not in ("log", "squared_hinge"):
+            raise ValueError(f"loss is 'log' or 'squared_hinge', got {self.loss!r}.")
 
-    def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        """Return probabilities of shape (n, k)."""
-        scores = self.decision_function(X)
-        if scores.ndim == 1:
-            return np.stack([expit(-scores), expit(scores)], axis=1)
-        proba: np.ndarray = softmax(scores, axis=1)
-        return proba
+    def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
+        return [self.solve(X, codes, weight)]
 
-    def predict_log_proba(self, X: np.ndarray) -> np.ndarray:
-        """Return logarithms of the probabilities, of shape (n, k)."""
-        scores = self.decision_function(X)
-        if scores.ndim == 1:
-            scores = np.stack([np.zeros_like(scores), scores], axis=1)
-        logs: np.ndarray = log_softmax(scores, axis=1)
-        return logs
+    def solve(
+        self,
+        X: np.ndarray | FeatureBlocks,
+        codes: np.ndarray,
+        weight: np.ndarray,
+        transform: Transform | None = None,
+    ) -> Matrix:
+        """Return the step for rows in memory or in blocks, behind a row-wise treatment."""
+        classes, weights = self.classes_, weight[None]
+        loss = solver_loss(self.loss, len(classes))
+        factors = class_factors(self.class_weight, classes, codes, weight)[None]
+        in_loss, positive = loss_weights(loss, weights, codes, factors)
+        design = Design.build(
+            X, codes, weights, in_loss, standardize=self.standardize, transform=transform
+        )
+        problems = _problems(design, loss, [self.C], [0], positive)
+        W, b = _zeros(1, len(classes), loss, design)
+        solution = minimise(design, problems, W, b, tol=self.tol, max_iter=self.max_iter)
+        self.n_iter_ = solution.passes
+        self.coef_, self.intercept_ = unstandardise(design, 0, solution.W[0], solution.b[0])
+        return Matrix.of_scores(self.coef_, self.intercept_)
+
+
+def solver_loss(loss: str, k: int) -> Loss:
+    """Return what the solver calls a loss for `k` classes."""
+    if loss == "squared_hinge":
+        return "squared_hinge"
+    return "logistic" if k == 2 else "softmax"
 
 
 def _problems(
@@ -279,14 +184,13 @@ def _problems(
     Cs: Sequence[float],
     folds: Sequence[int],
     positive: np.ndarray | None,
-    penalise_intercept: bool,
 ) -> Problems:
     """All values of C times all folds, the folds running faster."""
     dtype = design.weights.dtype
     fold = torch.tensor(list(folds) * len(Cs), dtype=torch.int64)
     C = torch.from_numpy(np.repeat(np.asarray(Cs), len(folds))).to(dtype)[:, None, None]
     factors = None if positive is None else torch.from_numpy(positive).to(dtype)[fold]
-    return Problems(loss, C, fold, factors, penalise_intercept)
+    return Problems(loss, C, fold, factors)
 
 
 def _zeros(p: int, classes: int, loss: Loss, design: Design) -> tuple[Tensor, Tensor]:
@@ -399,7 +303,7 @@ class LinearHead(HeadKind):
     name: ClassVar[str] = "linear"
     summary: ClassVar[str] = "multinomial logistic regression"
     out_of_core: ClassVar[bool] = True
-    estimator: ClassVar[type[IterativeModel]] = LinearClassifier
+    loss: ClassVar[str] = "log"
 
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Try treatments and values of C."""
@@ -428,18 +332,30 @@ class LinearHead(HeadKind):
             paths.follow(treatment, near, stop_early=self.refine)
         return paths.search.best
 
-    def fit(self, rows: TrainingRows, params: Params) -> Any:
+    def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
         """Fit on all rows, in memory or in blocks."""
-        estimator: Any = self.estimator(params["C"], class_weight=self.options.class_weight)
-        return fit_linear(self.name, estimator, rows, params["treatment"])
+        estimator = LinearClassifier(
+            params["C"], loss=self.loss, class_weight=self.options.class_weight
+        )
+        return fit_linear(estimator, rows, params["treatment"])
 
 
-def fit_linear(name: str, estimator: Any, rows: TrainingRows, treatment: str) -> Any:
-    """Fit a linear model behind a treatment on all rows, in memory or in blocks."""
+@dataclass(frozen=True)
+class LinearSVMHead(LinearHead):
+    """Linear SVM: treatment and C, as `LinearHead`."""
+
+    name: ClassVar[str] = "svm"
+    summary: ClassVar[str] = "linear SVM (squared hinge, one against the rest)"
+    loss: ClassVar[str] = "squared_hinge"
+
+
+def fit_linear(estimator: Any, rows: TrainingRows, treatment: str) -> list[Step]:
+    """Fit a linear classifier behind a treatment on all rows, in memory or in blocks."""
     given, codes = rows.weights(), np.repeat(rows.codes, rows.views)
     weight = np.ones(len(codes)) if given is None else given
-    estimator._solve(rows.X, codes, rows.classes, weight, TREATMENTS[treatment][1])
-    return with_treatment(treatment, estimator, name)
+    estimator.classes_, treat = rows.classes, TREATMENTS[treatment]
+    matrix = estimator.solve(rows.X, codes, weight, treat)
+    return [matrix] if treat is None else [treat, matrix]
 
 
 @dataclass(frozen=True)
@@ -466,7 +382,7 @@ class _Paths:
 
     def __init__(self, head: LinearHead, rows: TrainingRows, search: Search) -> None:
         self.rows, self.search, self.options = rows, search, head.options
-        self.loss = head.estimator()._loss(len(rows.classes))
+        self.loss = solver_loss(head.loss, len(rows.classes))
         self.best: _Start | None = None  # the solutions of the search's best
         self._codes = np.repeat(rows.codes, rows.views)
         self._row_weights, factors = fold_weights(rows, head.options.class_weight)
@@ -484,7 +400,7 @@ class _Paths:
                 self._codes,
                 self._row_weights,
                 self._loss_weights,
-                transform=TREATMENTS[treatment][1],
+                transform=TREATMENTS[treatment],
             )
         return self._designs[treatment]
 
@@ -520,7 +436,7 @@ class _Paths:
             else:
                 starts = [self._start(C, start, before) for C in group]
                 W, b = (torch.cat(parts) for parts in zip(*starts, strict=True))
-            problems = _problems(design, self.loss, group, folds, self._positive, False)
+            problems = _problems(design, self.loss, group, folds, self._positive)
             solution = minimise(design, problems, W, b, tol=tol)
             self.search.fitted(len(W))
             W, b = (

@@ -23,6 +23,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 
 from featcache.errors import TrainingError
+from featcache.heads.base import FittedHead
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import FeatureBlocks, TrainingRows
@@ -437,7 +438,7 @@ def search_mlp(
     middle = time.perf_counter()
     network = search.network(best.candidate.params["dropout"])
     network.set_params(max_epochs=best.candidate.params["epochs"], validation_fraction=0.0)
-    fitted = best.preparation.fit_head(rows, "mlp", network)
+    fitted = FittedHead(best.preparation.fit_head(rows, network), rows.classes)
     return SearchResult(
         head="mlp",
         estimator=fitted,

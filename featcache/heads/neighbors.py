@@ -20,6 +20,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from featcache.heads.base import FittedHead
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
@@ -467,7 +468,7 @@ def search_knn(
     treatment = best.params["treatment"]
     if "n_components" in best.params:
         some = Preparation(treatment, best.params["n_components"], random_state=random_state)
-        estimator = some.fit_head(rows, "knn", estimator)
+        estimator = FittedHead(some.fit_head(rows, estimator), rows.classes)
     else:
         last = _Search(rows, plan, treatments[treatment])
         estimator._keep(last.unit, last.codes[last.kept], last.weights[last.kept], rows.classes)

@@ -20,16 +20,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+from featcache.heads.base import fitted_head, through
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import Params, fit_estimator
+from featcache.heads.steps import Matrix, Scale, Step
 from featcache.heads.treatment import TREATMENTS
 
 _EXACT = 3000  # columns up to which the whole covariance is decomposed, in seconds
 _MOST_ROWS = 20_000  # that the steps are fitted on
-_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,25 @@ class Preparation:
         count = params.get("n_components")
         return cls(params.get("treatment", "standard"), count, scaled, random_state)
 
-    def fit(self, rows: TrainingRows, images: np.ndarray | None = None) -> list[tuple[str, Any]]:
-        """Return the named steps, fitted on (at most 20,000 random ones of) the rows of images."""
+    def fit(self, rows: TrainingRows, images: np.ndarray | None = None) -> list[Step]:
+        """Return the steps, fitted on (at most 20,000 random ones of) the rows of images."""
         X = rows.features() if images is None else rows.features(np.asarray(images))
         if len(X) > _MOST_ROWS:
             chosen = np.random.default_rng(self.random_state).permutation(len(X))[:_MOST_ROWS]
             X = X[np.sort(chosen)]
-        steps: list[tuple[str, Any]] = []
-        treat = TREATMENTS[self.treatment][0]
-        if treat is not None:
-            steps.append(("treatment", treat()))
+        treat = TREATMENTS[self.treatment]
+        steps: list[Step] = [] if treat is None else [treat]
         if self.scaled or self.n_components is not None:
-            steps.append(("scaler", StandardScaler()))
+            scaler = StandardScaler().fit(_transformed(steps, X))
+            steps.append(Scale(scaler.mean_, scaler.scale_))
         if self.n_components is not None:
             from sklearn.decomposition import PCA  # loading a predictor must not wait for it
 
             solver = "covariance_eigh" if X.shape[1] <= _EXACT else "randomized"
-            pca = PCA(
-                self.n_components, whiten=True, svd_solver=solver, random_state=self.random_state
-            )
-            steps.append(("pca", pca))
-        for _, step in steps:
-            X = step.fit(X).transform(X)
+            pca = PCA(self.n_components, svd_solver=solver, random_state=self.random_state)
+            pca.fit(_transformed(steps, X))
+            weight = pca.components_ / np.sqrt(pca.explained_variance_)[:, None]
+            steps.append(Matrix(weight, -weight @ pca.mean_))
         return steps
 
     def on_fold(self, rows: TrainingRows, fold: int) -> np.ndarray:
@@ -107,25 +104,16 @@ class Preparation:
             return [self.on_fold(rows, fold) for fold in folds]
         return [self.on_fold(rows, 0)] * len(folds)
 
-    def fit_head(self, rows: TrainingRows, name: str, head: Any) -> Any:
-        """Fit a head on all rows, and return it behind the steps."""
+    def fit_head(self, rows: TrainingRows, head: Any) -> list[Step]:
+        """Fit a head on all rows, and return its steps behind those of the preparation."""
         steps = self.fit(rows)
         inside = replace(rows, X=_transformed(steps, rows.features()))
-        fitted = fit_estimator(head, inside)
-        return Pipeline([*steps, (name, fitted)]) if steps else fitted
+        return [*steps, *fitted_head(fit_estimator(head, inside)).steps]
 
 
-def _transformed(steps: Sequence[tuple[str, Any]], X: np.ndarray) -> np.ndarray:
+def _transformed(steps: Sequence[Step], X: np.ndarray) -> np.ndarray:
     """Send rows through fitted steps, block by block: no copy between two steps is whole."""
-    if not steps:
-        return X
-    parts = []
-    for start in range(0, len(X), _BLOCK):
-        block = X[start : start + _BLOCK]
-        for _, step in steps:
-            block = step.transform(block)
-        parts.append(block)
-    return np.concatenate(parts)
+    return np.concatenate([block for _, block in through(steps, X)]) if steps else X
 
 
 def component_counts(rows: TrainingRows, wanted: Sequence[int]) -> tuple[int, ...]:

@@ -21,24 +21,19 @@ import torch
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 from torch import Tensor
 
-from featcache.heads.linear import (
-    ClassWeight,
-    LinearModel,
-    class_factors,
-    fit_linear,
-    fold_weights,
-    out_of_fold,
-)
+from featcache.heads.base import ClassWeight, Head
+from featcache.heads.linear import class_factors, fit_linear, fold_weights, out_of_fold
 from featcache.heads.rows import FeatureBlocks, TrainingRows, Transform
 from featcache.heads.search import HeadKind, Params, Search
-from featcache.heads.solver import Design
+from featcache.heads.solver import Design, unstandardise
+from featcache.heads.steps import Matrix, Step
 from featcache.heads.treatment import TREATMENTS
 
 ALPHAS: tuple[float, ...] = (100.0, 10.0, 3.0, 1.0, 0.3, 1e-1, 1e-2, 1e-3)
 """Penalties that are tried, in units of the number of rows; the first wins where scores tie."""
 
 
-class Ridge(LinearModel):
+class Ridge(Head):
     """Least squares on class indicators of -1 and 1, with a penalty on the weights.
 
     Minimises ``sum_i s_i |f(x_i) - t_i|^2 + alpha * ||w||^2`` for standardised features, as
@@ -61,6 +56,8 @@ class Ridge(LinearModel):
         Weights for raw features.
     intercept_ : ndarray of shape (k,) or (1,), float64
         Intercepts.
+    steps_ : list of Step
+        The same as one `Matrix`.
     n_features_in_ : int
         Number of columns.
     """
@@ -80,22 +77,26 @@ class Ridge(LinearModel):
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}.")
 
-    def _solve(
+    def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
+        return [self.solve(X, codes, weight)]
+
+    def solve(
         self,
         X: np.ndarray | FeatureBlocks,
         codes: np.ndarray,
-        classes: np.ndarray,
         weight: np.ndarray,
         transform: Transform | None = None,
-    ) -> Ridge:
-        factors = class_factors(self.class_weight, classes, codes, weight)
+    ) -> Matrix:
+        """Return the step for rows in memory or in blocks, behind a row-wise treatment."""
+        factors = class_factors(self.class_weight, self.classes_, codes, weight)
         weights = weight[None]
         in_loss = weights * factors[codes]
         design = Design.build(
             X, codes, weights, in_loss, standardize=self.standardize, transform=transform
         )
-        W, b = _solutions(design, _sums(design, len(classes))[0], 0, [self.alpha])
-        return self._take(design, 0, W[0], b[0], classes)
+        W, b = _solutions(design, _sums(design, len(self.classes_))[0], 0, [self.alpha])
+        self.coef_, self.intercept_ = unstandardise(design, 0, W[0], b[0])
+        return Matrix.of_scores(self.coef_, self.intercept_)
 
 
 @dataclass
@@ -237,7 +238,7 @@ class RidgeHead(HeadKind):
         in_loss = weights * np.take(factors, codes, axis=1)
         penalties = [alpha * len(rows) for alpha in self.alphas]
         for treatment in self.treatments:
-            transform = TREATMENTS[treatment][1]
+            transform = TREATMENTS[treatment]
             design = Design.build(rows.X, codes, weights, in_loss, transform=transform)
             sums = _sums(design, len(rows.classes))
             solved = [_solutions(design, sums[fold], fold, penalties) for fold in folds]
@@ -246,7 +247,7 @@ class RidgeHead(HeadKind):
             for alpha, values in zip(penalties, out_of_fold(design, rows, W, b), strict=True):
                 search.tried({"treatment": treatment, "alpha": alpha}, values)
 
-    def fit(self, rows: TrainingRows, params: Params) -> Any:
+    def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
         """Fit on all rows, in memory or in blocks."""
         estimator = Ridge(params["alpha"], class_weight=self.options.class_weight)
-        return fit_linear(self.name, estimator, rows, params["treatment"])
+        return fit_linear(estimator, rows, params["treatment"])

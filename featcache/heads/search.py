@@ -23,6 +23,7 @@ from featcache.errors import TrainingError
 from featcache.heads.base import ClassWeight, FittedHead
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
+from featcache.heads.steps import Step
 
 Params: TypeAlias = Mapping[str, Any]
 Scoring: TypeAlias = str | Callable[..., float]
@@ -41,7 +42,7 @@ class SearchResult:
     ----------
     head : str
         Name of the head.
-    estimator : estimator
+    estimator : FittedHead
         Fitted on all rows with the chosen hyper-parameters; takes float32 (n, d).
     best : Trial
         The chosen hyper-parameters with their scores.
@@ -62,7 +63,7 @@ class SearchResult:
     """
 
     head: str
-    estimator: Any
+    estimator: FittedHead
     best: Trial
     trials: tuple[Trial, ...]
     classes: np.ndarray
@@ -237,8 +238,8 @@ class HeadKind:
         """Try settings on the folds of `rows`, and tell `search` the out-of-fold logits of each."""
         raise NotImplementedError
 
-    def fit(self, rows: TrainingRows, params: Params) -> Any:
-        """Fit one setting on all of `rows`."""
+    def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
+        """Fit one setting on all of `rows`, and return the steps of the head."""
         raise NotImplementedError
 
     def most_images(self, rows: TrainingRows) -> int:
@@ -312,7 +313,7 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
         found.tried(params, refitted(head, params, found))
     best, middle = found.best, time.perf_counter()
     assert best.logits is not None
-    estimator = head.fit(kept, best.params)
+    estimator = FittedHead(head.fit(kept, best.params), rows.classes)
     found.fitted()
     if len(part) < len(rows):
         found.notes.append(_note(head.name, len(part), len(kept), len(rows)))
@@ -347,9 +348,9 @@ def refitted(head: HeadKind, params: Params, search: Search) -> np.ndarray:
     """Return the out-of-fold logits (images, k) of one setting, by a whole fit for each fold."""
     rows, per_fold = search.rows, []
     for train, valid in rows.folds:
-        fitted = head.fit(rows.only(train), params)
+        fitted = FittedHead(head.fit(rows.only(train), params), rows.classes)
         X = rows.features(valid).reshape(len(valid), rows.views, -1)
-        per_fold.append(logits(fitted, X))
+        per_fold.append(fitted.logits(X))
         search.fitted()
     return gather(rows, per_fold)
 

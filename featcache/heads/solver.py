@@ -392,15 +392,12 @@ class Problems:
         Row of `Design.weights`.
     positive : Tensor of shape (p, k) or None
         One-vs-rest: factors on the weights of a class's own rows.
-    penalise_intercept : bool
-        Whether ``b**2 / 2`` is added, as liblinear does.
     """
 
     loss: Loss
     C: Tensor
     fold: Tensor
     positive: Tensor | None = None
-    penalise_intercept: bool = False
 
     @classmethod
     def join(cls, some: Sequence[Problems]) -> Problems:
@@ -412,13 +409,12 @@ class Problems:
             torch.cat([one.C for one in some]),
             torch.cat([one.fold for one in some]),
             torch.cat(positive) if positive else None,
-            first.penalise_intercept,
         )
 
     def select(self, keep: Tensor | slice) -> Problems:
         """Return the problems numbered `keep`."""
         positive = None if self.positive is None else self.positive[keep]
-        return Problems(self.loss, self.C[keep], self.fold[keep], positive, self.penalise_intercept)
+        return Problems(self.loss, self.C[keep], self.fold[keep], positive)
 
 
 @dataclass
@@ -584,9 +580,6 @@ def evaluate(design: Design, problems: Problems, W: Tensor, b: Tensor, workers: 
     G = Gx.addcmul_(Gb, means, value=-1).mul_(ratios).mul_(C).add_(W)
     Gb *= C
     size = W.square().sum(dim=2, keepdim=True, dtype=torch.float64)
-    if problems.penalise_intercept:
-        Gb += b
-        size += b.double().square()
     if problems.loss == "softmax":
         size = size.sum(dim=1, keepdim=True)
     return _Value(C * loss[:, :, None] + size / 2, G, Gb, C * curvature[:, :, None].to(W.dtype))
@@ -601,12 +594,12 @@ def _job(
 class _Preconditioner:
     """Inverse Hessian of the quadratic with the problems' mean curvatures."""
 
-    def __init__(self, design: Design, curvature: Tensor, penalise_intercept: bool) -> None:
+    def __init__(self, design: Design, curvature: Tensor) -> None:
         self._basis, spectrum, rest = design.principal
         # Curvature vanishes when all rows are far on the right side; the penalty then rules.
         self._rest = 1 / (curvature * rest + 1)
         self._leading = 1 / (curvature * spectrum + 1) - self._rest
-        self._intercept = 1 / (curvature.clamp(min=1e-6) + float(penalise_intercept))
+        self._intercept = 1 / curvature.clamp(min=1e-6)
 
     def __call__(self, Q: Tensor, Qb: Tensor) -> tuple[Tensor, Tensor]:
         p, k, d = Q.shape
@@ -658,7 +651,7 @@ def _dot(problems: Problems, A: Tensor, Ab: Tensor, B: Tensor, Bb: Tensor) -> Te
 def _direction(design: Design, state: _State) -> tuple[Tensor, Tensor, Tensor]:
     """Return the L-BFGS direction and its slope."""
     problems, value = state.problems, state.value
-    precondition = _Preconditioner(design, value.curvature, problems.penalise_intercept)
+    precondition = _Preconditioner(design, value.curvature)
     Q, Qb = value.G.clone(), value.Gb.clone()
     steps = []
     for S, Sb, Y, Yb, rho in reversed(state.pairs):

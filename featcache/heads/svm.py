@@ -1,8 +1,6 @@
-"""The support vector machines: linear, and with a Gaussian kernel.
+"""The support vector machine with a Gaussian kernel.
 
-The linear one minimises the primal squared hinge loss with the solver of the logistic regression.
-
-The kernel one solves what scikit-learn's `SVC` solves, by libsvm, but hands it the kernel as a
+It solves what scikit-learn's `SVC` solves, by libsvm, but hands it the kernel as a
 matrix. libsvm computes a kernel pair by pair in double precision; as one matrix product it is 20
 to 30 times faster on 2,048 features, and all values of C share it. The same holds for prediction.
 The price is memory: 8 bytes for each pair of rows.
@@ -18,17 +16,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from joblib import Parallel, delayed
 
 from featcache.heads.base import ClassWeight, Head
-from featcache.heads.linear import IterativeModel, LinearHead
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import HeadKind, Params, Search, SearchOptions, gather
-from featcache.heads.solver import Loss
 from featcache.heads.steps import Gaussian, PairVotes, Step, kernel, squared_distances
 from featcache.heads.treatment import TREATMENTS
 
@@ -38,78 +34,6 @@ _C = 10.0
 _COUNTS = (128, 256, 512)  # of principal components
 _GAMMAS = (0.25, 0.5, 2.0)
 _CS = (1.0, 3.0, 30.0)
-
-
-class LinearSVM(IterativeModel):
-    """Linear support vector machine: squared hinge loss, one against the rest, primal.
-
-    Minimises, for each class, ``C * sum_i s_i max(0, 1 - t_i f(x_i))^2 + ||w||^2 / 2``, which is
-    the objective of scikit-learn's ``LinearSVC(loss="squared_hinge")`` but for the intercept,
-    which liblinear penalises and this does not unless `penalize_intercept`. Two classes have one
-    vector of weights.
-
-    Parameters
-    ----------
-    C : float
-        Weight of the loss.
-    class_weight : "balanced", dict or None
-        Weights of the classes; as in liblinear, with more than two classes they weight the rows
-        of the class that a problem is about, not the rest.
-    standardize : bool
-        Whether columns are scaled to unit deviation first.
-    penalize_intercept : bool
-        Whether ``b^2 / 2`` is added, b being the intercept for centred features: what liblinear
-        does behind a scaler.
-    tol : float
-        Distance to the minimum, as a part of the objective, at which to stop.
-    max_iter : int
-        Passes over the rows at most.
-
-    Attributes
-    ----------
-    classes_ : ndarray of shape (k,)
-        Labels.
-    coef_ : ndarray of shape (k, d) or (1, d), float64
-        Weights for raw features.
-    intercept_ : ndarray of shape (k,) or (1,), float64
-        Intercepts.
-    n_features_in_ : int
-        Number of columns.
-    n_iter_ : ndarray of shape (1,)
-        Passes over the rows.
-    """
-
-    def __init__(
-        self,
-        C: float = 1.0,
-        *,
-        class_weight: ClassWeight = None,
-        standardize: bool = True,
-        penalize_intercept: bool = False,
-        tol: float = 1e-6,
-        max_iter: int = 1000,
-    ) -> None:
-        self.C = C
-        self.class_weight = class_weight
-        self.standardize = standardize
-        self.penalize_intercept = penalize_intercept
-        self.tol = tol
-        self.max_iter = max_iter
-
-    def _loss(self, k: int) -> Loss:
-        return "squared_hinge"
-
-    def _penalizes_intercept(self) -> bool:
-        return self.penalize_intercept
-
-
-@dataclass(frozen=True)
-class LinearSVMHead(LinearHead):
-    """Linear SVM: treatment and C, as `LinearHead`."""
-
-    name: ClassVar[str] = "svm"
-    summary: ClassVar[str] = "linear SVM (squared hinge, one against the rest)"
-    estimator: ClassVar[type[IterativeModel]] = LinearSVM
 
 
 def _default_gamma(X: np.ndarray, weight: np.ndarray | None = None) -> float:
@@ -247,13 +171,13 @@ class GaussianSVMHead(HeadKind):
         for params, values in zip(settings, zip(*per_fold, strict=True), strict=True):
             search.tried(params, gather(rows, values))
 
-    def fit(self, rows: TrainingRows, params: Params) -> Any:
+    def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
         """Fit on all rows."""
         estimator = GaussianSVM(
             params["C"], gamma=params["gamma"], class_weight=self.options.class_weight
         )
         preparation = Preparation.of(params, self.options.random_state)
-        return preparation.fit_head(rows, self.name, estimator)
+        return preparation.fit_head(rows, estimator)
 
 
 def _fold_scores(

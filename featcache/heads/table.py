@@ -38,13 +38,13 @@ from typing import Any
 
 import numpy as np
 
-from featcache.heads.linear import LinearHead
+from featcache.heads.linear import LinearHead, LinearSVMHead
 from featcache.heads.mlp import search_mlp
 from featcache.heads.neighbors import search_knn
 from featcache.heads.ridge import RidgeHead
 from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
 from featcache.heads.search import Scoring, SearchResult, check_scoring
-from featcache.heads.svm import GaussianSVMHead, LinearSVMHead
+from featcache.heads.svm import GaussianSVMHead
 from featcache.heads.trees import search_boosting, search_forest
 
 

@@ -30,6 +30,7 @@ from sklearn.utils.extmath import randomized_svd
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from featcache.heads.base import FittedHead, fitted_head
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
@@ -520,7 +521,7 @@ def search_boosting(
     estimator = search.last(best.params["n_components"], best.params["rounds"])
     return SearchResult(
         head="boosting",
-        estimator=estimator,
+        estimator=fitted_head(estimator),
         best=best,
         trials=tuple(one for one, _ in tried),
         classes=rows.classes,
@@ -692,7 +693,7 @@ def search_forest(
     chosen, values = tried[best]
     middle = time.perf_counter()
     forest = kinds[best.splits](_TREES, min_samples_leaf=best.min_samples_leaf, **shared)
-    estimator = best.preparation.fit_head(rows, "forest", forest)
+    estimator = FittedHead(best.preparation.fit_head(rows, forest), rows.classes)
     return SearchResult(
         head="forest",
         estimator=estimator,

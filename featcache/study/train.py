@@ -41,7 +41,7 @@ from scipy.special import softmax
 from featcache.errors import PredictorError, TrainingError
 from featcache.finetuning.search import SUFFIX, SuffixSearch, remove_checkpoints
 from featcache.finetuning.settings import SuffixSettings
-from featcache.heads.base import FittedHead, fitted_head
+from featcache.heads.base import FittedHead
 from featcache.heads.rows import FeatureBlocks
 from featcache.heads.search import logits as head_logits
 from featcache.heads.search import score_folds
@@ -560,7 +560,7 @@ def _predictor(task: _Task, found: Any) -> Predictor:
         )
         for source in sorted(used)
     ]
-    head = fitted_head(found.estimator)
+    head = found.estimator
     return Predictor(
         estimator=head,
         head=found.head,

@@ -43,7 +43,7 @@ def train_from_disk(path: str, memory: int) -> None:
     options = SearchOptions(memory=memory)
     found = search(LinearHead(options, treatments=("standard",), Cs=Cs, refine=False), rows)
     seconds = time.perf_counter() - begin
-    print(f"{seconds} {peak_megabytes()} {before} {found.score} {found.estimator.n_iter_[0]}")
+    print(f"{seconds} {peak_megabytes()} {before} {found.score}")
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from synthetic import FINGERPRINT, TAP, Images, features
 
-from featcache.heads.linear import LinearClassifier, LinearHead
+from featcache.heads.linear import LinearClassifier, LinearHead, LinearSVMHead
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import search
-from featcache.heads.svm import GaussianSVM, LinearSVM, LinearSVMHead
+from featcache.heads.svm import GaussianSVM
 from featcache.heads.table import HEADS
 from featcache.heads.trees import BoostedTrees, search_forest
 from featcache.store.store import FeatureStore
@@ -157,10 +157,10 @@ def linear(X: np.ndarray, y: np.ndarray, name: str, whole: bool) -> None:
 
 
 def hinge(model: Any, Z: np.ndarray, y: np.ndarray, C: float) -> float:
-    """LinearSVC's objective, which penalises the intercept."""
+    """LinearSVC's objective, but for the intercept, which it penalises."""
     own = y[:, None] == (np.unique(y) if model.coef_.shape[0] > 1 else np.unique(y)[1:])
     slack = np.maximum(0, 1 - (Z @ model.coef_.T + model.intercept_) * np.where(own, 1, -1))
-    size = (model.coef_**2).sum() + (model.intercept_**2).sum()
+    size = (model.coef_**2).sum()
     return float(C * (slack**2).sum() + size / 2)
 
 
@@ -168,9 +168,9 @@ def svm(X: np.ndarray, y: np.ndarray, name: str, Cs: tuple[float, ...]) -> None:
     scaler = StandardScaler().fit(X)
     Z = scaler.transform(X).astype(np.float64)
     for C in Cs:
-        model = LinearSVM(C, penalize_intercept=True, tol=1e-5)
+        model = LinearClassifier(C, loss="squared_hinge", tol=1e-5)
         seconds, _ = timed(lambda model=model: model.fit(X, y))
-        rival = LinearSVC(C=C, dual=False)
+        rival = LinearSVC(C=C, dual=False, intercept_scaling=300.0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             other, _ = timed(lambda rival=rival: rival.fit(Z, y))
@@ -317,11 +317,11 @@ def disk(sizes: tuple[int, ...]) -> None:
                 capture_output=True,
                 text=True,
             )
-        seconds, peak, before, score, passes = map(float, done.stdout.split())
+        seconds, peak, before, score = map(float, done.stdout.split())
         times[n] = seconds
         say(
             f"  {n:9,} rows: {seconds:6.1f} s, {1e6 * seconds / n:6.1f} us a row; peak {peak:.0f} "
-            f"MB, {before:.0f} MB before; accuracy {score:.4f}; last fit {passes:.0f} passes"
+            f"MB, {before:.0f} MB before; accuracy {score:.4f}"
         )
     first, last = min(times), max(times)
     growth = (times[last] / times[first]) / (last / first)
