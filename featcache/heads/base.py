@@ -162,9 +162,6 @@ def _steps_of(part: Any) -> list[Step]:
     if name == "PCA":
         weight = part.components_ / np.sqrt(part.explained_variance_)[:, None]
         return [steps.Matrix(weight, -weight @ part.mean_)]
-    if name == "MLP":
-        (first, bias), (second, offset) = part.layers()
-        return [steps.Matrix(first, bias), steps.Relu(), steps.Matrix(second, offset)]
     if name == "CosineNeighbors":
         numbers = float(part.n_neighbors), float(part.temperature)
         arrays = part.rows_, part.codes_, part.weights_, part.factors_

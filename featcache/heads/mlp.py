@@ -1,7 +1,6 @@
 """The network head: one hidden layer on standardised features.
 
-Trained by torch, kept as numpy arrays: the standardisation is folded into the first layer, so
-that a fitted head is two matrix products, and can be grafted onto its backbone as two layers.
+Trained by torch, kept as steps of numpy arrays, which can be grafted onto the backbone as layers.
 """
 
 from __future__ import annotations
@@ -14,21 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import expit, softmax
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
 from featcache.errors import TrainingError
-from featcache.heads.base import FittedHead
+from featcache.heads.base import ClassWeight, FittedHead, Head, through
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import Scoring, SearchResult, Trial, gather, score_folds
 from featcache.heads.solver import Workers
+from featcache.heads.steps import Matrix, Relu, Scale, Step
 
 _CHECKPOINTS = (1, 2, 3, 5, 7, 10, 14, 20, 28)  # epochs at which a search looks, or ...
 _STEPS = 16  # ... a multiple of them, so that there are as many steps between two looks
@@ -41,7 +37,7 @@ _AVERAGED = 0.99  # part of the average of the weights that is kept at each step
 _BLOCK = 8192  # rows scored at a time
 
 
-class MLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class MLP(Head):
     """One hidden layer of rectified units with dropout, trained by AdamW on minibatches.
 
     What predicts is a running average of the weights, which is steadier than the last ones
@@ -56,29 +52,22 @@ class MLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     learning_rate, weight_decay : float
         Of AdamW (Loshchilov and Hutter, Decoupled weight decay regularization, 2019).
     batch_size : int
-        TrainingRows of a step.
-    max_epochs : int
-        Passes over the training rows at most.
-    validation_fraction : float
-        Part of the training rows that is held out to stop early; 0 trains for `max_epochs`.
-        Nothing is held out where a class would have no row left.
-    patience : int
-        Epochs without a smaller loss on the held-out rows before training stops.
+        Rows of a step.
+    epochs : int
+        Passes over the training rows.
     class_weight : "balanced", dict or None
         Weights of the classes.
     random_state : int, RandomState or None
-        Seed of the first weights, the order of the rows, dropout and what is held out.
+        Seed of the first weights, the order of the rows and dropout.
 
     Attributes
     ----------
     classes_ : ndarray of shape (k,)
         Labels.
-    coefs_ : list of ndarray, float32 (hidden, d) and (k, hidden)
-        Weights of the two layers, for raw features.
-    intercepts_ : list of ndarray, float32 (hidden,) and (k,)
-        Intercepts.
-    n_features_in_, n_iter_ : int
-        Columns; epochs that the weights have seen.
+    steps_ : list of Step
+        Standardisation, and the two layers with the rectifier between them.
+    n_features_in_ : int
+        Number of columns.
     """
 
     def __init__(
@@ -89,10 +78,8 @@ class MLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         batch_size: int = 128,
-        max_epochs: int = 100,
-        validation_fraction: float = 0.1,
-        patience: int = 8,
-        class_weight: str | dict[Any, float] | None = None,
+        epochs: int = 100,
+        class_weight: ClassWeight = None,
         random_state: Any = 0,
     ) -> None:
         self.hidden = hidden
@@ -100,174 +87,27 @@ class MLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.batch_size = batch_size
-        self.max_epochs = max_epochs
-        self.validation_fraction = validation_fraction
-        self.patience = patience
+        self.epochs = epochs
         self.class_weight = class_weight
         self.random_state = random_state
 
-    def fit(
-        self,
-        X: np.ndarray,
-        y: np.ndarray,
-        sample_weight: np.ndarray | None = None,
-        groups: np.ndarray | None = None,
-    ) -> MLP:
-        """Fit to features (n, d) and labels (n,).
-
-        Parameters
-        ----------
-        X : array of shape (n, d)
-            Features; trained on as float32.
-        y : array of shape (n,)
-            Labels.
-        sample_weight : array of shape (n,), optional
-            Weights of the rows in the loss and in the standardisation.
-        groups : array of shape (n,), optional
-            TrainingRows of one group are held out together.
-
-        Raises
-        ------
-        ValueError
-            A parameter out of range, or data that scikit-learn refuses.
-        """
-        self._check_parameters()
-        X, y = validate_data(self, X, y, dtype=np.float32)
-        check_classification_targets(y)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        classes, codes = np.unique(y, return_inverse=True)
-        if len(classes) < 2:
-            raise ValueError(f"Expected at least two classes, got one class: {classes[0]!r}.")
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        kept, held = self._hold_out(codes, groups, seed)
-        # Steps this small gain nothing from threads, and lose much to other programs' beside them.
-        with Workers.start():
-            training = _Training(self, X, codes, weight, classes, kept, seed)
-            return self._take(self._trained(training, held), classes)
-
-    def _trained(self, training: _Training, held: np.ndarray) -> _Layers:
-        """Train to the end, or until the loss on the rows `held` out falls no more."""
-        if not len(held):
-            training.advance(self.max_epochs)
-            self.n_iter_ = self.max_epochs
-            return training.layers()
-        best, since, found = np.inf, 0, training.layers()
-        for epoch in range(1, self.max_epochs + 1):
-            training.epoch()
-            layers = training.layers()
-            scores = layers.scores(training.X[held])
-            loss = _log_loss(scores, training.codes[held], training.loss_weights(held))
-            since = 0 if loss < best else since + 1
-            if loss < best:
-                best, found, self.n_iter_ = loss, layers, epoch
-            if since >= self.patience:
-                break
-        return found
-
     def _check_parameters(self) -> None:
-        positive = (
-            self.hidden,
-            self.learning_rate,
-            self.batch_size,
-            self.max_epochs,
-            self.patience,
-        )
+        positive = self.hidden, self.learning_rate, self.batch_size, self.epochs
         if not all(value > 0 for value in positive):
             raise ValueError(
-                "hidden, learning_rate, batch_size, max_epochs and patience must be positive, "
-                f"got {positive}."
+                f"hidden, learning_rate, batch_size and epochs must be positive, got {positive}."
             )
-        if not 0 <= self.dropout < 1 or not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                "dropout and validation_fraction must be in [0, 1), got "
-                f"{self.dropout}, {self.validation_fraction}."
-            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
 
-    def _hold_out(
-        self, codes: np.ndarray, groups: np.ndarray | None, seed: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Split row numbers into those to train on and those to stop by."""
-        everything, nothing = np.arange(len(codes)), np.arange(0)
-        counts = np.bincount(codes)
-        size = int(self.validation_fraction * len(codes))
-        if size < len(counts):
-            return everything, nothing
-        from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit
-
-        if groups is not None:
-            if len(np.unique(groups)) < 2:
-                return everything, nothing
-            split = GroupShuffleSplit(1, test_size=self.validation_fraction, random_state=seed)
-        elif counts.min() < 2:
-            return everything, nothing
-        else:
-            split = StratifiedShuffleSplit(1, test_size=size, random_state=seed)
-        kept, held = next(split.split(everything, codes, groups))
-        if len(np.unique(codes[kept])) < len(counts):
-            return everything, nothing
-        return kept, held
-
-    def _take(self, layers: _Layers, classes: np.ndarray) -> MLP:
-        self.classes_ = classes
-        self.coefs_ = [layers.first, layers.second]
-        self.intercepts_ = [layers.bias, layers.offset]
-        self.n_features_in_ = layers.first.shape[1]
-        return self
-
-    def layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return (weights (out, in), bias (out,)) of the layers, float64, for raw features.
-
-        Between them stands a ReLU; the last gives the logits of all classes.
-        """
-        check_is_fitted(self)
-        return [
-            (weight.astype(np.float64), bias.astype(np.float64))
-            for weight, bias in zip(self.coefs_, self.intercepts_, strict=True)
-        ]
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Return logits: (n, k), or for two classes their difference (n,)."""
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        scores = _Layers(*self.coefs_, *self.intercepts_).scores(X)
-        result: np.ndarray = scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
-        return result
-
-    def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        """Return probabilities of shape (n, k)."""
-        scores = self.decision_function(X)
-        if scores.ndim == 1:
-            return np.stack([expit(-scores), expit(scores)], axis=1)
-        proba: np.ndarray = softmax(scores, axis=1)
-        return proba
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Return the most probable labels, of shape (n,)."""
-        scores = self.decision_function(X)
-        chosen = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
-        labels: np.ndarray = self.classes_[chosen]
-        return labels
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """The two layers for raw features, as numpy arrays."""
-
-    first: np.ndarray  # (hidden, d)
-    second: np.ndarray  # (k, hidden)
-    bias: np.ndarray  # (hidden,)
-    offset: np.ndarray  # (k,)
-
-    def scores(self, X: np.ndarray) -> np.ndarray:
-        """Return logits of shape (n, k), in the precision of `X`."""
-        first, second, bias, offset = (
-            a.astype(X.dtype, copy=False) for a in (self.first, self.second, self.bias, self.offset)
-        )
-        parts = []
-        for start in range(0, len(X), _BLOCK):
-            active = np.maximum(X[start : start + _BLOCK] @ first.T + bias, 0)
-            parts.append(active @ second.T + offset)
-        return np.concatenate(parts)
+    def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        X, rows = X.astype(np.float32, copy=False), np.arange(len(X))
+        # Steps this small gain nothing from threads, and lose much to other programs' beside them.
+        with Workers.start():
+            training = _Training(self, X, codes, weight, self.classes_, rows, seed)
+            training.advance(self.epochs)
+        return training.head_steps()
 
 
 class _Training:
@@ -313,7 +153,7 @@ class _Training:
             ],
             lr=settings.learning_rate,
         )
-        self.steps = 0
+        self.done = 0
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -349,23 +189,20 @@ class _Training:
         self.optimiser.zero_grad()
         (losses * weight).mean().backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
-        self.steps += 1
+        self.done += 1
         # A short memory at first, so that the average does not hold on to the random start.
-        kept = min(_AVERAGED, self.steps / (self.steps + 10.0))
+        kept = min(_AVERAGED, self.done / (self.done + 10.0))
         with torch.no_grad():
             for mean, one in zip(self.average, self.parameters, strict=True):
                 mean.lerp_(one, 1.0 - kept)
 
-    def layers(self) -> _Layers:
-        """Return the averaged network with the standardisation folded in."""
-        first, second, bias, offset = (one.numpy().astype(np.float64) for one in self.average)
-        folded = first / self.scale
-        return _Layers(
-            folded.astype(np.float32),
-            second.astype(np.float32),
-            (bias - folded @ self.centre).astype(np.float32),
-            offset.astype(np.float32),
-        )
+    def head_steps(self) -> list[Step]:
+        """Return the averaged network behind the standardisation."""
+        first, second, bias, offset = (one.numpy().copy() for one in self.average)
+        if len(offset) == 2:  # as -f/2 and f/2
+            second, offset = second - second.mean(axis=0), offset - offset.mean()
+        scale = Scale(self.centre, self.scale)
+        return [scale, Matrix(first, bias), Relu(), Matrix(second, offset)]
 
 
 def _batches(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -390,12 +227,6 @@ def _moments(X: np.ndarray, rows: np.ndarray, weight: np.ndarray) -> tuple[np.nd
     constant = variance <= (1e-6 * size) ** 2
     deviation = np.where(constant, 1.0, np.sqrt(variance))
     return (shift + mean).astype(np.float32), deviation.astype(np.float32)
-
-
-def _log_loss(scores: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> float:
-    values = torch.from_numpy(scores).double()
-    losses = torch.nn.functional.cross_entropy(values, torch.from_numpy(codes), reduction="none")
-    return float(weight @ losses.numpy() / max(weight.sum(), 1e-300))
 
 
 def search_mlp(
@@ -437,7 +268,7 @@ def search_mlp(
     best = search.best
     middle = time.perf_counter()
     network = search.network(best.candidate.params["dropout"])
-    network.set_params(max_epochs=best.candidate.params["epochs"], validation_fraction=0.0)
+    network.set_params(epochs=best.candidate.params["epochs"])
     fitted = FittedHead(best.preparation.fit_head(rows, network), rows.classes)
     return SearchResult(
         head="mlp",
@@ -524,8 +355,7 @@ class _Search:
 
     def _scores(self, training: _Training, valid: np.ndarray) -> np.ndarray:
         """Return scores (images, k) of validation images, means over their views."""
-        scores = training.layers().scores(training.X[self.rows.rows(valid)])
-        if scores.shape[1] == 2:  # as `featcache.heads.search.logits` gives them
-            scores -= scores.mean(axis=1, keepdims=True)
+        X = training.X[self.rows.rows(valid)]
+        scores = np.concatenate([found for _, found in through(training.head_steps(), X)])
         mean: np.ndarray = scores.reshape(len(valid), self.rows.views, -1).mean(axis=1)
         return mean
