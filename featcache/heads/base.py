@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import numpy as np
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -135,7 +135,8 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict_log_proba(self, X: np.ndarray) -> np.ndarray:
         """Return logarithms of the probabilities, of shape (n, k)."""
-        logs: np.ndarray = log_softmax(self._scores(X), axis=1)
+        with np.errstate(divide="ignore"):
+            logs: np.ndarray = np.log(self.predict_proba(X))
         return logs
 
 
@@ -153,19 +154,6 @@ def _steps_of(part: Any) -> list[Step]:
         found: list[Step] = part.steps_
         return found
     name = type(part).__name__
-    if name == "Normalizer":
-        return [steps.Unit()]
-    if name == "SignedPower":
-        return [steps.Power(float(part.exponent))]
-    if name == "StandardScaler":
-        return [steps.Scale(part.mean_, part.scale_)]
-    if name == "PCA":
-        weight = part.components_ / np.sqrt(part.explained_variance_)[:, None]
-        return [steps.Matrix(weight, -weight @ part.mean_)]
-    if name == "CosineNeighbors":
-        numbers = float(part.n_neighbors), float(part.temperature)
-        arrays = part.rows_, part.codes_, part.weights_, part.factors_
-        return [steps.Unit(), steps.Neighbors(*arrays, *numbers), steps.Log()]
     if name == "BoostedTrees":
         children = np.stack([part.left_, part.right_], axis=1)
         trees = steps.Trees(

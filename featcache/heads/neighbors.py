@@ -14,34 +14,35 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from featcache.heads.base import FittedHead
+from featcache.heads.base import ClassWeight, FittedHead, Head
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
 from featcache.heads.search import Scoring, SearchResult, Trial, choose, gather, score_folds
-from featcache.heads.treatment import power, unit_norm, with_treatment
+from featcache.heads.steps import (
+    Log,
+    Neighbors,
+    Power,
+    Step,
+    Unit,
+    nearest,
+    needed_neighbors,
+)
 
 NEIGHBORS = (10, 20, 100, 200)
 TEMPERATURES = (0.02, 0.05, 0.15)
 
 _COUNTS = (128, 256)  # of principal components
-_QUERIES = 1024  # rows compared at a time ...
-_REFERENCES = 4096  # ... with so many: 16 MB of similarities
-_MOST = 4096  # neighbours that are looked at
+_QUERIES = 1024  # rows compared at a time
 _VOTES = 1 << 22  # neighbours whose votes are counted at a time
 _WORK = 2e13  # multiplications and additions that each treatment may take: two minutes
 _FEWEST_QUERIES = 10_000
 _SOME_QUERIES = 1000  # however little memory there is: every fold must have some
-_SMALLEST_PROBABILITY = 1e-4  # as in `featcache.heads.search.logits`
 
 
-class CosineNeighbors(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class CosineNeighbors(Head):
     """Vote of the nearest training rows by cosine similarity.
 
     Parameters
@@ -58,15 +59,8 @@ class CosineNeighbors(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ----------
     classes_ : ndarray of shape (k,)
         Labels.
-    rows_ : ndarray of shape (n, d)
-        Training rows of length 1: float64 or float32 as they came, float16 where a search had to
-        save memory.
-    codes_ : ndarray of shape (n,), int32
-        Class of each row.
-    weights_ : ndarray of shape (n,), float64
-        Sample weights.
-    factors_ : ndarray of shape (k,), float64
-        Class weights.
+    steps_ : list of Step
+        Rows of length 1, the `Neighbors` that vote, and the logarithm of their votes.
     n_features_in_ : int
         Number of columns.
     """
@@ -76,171 +70,33 @@ class CosineNeighbors(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_neighbors: int = 20,
         *,
         temperature: float = 0.05,
-        class_weight: str | dict[Any, float] | None = None,
+        class_weight: ClassWeight = None,
     ) -> None:
         self.n_neighbors = n_neighbors
         self.temperature = temperature
         self.class_weight = class_weight
 
-    def fit(
-        self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
-    ) -> CosineNeighbors:
-        """Keep features (n, d) with their labels (n,).
-
-        Raises
-        ------
-        ValueError
-            A parameter out of range, or data that scikit-learn refuses.
-        """
+    def _check_parameters(self) -> None:
         if not self.n_neighbors >= 1 or not self.temperature > 0:
             raise ValueError(
                 "n_neighbors must be at least 1 and temperature positive, got "
                 f"{self.n_neighbors}, {self.temperature}."
             )
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
-        check_classification_targets(y)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        classes, codes = np.unique(y, return_inverse=True)
-        return self._keep(unit_norm(X), codes, weight, classes)
 
-    def _keep(
+    def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
+        return self.keep(Unit()(X), codes, weight, self.classes_)
+
+    def keep(
         self, unit: np.ndarray, codes: np.ndarray, weight: np.ndarray, classes: np.ndarray
-    ) -> CosineNeighbors:
+    ) -> list[Step]:
+        """Return the steps for rows of length 1, those of no weight left out."""
+        factors = compute_class_weight(self.class_weight, classes=classes, y=classes[codes])
         counts = weight > 0
-        if not counts.any():
-            raise ValueError("Expected at least one row of positive weight, all weights are 0.")
-        self.classes_ = classes
-        self.rows_ = unit if counts.all() else unit[counts]
-        self.codes_ = codes[counts].astype(np.int32)
-        self.weights_ = weight[counts]
-        self.factors_ = compute_class_weight(self.class_weight, classes=classes, y=classes[codes])
-        self.n_features_in_ = unit.shape[1]
-        return self
-
-    def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        """Return each class's part of the votes, of shape (n, k)."""
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        needed = needed_neighbors(self.weights_, self.n_neighbors)
-        parts = []
-        for start in range(0, len(X), _QUERIES):
-            queries = unit_norm(X[start : start + _QUERIES])
-            found = nearest(queries, self.rows_, needed)
-            parts.append(
-                votes(
-                    *found,
-                    self.codes_,
-                    self.weights_,
-                    self.factors_,
-                    self.n_neighbors,
-                    self.temperature,
-                )
-            )
-        return np.concatenate(parts)
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Return the labels with the most votes, of shape (n,)."""
-        proba = self.predict_proba(X)
-        labels: np.ndarray = self.classes_[proba.argmax(axis=1)]
-        return labels
-
-
-def needed_neighbors(weights: np.ndarray, n_neighbors: int) -> int:
-    """Return how many neighbours may be needed to reach a total weight of `n_neighbors`.
-
-    Never more than `_MOST`: only weights far below 1 could ask for more.
-    """
-    return int(min(len(weights), _MOST, np.ceil(n_neighbors / weights.min())))
-
-
-def nearest(
-    queries: np.ndarray,
-    references: np.ndarray,
-    count: int,
-    *,
-    allowed: Callable[[slice], np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Find the most similar references of each query, with the memory of one block.
-
-    Parameters
-    ----------
-    queries : ndarray of shape (q, d)
-        TrainingRows of length 1, float32 or float64.
-    references : ndarray of shape (n, d)
-        TrainingRows of length 1 of any float type; converted block by block.
-    count : int
-        How many, at most n.
-    allowed : callable, optional
-        Takes a slice of references, gives a boolean array (q, references): which may be found.
-
-    Returns
-    -------
-    similarities : ndarray of shape (q, count)
-        Falling; minus infinity where fewer are allowed.
-    indices : ndarray of shape (q, count), int64
-        TrainingRows of `references`.
-    """
-    best: torch.Tensor | None = None
-    where = torch.empty(0)
-    for start in range(0, len(references), _REFERENCES):
-        block = slice(start, min(start + _REFERENCES, len(references)))
-        product = queries @ references[block].astype(queries.dtype, copy=False).T
-        if allowed is not None:
-            product[~allowed(block)] = -np.inf
-        values = torch.from_numpy(product)
-        indices = torch.arange(block.start, block.stop).expand(values.shape)
-        if best is not None:
-            values = torch.cat([best, values], dim=1)
-            indices = torch.cat([where, indices], dim=1)
-        best, chosen = values.topk(min(count, values.shape[1]), dim=1)
-        where = indices.gather(1, chosen)
-    assert best is not None
-    return best.numpy(), where.numpy()
-
-
-def votes(
-    similarities: np.ndarray,
-    indices: np.ndarray,
-    codes: np.ndarray,
-    weights: np.ndarray,
-    factors: np.ndarray,
-    n_neighbors: int,
-    temperature: float,
-) -> np.ndarray:
-    """Count the votes of the nearest rows.
-
-    Parameters
-    ----------
-    similarities, indices : ndarray of shape (q, m)
-        What `nearest` found, nearest first.
-    codes, weights : ndarray of shape (n,)
-        Class and sample weight of the rows.
-    factors : ndarray of shape (k,)
-        Class weights.
-    n_neighbors : int
-        Total sample weight of those that vote.
-    temperature : float
-        See `CosineNeighbors`.
-
-    Returns
-    -------
-    ndarray of shape (q, k), float64
-        Each class's part of the votes.
-    """
-    q, k = len(similarities), len(factors)
-    weight = weights[indices]
-    share = np.clip(n_neighbors - (np.cumsum(weight, axis=1) - weight), 0.0, weight)
-    above = similarities.astype(np.float64) - similarities[:, :1]
-    own = codes[indices]
-    vote = share * np.exp(above / temperature) * factors[own]
-    cell = np.arange(q)[:, None] * k + own
-    total = np.bincount(cell.ravel(), weights=vote.ravel(), minlength=q * k).reshape(q, k)
-    everything = total.sum(axis=1, keepdims=True)
-    # Classes whose weight is 0 can be all that votes.
-    result: np.ndarray = np.where(
-        everything > 0, total / np.where(everything > 0, everything, 1.0), 1.0 / k
-    )
-    return result
+        if not counts.all():
+            unit, codes, weight = unit[counts], codes[counts], weight[counts]
+        numbers = float(self.n_neighbors), float(self.temperature)
+        neighbors = Neighbors(unit, codes.astype(np.int32), weight, factors, *numbers)
+        return [Unit(), neighbors, Log()]
 
 
 @dataclass(frozen=True)
@@ -287,7 +143,7 @@ def _unit_blocks(
     """Yield (row numbers, rows of length 1 after the treatment)."""
     source = rows.X if isinstance(rows.X, FeatureBlocks) else FeatureBlocks.of(rows.X)
     for images, block in source.blocks(_QUERIES):
-        yield source.rows_of(images), unit_norm(block if treat is None else treat(block))
+        yield source.rows_of(images), Unit()(block if treat is None else treat(block))
 
 
 @dataclass(frozen=True)
@@ -377,17 +233,13 @@ class _Search:
                 per_fold, stop = [], 0
                 for (_, one), factors in zip(folds, per_class, strict=True):
                     start, stop = stop, stop + len(one) * rows.views
-                    proba = _counted(
-                        similarities[start:stop],
-                        found[start:stop],
-                        (codes, weights, factors, n_neighbors, temperature),
-                    )
-                    logs = np.log(np.maximum(proba, _SMALLEST_PROBABILITY))
+                    vote = Neighbors(self.unit, codes, weights, factors, n_neighbors, temperature)
+                    logs = Log()(_counted(vote, similarities[start:stop], found[start:stop]))
                     per_fold.append(logs.reshape(len(one), rows.views, len(factors)).mean(axis=1))
                 values = gather(_judged_rows(rows, folds), per_fold)
                 scores = score_folds(values, rows.codes, rows.classes, folds, scoring)
-                vote = {"k": n_neighbors, "temperature": temperature}
-                tried.append((Trial({**params, **vote}, scores), values))
+                chosen = {"k": n_neighbors, "temperature": temperature}
+                tried.append((Trial({**params, **chosen}, scores), values))
         return tried
 
 
@@ -407,20 +259,20 @@ def _judged_rows(rows: TrainingRows, folds: Any) -> TrainingRows:
     return TrainingRows(rows.X, rows.codes, rows.classes, rows.weight, folds, rows.views)
 
 
-def _counted(similarities: np.ndarray, found: np.ndarray, how: tuple[Any, ...]) -> np.ndarray:
-    """Return `votes`, block by block: it needs several arrays of the size of its input."""
+def _counted(neighbors: Neighbors, similarities: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Return the votes, block by block: it needs several arrays of the size of its input."""
     step = max(1, _VOTES // similarities.shape[1])
     parts = [
-        votes(similarities[i : i + step], found[i : i + step], *how)
+        neighbors.votes(similarities[i : i + step], found[i : i + step])
         for i in range(0, len(similarities), step)
     ]
-    return np.concatenate(parts) if parts else np.empty((0, len(how[2])))
+    return np.concatenate(parts) if parts else np.empty((0, len(neighbors.factors)))
 
 
 def search_knn(
     rows: TrainingRows,
     *,
-    class_weight: str | dict[Any, float] | None = None,
+    class_weight: ClassWeight = None,
     scoring: Scoring = "accuracy",
     random_state: int = 0,
     memory: int | None = None,
@@ -448,7 +300,7 @@ def search_knn(
     """
     start = time.perf_counter()
     plan = _Plan.make(rows, memory, random_state)
-    treatments: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {"l2": None, "power": power}
+    treatments: dict[str, Step | None] = {"l2": None, "power": Power()}
     tried: list[tuple[Trial, np.ndarray]] = []
     for name, treat in treatments.items():
         search = _Search(rows, plan, treat)
@@ -462,21 +314,23 @@ def search_knn(
             tried += search.candidates(some.params, neighbors, scoring, class_weight)
     best, values = choose(tried)
     middle = time.perf_counter()
-    estimator: Any = CosineNeighbors(
+    estimator = CosineNeighbors(
         best.params["k"], temperature=best.params["temperature"], class_weight=class_weight
     )
     treatment = best.params["treatment"]
     if "n_components" in best.params:
         some = Preparation(treatment, best.params["n_components"], random_state=random_state)
-        estimator = FittedHead(some.fit_head(rows, estimator), rows.classes)
+        steps = some.fit_head(rows, estimator)
     else:
-        last = _Search(rows, plan, treatments[treatment])
-        estimator._keep(last.unit, last.codes[last.kept], last.weights[last.kept], rows.classes)
-        # The head scales rows to length 1 by itself.
-        estimator = with_treatment("standard" if treatment == "l2" else treatment, estimator, "knn")
+        treat = treatments[treatment]
+        last = _Search(rows, plan, treat)
+        steps = estimator.keep(
+            last.unit, last.codes[last.kept], last.weights[last.kept], rows.classes
+        )
+        steps = steps if treat is None else [treat, *steps]
     return SearchResult(
         head="knn",
-        estimator=estimator,
+        estimator=FittedHead(steps, rows.classes),
         best=best,
         trials=tuple(one for one, _ in tried),
         classes=rows.classes,
