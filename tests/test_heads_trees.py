@@ -3,26 +3,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.ensemble import (
+    ExtraTreesClassifier,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+)
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.heads.rows import FeatureBlocks
 from featcache.heads.search import logits
+from featcache.heads.steps import Trees
 from featcache.heads.table import HEADS
-from featcache.heads.trees import Basis, BoostedTrees, discriminants
+from featcache.heads.trees import BoostedTrees, discriminants
 from tests.benchmarks.synthetic import features
 
 UNEQUAL = {
     "check_sample_weight_equivalence_on_dense_data": "leaves count rows, bins their values",
     "check_sample_weight_equivalence_on_sparse_data": "leaves count rows, bins their values",
 }
-ENGINES = ("lightgbm", "sklearn")
 
 
 @parametrize_with_checks(
-    [BoostedTrees(n_rounds=10, min_samples_leaf=3, engine=engine) for engine in ENGINES],
+    [BoostedTrees(n_rounds=10, min_samples_leaf=3)],
     expected_failed_checks=lambda estimator: UNEQUAL,
 )
 def test_it_is_a_scikit_learn_classifier(estimator, check):
@@ -49,43 +53,37 @@ def folds_of(y, cv=3):
     return list(split.split(np.zeros(len(y)), y))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("classes", [2, 3])
-def test_arrays_predict_what_the_engine_predicts(engine, classes):
+def test_arrays_predict_what_scikit_learn_predicts(classes):
+    """The only test that a private attribute of scikit-learn is still what we read it as."""
     X, y = network_like(classes=classes)
-    model = BoostedTrees(32, n_rounds=7, engine=engine).fit(X, y)
-    Z = Basis(model.mean_, model.components_).project(X)
+    model = BoostedTrees(32, n_rounds=7).fit(X, y)
+    centre, projection = model.steps_[:2]
     new = X * np.float32(1.01)  # scikit-learn puts thresholds where training rows are
-    Z_new = Basis(model.mean_, model.components_).project(new)
-    codes = np.unique(y, return_inverse=True)[1]
-    if engine == "sklearn":
-        own = HistGradientBoostingClassifier(
-            learning_rate=0.15,
-            max_iter=7,
-            max_leaf_nodes=8,
-            min_samples_leaf=10,
-            max_bins=63,
-            l2_regularization=5.0,
-        ).fit(Z, codes)
-        expected = own.predict_proba(Z_new)
-    else:
-        lightgbm = pytest.importorskip("lightgbm")
-        params = {"objective": "multiclass", "num_class": 3, "learning_rate": 0.15}
-        if classes == 2:
-            params = {"objective": "binary", "learning_rate": 0.15}
-        params |= {
-            "num_leaves": 8,
-            "min_data_in_leaf": 10,
-            "max_bin": 63,
-            "verbosity": -1,
-            "lambda_l2": 5.0,
-        }
-        params |= {"num_threads": 1, "deterministic": True, "force_col_wise": True}
-        data = lightgbm.Dataset(Z, codes, params=params)
-        expected = lightgbm.train(params, data, 7).predict(Z_new)
-        if classes == 2:
-            expected = np.stack([1 - expected, expected], axis=1)
+    own = HistGradientBoostingClassifier(
+        learning_rate=0.15,
+        max_iter=7,
+        max_leaf_nodes=8,
+        min_samples_leaf=10,
+        max_bins=63,
+        l2_regularization=5.0,
+        early_stopping=False,
+    ).fit(projection(centre(X)), y)
+    expected = own.predict_proba(projection(centre(new)))
     np.testing.assert_allclose(model.predict_proba(new), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [RandomForestClassifier, ExtraTreesClassifier])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_forests_as_arrays_predict_what_scikit_learn_predicts(kind, classes):
+    X, y = network_like(classes=classes)
+    forest = kind(20, random_state=0, class_weight="balanced").fit(X, y)
+    trees = Trees.of_forest(forest)
+    assert trees.check(X.shape[1]) == classes
+    new = X + np.float32(0.01)
+    np.testing.assert_allclose(trees(new), forest.predict_proba(new), atol=1e-6)
+    parts = [trees(new[i : i + 1]) for i in range(40)]
+    np.testing.assert_array_equal(np.concatenate(parts), trees(new)[:40])
 
 
 def test_it_learns_curved_boundaries():
@@ -96,10 +94,9 @@ def test_it_learns_curved_boundaries():
     assert (fitted.predict(X[800:]) == y[800:]).mean() > 0.85
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_many_classes_do_not_diverge(engine):
+def test_many_classes_do_not_diverge():
     X, y = features(2000, 64, 50, rank=16, separation=12.0)
-    fitted = BoostedTrees(64, n_rounds=20, engine=engine).fit(X[:1500], y[:1500])
+    fitted = BoostedTrees(64, n_rounds=20).fit(X[:1500], y[:1500])
     assert fitted.score(X[1500:], y[1500:]) > 0.4
 
 
@@ -128,12 +125,10 @@ def test_weights_of_rows_and_classes_count():
     assert (heavy.predict(X) == "class 1").mean() > (plain.predict(X) == "class 1").mean() + 0.2
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"n_rounds": 0}, {"max_leaf_nodes": 1}, {"engine": "xgboost"}, {"n_components": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"n_rounds": 0}, {"max_leaf_nodes": 1}, {"n_components": 0}])
 def test_impossible_parameters_are_refused(wrong):
     X, y = network_like(60)
-    with pytest.raises(ValueError, match=r"engine|positive"):
+    with pytest.raises(ValueError, match="positive"):
         BoostedTrees(**wrong).fit(X, y)
 
 

@@ -12,7 +12,6 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from featcache.heads import steps
 from featcache.heads.steps import Log, Step
 
 ClassWeight: TypeAlias = str | dict[Any, float] | None
@@ -138,31 +137,3 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         with np.errstate(divide="ignore"):
             logs: np.ndarray = np.log(self.predict_proba(X))
         return logs
-
-
-def fitted_head(estimator: Any) -> FittedHead:
-    """Return the steps of a fitted estimator or pipeline."""
-    if isinstance(estimator, FittedHead):
-        return estimator
-    pipeline = hasattr(estimator, "named_steps")
-    parts = [one for _, one in estimator.steps] if pipeline else [estimator]
-    return FittedHead([step for one in parts for step in _steps_of(one)], parts[-1].classes_)
-
-
-def _steps_of(part: Any) -> list[Step]:
-    if hasattr(part, "steps_"):
-        found: list[Step] = part.steps_
-        return found
-    name = type(part).__name__
-    if name == "BoostedTrees":
-        children = np.stack([part.left_, part.right_], axis=1)
-        trees = steps.Trees(
-            part.roots_, part.feature_, part.threshold_, children, part.value_[:, None],
-            part.baseline_,
-        )  # fmt: skip
-        project = steps.Matrix(part.components_, -part.components_ @ part.mean_)
-        both = steps.Matrix(np.array([[-0.5], [0.5]]), np.zeros(2))
-        return [project, trees, both] if part.roots_.shape[1] == 1 else [project, trees]
-    if hasattr(part, "estimators_"):
-        return [steps.Trees.of_forest(part), steps.Log()]
-    return [steps.Matrix.of_scores(part.coef_, part.intercept_)]

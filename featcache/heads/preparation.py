@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from sklearn.preprocessing import StandardScaler
 
-from featcache.heads.base import fitted_head, through
+from featcache.heads.base import Head, through
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import Params, fit_estimator
-from featcache.heads.steps import Matrix, Scale, Step
+from featcache.heads.steps import Log, Matrix, Scale, Step, Trees
 from featcache.heads.treatment import TREATMENTS
 
 _EXACT = 3000  # columns up to which the whole covariance is decomposed, in seconds
@@ -105,10 +105,12 @@ class Preparation:
         return [self.on_fold(rows, 0)] * len(folds)
 
     def fit_head(self, rows: TrainingRows, head: Any) -> list[Step]:
-        """Fit a head on all rows, and return its steps behind those of the preparation."""
+        """Fit a head of ours, or a forest of scikit-learn, on all rows: return all steps."""
         steps = self.fit(rows)
         inside = replace(rows, X=_transformed(steps, rows.features()))
-        return [*steps, *fitted_head(fit_estimator(head, inside)).steps]
+        fitted = fit_estimator(head, inside)
+        own = fitted.steps_ if isinstance(fitted, Head) else [Trees.of_forest(fitted), Log()]
+        return [*steps, *own]
 
 
 def _transformed(steps: Sequence[Step], X: np.ndarray) -> np.ndarray:

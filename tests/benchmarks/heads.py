@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--random-state", type=int, default=1, help="of the synthetic features")
     parser.add_argument("--store", help="also on the features of this store")
     options = parser.parse_args()
-    say(machine("featcache", "scikit-learn", "numpy", "scipy", "torch", "lightgbm"))
+    say(machine("featcache", "scikit-learn", "numpy", "scipy", "torch"))
     forced = {k: v for k, v in os.environ.items() if k.startswith(("OPENBLAS", "OMP", "MKL"))}
     say(f"torch threads {torch.get_num_threads()}; thread settings in the environment: {forced}")
     parts = options.only or SECTIONS
