@@ -22,7 +22,6 @@ from .store.store import FeatureStore as FeatureStore
 from .study.evaluate import evaluate as evaluate
 from .study.learning_curve import LearningCurve as LearningCurve
 from .study.learning_curve import learning_curve as learning_curve
-from .study.train import compare as compare
 from .study.train import train as train
 from .study.train import train_files as train_files
 

@@ -111,7 +111,7 @@ def best(out: Path, cv: int) -> None:
         click.echo(f"{path}: {store.extraction}")
         stores.append(path)
     result = train_files(
-        stores, out / f"{DEMO}-best.featcache", heads=["rbf-svm"], cv=cv, nested=True
+        stores, out / f"{DEMO}-best.featcache", head=["rbf-svm"], cv=cv, nested=True
     )
     click.echo(result.to_text())
 

@@ -12,16 +12,16 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from featcache.cli.command import Command
-from featcache.cli.study import heads_options
+from featcache.cli.study import head_options
 from pipelines.demo import open_study, study_options
 
 
 @click.command(cls=Command)
 @study_options
-@heads_options
-def classify(heads: tuple[str, ...], n_jobs: int, **options: Any) -> None:
+@head_options
+def classify(head: tuple[str, ...], n_jobs: int, **options: Any) -> None:
     """Train and compare heads; keep the best by cross-validation as a predictor."""
-    open_study(**options).classify(heads, n_jobs)
+    open_study(**options).classify(head, n_jobs)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_the_nearest_images_are_of_the_same_class(store: FeatureStore) -> None:
 
 
 def test_a_learning_curve_is_nested_and_stratified(store: FeatureStore) -> None:
-    curve = learning_curve(store, heads=["linear", "svm"], sizes=[9, 60], layers="late")
+    curve = learning_curve(store, head=["linear", "svm"], sizes=[9, 60], layers="late")
     assert [(point.head, point.images) for point in curve] == [
         ("linear", 9), ("linear", 60), ("svm", 9), ("svm", 60),
     ]  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_learning_curve_is_nested_and_stratified(store: FeatureStore) -> None:
 
 
 def test_sizes_are_chosen(store: FeatureStore) -> None:
-    curve = learning_curve(store, heads=["svm"], layers="late")
+    curve = learning_curve(store, head=["svm"], layers="late")
     sizes = [point.images for point in curve]
     assert sizes[0] == 10 and sizes[-1] == 67 and len(sizes) == 5
 
@@ -185,7 +185,7 @@ def test_evaluations_are_compared_by_name(evaluation: Evaluation) -> None:
 
 
 def test_a_learning_curve_is_drawn(store: FeatureStore) -> None:
-    curve = learning_curve(store, heads=["svm"], sizes=[9, 30], layers="late")
+    curve = learning_curve(store, head=["svm"], sizes=[9, 30], layers="late")
     ax = plot_learning_curve(curve)
     assert list(ax.lines[0].get_xdata()) == [9, 30]
     assert ax.get_xscale() == "log"

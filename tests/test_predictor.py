@@ -426,7 +426,6 @@ def test_everything_comes_back(predictor: Predictor, store: FeatureStore, tmp_pa
     assert back.metrics == json.loads(json.dumps(predictor.metrics))
     assert back.leaderboard == predictor.leaderboard
     assert back.leaderboard is not None
-    assert back.leaderboard.best is back
     np.testing.assert_array_equal(back.train_sha256, store.sha256)
     np.testing.assert_array_equal(back.predict_proba_of(store), predictor.predict_proba_of(store))
     assert back.canaries.images == predictor.canaries.images

@@ -59,7 +59,7 @@ from featcache.pixels.views import Augmentation
 from featcache.predictor.export import export_model
 from featcache.predictor.predictor import Predictor
 from featcache.store.store import FeatureStore
-from featcache.study.train import compare, train, train_files
+from featcache.study.train import train, train_files
 from featcache.system.console import interruptible
 from tests.predictor_files import parts_of, rewritten
 from tests.small import SIDE, Network, network
@@ -659,17 +659,17 @@ def test_views_are_drawn_in_training_and_averaged_in_prediction(folder: Path) ->
 
 def test_it_is_compared_with_the_other_heads_under_the_same_folds(store: FeatureStore) -> None:
     fit, test = store.split(0.25)
-    board = compare(
-        fit, test, heads=["linear", "suffix"], cv=2, suffix=FAST, backbone=backbone(BODY, "pool")
+    best = train(
+        fit, test, head=["linear", "suffix"], cv=2, suffix=FAST, backbone=backbone(BODY, "pool")
     )
+    board = best.leaderboard
     rows = {row.head: row for row in board.rows}
     assert rows.keys() == {"linear", "suffix"}
     assert rows["suffix"].params["from"] == "body"
     assert 0 <= rows["suffix"].cv.accuracy <= 1 and rows["suffix"].held_out is not None
-    assert [c.tap for c in board.predictors["linear"].columns] == [POOL]
-    assert [c.tap for c in board.predictors["suffix"].columns] == [BODY]
-    assert board.predictors["suffix"].temperature > 0
-    assert "suffix" not in fc.compare(fit, heads=["knn"], layers=["pool"], cv=2).to_text()
+    assert [c.tap for c in best.columns] == [{"linear": POOL, "suffix": BODY}[best.head]]
+    assert best.temperature > 0
+    assert "suffix" not in fc.train(fit, head=["knn"], layers=["pool"], cv=2).leaderboard.to_text()
 
 
 def test_scores_while_training_are_those_that_the_head_gives(

@@ -36,7 +36,7 @@ from featcache.networks.taps import Tapped, resolve
 from featcache.networks.tracing import trace
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
-from featcache.study.train import compare
+from featcache.study.train import train
 from tests.small import network as small_network
 
 META = torch.device("meta")
@@ -361,12 +361,14 @@ def test_recipe_9_csv_of_breeds_by_hand_and_from_the_cache(tmp_path: Path) -> No
 
     # From the cache of the pooling layer's input, and SVM and trees on what it pools.
     nine = SuffixSettings(first="head", epochs=9, lr=0.03, batch_size=16, patience=0)
-    board = compare(
-        fit, validation, heads=["suffix", "svm", "forest"], cv=2, suffix=nine, backbone=network
-    )
-    assert {row.head for row in board.rows} == {"suffix", "svm", "forest"}
-    assert all(row.held_out is not None and row.cv.accuracy > 0.6 for row in board.rows)
-    suffix = board.predictors["suffix"].estimator.steps[0].suffix
+    heads = ("suffix", "svm", "forest")
+    best = {
+        head: train(fit, validation, head=head, cv=2, suffix=nine, backbone=network)
+        for head in heads
+    }
+    rows = [row for found in best.values() for row in found.leaderboard]
+    assert all(row.held_out is not None and row.cv.accuracy > 0.6 for row in rows)
+    suffix = best["suffix"].estimator.steps[0].suffix
     assert suffix.trained() == ["head.weight", "head.bias"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featcache import compare, learning_curve, train, train_files
+from featcache import learning_curve, train, train_files
 from featcache.errors import (
     MissingFeatures,
     OutputError,
@@ -18,6 +18,7 @@ from featcache.errors import (
     StoreError,
     TrainingError,
 )
+from featcache.heads.table import CLASSICS
 from featcache.predictor.predictor import Predictor
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
@@ -40,19 +41,22 @@ def store(folder: Path) -> FeatureStore:
 
 
 @pytest.fixture(scope="module")
-def board(store: FeatureStore) -> Leaderboard:
+def best(store: FeatureStore) -> Predictor:
     fit, test = store.split(random_state=1)
-    return compare(fit, test, heads=["svm", "linear"], cv=3)
+    return train(fit, test, head=["svm", "linear"], cv=3)
+
+
+@pytest.fixture(scope="module")
+def board(best: Predictor) -> Leaderboard:
+    return best.leaderboard
 
 
 # --- protocol ----------------------------------------------------------------------------------
 
 
-def test_heads_are_ranked_by_cross_validation(board: Leaderboard) -> None:
+def test_heads_are_ranked_by_cross_validation(best: Predictor, board: Leaderboard) -> None:
     assert [row.cv_score for row in board] == sorted((row.cv_score for row in board), reverse=True)
-    assert board.best is board.predictors[board[0].head]
-    assert board.best.leaderboard is board
-    assert board.best.head == board[0].head
+    assert (best.head, best.params) == (board[0].head, board[0].params)
     for row in board:
         assert 0.5 < row.cv.accuracy < 1
         assert row.cv.accuracy.interval[0] < row.cv.accuracy < row.cv.accuracy.interval[1]
@@ -70,8 +74,9 @@ def test_the_held_out_images_choose_nothing(store: FeatureStore, folder: Path) -
     turned = make_store(
         folder / "turned.h5", X, [{"ant": "bee", "bee": "cod", "cod": "ant"}[one] for one in y]
     )
-    options = {"heads": ["svm", "linear"], "cv": 3}
-    with_test, without = compare(fit, turned, **options), compare(fit, **options)  # type: ignore[arg-type]
+    with_test, without = (
+        train(fit, test, head=["svm", "linear"], cv=3).leaderboard for test in (turned, None)
+    )
     for row, other in zip(with_test, without, strict=True):
         assert (row.head, row.params, row.cv_score) == (other.head, other.params, other.cv_score)
         assert row.held_out is not None
@@ -79,14 +84,14 @@ def test_the_held_out_images_choose_nothing(store: FeatureStore, folder: Path) -
         assert other.held_out is None
 
 
-def test_held_out_figures_are_those_of_evaluate(store: FeatureStore, board: Leaderboard) -> None:
+def test_held_out_figures_are_those_of_evaluate(store: FeatureStore, best: Predictor) -> None:
     _, test = store.split(random_state=1)
-    found = evaluate(board.best, test)
+    found, board = evaluate(best, test), best.leaderboard
     assert board[0].held_out == found.figures
     assert board[0].held_out is not None
     assert board[0].held_out.accuracy.interval == found.accuracy.interval
     assert board.n_test == len(test)
-    assert board.best.metrics["held_out"]["accuracy"] == found.accuracy
+    assert best.metrics["held_out"]["accuracy"] == found.accuracy
 
 
 def test_copies_do_not_leak_from_fold_to_fold(folder: Path) -> None:
@@ -98,7 +103,9 @@ def test_copies_do_not_leak_from_fold_to_fold(folder: Path) -> None:
     hashes = np.repeat(sha256([f"{i}" for i in range(60)]), 2, axis=0)
     known = make_store(folder / "known.h5", X, y, hashes=hashes)
     unknown = make_store(folder / "unknown.h5", X, y)
-    honest, leaking = (compare(one, heads=["rbf-svm"], cv=4)[0] for one in (known, unknown))
+    honest, leaking = (
+        train(one, head=["rbf-svm"], cv=4).leaderboard[0] for one in (known, unknown)
+    )
     assert honest.cv.accuracy < 0.72  # a search over many settings finds a lucky one
     assert leaking.cv.accuracy > 0.85
 
@@ -108,7 +115,7 @@ def test_views_of_one_image_stay_in_one_fold(folder: Path) -> None:
     X = np.repeat(rng.normal(size=(200, 1, 6)), 3, axis=1).astype(np.float32)
     y = rng.choice(["a", "b"], 200).tolist()
     views = make_store(folder / "random-views.h5", X, y, views=3)
-    assert compare(views, heads=["rbf-svm"], cv=4)[0].cv.accuracy < 0.62
+    assert train(views, head=["rbf-svm"], cv=4).leaderboard[0].cv.accuracy < 0.62
 
 
 def test_groups_stay_in_one_fold_and_widen_the_interval(folder: Path) -> None:
@@ -117,8 +124,8 @@ def test_groups_stay_in_one_fold_and_widen_the_interval(folder: Path) -> None:
     y = np.repeat(rng.choice(["a", "b"], 30), 4).tolist()
     groups = np.repeat([f"g{i}" for i in range(30)], 4).tolist()
     grouped = make_store(folder / "grouped.h5", X, y, groups=groups)
-    honest = compare(grouped, heads=["rbf-svm"], cv=4, group=True)
-    leaking = compare(grouped, heads=["rbf-svm"], cv=4)
+    honest = train(grouped, head=["rbf-svm"], cv=4, group=True).leaderboard
+    leaking = train(grouped, head=["rbf-svm"], cv=4).leaderboard
     assert honest[0].cv.accuracy < 0.7 < 0.85 < leaking[0].cv.accuracy
     assert honest.folds == "4 grouped folds"
     assert "give --group" in leaking.notes[0]
@@ -135,25 +142,25 @@ def test_group_without_groups_says_what_to_do(store: FeatureStore) -> None:
 def test_a_validation_part_takes_the_place_of_folds(folder: Path) -> None:
     splits = (["train"] * 4 + ["val"] * 2) * 15
     split = make_store(folder / "val.h5", clusters(LABELS, spread=3.0), LABELS, splits=splits)
-    board = compare(split, heads=["linear"])
-    assert board.folds == "validation split"
-    assert board.best.metrics["out_of_fold"]["images"] == 30
-    assert len(board.best.train_sha256) == 90  # the last fit takes all of them
+    found = train(split)
+    assert found.leaderboard.folds == "validation split"
+    assert found.metrics["out_of_fold"]["images"] == 30
+    assert len(found.train_sha256) == 90  # the last fit takes all of them
 
 
 def test_nested_cross_validation_judges_the_choosing(store: FeatureStore) -> None:
-    board = compare(store, heads=["linear"], cv=3, nested=True)
+    nested, plain = (train(store, cv=3, nested=which) for which in (True, False))
+    board = nested.leaderboard
     assert board.folds == "3 nested folds"
     assert 0.5 < board[0].cv_score < 1
-    plain = compare(store, heads=["linear"], cv=3)
-    assert board[0].params == plain[0].params  # the predictor is the same, the figure is another
-    np.testing.assert_array_equal(board.best.canaries.logits, plain.best.canaries.logits)
+    assert nested.params == plain.params  # the predictor is the same, the figure is another
+    np.testing.assert_array_equal(nested.canaries.logits, plain.canaries.logits)
 
 
 def test_nested_folds_make_do_with_small_classes(folder: Path) -> None:
     y = ["ant"] * 20 + ["bee"] * 20 + ["rare"] * 3
     small = make_store(folder / "small.h5", clusters(y), y)
-    assert compare(small, heads=["linear"], cv=3, nested=True)[0].cv.accuracy > 0.5
+    assert train(small, head=["linear"], cv=3, nested=True).leaderboard[0].cv.accuracy > 0.5
 
 
 def test_the_same_call_gives_the_same_predictor(store: FeatureStore) -> None:
@@ -179,11 +186,12 @@ def test_probabilities_are_calibrated_for_heads_that_have_none(folder: Path) -> 
 def test_rows_without_a_label_are_left_out_and_counted(folder: Path) -> None:
     y = ["", *LABELS[1:-1], ""]
     part = make_store(folder / "part.h5", clusters(LABELS, spread=3.0), y)
-    board = compare(part, heads=["linear"], cv=3)
+    found = train(part, cv=3)
+    board = found.leaderboard
     assert (board.n_fit, board.n_unlabelled) == (88, 2)
     assert "2 without a label left out" in str(board)
-    assert len(board.best.train_sha256) == 88
-    assert not board.best.trained_on(part.sha256)[[0, 89]].any()
+    assert len(found.train_sha256) == 88
+    assert not found.trained_on(part.sha256)[[0, 89]].any()
 
 
 @pytest.mark.parametrize(
@@ -257,10 +265,12 @@ def test_float16_features_are_trained_on_as_float32(folder: Path) -> None:
 def test_scoring_decides(folder: Path) -> None:
     y = ["ant"] * 80 + ["bee"] * 10
     uneven = make_store(folder / "uneven.h5", clusters(y, d=3, spread=4.0), y)
-    board = compare(uneven, heads=["svm"], scoring="balanced_accuracy", class_weight="balanced")
+    board = train(
+        uneven, head=["svm"], scoring="balanced_accuracy", class_weight="balanced"
+    ).leaderboard
     assert board.scoring == "balanced_accuracy"
     assert "CV balanced_accuracy" in str(board)
-    plain = compare(uneven, heads=["svm"])
+    plain = train(uneven, head=["svm"]).leaderboard
     assert board[0].cv.balanced_accuracy > plain[0].cv.balanced_accuracy
 
 
@@ -275,22 +285,19 @@ def test_features_that_do_not_fit_are_read_in_blocks(folder: Path, head: str, vi
     X = clusters(LABELS, d=64, spread=6.0, views=views)
     wide = make_store(folder / f"wide-{head}{views}.h5", X, LABELS, views=views)
     size = X.nbytes
-    one, other = (
-        compare(wide, heads=[head], cv=3, memory=memory) for memory in (100 * size, 2 * size)
-    )
-    assert one[0].params == other[0].params
-    assert one[0].cv.accuracy == pytest.approx(other[0].cv.accuracy, abs=0.02)
-    np.testing.assert_allclose(
-        one.best.predict_proba_of(wide), other.best.predict_proba_of(wide), atol=0.02
-    )
+    one, other = (train(wide, head=head, cv=3, memory=memory) for memory in (100 * size, 2 * size))
+    assert one.params == other.params
+    scores = [found.leaderboard[0].cv.accuracy for found in (one, other)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)
+    np.testing.assert_allclose(one.predict_proba_of(wide), other.predict_proba_of(wide), atol=0.02)
 
 
 def test_boosting_takes_what_fits_and_says_so(folder: Path) -> None:
     X = clusters(LABELS, d=64, spread=6.0)
     wide = make_store(folder / "wide-boosting.h5", X, LABELS)
-    board = compare(wide, heads=["boosting"], cv=3, memory=2 * X.nbytes)
+    board = train(wide, head=["boosting"], cv=3, memory=2 * X.nbytes).leaderboard
     assert "boosting grew its trees on" in str(board)
-    whole = compare(wide, heads=["boosting"], cv=3)
+    whole = train(wide, head=["boosting"], cv=3).leaderboard
     assert board[0].cv.accuracy == pytest.approx(whole[0].cv.accuracy, abs=0.2)
 
 
@@ -298,18 +305,20 @@ def test_heads_that_cannot_read_blocks_are_left_out_or_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = make_store(folder / "wide-forest.h5", clusters(LABELS, d=64), LABELS)
-    board = compare(wide, cv=3, memory=90 * 64 * 4)
+    board = train(wide, head=CLASSICS, cv=3, memory=90 * 64 * 4).leaderboard
     assert "forest" in board.left_out
     assert "linear" in [row.head for row in board]
     assert "forest was left out: training on 23.0 kB of features takes about 3 times" in str(board)
     with pytest.raises(TrainingError, match=r"forest cannot be trained here: .*in blocks"):
-        compare(wide, heads=["forest"], memory=90 * 64 * 4)
+        train(wide, head=["forest"], memory=90 * 64 * 4)
     with pytest.raises(TrainingError, match="nested"):
         train(wide, head="linear", nested=True, memory=90 * 64 * 4)
     # Before minutes have gone into the others.
-    monkeypatch.setattr("featcache.study.train._compete", lambda *_: pytest.fail("one was trained"))
+    monkeypatch.setattr(
+        "featcache.study.train._train_head", lambda *_: pytest.fail("one was trained")
+    )
     with pytest.raises(TrainingError, match="forest cannot be trained here"):
-        compare(wide, heads=["svm", "forest"], memory=90 * 64 * 4)
+        train(wide, head=["svm", "forest"], memory=90 * 64 * 4)
 
 
 # --- several networks --------------------------------------------------------------------------
@@ -430,27 +439,27 @@ def test_other_labels_make_a_study_run_again(tmp_path: Path) -> None:
         path = tmp_path / "a.h5"
         path.unlink(missing_ok=True)
         make_store(path, X, labels)
-        assert not train_files([path], target, heads=["linear"], cv=3).up_to_date
+        assert not train_files([path], target, head=["linear"], cv=3).up_to_date
 
 
 def test_a_study_holds_out_a_quarter_or_what_the_column_says(
     store: FeatureStore, tmp_path: Path
 ) -> None:
-    found = train_files(store.paths, tmp_path / "p.featcache", heads=["linear"], cv=3)
+    found = train_files(store.paths, tmp_path / "p.featcache", head=["linear"], cv=3)
     assert found.leaderboard.n_test in (22, 23)
     splits = ["train"] * 80 + ["test"] * 10
     split = make_store(tmp_path / "b.h5", clusters(LABELS), LABELS, splits=splits)
-    by_column = train_files(split.paths, tmp_path / "q.featcache", heads=["linear"], cv=3)
+    by_column = train_files(split.paths, tmp_path / "q.featcache", head=["linear"], cv=3)
     assert (by_column.leaderboard.n_fit, by_column.leaderboard.n_test) == (80, 10)
     by_share = train_files(
-        split.paths, tmp_path / "r.featcache", heads=["linear"], cv=3, test_size=0.5
+        split.paths, tmp_path / "r.featcache", head=["linear"], cv=3, test_size=0.5
     )
     assert by_share.leaderboard.n_test == 45
 
 
 def test_a_study_joins_stores(joined: tuple[FeatureStore, FeatureStore], tmp_path: Path) -> None:
     paths = [one.paths[0] for one in joined]
-    found = train_files(paths, tmp_path / "p.featcache", heads=["linear"], cv=3)
+    found = train_files(paths, tmp_path / "p.featcache", head=["linear"], cv=3)
     assert len(found.predictor.fingerprints) == 2
     assert Predictor.load(tmp_path / "p.featcache").n_features == 24
 
@@ -459,20 +468,20 @@ def test_a_study_never_replaces_another_file(store: FeatureStore, tmp_path: Path
     target = tmp_path / "thesis.zip"
     target.write_bytes(b"precious")
     with pytest.raises(OutputError, match="is not a featcache predictor"):
-        train_files(store.paths, target, heads=["linear"])
+        train_files(store.paths, target, head=["linear"])
     assert target.read_bytes() == b"precious"
     with pytest.raises(OutputError, match="no folder"):
-        train_files(store.paths, tmp_path / "nowhere" / "p.featcache", heads=["linear"])
+        train_files(store.paths, tmp_path / "nowhere" / "p.featcache", head=["linear"])
 
 
 def test_a_damaged_predictor_is_made_again(store: FeatureStore, tmp_path: Path) -> None:
     target = tmp_path / "p.featcache"
-    train_files(store.paths, target, heads=["linear"], cv=3)
+    train_files(store.paths, target, head=["linear"], cv=3)
     content = bytearray(target.read_bytes())
     position = content.find(b"schema.json") + 400
     content[position : position + 4] = b"####"
     target.write_bytes(content)
-    assert not train_files(store.paths, target, heads=["linear"], cv=3).up_to_date
+    assert not train_files(store.paths, target, head=["linear"], cv=3).up_to_date
     assert Predictor.load(target).head == "linear"
 
 
@@ -488,7 +497,7 @@ def test_the_demo_reaches_what_is_promised(elpv_root: Path, tmp_path: Path) -> N
     backbone = Backbone("mobilenet_v2", weights="IMAGENET1K_V1")
     store = extract(demo_images(tmp_path), backbone, tmp_path / "elpv.h5", progress=False)
     fit, test = store.split(0.25)
-    best = compare(fit, test, heads=["linear", "rbf-svm"])[0]
+    best = train(fit, test, head=["linear", "rbf-svm"]).leaderboard[0]
     assert (len(fit), len(test)) == (1968, 656)
     assert best.cv.accuracy >= 0.85
     assert best.held_out is not None
@@ -498,7 +507,7 @@ def test_the_demo_reaches_what_is_promised(elpv_root: Path, tmp_path: Path) -> N
 # --- progress ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [train, compare, learning_curve])
+@pytest.mark.parametrize("function", [train, learning_curve])
 @pytest.mark.parametrize(
     ("progress", "terminal"), [(None, True), (None, False), (True, False), (False, True)]
 )
@@ -513,7 +522,7 @@ def test_progress_is_shown_on_a_terminal_or_as_asked(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     options = {"sizes": [60]} if function is learning_curve else {}
     options |= {} if progress is None else {"progress": progress}
-    function(store, **{"head" if function is train else "heads": ["knn"]}, cv=2, **options)
+    function(store, head=["knn"], cv=2, **options)
     captured = capsys.readouterr()
     assert ("knn" in captured.err) is (terminal if progress is None else progress)
     assert captured.out == ""
@@ -526,5 +535,5 @@ def test_the_study_shows_progress_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    train_files(store.paths, tmp_path / "a.featcache", heads=["knn"], cv=2)
+    train_files(store.paths, tmp_path / "a.featcache", head=["knn"], cv=2)
     assert "knn" in capsys.readouterr().err

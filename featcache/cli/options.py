@@ -126,7 +126,7 @@ workers = click.option(
 )
 heads = click.option(
     "--head",
-    "heads",
+    "head",
     multiple=True,
     metavar="HEAD",
     help="linear, svm, rbf-svm, forest, boosting, knn, mlp, ridge, all, or suffix (the rest of the "

@@ -14,7 +14,7 @@ from featcache.cli import options
 from featcache.cli.command import Command
 from featcache.errors import MissingExtra
 
-__all__ = ["Study", "heads_options", "network_options", "study"]
+__all__ = ["Study", "head_options", "network_options", "study"]
 
 network_options = options.stacked(
     options.path_option("--labels", "FILE.csv", "CSV or TSV table of ids and labels."),
@@ -24,7 +24,7 @@ network_options = options.stacked(
     options.weights,
     options.layer("Layer to read features from. May be repeated. Default: the pooling layer."),
 )
-heads_options = options.stacked(
+head_options = options.stacked(
     options.heads,
     click.option(
         "--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core."
@@ -78,10 +78,10 @@ class Study:
         store = featcache.extract(self.images, network, self.path(".h5"))
         click.echo(f"{self.path('.h5')}: {store.extraction}")
 
-    def classify(self, heads: tuple[str, ...], n_jobs: int) -> None:
+    def classify(self, head: tuple[str, ...], n_jobs: int) -> None:
         """Compare heads, keep the best as a predictor, and write leaderboard and report."""
         result = featcache.train_files(
-            [self.path(".h5")], self.path(".featcache"), heads=list(heads), n_jobs=n_jobs
+            [self.path(".h5")], self.path(".featcache"), head=list(head), n_jobs=n_jobs
         )
         click.echo(result.to_text())
         leaderboard, report = self.path("-leaderboard.csv"), self.path(".html")
@@ -108,9 +108,9 @@ class Study:
 @click.argument("images")
 @options.path_option("--output", "FOLDER", "Folder for all results.", "-o", "out", required=True)
 @network_options
-@heads_options
+@head_options
 def study(
-    images: str, labels: Path | None, heads: tuple[str, ...], n_jobs: int, **settings: Any
+    images: str, labels: Path | None, head: tuple[str, ...], n_jobs: int, **settings: Any
 ) -> None:
     """Run both stages on IMAGES and write a report.
 
@@ -120,4 +120,4 @@ def study(
     """
     made = Study.of(images, labels, **settings)
     made.extract()
-    made.classify(heads, n_jobs)
+    made.classify(head, n_jobs)

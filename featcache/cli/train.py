@@ -52,7 +52,7 @@ def train(
     stores: tuple[Path, ...],
     output: Path,
     layers: tuple[str, ...],
-    heads: tuple[str, ...],
+    head: tuple[str, ...],
     backbone: str | None,
     weights: str | None,
     as_json: bool,
@@ -70,7 +70,7 @@ def train(
     """
     suffix = {name: settings.pop(name) for name in vars(SuffixSettings()) if name in settings}
     given = {name: value for name, value in suffix.items() if value is not None}
-    if "suffix" not in heads and (given or backbone or weights):
+    if "suffix" not in head and (given or backbone or weights):
         name = next(iter(given), "backbone" if backbone else "weights")
         name = {"first": "from"}.get(name, name).replace("_", "-")
         raise click.UsageError(f"--{name} is for --head suffix.")
@@ -78,7 +78,7 @@ def train(
     result = featcache.train_files(
         list(stores),
         output,
-        heads=list(heads),
+        head=list(head),
         layers=list(layers) or None,
         suffix=SuffixSettings(**given),
         backbone=network,

@@ -26,7 +26,7 @@ nine epochs on four augmented views of the pooling layer's input, then SVM and t
 >>> fit, validation = store.split(0.1, stratify=True)  # doctest: +SKIP
 >>> nine = fc.SuffixSettings(first="fc", epochs=9)
 >>> print(
-...     fc.compare(fit, validation, heads=["suffix", "svm", "forest"], suffix=nine)
+...     fc.train(fit, validation, head=["suffix", "svm", "forest"], suffix=nine)
 ... )  # doctest: +SKIP
 
 To train the last stage as well, keep its input (``layers=["layer4:input:map"]``) and name it:

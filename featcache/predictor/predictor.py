@@ -103,7 +103,7 @@ class Predictor:
     train_sha256: npt.NDArray[np.uint8]
     canaries: CanaryRows
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    leaderboard: Leaderboard[Predictor] | None = None
+    leaderboard: Leaderboard | None = None
     request: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=file.versions)
     _networks: list[Backbone] | None = field(default=None, init=False, repr=False)
@@ -533,7 +533,7 @@ class Predictor:
         leaderboard = parts.pop("leaderboard")
         predictor = cls(**parts)
         if leaderboard is not None:
-            predictor.leaderboard = Leaderboard.from_dict(leaderboard, {predictor.head: predictor})
+            predictor.leaderboard = Leaderboard.from_dict(leaderboard)
         predictor._check_head()
         return predictor
 

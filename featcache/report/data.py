@@ -48,7 +48,7 @@ def write_report(
     *,
     store: FeatureStore | None = None,
     images: ImageSet | None = None,
-    leaderboard: Leaderboard[Any] | None = None,
+    leaderboard: Leaderboard | None = None,
     findings: Findings | None = None,
     maps: Sequence[Method] | None = None,
     commands: Sequence[str] = (),

@@ -211,14 +211,14 @@ def plot_learning_curve(curve: LearningCurve, *, ax: Axes | None = None) -> Axes
 
 
 def plot_leaderboard(
-    leaderboard: Leaderboard[Any] | Mapping[str, Evaluation], *, ax: Axes | None = None
+    leaderboard: Leaderboard | Mapping[str, Evaluation], *, ax: Axes | None = None
 ) -> Axes:
     """Draw the accuracy of each head with its 95 % interval, the best on top.
 
     Parameters
     ----------
     leaderboard : Leaderboard, or dict of str to Evaluation
-        From `compare`; or evaluations by any name, as of several layers or backbones.
+        From `train`; or evaluations by any name, as of several layers or backbones.
     ax : matplotlib Axes, optional
         Where to draw.
 

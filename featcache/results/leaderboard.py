@@ -8,13 +8,11 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from featcache.errors import PredictorError
 from featcache.results.evaluation import Figures
 from featcache.system.tables import html_table, text_table
-
-P = TypeVar("P")  # `Predictor`, which keeps a leaderboard itself and so imports this module
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ _MEASURED = ("search_seconds", "fit_seconds", "predict_us", "peak_mb")
 
 
 @dataclass(frozen=True)
-class Leaderboard(Sequence[LeaderboardRow], Generic[P]):
+class Leaderboard(Sequence[LeaderboardRow]):
     """Heads, the best by cross-validation first. ``print(leaderboard)`` shows it as a table.
 
     Attributes
@@ -117,8 +115,6 @@ class Leaderboard(Sequence[LeaderboardRow], Generic[P]):
         What the reader should know of the comparison as a whole.
     left_out : dict
         Heads that were not trained, and why.
-    predictors : dict
-        By head. Empty in a leaderboard that was read from a file, but for the best one.
     """
 
     rows: tuple[LeaderboardRow, ...]
@@ -129,7 +125,6 @@ class Leaderboard(Sequence[LeaderboardRow], Generic[P]):
     folds: str
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
-    predictors: Mapping[str, P] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
@@ -139,16 +134,6 @@ class Leaderboard(Sequence[LeaderboardRow], Generic[P]):
 
     def __iter__(self) -> Iterator[LeaderboardRow]:
         return iter(self.rows)
-
-    @property
-    def best(self) -> P:
-        """The predictor of the first row: the best by cross-validation, never by the test set."""
-        head = self.rows[0].head
-        if head not in self.predictors:
-            raise PredictorError(
-                f"This leaderboard came from a file and has no predictor of {head!r}; train again."
-            )
-        return self.predictors[head]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the leaderboard as JSON values."""
@@ -164,9 +149,7 @@ class Leaderboard(Sequence[LeaderboardRow], Generic[P]):
         }
 
     @classmethod
-    def from_dict(
-        cls, values: Mapping[str, Any], predictors: Mapping[str, P] | None = None
-    ) -> Leaderboard[P]:
+    def from_dict(cls, values: Mapping[str, Any]) -> Leaderboard:
         """Return the leaderboard that `to_dict` wrote.
 
         Raises
@@ -180,7 +163,7 @@ class Leaderboard(Sequence[LeaderboardRow], Generic[P]):
             rows = tuple(map(LeaderboardRow.from_dict, values["rows"]))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise PredictorError(f"The leaderboard in the predictor is damaged: {error}") from error
-        return cls(rows=rows, predictors=dict(predictors or {}), **rest)
+        return cls(rows=rows, **rest)
 
     def to_json(self) -> str:
         """Return the leaderboard as JSON."""

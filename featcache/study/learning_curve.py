@@ -84,7 +84,7 @@ def learning_curve(
     store: FeatureStore,
     test: FeatureStore | None = None,
     *,
-    heads: Sequence[str] = ("linear",),
+    head: str | Sequence[str] = "linear",
     sizes: Sequence[int] | None = None,
     layers: str | Sequence[str] | None = None,
     cv: int = 5,
@@ -101,7 +101,7 @@ def learning_curve(
         Labelled images to train on.
     test : FeatureStore, optional
         Images to score on. None: a quarter of `store` is held out.
-    heads : list of str
+    head : str or list of str
         As in `train`.
     sizes : list of int, optional
         Numbers of images. None: five, in equal ratios, up to all.
@@ -130,15 +130,16 @@ def learning_curve(
             f"{len(order):,} labelled ones to train on."
         )
     n_test = 0
+    heads = [head] if isinstance(head, str) else head
     steps = list(itertools.product(heads, chosen))
     with progress_bar(progress, steps, unit="fit", leave=False) as bar:
-        for head, size in bar:
-            bar.set_description(f"{head}, {size:,} images")
+        for name, size in bar:
+            bar.set_description(f"{name}, {size:,} images")
             part = store.select(np.sort(order[:size]))
             folds = min(cv, splitting.most_folds(part.labels, sha256=part.sha256))
             predictor = train(
                 part,
-                head=head,
+                head=name,
                 layers=layers,
                 cv=max(2, folds),
                 random_state=random_state,
@@ -146,7 +147,7 @@ def learning_curve(
             )
             scored = evaluate(predictor, test)
             n_test = len(scored)
-            points.append(CurvePoint(head, size, scored.accuracy))
+            points.append(CurvePoint(name, size, scored.accuracy))
     return LearningCurve(tuple(points), n_test)
 
 

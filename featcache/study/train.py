@@ -1,4 +1,4 @@
-"""`train`, `compare` and `train_files`: choose, compare and keep heads, all by one protocol.
+"""`train` and `train_files`: choose, compare and keep heads, all by one protocol.
 
 1. Rows without a label are left out and counted.
 2. The folds are made once (`featcache.store.splitting`) and every head sees the same ones. Where
@@ -41,7 +41,7 @@ from scipy.special import softmax
 from featcache.errors import PredictorError, TrainingError
 from featcache.finetuning.search import SUFFIX, SuffixSearch, remove_checkpoints
 from featcache.finetuning.settings import SuffixSettings
-from featcache.heads.base import FittedHead
+from featcache.heads.base import ClassWeight, FittedHead
 from featcache.heads.rows import FeatureBlocks
 from featcache.heads.search import logits as head_logits
 from featcache.heads.search import score_folds
@@ -54,6 +54,7 @@ from featcache.store import splitting
 from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate
+from featcache.study.options import TrainingOptions
 from featcache.system.console import interruptible, progress_bar
 from featcache.system.files import check_overwrite
 from featcache.system.memory import available_memory
@@ -62,7 +63,7 @@ from featcache.version import __version__
 if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone
 
-__all__ = ["Leaderboard", "TrainedFile", "compare", "train", "train_files"]
+__all__ = ["TrainedFile", "train", "train_files"]
 
 Scoring = str | Callable[..., float]
 
@@ -74,12 +75,13 @@ _TIMED_BYTES = 8 << 20
 
 def train(
     store: FeatureStore,
+    test: FeatureStore | None = None,
     *,
     head: str | Sequence[str] = "linear",
     layers: str | Sequence[str] | None = None,
     cv: int = 5,
     scoring: Scoring = "accuracy",
-    class_weight: str | Mapping[str, float] | None = None,
+    class_weight: ClassWeight = None,
     group: bool = False,
     nested: bool = False,
     memory: int | None = None,
@@ -92,13 +94,19 @@ def train(
 ) -> Predictor:
     """Choose a head's hyper-parameters by cross-validation and fit it on all rows of a store.
 
+    Several heads are trained under the same folds and ranked by cross-validation; the first one is
+    returned, with the comparison as its ``leaderboard``.
+
     Parameters
     ----------
     store : FeatureStore
         What to train on; several networks' features by `FeatureStore.join`.
+    test : FeatureStore, optional
+        Held-out images, scored once for each head. They take part in no choice.
     head : str or list of str
         ``linear``, ``svm``, ``rbf-svm``, ``forest``, ``boosting``, ``knn``, ``mlp``, ``ridge``, or
-        ``suffix``, the rest of the network. Of several, the best by cross-validation.
+        ``suffix``, the rest of the network; ``all`` is every one but the last. Of several, the best
+        by cross-validation.
     layers : str or list of str, optional
         Taps to use, side by side. None: all.
     cv : int
@@ -141,11 +149,7 @@ def train(
     Interrupted
         The head ``suffix`` was stopped by a signal; the same call goes on from its checkpoints.
     """
-    heads = [head] if isinstance(head, str) else list(head)
-    return compare(
-        store,
-        heads=heads,
-        layers=layers,
+    options = TrainingOptions(
         cv=cv,
         scoring=scoring,
         class_weight=class_weight,
@@ -154,98 +158,35 @@ def train(
         memory=memory,
         n_jobs=n_jobs,
         random_state=random_state,
-        suffix=suffix,
-        backbone=backbone,
-        checkpoints=checkpoints,
-        progress=progress,
-    ).best
-
-
-def compare(
-    store: FeatureStore,
-    test: FeatureStore | None = None,
-    *,
-    heads: Sequence[str] = CLASSICS,
-    layers: str | Sequence[str] | None = None,
-    cv: int = 5,
-    scoring: Scoring = "accuracy",
-    class_weight: str | Mapping[str, float] | None = None,
-    group: bool = False,
-    nested: bool = False,
-    memory: int | None = None,
-    n_jobs: int = 1,
-    random_state: int = 0,
-    suffix: SuffixSettings | None = None,
-    backbone: Backbone | None = None,
-    checkpoints: str | Path | None = None,
-    progress: bool | None = None,
-) -> Leaderboard[Predictor]:
-    """Train several heads under the same folds and rank them by cross-validation.
-
-    Parameters
-    ----------
-    store : FeatureStore
-        The training part.
-    test : FeatureStore, optional
-        Held-out images, scored once for each head.
-    heads : list of str
-        See `train`; the classics are linear, svm, rbf-svm and forest. ``["all"]``: every one.
-    layers, cv, scoring, class_weight, group, nested, memory, n_jobs, random_state
-        As in `train`.
-    suffix, backbone, checkpoints, progress
-        As in `train`.
-
-    Returns
-    -------
-    Leaderboard
-        ``leaderboard.best`` is the predictor that cross-validation ranks first.
-
-    Raises
-    ------
-    TrainingError, Interrupted
-        As in `train`.
-    """
-    names, asked = _head_names(heads)
+    )
+    names, asked = _head_names(head)
     folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
     with _resumable(folder):
-        task = _Task.of(
-            store,
-            layers=layers,
-            cv=cv,
-            scoring=scoring,
-            class_weight=class_weight,
-            group=group,
-            nested=nested,
-            memory=memory,
-            n_jobs=n_jobs,
-            random_state=random_state,
-        )
+        data = _TrainingData.of(store, layers, options)
         if SUFFIX in names:
-            task = task.with_suffix(
+            data = data.with_suffix(
                 suffix or SuffixSettings(),
                 apart=layers is None,
                 backbone=backbone,
                 checkpoints=folder,
                 progress=progress,
             )
-        found, left_out = _compete_all(task, names, asked, test, progress=progress)
+        found, left_out = _train_heads(data, names, asked, test, progress=progress)
     if not found:
         raise TrainingError("No head is left: " + "; ".join(map(": ".join, left_out.items())))
-    predictors = {row.head: predictor for row, predictor in found}
-    leaderboard = Leaderboard(
+    # The order of the heads decides between equal scores.
+    best = max(found, key=lambda pair: pair[0].cv_score)[1]
+    best.leaderboard = Leaderboard(
         rows=tuple(sorted((row for row, _ in found), key=lambda row: -row.cv_score)),
         scoring=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
-        n_fit=len(task.store),
-        n_test=0 if test is None else _n_scored(found[0][1], test),
-        n_unlabelled=len(store) - len(task.store),
-        folds=task.folds_text,
-        notes=task.notes,
+        n_fit=len(data.store),
+        n_test=0 if test is None else _n_scored(best, test),
+        n_unlabelled=len(store) - len(data.store),
+        folds=data.folds_text,
+        notes=data.notes,
         left_out=left_out,
-        predictors=predictors,
     )
-    for predictor in predictors.values():
-        predictor.leaderboard = leaderboard
-    return leaderboard
+    return best
 
 
 def _resumable(checkpoints: Path | None) -> contextlib.AbstractContextManager[None]:
@@ -255,8 +196,8 @@ def _resumable(checkpoints: Path | None) -> contextlib.AbstractContextManager[No
     return interruptible(kept=f"The finished epochs are kept in {checkpoints}")
 
 
-def _compete_all(
-    task: _Task,
+def _train_heads(
+    data: _TrainingData,
     names: Sequence[str],
     asked: frozenset[str],
     test: FeatureStore | None,
@@ -270,7 +211,7 @@ def _compete_all(
     TrainingError
         One that was asked for cannot; before any other is trained.
     """
-    left_out = {name: why for name in names if (why := task.impossible(name))}
+    left_out = {name: why for name in names if (why := data.impossible(name))}
     for name in left_out:
         if name in asked:
             raise TrainingError(f"{name} cannot be trained here: {left_out[name]}.")
@@ -279,11 +220,11 @@ def _compete_all(
     with progress_bar(progress, possible, unit="head", leave=False) as bar:
         for name in bar:
             bar.set_description(name)
-            found.append(_compete(task.of_head(name), name, test))
+            found.append(_train_head(data.of_head(name), name, test))
     return found, left_out
 
 
-def _head_names(heads: Sequence[str]) -> tuple[list[str], frozenset[str]]:
+def _head_names(heads: str | Sequence[str]) -> tuple[list[str], frozenset[str]]:
     """Return the heads to train, and those of them that the user named."""
     given = [heads] if isinstance(heads, str) else list(heads)
     if not given:
@@ -303,50 +244,36 @@ def _head_names(heads: Sequence[str]) -> tuple[list[str], frozenset[str]]:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What every head is trained on, made once."""
+class _TrainingData:
+    """Rows, folds and memory that all heads share."""
 
     store: FeatureStore
     layers: list[str]
     folds: list[Fold]
     folds_text: str
     groups: npt.NDArray[Any] | None
-    nested: bool
-    cv: int
     memory: int
     notes: tuple[str, ...]
-    options: Mapping[str, Any]
+    options: TrainingOptions
     suffix: SuffixSearch | None = None
 
     @classmethod
     def of(
-        cls,
-        store: FeatureStore,
-        *,
-        layers: str | Sequence[str] | None,
-        cv: int,
-        group: bool,
-        nested: bool,
-        memory: int | None,
-        **options: Any,
-    ) -> _Task:
-        if memory is not None and memory < 1:
-            raise TrainingError(f"memory is a number of bytes, at least 1, not {memory}")
-        if options["n_jobs"] == 0:
-            raise TrainingError("n_jobs is the number of fits at a time, or -1: one a core; not 0")
+        cls, store: FeatureStore, layers: str | Sequence[str] | None, options: TrainingOptions
+    ) -> _TrainingData:
         labelled = store.labels != ""
         # Where no row has a label, the folds' own message says so.
         fit = store.select(labelled) if labelled.any() and not labelled.all() else store
-        if group and fit.groups is None:
+        if options.group and fit.groups is None:
             raise TrainingError(
                 f"{', '.join(store.paths)} has no groups. Extract with --group-column (nothing is "
                 "computed again)."
             )
-        groups = fit.groups if group else None
-        folds, text = _folds(fit, groups, cv, options["random_state"])
+        groups = fit.groups if options.group else None
+        folds, text = _folds(fit, groups, options)
         names = _layer_names(fit, layers)
         notes = []
-        if not group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
+        if not options.group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
             notes.append(
                 "images of one group may be in several folds, which flatters: give --group "
                 "(library: group=True) to keep them together"
@@ -355,16 +282,16 @@ class _Task:
             store=fit,
             layers=names,
             folds=folds,
-            folds_text=text.replace("folds", "nested folds") if nested else text,
+            folds_text=text.replace("folds", "nested folds") if options.nested else text,
             groups=None if groups is None else with_own_groups(groups),
-            nested=nested,
-            cv=cv,
-            memory=memory if memory is not None else available_memory(),
+            memory=available_memory() if options.memory is None else options.memory,
             notes=tuple(notes),
             options=options,
         )
 
-    def with_suffix(self, settings: SuffixSettings, *, apart: bool, **options: Any) -> _Task:
+    def with_suffix(
+        self, settings: SuffixSettings, *, apart: bool, **options: Any
+    ) -> _TrainingData:
         """Return the task with what the rest of the network needs.
 
         The other heads then use the other taps, unless there are none or taps were named
@@ -374,7 +301,7 @@ class _Task:
         others = [name for name in self.layers if name != suffix.maps.tap]
         return replace(self, suffix=suffix, layers=others if apart and others else self.layers)
 
-    def of_head(self, head: str) -> _Task:
+    def of_head(self, head: str) -> _TrainingData:
         """Return the task with the taps that a head uses."""
         if head != SUFFIX or self.suffix is None:
             return self
@@ -415,28 +342,37 @@ class _Task:
                 f"training on {_bytes(self.size)} of features takes about {_COPIES} times that, "
                 f"more than the {_bytes(self.memory)} of memory, and it cannot read them in blocks"
             )
-        if self.nested:
+        if self.options.nested:
             return "nested cross-validation needs the features in memory"
         return ""
 
     def search(self, head: str) -> Any:
         if self.suffix is not None and head == SUFFIX:
-            options = {k: v for k, v in self.options.items() if k != "n_jobs"}
+            options = self.options.of_search("class_weight", "scoring", "random_state")
             return self.suffix.search(self.y, self.folds, groups=self.groups, **options)
-        return HEADS[head].search(self.X, self.y, self.folds, memory=self.memory, **self.options)
+        return self.search_rows(head, self.X, self.y, self.folds, memory=self.memory)
+
+    def search_rows(self, head: str, X: Any, y: Any, folds: Any, memory: int | None = None) -> Any:
+        """Search a head on given rows."""
+        options = self.options.of_search("class_weight", "scoring", "random_state", "n_jobs")
+        return HEADS[head].search(X, y, folds, memory=memory, **options)
 
 
 def _folds(
-    store: FeatureStore, groups: npt.NDArray[Any] | None, cv: int, random_state: int
+    store: FeatureStore, groups: npt.NDArray[Any] | None, options: TrainingOptions
 ) -> tuple[list[Fold], str]:
     """Return the folds and what they are called."""
     validation = splitting.validation_fold(store.splits, store.labels, sha256=store.sha256)
     if validation is not None:
         return validation, "validation split"
     made = splitting.folds(
-        store.labels, groups=groups, sha256=store.sha256, cv=cv, random_state=random_state
+        store.labels,
+        groups=groups,
+        sha256=store.sha256,
+        cv=options.cv,
+        random_state=options.random_state,
     )
-    return made, f"{cv} {'grouped ' if groups is not None else ''}folds"
+    return made, f"{options.cv} {'grouped ' if groups is not None else ''}folds"
 
 
 def _layer_names(store: FeatureStore, layers: str | Sequence[str] | None) -> list[str]:
@@ -456,14 +392,16 @@ def _bytes(n: int) -> str:
 # --- one head ----------------------------------------------------------------------------------
 
 
-def _compete(task: _Task, head: str, test: FeatureStore | None) -> tuple[LeaderboardRow, Predictor]:
+def _train_head(
+    data: _TrainingData, head: str, test: FeatureStore | None
+) -> tuple[LeaderboardRow, Predictor]:
     """Search, fit and score one head."""
     with _PeakMemory() as peak:
-        found = task.search(head)
+        found = data.search(head)
     # The folds of a suffix choose nothing: nested or not, it is the same.
-    cross = _nested(task, head) if task.nested and head != SUFFIX else None
-    out_of_fold = _out_of_fold(task, found) if cross is None else cross.evaluation
-    predictor = _predictor(task, found)
+    cross = _nested(data, head) if data.options.nested and head != SUFFIX else None
+    out_of_fold = _out_of_fold(data, found) if cross is None else cross.evaluation
+    predictor = _predictor(data, found)
     held_out = None if test is None else evaluate(predictor, test)
     row = LeaderboardRow(
         head=head,
@@ -473,7 +411,7 @@ def _compete(task: _Task, head: str, test: FeatureStore | None) -> tuple[Leaderb
         held_out=None if held_out is None else held_out.figures,
         search_seconds=found.search_seconds,
         fit_seconds=found.fit_seconds,
-        predict_us=_predict_us(task, predictor),
+        predict_us=_predict_us(data, predictor),
         peak_mb=peak.megabytes,
         notes=tuple(found.notes) + (() if held_out is None else held_out.notes),
     )
@@ -484,22 +422,22 @@ def _compete(task: _Task, head: str, test: FeatureStore | None) -> tuple[Leaderb
     return row, predictor
 
 
-def _out_of_fold(task: _Task, found: Any) -> Evaluation:
+def _out_of_fold(data: _TrainingData, found: Any) -> Evaluation:
     """Return the metrics of a search's out-of-fold scores."""
     known = ~np.isnan(found.logits).any(axis=1)
     proba = softmax(found.logits[known].astype(np.float64) / found.temperature, axis=1)
-    return _evaluation(task, known, proba, [str(name) for name in found.classes])
+    return _evaluation(data, known, proba, [str(name) for name in found.classes])
 
 
 def _evaluation(
-    task: _Task, known: npt.NDArray[np.bool_], proba: npt.NDArray[Any], classes: list[str]
+    data: _TrainingData, known: npt.NDArray[np.bool_], proba: npt.NDArray[Any], classes: list[str]
 ) -> Evaluation:
     return Evaluation(
-        ids=task.store.ids[known],
-        y_true=np.searchsorted(classes, task.y[known]).astype(np.int64),
+        ids=data.store.ids[known],
+        y_true=np.searchsorted(classes, data.y[known]).astype(np.int64),
         proba=proba,
         classes=tuple(classes),
-        groups=None if task.groups is None else task.groups[known],
+        groups=None if data.groups is None else data.groups[known],
     )
 
 
@@ -511,46 +449,46 @@ class _Nested:
     score: float
 
 
-def _nested(task: _Task, head: str) -> _Nested:
+def _nested(data: _TrainingData, head: str) -> _Nested:
     """Search inside every fold's training part, and score each choice on the fold.
 
     Varma and Simon, Bias in error estimation when using cross-validation for model selection
     (BMC Bioinformatics 7:91, 2006): what chose the parameters may not also judge them.
     """
-    store, classes = task.store, sorted(set(task.y.tolist()))
+    store, classes = data.store, sorted(set(data.y.tolist()))
     proba = np.full((len(store), len(classes)), np.nan)
-    for train, valid in task.folds:
-        inner = _inner_folds(task, train)
-        found = HEADS[head].search(task.X[train], task.y[train], inner, **task.options)
-        scores = head_logits(found.estimator, task.X[valid]).astype(np.float64)
+    for train, valid in data.folds:
+        inner = _inner_folds(data, train)
+        found = data.search_rows(head, data.X[train], data.y[train], inner)
+        scores = head_logits(found.estimator, data.X[valid]).astype(np.float64)
         proba[valid] = softmax(scores / found.temperature, axis=1)
     known = ~np.isnan(proba).any(axis=1)
-    codes = np.searchsorted(classes, task.y)
+    codes = np.searchsorted(classes, data.y)
     with np.errstate(divide="ignore"):
         logits = np.log(np.maximum(proba, np.finfo(np.float64).tiny))
-    scored = score_folds(logits, codes, np.array(classes), task.folds, task.options["scoring"])
-    return _Nested(_evaluation(task, known, proba[known], classes), float(np.mean(scored)))
+    scored = score_folds(logits, codes, np.array(classes), data.folds, data.options.scoring)
+    return _Nested(_evaluation(data, known, proba[known], classes), float(np.mean(scored)))
 
 
-def _inner_folds(task: _Task, train: npt.NDArray[np.int64]) -> list[Fold]:
+def _inner_folds(data: _TrainingData, train: npt.NDArray[np.int64]) -> list[Fold]:
     """Make folds of a fold's training part: as many as asked for, fewer where a class is small."""
-    store = task.store.select(train)
-    groups = None if task.groups is None else task.groups[train]
+    store = data.store.select(train)
+    groups = None if data.groups is None else data.groups[train]
     most = splitting.most_folds(store.labels, groups=groups, sha256=store.sha256)
     return splitting.folds(
         store.labels,
         groups=groups,
         sha256=store.sha256,
-        cv=max(2, min(task.cv, most)),
-        random_state=task.options["random_state"],
+        cv=max(2, min(data.options.cv, most)),
+        random_state=data.options.random_state,
     )
 
 
-def _predictor(task: _Task, found: Any) -> Predictor:
+def _predictor(data: _TrainingData, found: Any) -> Predictor:
     """Wrap a found head with all that it needs to be used later."""
-    store = task.store
+    store = data.store
     keys = {name: key for key, name in source_taps(store).items()}
-    columns = [InputTap(*keys[name], store.taps[name].width) for name in task.layers]
+    columns = [InputTap(*keys[name], store.taps[name].width) for name in data.layers]
     used = {column.source for column in columns}
     renumbered = {source: k for k, source in enumerate(sorted(used))}
     fingerprints = [
@@ -570,13 +508,13 @@ def _predictor(task: _Task, found: Any) -> Predictor:
         columns=tuple(replace(column, source=renumbered[column.source]) for column in columns),
         fingerprints=tuple(fingerprints),
         train_sha256=store.sha256,
-        canaries=_canaries(task, head, columns),
+        canaries=_canaries(data, head, columns),
     )
 
 
-def _canaries(task: _Task, head: FittedHead, columns: Sequence[InputTap]) -> CanaryRows:
+def _canaries(data: _TrainingData, head: FittedHead, columns: Sequence[InputTap]) -> CanaryRows:
     """Return the features of the store's canary images, or some training rows, with scores."""
-    kept = {c.source: task.store.parts[c.source].canaries for c in columns}
+    kept = {c.source: data.store.parts[c.source].canaries for c in columns}
     first = next(iter(kept.values()))
     usable = first is not None and all(
         one is not None and one.features and one.images == first.images for one in kept.values()
@@ -587,16 +525,16 @@ def _canaries(task: _Task, head: FittedHead, columns: Sequence[InputTap]) -> Can
         names, images = tuple(first.names), tuple(first.images)
     else:
         names, images = (), ()
-        _, block = next(iter(task.store.blocks(task.layers, _CANARY_ROWS)))
+        _, block = next(iter(data.store.blocks(data.layers, _CANARY_ROWS)))
         x = block[:, 0] if block.ndim == 3 else block
     x = np.ascontiguousarray(x, dtype=np.float32).copy()
     return CanaryRows(x, head.logits(x), names, images)
 
 
-def _predict_us(task: _Task, predictor: Predictor) -> float:
+def _predict_us(data: _TrainingData, predictor: Predictor) -> float:
     """Time predictions of one block of rows: microseconds an image, the better of two runs."""
-    rows = max(1, min(_TIMED_ROWS, _TIMED_BYTES // (4 * task.store.width(task.layers))))
-    _, block = next(iter(task.store.blocks(task.layers, rows)))
+    rows = max(1, min(_TIMED_ROWS, _TIMED_BYTES // (4 * data.store.width(data.layers))))
+    _, block = next(iter(data.store.blocks(data.layers, rows)))
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
@@ -672,8 +610,6 @@ class TrainedFile:
     ----------
     predictor : Predictor
         The best by cross-validation, as saved.
-    leaderboard : Leaderboard
-        All heads.
     output : Path
         Where the predictor is.
     up_to_date : bool
@@ -681,9 +617,14 @@ class TrainedFile:
     """
 
     predictor: Predictor
-    leaderboard: Leaderboard[Predictor]
     output: Path
     up_to_date: bool
+
+    @property
+    def leaderboard(self) -> Leaderboard:
+        """All heads."""
+        assert self.predictor.leaderboard is not None, "train makes one"
+        return self.predictor.leaderboard
 
     def to_text(self) -> str:
         """Return the table, and where the predictor is, for people."""
@@ -714,20 +655,13 @@ def train_files(
     stores: Sequence[str | Path],
     output: str | Path,
     *,
-    heads: Sequence[str] = (),
+    head: str | Sequence[str] = (),
     layers: str | Sequence[str] | None = None,
-    cv: int = 5,
     test_size: float | None = None,
-    group: bool = False,
-    scoring: str = "accuracy",
-    class_weight: str | None = None,
-    nested: bool = False,
-    memory: int | None = None,
-    n_jobs: int = 1,
-    random_state: int = 0,
     suffix: SuffixSettings | None = None,
     backbone: Backbone | None = None,
     progress: bool | None = None,
+    **options: Any,
 ) -> TrainedFile:
     """Open stores, hold some images out, compare heads, and save the best: ``featcache train``.
 
@@ -737,12 +671,14 @@ def train_files(
         Files of one fingerprint are put under each other, files of different ones side by side.
     output : path
         Where the predictor goes. Made by the same request from the same features, it is left.
-    heads : list of str
-        Empty: the classics. ``["all"]``: every one.
+    head : str or list of str
+        As in `train`. Empty: linear, svm, rbf-svm and forest.
     test_size : float, optional
         Share to hold out. None: what the split column holds out, else a quarter.
-    layers, cv, group, scoring, class_weight, nested, memory, n_jobs, random_state, progress
-        As in `compare`.
+    layers, progress
+        As in `train`.
+    **options
+        cv, group, scoring, class_weight, nested, memory, n_jobs and random_state, as in `train`.
     suffix, backbone
         As in `train`. The checkpoints of the head ``suffix`` are in the folder
         ``OUTPUT.checkpoints`` until the predictor is saved; the same call resumes from them.
@@ -760,53 +696,40 @@ def train_files(
     OutputError
         The output is there and is not a predictor; found before anything is trained.
     """
-    target = Path(output)
+    target, settings = Path(output), TrainingOptions(**options)
     check_overwrite(target, is_predictor, "a featcache predictor")
     request: dict[str, Any] = {
         "featcache": __version__,
         "stores": [FeatureStore.open(path).digest for path in stores],
-        "heads": list(_head_names(heads)[0]),
+        "heads": list(_head_names(head)[0]),
         "layers": layers if layers is None or isinstance(layers, str) else list(layers),
-        "cv": cv,
         "test_size": test_size,
-        "group": group,
-        "scoring": scoring,
-        "class_weight": class_weight,
-        "nested": nested,
-        "random_state": random_state,
+        **settings.to_request(),
     }
     if SUFFIX in request["heads"]:
         request["suffix"] = asdict(suffix or SuffixSettings())
     done = _up_to_date(target, request)
-    if done is not None and done.leaderboard is not None:
-        return TrainedFile(done, done.leaderboard, target, up_to_date=True)
+    if done is not None:
+        return TrainedFile(done, target, up_to_date=True)
     checkpoints = target.with_name(f"{target.name}.checkpoints")
     with _resumable(checkpoints if SUFFIX in request["heads"] else None):
         store = _open_stores(stores)
-        fit, test = _split(store, test_size, group=group, random_state=random_state)
-        leaderboard = compare(
+        fit, test = _split(store, test_size, settings)
+        predictor = train(
             fit,
             test,
-            heads=heads,
+            head=request["heads"],
             layers=layers,
-            cv=cv,
-            scoring=scoring,
-            class_weight=class_weight,
-            group=group,
-            nested=nested,
-            memory=memory,
-            n_jobs=n_jobs,
-            random_state=random_state,
             suffix=suffix,
             backbone=backbone,
             checkpoints=checkpoints,
             progress=progress,
+            **options,
         )
-        predictor = leaderboard.best
         predictor.request = request
         predictor.save(target)
     remove_checkpoints(checkpoints)
-    return TrainedFile(predictor, leaderboard, target, up_to_date=False)
+    return TrainedFile(predictor, target, up_to_date=False)
 
 
 def _up_to_date(target: Path, request: Mapping[str, Any]) -> Predictor | None:
@@ -817,7 +740,7 @@ def _up_to_date(target: Path, request: Mapping[str, Any]) -> Predictor | None:
         found = Predictor.load(target)
     except PredictorError:
         return None  # of another version, or damaged: it is made again
-    return found if found.request == request else None
+    return found if found.request == request and found.leaderboard is not None else None
 
 
 def _open_stores(paths: Sequence[str | Path]) -> FeatureStore:
@@ -831,11 +754,13 @@ def _open_stores(paths: Sequence[str | Path]) -> FeatureStore:
 
 
 def _split(
-    store: FeatureStore, test_size: float | None, *, group: bool, random_state: int
+    store: FeatureStore, test_size: float | None, options: TrainingOptions
 ) -> tuple[FeatureStore, FeatureStore]:
     """Hold images out: by the split column where it names a test part and no share is given."""
     if test_size is None and splitting.has_test(store.splits):
         return store.split(None)
     return store.split(
-        0.25 if test_size is None else test_size, group=group, random_state=random_state
+        0.25 if test_size is None else test_size,
+        group=options.group,
+        random_state=options.random_state,
     )

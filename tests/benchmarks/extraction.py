@@ -281,7 +281,7 @@ def precisions(folder: Path) -> None:
         path = folder / f"{precision}.h5"
         store = fc.extract(images, backbone, path, device="cpu", precision=precision)
         fit, test = store.split(test_size=0.25, random_state=0)
-        board = fc.compare(fit, test, heads=["linear"])
+        board = fc.train(fit, test, head=["linear"]).leaderboard
         row = board.rows[0]
         features[precision] = store.load()[0]
         print(
