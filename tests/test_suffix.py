@@ -779,7 +779,7 @@ def test_the_study_keeps_checkpoints_only_until_it_is_saved(
     store: FeatureStore, tmp_path: Path
 ) -> None:
     target = tmp_path / "a.featcache"
-    options = {"heads": ["suffix"], "cv": 2, "suffix": FAST, "backbone": backbone(BODY, "pool")}
+    options = {"head": ["suffix"], "cv": 2, "suffix": FAST, "backbone": backbone(BODY, "pool")}
     train_files(store.paths, target, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["a.featcache"]
     foreign = tmp_path / "b.featcache.checkpoints" / "notes.txt"

@@ -414,7 +414,7 @@ def test_a_damaged_leaderboard_is_refused(board: Leaderboard, change: dict[str, 
 
 def test_a_study_saves_the_best_and_runs_once(store: FeatureStore, tmp_path: Path) -> None:
     target = tmp_path / "p.featcache"
-    options = {"heads": ["svm"], "cv": 3}
+    options = {"head": ["svm"], "cv": 3}
     first = train_files(store.paths, target, **options)  # type: ignore[arg-type]
     assert not first.up_to_date
     assert f"saved: {target}" in first.to_text()
