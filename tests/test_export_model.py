@@ -70,28 +70,6 @@ def pixels(flower_folder: Path) -> np.ndarray:
 # --- as a torch module -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("head", "classes"),
-    [(head, classes) for head in LAYERED for classes in (2, 3)],
-)
-def test_the_network_gives_the_predictors_probabilities(
-    store: FeatureStore, pixels: np.ndarray, head: str, classes: int
-) -> None:
-    rows = np.flatnonzero(np.isin(store.labels, ["daisy", "rose", "tulip"][:classes]))
-    part = store.select(rows)
-    predictor = train(part, head=head, cv=3)
-    network = predictor.attach(small()).to_torch()
-    assert isinstance(network, nn.Module)
-    images = PREPARE.normalize(torch.from_numpy(pixels[rows]))
-    with torch.inference_mode():
-        found = network(images).numpy()
-    np.testing.assert_allclose(found, predictor.predict_proba_of(part), atol=1e-5)
-    logits = predictor.estimator.logits(part.matrix()) / predictor.temperature
-    network.probabilities = False
-    with torch.inference_mode():
-        np.testing.assert_allclose(network(images).numpy(), logits, atol=1e-5)
-
-
 def test_logits_are_there_to_train_the_head_further(
     predictor: Predictor, store: FeatureStore, pixels: np.ndarray
 ) -> None:
@@ -146,13 +124,6 @@ def test_every_step_of_layers_is_a_layer(treatment: list[Step], n_classes: int) 
     expected = FittedHead(steps, np.arange(n_classes)).logits(X)
     assert found.shape == expected.shape == (90, n_classes)
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("head", ["forest", "rbf-svm"])
-def test_heads_that_are_not_made_of_layers_are_refused(store: FeatureStore, head: str) -> None:
-    predictor = train(store, head=head, cv=2)
-    with pytest.raises(PredictorError, match=f"A {head} head .*Heads that can: linear"):
-        predictor.attach(small()).to_torch()
 
 
 def test_networks_that_prepare_images_differently_are_refused(

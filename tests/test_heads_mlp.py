@@ -66,13 +66,8 @@ def test_it_learns_what_a_linear_head_cannot(found):
     assert found.score == max(one.score for one in found.trials)
 
 
-def test_the_same_seed_gives_the_same_network(found):
+def test_another_seed_gives_another_network():
     X, y = shells()
-    again = HEADS["mlp"].search(X, y, folds_of(y))
-    np.testing.assert_array_equal(again.logits, found.logits)
-    for one, other in zip(again.estimator.steps, found.estimator.steps, strict=True):
-        for name, value in one.arrays().items():
-            np.testing.assert_array_equal(value, other.arrays()[name])
     other = MLP(random_state=1, epochs=1).fit(X, y)
     assert not np.array_equal(other.steps_[1].weight, MLP(epochs=1).fit(X, y).steps_[1].weight)
 
@@ -90,14 +85,6 @@ def test_its_layers_give_its_probabilities(classes):
     )
 
 
-def test_out_of_fold_scores_are_those_of_the_chosen_settings(found):
-    _, y = shells()
-    chosen = found.classes[found.logits.argmax(axis=1)]
-    assert np.mean([(chosen[v] == y[v]).mean() for _, v in folds_of(y)]) == pytest.approx(
-        found.score
-    )
-
-
 def test_rows_without_weight_and_heavy_classes():
     X, y = shells()
     wrong = np.random.default_rng(0).random(len(y)) < 0.4
@@ -106,17 +93,6 @@ def test_rows_without_weight_and_heavy_classes():
     assert (fitted.predict(X) == y).mean() > 0.75
     heavy = MLP(epochs=5, class_weight={"class 1": 1000.0}).fit(X, y)
     assert (heavy.predict(X) == "class 1").mean() > 0.8
-
-
-def test_views_are_all_trained_on_and_averaged():
-    X, y = shells(240)
-    noise = np.random.default_rng(0).normal(size=(240, 3, 12)).astype(np.float32)
-    views = X[:, None] + 0.3 * noise
-    found = HEADS["mlp"].search(views, y, folds_of(y))
-    assert found.logits.shape == (240, 3)
-    new, truth = shells(240, seed=1)
-    scores = logits(found.estimator, new[:, None] + 0.3 * noise)
-    assert (found.classes[scores.argmax(axis=1)] == truth).mean() > 0.6
 
 
 @pytest.mark.parametrize("wrong", [{"hidden": 0}, {"dropout": 1.0}, {"epochs": 0}])

@@ -112,41 +112,6 @@ def test_rows_without_weight_do_not_vote():
     assert found.score == pytest.approx(HEADS["knn"].search(X, given, clean).score)
 
 
-def test_class_weights_reach_the_search():
-    X, y = mixture(spread=3.0)
-    weights = {f"class {c}": 20.0 if c == 3 else 1.0 for c in range(4)}
-    plain, heavy = (
-        (HEADS["knn"].search(X, y, folds_of(y), class_weight=w).logits.argmax(axis=1) == 3).mean()
-        for w in (None, weights)
-    )
-    assert heavy > plain + 0.1
-
-
-def test_views_of_an_image_never_vote_for_it():
-    # Random labels, views nearly the same: only a leak could do better than chance.
-    rng = np.random.default_rng(0)
-    X = np.repeat(rng.normal(size=(200, 1, 16)), 3, axis=1).astype(np.float32)
-    X += 1e-3 * rng.normal(size=X.shape).astype(np.float32)
-    y = np.array([f"class {c}" for c in rng.permutation(np.arange(200) % 2)])
-    found = HEADS["knn"].search(X, y, folds_of(y))
-    assert found.score < 0.65
-    assert found.logits.shape == (200, 2)
-    assert logits(found.estimator, X).shape == (200, 2)
-
-
-@pytest.mark.parametrize("views", [0, 2])
-def test_from_disk_it_finds_the_same(views):
-    X, y = mixture()
-    if views:
-        X = np.stack([X, X + 0.01], axis=1)
-    folds = folds_of(y)
-    inside = HEADS["knn"].search(X, y, folds)
-    outside = HEADS["knn"].search(FeatureBlocks.of(X), y, folds, memory=1 << 26)
-    assert outside.params == inside.params
-    np.testing.assert_allclose(outside.logits, inside.logits, atol=0.05)
-    np.testing.assert_allclose(logits(outside.estimator, X), logits(inside.estimator, X), atol=0.05)
-
-
 def test_with_little_memory_it_keeps_a_part_of_each_class_and_says_so():
     X, y = mixture(4000, d=64)
     memory = 200_000  # bytes

@@ -114,17 +114,6 @@ def test_out_of_fold_scores_are_those_of_svc_on_each_fold(classes):
         np.testing.assert_allclose(found.logits[valid], theirs, atol=5e-3)
 
 
-def test_views_are_trained_on_and_averaged():
-    X, y = rings(120)
-    views = np.stack([X, X * np.float32(1.02)], axis=1)
-    found = HEADS["rbf-svm"].search(views, y, folds_of(y))
-    assert found.logits.shape == (120, 3)
-    each = [logits(found.estimator, views[:, v]) for v in range(2)]
-    np.testing.assert_allclose(
-        logits(found.estimator, views), np.mean(each, axis=0), rtol=1e-4, atol=1e-5
-    )
-
-
 @pytest.mark.parametrize("limit", ["rows", "memory"])
 def test_of_many_rows_a_part_is_trained_on_and_a_part_chooses(limit, monkeypatch):
     X, y = rings(400)

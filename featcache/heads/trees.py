@@ -143,8 +143,9 @@ class BoostedTrees(Head):
             early_stopping=False,
             random_state=self.random_state,
         )
-        model.fit(Z @ turn, codes, sample_weight=weight * factors[codes])
-        return turn, _trees_of(model)
+        columns = Z @ turn
+        model.fit(columns, codes, sample_weight=weight * factors[codes])
+        return turn, _between(_trees_of(model), columns)
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,21 @@ def _trees_of(model: Any) -> Trees:
             }
         )
     return Trees.joined(trees, len(model._predictors[0]), model._baseline_prediction.ravel())
+
+
+def _between(trees: Trees, columns: np.ndarray) -> Trees:
+    """Move thresholds from a training row's value half the way to the next larger one.
+
+    scikit-learn puts them on the values: a row's last bit would decide where it goes, and another
+    processor computes another last bit.
+    """
+    threshold = trees.threshold.copy()
+    for number, values in enumerate(np.sort(columns, axis=0).T):
+        own = trees.feature == number
+        above = np.searchsorted(values, threshold[own], side="right")
+        larger = values[np.minimum(above, len(values) - 1)]
+        threshold[own] += np.maximum(larger - threshold[own], 0) / 2
+    return replace(trees, threshold=threshold)
 
 
 def _staged(trees: Trees, Z: np.ndarray, rounds: Sequence[int]) -> np.ndarray:
