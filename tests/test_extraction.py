@@ -202,6 +202,8 @@ def test_touched_deleted_and_renamed_images_load_no_weights_either(
     (root / "bee" / "0001.jpg").rename(root / "ant" / "moved.jpg")
     store = run(root, backbone=taken())
     assert (store.extraction.computed, store.extraction.copied) == (0, 21)
+    assert store.extraction.removed == 1  # the renamed one is still there
+    assert "1 image is no longer there: its features" in str(store.extraction)
     assert "ant/0002.jpg" not in store.ids
     for name, row in zip(store.ids, store.load()[0], strict=True):
         np.testing.assert_array_equal(row, of[name.replace("ant/moved", "bee/0001")])
@@ -218,7 +220,8 @@ def test_only_new_and_changed_images_are_computed(root: Path) -> None:
     photograph(root / "ant" / "0000.jpg", 901)
     photograph(root / "bee" / "new.jpg", 902)
     store = run(root)
-    assert (store.extraction.computed, store.extraction.copied) == (2, 21)
+    summary = store.extraction
+    assert (summary.computed, summary.copied, summary.removed) == (2, 21, 0)
     fresh = run(root, path=root.parent / "fresh.h5")
     np.testing.assert_array_equal(store.load(TAP)[0], fresh.load(TAP)[0])
     assert store.ids.tolist() == fresh.ids.tolist() != before.ids.tolist()

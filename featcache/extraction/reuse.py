@@ -25,6 +25,7 @@ from featcache.store.writer import FeatureWriter
 __all__ = [
     "StoredLayout",
     "complete_store",
+    "contents_by_id",
     "copy_unchanged",
     "mark_changed",
     "recheck_replaced_files",
@@ -137,6 +138,16 @@ def complete_store(path: str, images: ImageSet, request: dict[str, Any]) -> Feat
         return None
     same = unchanged(images, np.arange(len(images)), entries[theirs], touched=False)
     return store if same.all() else None
+
+
+def contents_by_id(path: str) -> dict[str, bytes]:
+    """Return the hash of each image of the finished store at `path`; {} if there is none."""
+    try:
+        store = FeatureStore.open(path)
+    except StoreError:
+        return {}
+    hashes = map(np.ndarray.tobytes, store.sha256)
+    return dict(zip(store.ids.tolist(), hashes, strict=True))
 
 
 def same_tables(store: FeatureStore, images: ImageSet) -> bool:

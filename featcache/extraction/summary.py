@@ -21,6 +21,9 @@ class Summary:
     computed, copied, failed : int
         Images that were computed by this run, that an earlier run had computed, and that are
         recorded as failed.
+    removed : int
+        Images of an earlier file that are not in the image set, under no name: their features are
+        no longer in the file.
     relabelled : bool
         Whether labels were rewritten.
     skipped : bool
@@ -46,6 +49,7 @@ class Summary:
     computed: int = 0
     copied: int = 0
     failed: int = 0
+    removed: int = 0
     relabelled: bool = False
     skipped: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
@@ -83,6 +87,10 @@ class Summary:
             f"{self.images:,} images: {self.computed:,} computed, {self.copied:,} reused, "
             f"{self.failed:,} failed, in {self.seconds['total']:.1f} s"
         )
+        if self.removed:
+            one = self.removed == 1
+            gone = "1 image is" if one else f"{self.removed:,} images are"
+            text += f"; {gone} no longer there: {'its' if one else 'their'} features were removed"
         if self.bottleneck is None:
             return text
         rounding = (
