@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from sklearn.metrics.pairwise import cosine_similarity
@@ -117,9 +119,9 @@ def test_with_little_memory_it_keeps_a_part_of_each_class_and_says_so():
     memory = 200_000  # bytes
     found = HEADS["knn"].search(FeatureBlocks.of(X), y, folds_of(y), memory=memory)
     kept = found.estimator.steps[-2]
-    assert kept.rows.nbytes <= memory // 2
-    assert np.ptp(np.bincount(kept.codes)) <= 1
-    assert "knn keeps" in found.notes[0]
+    assert kept.rows.nbytes <= memory // 3 + 20 * 64 * 4  # one row of each class in each fold
+    assert np.ptp(np.bincount(kept.codes)) <= 5
+    assert re.match(r"knn was trained on 2\d\d of 4,000 images", found.notes[0])
     assert found.score > 0.7
 
 

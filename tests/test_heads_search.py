@@ -111,7 +111,7 @@ def test_many_rows_choose_roughly_on_a_part(head: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(linear, "_SOME", 240)
     rng = np.random.default_rng(0)
     y = np.arange(600) % 3
-    X = (rng.normal(size=(600, 8)) + np.eye(3, 8)[y]).astype(np.float32)
+    X = (rng.normal(size=(600, 8)) + 2 * np.eye(3, 8)[y]).astype(np.float32)
     parts = folds(y.astype(str), cv=3)
     found = HEADS[head].search(X, y, parts)
     said = rf"{head} chose its treatment, and C to within a decade, on 24\d of 600 images"
@@ -158,5 +158,3 @@ def test_blocks_give_some_images(views: int) -> None:
     numbers = (some[:, None] * views + np.arange(views)).ravel()
     expected = X[some].reshape(-1, 3).astype(np.float32)
     np.testing.assert_array_equal(FeatureBlocks.of(X).take(numbers), expected)
-    two = FeatureBlocks.of(X).take(numbers, lambda block: 2 * block[:, :2])
-    np.testing.assert_array_equal(two, 2 * expected[:, :2])

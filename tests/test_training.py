@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,6 @@ from featcache.errors import (
     StoreError,
     TrainingError,
 )
-from featcache.heads.table import CLASSICS
 from featcache.predictor.predictor import Predictor
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
@@ -279,7 +279,7 @@ def test_scoring_decides(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("head", "views"),
-    [("linear", 1), ("linear", 3), ("svm", 1), ("ridge", 1), ("knn", 1)],
+    [("linear", 1), ("linear", 3), ("svm", 1), ("ridge", 1)],
 )
 def test_features_that_do_not_fit_are_read_in_blocks(folder: Path, head: str, views: int) -> None:
     X = clusters(LABELS, d=64, spread=6.0, views=views)
@@ -292,33 +292,23 @@ def test_features_that_do_not_fit_are_read_in_blocks(folder: Path, head: str, vi
     np.testing.assert_allclose(one.predict_proba_of(wide), other.predict_proba_of(wide), atol=0.02)
 
 
-def test_boosting_takes_what_fits_and_says_so(folder: Path) -> None:
+@pytest.mark.parametrize("head", ["rbf-svm", "forest", "boosting", "knn", "mlp"])
+def test_heads_that_cannot_read_blocks_take_what_fits_and_say_so(folder: Path, head: str) -> None:
     X = clusters(LABELS, d=64, spread=6.0)
-    wide = make_store(folder / "wide-boosting.h5", X, LABELS)
-    board = train(wide, head=["boosting"], cv=3, memory=2 * X.nbytes).leaderboard
-    assert "boosting grew its trees on" in str(board)
-    whole = train(wide, head=["boosting"], cv=3).leaderboard
-    assert board[0].cv.accuracy == pytest.approx(whole[0].cv.accuracy, abs=0.2)
+    wide = make_store(folder / f"wide-{head}.h5", X, LABELS)
+    found = train(wide, head=head, cv=3, memory=2 * X.nbytes)
+    said = rf"{head} was trained on [46]\d of 90 images, a random part of each class\."
+    assert re.search(said, str(found.leaderboard))
+    assert 43 <= found.metrics["out_of_fold"]["images"] < 70
+    whole = train(wide, head=head, cv=3).leaderboard
+    assert whole[0].notes == ()
+    assert found.leaderboard[0].cv.accuracy == pytest.approx(whole[0].cv.accuracy, abs=0.2)
 
 
-def test_heads_that_cannot_read_blocks_are_left_out_or_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wide = make_store(folder / "wide-forest.h5", clusters(LABELS, d=64), LABELS)
-    board = train(wide, head=CLASSICS, cv=3, memory=90 * 64 * 4).leaderboard
-    assert "forest" in board.left_out
-    assert "linear" in [row.head for row in board]
-    assert "forest was left out: training on 23.0 kB of features takes about 3 times" in str(board)
-    with pytest.raises(TrainingError, match=r"forest cannot be trained here: .*in blocks"):
-        train(wide, head=["forest"], memory=90 * 64 * 4)
+def test_nested_needs_memory(folder: Path) -> None:
+    wide = make_store(folder / "wide-nested.h5", clusters(LABELS, d=64), LABELS)
     with pytest.raises(TrainingError, match="nested"):
         train(wide, head="linear", nested=True, memory=90 * 64 * 4)
-    # Before minutes have gone into the others.
-    monkeypatch.setattr(
-        "featcache.study.train._train_head", lambda *_: pytest.fail("one was trained")
-    )
-    with pytest.raises(TrainingError, match="forest cannot be trained here"):
-        train(wide, head=["svm", "forest"], memory=90 * 64 * 4)
 
 
 # --- several networks --------------------------------------------------------------------------

@@ -5,11 +5,10 @@ Trained by torch, kept as steps of numpy arrays, which can be grafted onto the b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,12 +16,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from featcache.errors import TrainingError
-from featcache.heads.base import ClassWeight, FittedHead, Head, through
-from featcache.heads.calibration import fit_temperature
+from featcache.heads.base import ClassWeight, FittedHead, Head
 from featcache.heads.preparation import Preparation, component_counts
-from featcache.heads.rows import FeatureBlocks, TrainingRows
-from featcache.heads.search import Scoring, SearchResult, Trial, gather, score_folds
+from featcache.heads.rows import TrainingRows
+from featcache.heads.search import HeadKind, Params, Search, gather
 from featcache.heads.solver import Workers
 from featcache.heads.steps import Matrix, Relu, Scale, Step
 
@@ -229,96 +226,43 @@ def _moments(X: np.ndarray, rows: np.ndarray, weight: np.ndarray) -> tuple[np.nd
     return (shift + mean).astype(np.float32), deviation.astype(np.float32)
 
 
-def search_mlp(
-    rows: TrainingRows,
-    *,
-    class_weight: str | dict[Any, float] | None = None,
-    scoring: Scoring = "accuracy",
-    random_state: int = 0,
-    **_: Any,
-) -> SearchResult:
-    """Choose treatment, components, dropout and the number of epochs by cross-validation.
+@dataclass(frozen=True)
+class MLPHead(HeadKind):
+    """Network of one hidden layer: treatment, components, dropout and the number of epochs.
 
     All folds are trained side by side and scored on their validation rows as they go; training
     stops where the score does. The network that is kept is trained on all rows for as many
     epochs as did best, so that early stopping costs no training rows.
-
-    Parameters
-    ----------
-    rows : TrainingRows
-        Training rows with their folds, in memory.
-    class_weight : "balanced", dict or None
-        Weights of the classes.
-    scoring : str or callable
-        See `featcache.heads.search.score_folds`.
-    random_state : int
-        Seed.
     """
-    if isinstance(rows.X, FeatureBlocks):
-        raise TrainingError("The mlp head needs its features in memory: give --memory, or linear.")
-    start = time.perf_counter()
-    search = _Search(rows, class_weight, scoring, random_state)
-    for treatment in _TREATMENTS:
-        search.attempt(Preparation(treatment, scaled=False), _DROPOUTS[0])
-    treatment = search.best.preparation.treatment
-    for count in component_counts(rows, _COUNTS):
-        search.attempt(Preparation(treatment, count, random_state=random_state), _DROPOUTS[0])
-    for dropout in _DROPOUTS[1:]:
-        search.attempt(search.best.preparation, dropout)
-    best = search.best
-    middle = time.perf_counter()
-    network = search.network(best.candidate.params["dropout"])
-    network.set_params(epochs=best.candidate.params["epochs"])
-    fitted = FittedHead(best.preparation.fit_head(rows, network), rows.classes)
-    return SearchResult(
-        head="mlp",
-        estimator=fitted,
-        best=best.candidate,
-        trials=tuple(one.candidate for one in search.tried),
-        classes=rows.classes,
-        logits=best.logits,
-        temperature=fit_temperature(best.logits, rows.codes, rows.weight),
-        search_seconds=middle - start,
-        fit_seconds=time.perf_counter() - middle,
-    )
 
+    name: ClassVar[str] = "mlp"
+    summary: ClassVar[str] = "network of one hidden layer"
 
-@dataclass(frozen=True)
-class _Tried:
-    """A network after some epochs, on all folds."""
+    def explore(self, rows: TrainingRows, search: Search) -> None:
+        """Try treatments, then components, then other dropouts."""
+        seed = self.options.random_state
+        for treatment in _TREATMENTS:
+            self._try(rows, search, Preparation(treatment, scaled=False), _DROPOUTS[0])
+        treatment = search.best.params["treatment"]
+        for count in component_counts(rows, _COUNTS):
+            self._try(rows, search, Preparation(treatment, count, random_state=seed), _DROPOUTS[0])
+        for dropout in _DROPOUTS[1:]:
+            best = Preparation.of(search.best.params, seed, scaled=False)
+            self._try(rows, search, best, dropout)
 
-    candidate: Trial
-    logits: np.ndarray
-    preparation: Preparation
-
-
-class _Search:
-    """What was tried, and on what."""
-
-    def __init__(
-        self, rows: TrainingRows, class_weight: Any, scoring: Scoring, random_state: int
-    ) -> None:
-        self.rows, self.class_weight = rows, class_weight
-        self.scoring, self.random_state = scoring, random_state
-        self.tried: list[_Tried] = []
-
-    @property
-    def best(self) -> _Tried:
-        """The best so far; the earlier one where scores tie."""
-        return max(self.tried, key=lambda one: one.candidate.score)
-
-    def network(self, dropout: float) -> MLP:
-        """Return a network to train."""
+    def _network(self, dropout: float) -> MLP:
         return MLP(
             dropout=dropout,
             weight_decay=_WEIGHT_DECAY,
-            class_weight=self.class_weight,
-            random_state=self.random_state,
+            class_weight=self.options.class_weight,
+            random_state=self.options.random_state,
         )
 
-    def attempt(self, preparation: Preparation, dropout: float) -> None:
+    def _try(
+        self, rows: TrainingRows, search: Search, preparation: Preparation, dropout: float
+    ) -> None:
         """Train one network a fold, and score them together at the checkpoints."""
-        rows, estimator = self.rows, self.network(dropout)
+        estimator = self._network(dropout)
         features = preparation.on_folds(rows)
         codes = np.repeat(rows.codes, rows.views)
         given = rows.weights()
@@ -337,25 +281,27 @@ class _Search:
                 for _ in workers.in_order(
                     partial(training.advance, epochs - done) for training in trainings
                 ):
-                    pass
+                    search.fitted()
             done = epochs
-            values = gather(
-                rows,
-                [
-                    self._scores(training, valid)
-                    for training, (_, valid) in zip(trainings, rows.folds, strict=True)
-                ],
-            )
-            found = score_folds(values, rows.codes, rows.classes, rows.folds, self.scoring)
+            per_fold = [
+                _fold_scores(rows, training, valid)
+                for training, (_, valid) in zip(trainings, rows.folds, strict=True)
+            ]
             params = {**preparation.params, "dropout": dropout, "epochs": epochs}
-            self.tried.append(_Tried(Trial(params, found), values, preparation))
-            scored.append(self.tried[-1].candidate.score)
+            scored.append(search.tried(params, gather(rows, per_fold)).score)
             if len(scored) - 1 - int(np.argmax(scored)) >= _PATIENCE:
                 break
 
-    def _scores(self, training: _Training, valid: np.ndarray) -> np.ndarray:
-        """Return scores (images, k) of validation images, means over their views."""
-        X = training.X[self.rows.rows(valid)]
-        scores = np.concatenate([found for _, found in through(training.head_steps(), X)])
-        mean: np.ndarray = scores.reshape(len(valid), self.rows.views, -1).mean(axis=1)
-        return mean
+    def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
+        """Train on all rows for the chosen number of epochs."""
+        network = self._network(params["dropout"]).set_params(epochs=params["epochs"])
+        # The network scales columns by itself.
+        preparation = Preparation.of(params, self.options.random_state, scaled=False)
+        return preparation.fit_head(rows, network)
+
+
+def _fold_scores(rows: TrainingRows, training: _Training, valid: np.ndarray) -> np.ndarray:
+    """Return scores (images, k) of validation images, means over their views."""
+    X = training.X[rows.rows(valid)]
+    head = FittedHead(training.head_steps(), rows.classes)
+    return head.logits(X.reshape(len(valid), rows.views, -1))

@@ -69,27 +69,23 @@ class FeatureBlocks:
             flat = np.asarray(block).reshape(-1, self.shape[-1])
             yield images, flat.astype(working_dtype(flat), copy=False)
 
-    def take(self, numbers: np.ndarray, transform: Transform | None = None) -> np.ndarray:
-        """Return some rows, by ascending number, each block's transformed; reads all blocks once.
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Return some rows, by ascending number; reads all blocks once.
 
         Parameters
         ----------
         numbers : ndarray of shape (m,), int
             Row numbers; an image has `views` of them.
-        transform : callable, optional
-            Takes rows (r, d), gives (r, w).
 
         Returns
         -------
-        ndarray of shape (m, d or w)
+        ndarray of shape (m, d)
         """
         found: np.ndarray | None = None
         for images, block in self.blocks(_ROWS):
             part = self.rows_of(images)
             a, b = np.searchsorted(numbers, [part.start, part.stop])
             some = block[numbers[a:b] - part.start]
-            if transform is not None:
-                some = transform(some)
             if found is None:
                 found = np.empty((len(numbers), some.shape[1]), dtype=some.dtype)
             found[a:b] = some

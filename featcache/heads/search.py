@@ -242,6 +242,10 @@ class HeadKind:
         """Fit one setting on all of `rows`, and return the steps of the head."""
         raise NotImplementedError
 
+    def final(self, rows: TrainingRows, params: Params) -> Params:
+        """Return what the best of rough trials is judged and fitted with."""
+        return params
+
     def most_images(self, rows: TrainingRows) -> int:
         """How many images the head can be fitted on: a matter of memory."""
         return len(rows)
@@ -306,8 +310,8 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
     part = kept.sample(head.enough_images(kept), options.random_state)
     found = Search(part, options)
     head.explore(part, found)
-    if len(part) < len(kept):
-        params = found.best.params
+    if found.best.rough or len(part) < len(kept):
+        params = head.final(kept, found.best.params)
         found.trials = [replace(one, rough=True) for one in found.trials]
         found.rows = kept.judging(part)
         found.tried(params, refitted(head, params, found))
@@ -483,8 +487,3 @@ def gather(rows: TrainingRows, per_fold: Sequence[np.ndarray]) -> np.ndarray:
     total[count == 0] = np.nan
     total[count > 0] /= count[count > 0][:, None]
     return total.astype(np.float32)
-
-
-def choose(tried: Sequence[tuple[Trial, np.ndarray]]) -> tuple[Trial, np.ndarray]:
-    """Return the best trial; the earlier (simpler) one where scores tie."""
-    return max(tried, key=lambda one: one[0].score)

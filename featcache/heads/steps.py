@@ -429,9 +429,7 @@ def needed_neighbors(weights: Array, n_neighbors: float) -> int:
     return int(min(len(weights), _MOST, np.ceil(n_neighbors / weights.min())))
 
 
-def nearest(
-    queries: Array, references: Array, count: int, *, allowed: Any = None
-) -> tuple[Array, Array]:
+def nearest(queries: Array, references: Array, count: int) -> tuple[Array, Array]:
     """Find the most similar references of each query, with the memory of one block.
 
     Parameters
@@ -442,13 +440,11 @@ def nearest(
         Rows of length 1 of any float type; converted block by block.
     count : int
         How many, at most n.
-    allowed : callable, optional
-        Takes a slice of references, gives a boolean array (q, references): which may be found.
 
     Returns
     -------
     similarities : ndarray of shape (q, count)
-        Falling; minus infinity where fewer are allowed.
+        Falling.
     indices : ndarray of shape (q, count), int64
         Rows of `references`.
     """
@@ -456,10 +452,7 @@ def nearest(
     where = torch.empty(best.shape, dtype=torch.int64)
     for start in range(0, len(references), _REFERENCES):
         block = slice(start, min(start + _REFERENCES, len(references)))
-        product = queries @ references[block].astype(queries.dtype, copy=False).T
-        if allowed is not None:
-            product[~allowed(block)] = -np.inf
-        values = torch.from_numpy(product)
+        values = torch.from_numpy(queries @ references[block].astype(queries.dtype, copy=False).T)
         indices = torch.arange(block.start, block.stop).expand(values.shape)
         if len(best.T):
             values, indices = torch.cat([best, values], dim=1), torch.cat([where, indices], dim=1)

@@ -15,10 +15,9 @@ scikit-learn's ensembles are imported where trees are grown: loading a predictor
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -26,24 +25,17 @@ from scipy.linalg import eigh
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.extmath import randomized_svd
 
-from featcache.heads.base import ClassWeight, FittedHead, Head
-from featcache.heads.calibration import fit_temperature
+from featcache.heads.base import ClassWeight, Head
 from featcache.heads.preparation import Preparation, component_counts
-from featcache.heads.rows import FeatureBlocks, TrainingRows, stratified
-from featcache.heads.search import (
-    Scoring,
-    SearchResult,
-    Trial,
-    choose,
-    fit_estimator,
-    gather,
-    logits,
-    score_folds,
-)
+from featcache.heads.rows import TrainingRows, stratified
+from featcache.heads.search import HeadKind, Params, Search, fit_estimator, gather, refitted
 from featcache.heads.steps import Matrix, Scale, Step, Trees
 
 _TREES = 300
 _FIRST_TREES = 60  # of each kind of forest, to choose the kind by
+_TREE_ROWS = 6_000_000  # rows that all trees of a forest are grown on together, ...
+_FEWEST_TREES = 100  # ... unless that makes fewer trees than this
+_ENOUGH_ROWS = 10_000  # that choose the kind
 _FOREST_COMPONENTS = (64,)  # more dilute what each split chooses from
 _SAMPLE = 8192  # rows that principal components are computed from
 _LEADING = 32  # components that stand beside the discriminants
@@ -271,248 +263,107 @@ def _staged(trees: Trees, Z: np.ndarray, rounds: Sequence[int]) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-def search_boosting(
-    rows: TrainingRows,
-    *,
-    class_weight: ClassWeight = None,
-    scoring: Scoring = "accuracy",
-    random_state: int = 0,
-    n_jobs: int = 1,
-    memory: int | None = None,
-    **_: Any,
-) -> SearchResult:
-    """Choose the size of the projection and the number of rounds by cross-validation.
+@dataclass(frozen=True)
+class BoostingHead(HeadKind):
+    """Gradient-boosted trees: the size of the projection and the number of rounds."""
 
-    Features on disk are read once to take a sample for the principal components, and once for
-    each fold and for the last fit, of which only the components stay in memory; where those are
-    more than a quarter of it, trees are grown on a random part of each class.
+    name: ClassVar[str] = "boosting"
+    summary: ClassVar[str] = "gradient-boosted trees on discriminants"
 
-    Parameters
-    ----------
-    rows : TrainingRows
-        Training rows with their folds.
-    class_weight : "balanced", dict or None
-        Weights of the classes.
-    scoring : str or callable
-        See `featcache.heads.search.score_folds`.
-    random_state : int
-        Seed.
-    n_jobs : int
-        Folds at a time.
-    memory : int, optional
-        Bytes to stay under when features are on disk.
-    """
-    start = time.perf_counter()
-    search = _Boosting(rows, class_weight, random_state, memory)
-    per_fold = Parallel(n_jobs=n_jobs, prefer="threads")(
-        delayed(search.fold)(fold) for fold in range(len(rows.folds))
-    )
-    tried = []
-    for number, (size, rounds) in enumerate(search.settings):
-        values = gather(rows, [one[number] for one in per_fold])
-        scores = score_folds(values, rows.codes, rows.classes, rows.folds, scoring)
-        tried.append((Trial({"n_components": size, "rounds": rounds}, scores), values))
-    best, values = choose(tried)
-    middle = time.perf_counter()
-    steps = search.last(best.params["n_components"], best.params["rounds"])
-    return SearchResult(
-        head="boosting",
-        estimator=FittedHead(steps, rows.classes),
-        best=best,
-        trials=tuple(one for one, _ in tried),
-        classes=rows.classes,
-        logits=values,
-        temperature=fit_temperature(values, rows.codes, rows.weight),
-        search_seconds=middle - start,
-        fit_seconds=time.perf_counter() - middle,
-        notes=search.notes,
-    )
+    def explore(self, rows: TrainingRows, search: Search) -> None:
+        """Grow the most rounds on each size, and look at fewer on the way."""
+        d = rows.X.shape[-1]
+        sizes = [size for size in _SIZES if size < d] or [min(_SIZES[0], d)]
+        rounds = _ROUNDS if len(rows.classes) <= _MANY_CLASSES else _ROUNDS[:-1]
+        settings = list(itertools.product(sizes, rounds))
+        per_fold = []
+        for found in Parallel(n_jobs=self.options.n_jobs, prefer="threads", return_as="generator")(
+            delayed(self._fold_scores)(rows, fold, sizes, rounds) for fold in range(len(rows.folds))
+        ):
+            per_fold.append(found)
+            search.fitted(len(settings))
+        for (size, count), values in zip(settings, zip(*per_fold, strict=True), strict=True):
+            search.tried({"n_components": size, "rounds": count}, gather(rows, values))
 
-
-class _Boosting:
-    """What the folds of a search share."""
-
-    def __init__(
-        self, rows: TrainingRows, class_weight: ClassWeight, random_state: int, memory: int | None
-    ) -> None:
-        self.rows, self.class_weight, self.random_state = rows, class_weight, random_state
-        self.d = rows.X.shape[-1]
-        self.codes = np.repeat(rows.codes, rows.views)
-        weight = np.ones(len(rows.codes)) if rows.weight is None else rows.weight
-        self.weight = np.repeat(weight / rows.views, rows.views)
-        self.sizes = [size for size in _SIZES if size < self.d] or [min(_SIZES[0], self.d)]
-        few = len(rows.classes) <= _MANY_CLASSES
-        self.rounds = _ROUNDS if few else _ROUNDS[:-1]
-        self.settings = [(size, rounds) for size in self.sizes for rounds in self.rounds]
-        n = len(rows.codes)
-        room, sample = n, _SAMPLE
-        if isinstance(rows.X, FeatureBlocks):
-            memory = memory or 1 << 30
-            room = max(1, memory // 4 // (4 * max(self.sizes) * rows.views))
-            sample = max(1, min(sample, memory // 8 // (4 * self.d * rows.views)))
-        self.used = stratified(rows.codes, room, random_state)
-        self.sampled = rows.rows(stratified(rows.codes, sample, random_state + 1))
-        self.sample = self._read(self.sampled, None)
-        self.notes = (
-            ()
-            if len(self.used) == n
-            else (
-                f"boosting grew its trees on {len(self.used)} of {n} images, a random part of "
-                "each class: as many as a quarter of the memory holds.",
-            )
-        )
-
-    def _read(self, numbers: np.ndarray, basis: Basis | None) -> np.ndarray:
-        """Return some rows, projected on a basis if there is one."""
-        X = self.rows.X
-        project = None if basis is None else basis.project
-        if isinstance(X, FeatureBlocks):
-            return X.take(numbers, project)
-        taken: np.ndarray = X[numbers]
-        return taken if project is None else project(taken)
-
-    def _basis(self, train: np.ndarray, size: int) -> Basis:
-        own = np.isin(self.sampled, self.rows.rows(train)) & (self.weight[self.sampled] > 0)
-        return Basis.principal(
-            self.sample[own], self.weight[self.sampled[own]], size, self.random_state
-        )
-
-    def _estimator(self, size: int, rounds: int) -> BoostedTrees:
-        return BoostedTrees(
-            size, n_rounds=rounds, class_weight=self.class_weight, random_state=self.random_state
-        )
-
-    def _train_rows(self, train: np.ndarray) -> np.ndarray:
-        numbers = self.rows.rows(np.intersect1d(train, self.used))
-        counted: np.ndarray = numbers[self.weight[numbers] > 0]
-        return counted
-
-    def fold(self, fold: int) -> list[np.ndarray]:
-        """Return the scores of the fold's validation rows for all settings, in their order."""
-        rows = self.rows
+    def _fold_scores(
+        self, rows: TrainingRows, fold: int, sizes: Sequence[int], rounds: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        """Return the scores of a fold's validation rows for all settings, in their order."""
         train, valid = (np.asarray(part) for part in rows.folds[fold])
-        numbers, judged = self._train_rows(train), rows.rows(valid)
-        largest = self._basis(train, max(self.sizes))
-        wanted = np.union1d(numbers, judged)
-        Z = self._read(wanted, largest)
-        fitting, judging = np.searchsorted(wanted, numbers), np.searchsorted(wanted, judged)
+        given, codes = rows.weights(train), np.repeat(rows.codes[train], rows.views)
+        weight = np.ones(len(codes)) if given is None else given
+        counted = weight > 0
+        X, codes, weight = rows.features(train)[counted], codes[counted], weight[counted]
+        seed = self.options.random_state
+        some = stratified(codes, _SAMPLE, seed)
+        largest = Basis.principal(X[some], weight[some], max(sizes), seed)
+        Z, judged = largest.project(X), largest.project(rows.features(valid))
         results = []
-        for size in self.sizes:
+        for size in sizes:
             r = min(size, Z.shape[1])
-            turn, trees = self._estimator(size, self.rounds[-1]).grow(
-                Z[fitting, :r], self.codes[numbers], self.weight[numbers], rows.classes
-            )
-            for scores in _staged(trees, Z[judging, :r] @ turn, self.rounds):
+            model = self._estimator(size, rounds[-1])
+            turn, trees = model.grow(Z[:, :r], codes, weight, rows.classes)
+            for scores in _staged(trees, judged[:, :r] @ turn, rounds):
                 both = _BOTH(scores) if scores.shape[1] == 1 else scores
                 results.append(both.reshape(len(valid), rows.views, -1).mean(axis=1))
         return results
 
-    def last(self, size: int, rounds: int) -> list[Step]:
-        """Fit on all rows."""
-        everything = np.arange(len(self.rows.codes))
-        numbers = self._train_rows(everything)
-        basis = self._basis(everything, size)
-        grown = self._estimator(size, rounds).grow(
-            self._read(numbers, basis),
-            self.codes[numbers],
-            self.weight[numbers],
-            self.rows.classes,
-        )
-        return basis.steps(*grown)
+    def _estimator(self, size: int, rounds: int) -> BoostedTrees:
+        weight, seed = self.options.class_weight, self.options.random_state
+        return BoostedTrees(size, n_rounds=rounds, class_weight=weight, random_state=seed)
+
+    def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
+        """Grow the trees on all rows."""
+        estimator = self._estimator(params["n_components"], params["rounds"])
+        found: list[Step] = fit_estimator(estimator, rows).steps_
+        return found
 
 
 @dataclass(frozen=True)
-class _Forest:
-    """What a forest is grown on, and how."""
+class ForestHead(HeadKind):
+    """Random forest or extra trees, on columns as they are or on principal components.
 
-    preparation: Preparation
-    splits: str
-    min_samples_leaf: int
-
-
-def search_forest(
-    rows: TrainingRows,
-    *,
-    class_weight: ClassWeight = None,
-    scoring: Scoring = "accuracy",
-    random_state: int = 0,
-    n_jobs: int = 1,
-    **_: Any,
-) -> SearchResult:
-    """Choose between random forests and extra trees, and grow the better to 300 trees.
-
-    The kinds are compared with 60 trees a fold, and the better one with itself on principal
-    components; only the best is grown in full.
-
-    Parameters
-    ----------
-    rows : TrainingRows
-        Training rows with their folds, in memory.
-    class_weight : "balanced", dict or None
-        Weights of the classes.
-    scoring : str or callable
-        See `featcache.heads.search.score_folds`.
-    random_state : int
-        Seed.
-    n_jobs : int
-        Trees at a time.
+    The kinds are compared with 60 trees a fold (of 10,000 rows, where there are more), and the
+    better one with itself on components. Only the best is grown in full: to 300 trees, and above
+    20,000 rows to fewer, but not less than 100.
     """
-    from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
 
-    start = time.perf_counter()
-    shared = {"class_weight": class_weight, "random_state": random_state, "n_jobs": n_jobs}
-    kinds = {"random": RandomForestClassifier, "extra": ExtraTreesClassifier}
-    plain = Preparation(scaled=False)
-    tried: dict[_Forest, tuple[Trial, np.ndarray]] = {}
+    name: ClassVar[str] = "forest"
+    summary: ClassVar[str] = "random forest or extra trees"
 
-    def judge(forests: Sequence[_Forest], count: int) -> _Forest:
-        for one in forests:
-            forest = kinds[one.splits](count, min_samples_leaf=one.min_samples_leaf, **shared)
-            tried[one] = _judge_forest(rows, one, forest, scoring)
-        return max(tried, key=lambda one: tried[one][0].score)
+    def explore(self, rows: TrainingRows, search: Search) -> None:
+        """Try both kinds with two sizes of leaves, then components."""
+        for splits, leaf in itertools.product(("random", "extra"), (1, 3)):
+            params = {"splits": splits, "min_samples_leaf": leaf, "trees": _FIRST_TREES}
+            self._try(rows, search, params)
+        best = search.best.params
+        for count in component_counts(rows, _FOREST_COMPONENTS):
+            for treatment in ("standard", "power"):
+                self._try(rows, search, {"treatment": treatment, "n_components": count, **best})
 
-    best = judge([_Forest(plain, kind, leaf) for kind in kinds for leaf in (1, 3)], _FIRST_TREES)
-    on_components = [
-        replace(best, preparation=Preparation(treatment, count, random_state=random_state))
-        for count in component_counts(rows, _FOREST_COMPONENTS)
-        for treatment in ("standard", "power")
-    ]
-    best = judge(on_components, _FIRST_TREES)
-    candidates = [one for one, _ in tried.values()]
-    judge([best], _TREES)
-    chosen, values = tried[best]
-    middle = time.perf_counter()
-    forest = kinds[best.splits](_TREES, min_samples_leaf=best.min_samples_leaf, **shared)
-    estimator = FittedHead(best.preparation.fit_head(rows, forest), rows.classes)
-    return SearchResult(
-        head="forest",
-        estimator=estimator,
-        best=chosen,
-        trials=(*candidates, chosen),
-        classes=rows.classes,
-        logits=values,
-        temperature=fit_temperature(values, rows.codes, rows.weight),
-        search_seconds=middle - start,
-        fit_seconds=time.perf_counter() - middle,
-    )
+    def _try(self, rows: TrainingRows, search: Search, params: Params) -> None:
+        search.tried(params, refitted(self, params, search), rough=True)
 
+    def enough_images(self, rows: TrainingRows) -> int:
+        """Return fewer: there are six forests to grow on each fold."""
+        return _ENOUGH_ROWS // rows.views
 
-def _judge_forest(
-    rows: TrainingRows, how: _Forest, forest: Any, scoring: Scoring
-) -> tuple[Trial, np.ndarray]:
-    """Grow a forest for each fold and score it on the fold's validation rows."""
-    per_fold = []
-    for fold, (train, valid) in enumerate(rows.folds):
-        inside = replace(rows, X=how.preparation.on_fold(rows, fold))
-        fit_estimator(forest, inside, np.asarray(train))
-        X = inside.features(np.asarray(valid))
-        per_fold.append(logits(forest, X.reshape(len(valid), rows.views, -1)))
-    values = gather(rows, per_fold)
-    scores = score_folds(values, rows.codes, rows.classes, rows.folds, scoring)
-    params = {
-        **({} if how.preparation.n_components is None else how.preparation.params),
-        "splits": how.splits,
-        "min_samples_leaf": how.min_samples_leaf,
-        "trees": forest.n_estimators,
-    }
-    return Trial(params, scores), values
+    def final(self, rows: TrainingRows, params: Params) -> Params:
+        """Return the same forest with all of its trees: the fewer, the more rows each grows on."""
+        most = _TREE_ROWS // (len(rows) * rows.views)
+        return {**params, "trees": min(_TREES, max(_FEWEST_TREES, most))}
+
+    def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
+        """Grow the forest on all rows."""
+        from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
+
+        kind = RandomForestClassifier if params["splits"] == "random" else ExtraTreesClassifier
+        forest = kind(
+            params["trees"],
+            min_samples_leaf=params["min_samples_leaf"],
+            class_weight=self.options.class_weight,
+            random_state=self.options.random_state,
+            n_jobs=self.options.n_jobs,
+        )
+        preparation = Preparation.of(params, self.options.random_state, scaled=False)
+        return preparation.fit_head(rows, forest)

@@ -15,7 +15,7 @@ is what to quote.
 
 **Memory.** Training copies parts of the features (folds, scaled rows): about three times the
 array. Where that does not fit into `memory` (left out: most of what the machine has available),
-the heads that can read the store in blocks do so, and the others are left out.
+the heads that can read the store in blocks do so, and the others take the part that fits.
 
 **The rest of the network** is a head as well, ``suffix`` (see `featcache.finetuning.search`):
 trained on maps that the store keeps, under the same folds. It is never among "all", as it costs
@@ -66,6 +66,8 @@ if TYPE_CHECKING:
 __all__ = ["TrainedFile", "train", "train_files"]
 
 Scoring = str | Callable[..., float]
+
+Progress = Callable[[int], object]
 
 _COPIES = 3  # times the features' own size, that training them in memory takes
 _CANARY_ROWS = 8  # kept where the store has no canary images
@@ -159,7 +161,7 @@ def train(
         n_jobs=n_jobs,
         random_state=random_state,
     )
-    names, asked = _head_names(head)
+    names = _head_names(head)
     folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
     with _resumable(folder):
         data = _TrainingData.of(store, layers, options)
@@ -171,9 +173,7 @@ def train(
                 checkpoints=folder,
                 progress=progress,
             )
-        found, left_out = _train_heads(data, names, asked, test, progress=progress)
-    if not found:
-        raise TrainingError("No head is left: " + "; ".join(map(": ".join, left_out.items())))
+        found = _train_heads(data, names, test, progress=progress)
     # The order of the heads decides between equal scores.
     best = max(found, key=lambda pair: pair[0].cv_score)[1]
     best.leaderboard = Leaderboard(
@@ -184,7 +184,6 @@ def train(
         n_unlabelled=len(store) - len(data.store),
         folds=data.folds_text,
         notes=data.notes,
-        left_out=left_out,
     )
     return best
 
@@ -199,38 +198,32 @@ def _resumable(checkpoints: Path | None) -> contextlib.AbstractContextManager[No
 def _train_heads(
     data: _TrainingData,
     names: Sequence[str],
-    asked: frozenset[str],
     test: FeatureStore | None,
     *,
     progress: bool | None,
-) -> tuple[list[tuple[LeaderboardRow, Predictor]], dict[str, str]]:
-    """Train each head that can be; and say why the others cannot.
-
-    Raises
-    ------
-    TrainingError
-        One that was asked for cannot; before any other is trained.
-    """
-    left_out = {name: why for name in names if (why := data.impossible(name))}
-    for name in left_out:
-        if name in asked:
-            raise TrainingError(f"{name} cannot be trained here: {left_out[name]}.")
+) -> list[tuple[LeaderboardRow, Predictor]]:
+    """Train each head, with a bar that moves with the fits."""
+    if data.options.nested and not data.in_memory and names != [SUFFIX]:
+        raise TrainingError(
+            "nested cross-validation needs the features in memory, and training on "
+            f"{_bytes(data.size)} of them takes about {_COPIES} times that: more than the "
+            f"{_bytes(data.memory)} of memory"
+        )
     found = []
-    possible = [name for name in names if name not in left_out]
-    with progress_bar(progress, possible, unit="head", leave=False) as bar:
-        for name in bar:
-            bar.set_description(name)
-            found.append(_train_head(data.of_head(name), name, test))
-    return found, left_out
+    with progress_bar(progress, unit=" fits", leave=False) as bar:
+        for number, name in enumerate(names, 1):
+            bar.set_description(f"{name} (head {number} of {len(names)})")
+            found.append(_train_head(data.of_head(name), name, test, bar.update))
+    return found
 
 
-def _head_names(heads: str | Sequence[str]) -> tuple[list[str], frozenset[str]]:
-    """Return the heads to train, and those of them that the user named."""
+def _head_names(heads: str | Sequence[str]) -> list[str]:
+    """Return the heads to train."""
     given = [heads] if isinstance(heads, str) else list(heads)
     if not given:
-        return list(CLASSICS), frozenset()
+        return list(CLASSICS)
     if given == ["all"]:
-        return list(HEADS), frozenset()
+        return list(HEADS)
     known = [*HEADS, SUFFIX]
     for name in given:
         if name not in known:
@@ -239,8 +232,7 @@ def _head_names(heads: str | Sequence[str]) -> tuple[list[str], frozenset[str]]:
             raise TrainingError(
                 f"There is no head {name!r}.{hint} Heads: {', '.join(known)}, or all."
             )
-    named = list(dict.fromkeys(given))
-    return named, frozenset() if tuple(named) == CLASSICS else frozenset(named)
+    return list(dict.fromkeys(given))
 
 
 @dataclass(frozen=True)
@@ -333,29 +325,17 @@ class _TrainingData:
     def _read(self, rows: int) -> Any:
         return self.store.blocks(self.layers, rows)
 
-    def impossible(self, head: str) -> str:
-        """Say why a head cannot be trained on these features; empty if it can."""
-        if head == SUFFIX or self.in_memory:
-            return ""
-        if not HEADS[head].out_of_core:
-            return (
-                f"training on {_bytes(self.size)} of features takes about {_COPIES} times that, "
-                f"more than the {_bytes(self.memory)} of memory, and it cannot read them in blocks"
-            )
-        if self.options.nested:
-            return "nested cross-validation needs the features in memory"
-        return ""
-
-    def search(self, head: str) -> Any:
+    def search(self, head: str, progress: Progress) -> Any:
         if self.suffix is not None and head == SUFFIX:
             options = self.options.of_search("class_weight", "scoring", "random_state")
             return self.suffix.search(self.y, self.folds, groups=self.groups, **options)
-        return self.search_rows(head, self.X, self.y, self.folds, memory=self.memory)
+        more = {"memory": self.memory, "progress": progress}
+        return self.search_rows(head, self.X, self.y, self.folds, **more)
 
-    def search_rows(self, head: str, X: Any, y: Any, folds: Any, memory: int | None = None) -> Any:
+    def search_rows(self, head: str, X: Any, y: Any, folds: Any, **more: Any) -> Any:
         """Search a head on given rows."""
         options = self.options.of_search("class_weight", "scoring", "random_state", "n_jobs")
-        return HEADS[head].search(X, y, folds, memory=memory, **options)
+        return HEADS[head].search(X, y, folds, **options, **more)
 
 
 def _folds(
@@ -393,11 +373,11 @@ def _bytes(n: int) -> str:
 
 
 def _train_head(
-    data: _TrainingData, head: str, test: FeatureStore | None
+    data: _TrainingData, head: str, test: FeatureStore | None, progress: Progress
 ) -> tuple[LeaderboardRow, Predictor]:
     """Search, fit and score one head."""
     with _PeakMemory() as peak:
-        found = data.search(head)
+        found = data.search(head, progress)
     # The folds of a suffix choose nothing: nested or not, it is the same.
     cross = _nested(data, head) if data.options.nested and head != SUFFIX else None
     out_of_fold = _out_of_fold(data, found) if cross is None else cross.evaluation
@@ -701,7 +681,7 @@ def train_files(
     request: dict[str, Any] = {
         "featcache": __version__,
         "stores": [FeatureStore.open(path).digest for path in stores],
-        "heads": list(_head_names(head)[0]),
+        "heads": _head_names(head),
         "layers": layers if layers is None or isinstance(layers, str) else list(layers),
         "test_size": test_size,
         **settings.to_request(),

@@ -44,10 +44,10 @@ from synthetic import FINGERPRINT, TAP, Images, features
 
 from featcache.heads.linear import LinearClassifier, LinearHead, LinearSVMHead
 from featcache.heads.rows import TrainingRows
-from featcache.heads.search import search
+from featcache.heads.search import SearchOptions, search
 from featcache.heads.svm import GaussianSVM
 from featcache.heads.table import HEADS
-from featcache.heads.trees import BoostedTrees, search_forest
+from featcache.heads.trees import BoostedTrees, ForestHead
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
 
@@ -221,7 +221,7 @@ def forest(X: np.ndarray, y: np.ndarray, name: str) -> None:
     """The same search, through `cross_val_predict`-like loops of scikit-learn's own forests."""
     folds = folds_of(y)[:2]
     rows = TrainingRows.check(X, y, folds, None)
-    seconds, found = timed(lambda: search_forest(rows, n_jobs=-1))
+    seconds, found = timed(lambda: search(ForestHead(SearchOptions(n_jobs=-1)), rows))
 
     def plain() -> float:
         scores = {}
