@@ -5,7 +5,7 @@
     folds = splitting.folds(y, cv=5, random_state=0)      # [(train, valid), ...]
     found = HEADS["linear"].search(X, y, folds)
     found.score, found.params, found.logits               # out of fold
-    logits(found.estimator, X_new)                        # (n, classes)
+    found.estimator.logits(X_new)                         # (n, classes)
     # softmax(logits / found.temperature) are calibrated probabilities
 
 `HEADS` holds all of them; `CLASSICS` are the four that are compared when none is named.

@@ -43,7 +43,6 @@ from featcache.finetuning.search import SUFFIX, SuffixSearch, remove_checkpoints
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead
 from featcache.heads.rows import FeatureBlocks
-from featcache.heads.search import logits as head_logits
 from featcache.heads.search import score_folds
 from featcache.heads.table import CLASSICS, HEADS
 from featcache.predictor.inputs import InputTap, source_taps
@@ -440,7 +439,7 @@ def _nested(data: _TrainingData, head: str) -> _Nested:
     for train, valid in data.folds:
         inner = _inner_folds(data, train)
         found = data.search_rows(head, data.X[train], data.y[train], inner)
-        scores = head_logits(found.estimator, data.X[valid]).astype(np.float64)
+        scores = found.estimator.logits(data.X[valid]).astype(np.float64)
         proba[valid] = softmax(scores / found.temperature, axis=1)
     known = ~np.isnan(proba).any(axis=1)
     codes = np.searchsorted(classes, data.y)
