@@ -20,9 +20,10 @@ from featcache.heads import solver
 from featcache.heads.linear import LinearClassifier, LinearHead, LinearSVMHead
 from featcache.heads.ridge import Ridge, RidgeHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
-from featcache.heads.search import logits, search
+from featcache.heads.search import search
 from featcache.heads.steps import Power
 from featcache.heads.table import HEADS
+from tests.scores import logits
 
 LINEAR = ("linear", "svm", "ridge")
 

@@ -11,8 +11,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.heads.mlp import MLP
 from featcache.heads.rows import FeatureBlocks
-from featcache.heads.search import logits
 from featcache.heads.table import HEADS
+from tests.scores import logits
 
 UNEQUAL = {
     "check_sample_weight_equivalence_on_dense_data": "minibatches are drawn from other rows",

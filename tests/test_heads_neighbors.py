@@ -10,9 +10,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.heads.neighbors import CosineNeighbors
 from featcache.heads.rows import FeatureBlocks, stratified
-from featcache.heads.search import logits
 from featcache.heads.steps import nearest
 from featcache.heads.table import HEADS
+from tests.scores import logits
 
 
 @parametrize_with_checks([CosineNeighbors(5)])

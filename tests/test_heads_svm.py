@@ -12,10 +12,10 @@ from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.heads import base, svm
-from featcache.heads.search import logits
 from featcache.heads.steps import Power
 from featcache.heads.svm import GaussianSVM
 from featcache.heads.table import HEADS
+from tests.scores import logits
 
 
 def as_in_scikit_learn(_):

@@ -165,3 +165,21 @@ def test_boosting_with_little_memory_says_that_it_took_a_part():
     assert found.score > 0.55
     said = re.match(r"boosting was trained on (\d+) of 3,000 images", found.notes[0])
     assert said and (~np.isnan(found.logits).any(axis=1)).sum() == int(said[1])
+
+
+def test_of_many_rows_a_part_chooses_the_kind_and_all_grow_fewer_trees(monkeypatch):
+    monkeypatch.setattr("featcache.heads.trees._ENOUGH_ROWS", 90)
+    monkeypatch.setattr("featcache.heads.trees._FEWEST_TREES", 5)
+    monkeypatch.setattr("featcache.heads.trees._TREE_ROWS", 200 * 12)
+    X, y = network_like(200)
+    fits = []
+    found = HEADS["forest"].search(X, y, folds_of(y), progress=fits.append)
+    said = re.fullmatch(
+        r"forest chose its settings on (\d+) of 200 images, a random part of each class, and was "
+        r"fitted on all 200\.",
+        found.notes[0],
+    )
+    assert said and (~np.isnan(found.logits).any(axis=1)).sum() == int(said[1]) < 110
+    assert found.params["trees"] == 12 and found.estimator.steps[-2].roots.size == 12
+    assert [one.rough for one in found.trials] == [True] * (len(found.trials) - 1) + [False]
+    assert sum(fits) == len(found.trials) * len(folds_of(y)) + 1

@@ -240,7 +240,7 @@ def out_of_fold(design: Design, rows: TrainingRows, W: Tensor, b: Tensor) -> Ite
     ------
     ndarray of shape (images, k), float32
         Means over the views, and over the folds that validate an image; NaN where none does. One
-        column for two classes becomes two, as in `featcache.heads.logits`.
+        column for two classes becomes two, -f/2 and f/2.
     """
     at_a_time = max(1, _SCORES // (4 * design.n * W.shape[2]))
     valid = np.zeros((len(rows.folds), len(rows.codes)), dtype=bool)

@@ -28,9 +28,6 @@ from featcache.heads.steps import Step
 Params: TypeAlias = Mapping[str, Any]
 Scoring: TypeAlias = str | Callable[..., float]
 
-# Probabilities are clipped here before the logarithm: a forest gives exact zeros.
-_SMALLEST_PROBABILITY = 1e-4
-
 _COPIES = 3  # of the features, that training takes
 
 
@@ -359,37 +356,6 @@ def refitted(head: HeadKind, params: Params, search: Search) -> np.ndarray:
     return gather(rows, per_fold)
 
 
-def logits(estimator: Any, X: np.ndarray) -> np.ndarray:
-    """Return an estimator's class scores, averaged over views.
-
-    Parameters
-    ----------
-    estimator : fitted classifier
-        With `decision_function` or `predict_proba`.
-    X : ndarray of shape (n, d) or (n, views, d)
-        Features.
-
-    Returns
-    -------
-    ndarray of shape (n, k), float32
-        Decision values, or log-probabilities. A binary decision value ``f`` becomes
-        ``[-f/2, f/2]``, whose softmax is the logistic function of ``f``.
-    """
-    if isinstance(estimator, FittedHead):
-        return estimator.logits(X)
-    n = len(X)
-    flat = X.reshape(-1, X.shape[-1])
-    if hasattr(estimator, "decision_function"):
-        values = np.asarray(estimator.decision_function(flat), dtype=np.float32)
-        if values.ndim == 1:
-            values = np.stack([-values / 2, values / 2], axis=1)
-    else:
-        proba = np.asarray(estimator.predict_proba(flat))
-        values = np.log(np.maximum(proba, _SMALLEST_PROBABILITY)).astype(np.float32)
-    mean: np.ndarray = values.reshape(n, -1, values.shape[1]).mean(axis=1)
-    return mean
-
-
 class _Scored(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Predictions that are known already, in the shape that scikit-learn's scorers want.
 
@@ -467,14 +433,9 @@ def score_folds(
     return tuple(float(scorer(known, valid, labels[valid])) for _, valid in folds)
 
 
-def fit_estimator(estimator: Any, rows: TrainingRows, images: np.ndarray | None = None) -> Any:
-    """Fit a pipeline (or a bare estimator) on `images`, weights going to its last step."""
-    weight = rows.weights(images)
-    fit_params: dict[str, Any] = {}
-    if weight is not None:
-        last = estimator.steps[-1][0] + "__" if hasattr(estimator, "steps") else ""
-        fit_params[f"{last}sample_weight"] = weight
-    return estimator.fit(rows.features(images), rows.targets(images), **fit_params)
+def fit_estimator(estimator: Any, rows: TrainingRows) -> Any:
+    """Fit a scikit-learn classifier on all rows, with their weights."""
+    return estimator.fit(rows.features(), rows.targets(), sample_weight=rows.weights())
 
 
 def gather(rows: TrainingRows, per_fold: Sequence[np.ndarray]) -> np.ndarray:

@@ -3,7 +3,9 @@
 It solves what scikit-learn's `SVC` solves, by libsvm, but hands it the kernel as a
 matrix. libsvm computes a kernel pair by pair in double precision; as one matrix product it is 20
 to 30 times faster on 2,048 features, and all values of C share it. The same holds for prediction.
-The price is memory: 8 bytes for each pair of rows.
+The price is memory: 8 bytes for each pair of rows. So no more than 20,000 rows are trained on. Of
+50,000 images of ten classes (Fashion-MNIST through MobileNetV2, 1,280 columns) that many had 0.885
+of 10,000 others right, as a linear SVM on 2,000 Nystroem features of all 50,000 had.
 
 scikit-learn-intelex is not used, because it is slower: 8,000 rows x 2,048, 10 classes, fit and
 2,000 predictions on two cores of an EPYC took 97 s with `SVC`, 7.3 s with scikit-learn-intelex, and
