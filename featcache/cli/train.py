@@ -41,8 +41,8 @@ from featcache.finetuning.settings import SuffixSettings
 @click.option(
     "--memory",
     type=options.size,
-    help="Memory to stay within, such as 1GB; features are then read in blocks. Default: what is "
-    "free.",
+    help="Memory to stay within, such as 1GB. Where features do not fit, linear, svm and ridge "
+    "read them in blocks, and the other heads take a random part. Default: what is free.",
 )
 @click.option("--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core.")
 @click.option("--random-state", type=int, default=0, help="Seed of everything that is drawn.")

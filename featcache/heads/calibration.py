@@ -24,7 +24,7 @@ def fit_temperature(
     Parameters
     ----------
     logits : ndarray of shape (n, k)
-        Out-of-fold scores. TrainingRows with NaN are left out.
+        Out-of-fold scores. Rows with NaN are left out.
     y : ndarray of shape (n,), int
         Column of the true class.
     sample_weight : ndarray of shape (n,), optional

@@ -137,7 +137,7 @@ class _Sums:
 def _sums(design: Design, classes: int) -> list[_Sums]:
     """Return the sums of each fold's training rows, from one pass.
 
-    TrainingRows with the same weights in all folds up to being left out are summed once.
+    Rows with the same weights in all folds up to being left out are summed once.
     """
     weights = design.weights.numpy()
     largest = weights.max(axis=0)

@@ -26,7 +26,7 @@ def working_dtype(X: np.ndarray) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class FeatureBlocks:
-    """TrainingRows of features that only exist as a sequence of blocks.
+    """Rows of features that only exist as a sequence of blocks.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class FeatureBlocks:
 
     @property
     def views(self) -> int:
-        """TrainingRows of each image."""
+        """Rows of each image."""
         return self.shape[1] if len(self.shape) == 3 else 1
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, np.ndarray]]:

@@ -15,9 +15,9 @@ head         what the search tries                                        larger
 ============ ============================================================ =======================
 ``linear``   treatment, C                                                 yes
 ``svm``      treatment, C                                                 yes
-``rbf-svm``  treatment, components, kernel width, C                       no
-``forest``   random forest or extra trees, leaf size, components          no
-``boosting`` components, rounds                                           yes
+``rbf-svm``  treatment, components, kernel width, C                       a part
+``forest``   random forest or extra trees, leaf size, components          a part
+``boosting`` components, rounds                                           a part
 ``ridge``    treatment, penalty                                           yes
 ``knn``      treatment, components, k, temperature                        a part
 ``mlp``      treatment, components, dropout, epochs                       a part
