@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -79,7 +79,57 @@ def loss_weights(
     return row_weights * np.take(factors.astype(row_weights.dtype), codes, axis=1), None
 
 
-class LinearClassifier(Head):
+class LinearModel(Head):
+    """Base of the classifiers that are one `Matrix`: of linear loss or of ridge regression.
+
+    Attributes
+    ----------
+    coef_ : ndarray of shape (k, d) or (1, d), float64
+        Weights for raw features: the standardisation is folded in.
+    intercept_ : ndarray of shape (k,) or (1,), float64
+        Intercepts.
+    """
+
+    class_weight: ClassWeight
+    standardize: bool
+
+    def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
+        return [self.solve(X, codes, weight)]
+
+    def solve(
+        self,
+        X: np.ndarray | FeatureBlocks,
+        codes: np.ndarray,
+        weight: np.ndarray,
+        transform: Transform | None = None,
+    ) -> Matrix:
+        """Return the step for rows in memory or in blocks, behind a row-wise treatment."""
+        factors = class_factors(self.class_weight, self.classes_, codes, weight)[None]
+        in_loss, positive = self._loss_weights(weight[None], codes, factors)
+        design = Design.build(
+            X, codes, weight[None], in_loss, standardize=self.standardize, transform=transform
+        )
+        self.coef_, self.intercept_ = unstandardise(design, 0, *self._minimum(design, positive))
+        return Matrix.of_scores(self.coef_, self.intercept_)
+
+    def _loss_weights(
+        self, weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return weights in the loss (1, n), and factors (1, k) of one-vs-rest problems."""
+        raise NotImplementedError
+
+    def _minimum(self, design: Design, positive: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        """Return standardised weights (k, d) and intercepts (k, 1)."""
+        raise NotImplementedError
+
+    def fit_rows(self, rows: TrainingRows, treatment: str) -> list[Step]:
+        """Fit behind a treatment on all rows, in memory or in blocks."""
+        self.classes_, treat = rows.classes, TREATMENTS[treatment]
+        matrix = self.solve(rows.X, rows.row_codes(), rows.every_weight(), treat)
+        return [matrix] if treat is None else [treat, matrix]
+
+
+class LinearClassifier(LinearModel):
     """A linear classifier on standardised features: logistic regression, or a linear SVM.
 
     Minimises ``C * sum_i s_i loss_i + ||w||^2 / 2`` for standardised features, with a free
@@ -145,30 +195,21 @@ class LinearClassifier(Head):
         if self.loss not in ("log", "squared_hinge"):
             raise ValueError(f"loss is 'log' or 'squared_hinge', got {self.loss!r}.")
 
-    def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
-        return [self.solve(X, codes, weight)]
+    def _loss_weights(
+        self, weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        return loss_weights(solver_loss(self.loss, factors.shape[1]), weights, codes, factors)
 
-    def solve(
-        self,
-        X: np.ndarray | FeatureBlocks,
-        codes: np.ndarray,
-        weight: np.ndarray,
-        transform: Transform | None = None,
-    ) -> Matrix:
-        """Return the step for rows in memory or in blocks, behind a row-wise treatment."""
-        classes, weights = self.classes_, weight[None]
-        loss = solver_loss(self.loss, len(classes))
-        factors = class_factors(self.class_weight, classes, codes, weight)[None]
-        in_loss, positive = loss_weights(loss, weights, codes, factors)
-        design = Design.build(
-            X, codes, weights, in_loss, standardize=self.standardize, transform=transform
+    def _minimum(self, design: Design, positive: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        k = len(self.classes_)
+        loss = solver_loss(self.loss, k)
+        problems, zeros = (
+            _problems(design, loss, [self.C], [0], positive),
+            _zeros(1, k, loss, design),
         )
-        problems = _problems(design, loss, [self.C], [0], positive)
-        W, b = _zeros(1, len(classes), loss, design)
-        solution = minimise(design, problems, W, b, tol=self.tol, max_iter=self.max_iter)
+        solution = minimise(design, problems, *zeros, tol=self.tol, max_iter=self.max_iter)
         self.n_iter_ = solution.passes
-        self.coef_, self.intercept_ = unstandardise(design, 0, solution.W[0], solution.b[0])
-        return Matrix.of_scores(self.coef_, self.intercept_)
+        return solution.W[0], solution.b[0]
 
 
 def solver_loss(loss: str, k: int) -> Loss:
@@ -337,7 +378,7 @@ class LinearHead(HeadKind):
         estimator = LinearClassifier(
             params["C"], loss=self.loss, class_weight=self.options.class_weight
         )
-        return fit_linear(estimator, rows, params["treatment"])
+        return estimator.fit_rows(rows, params["treatment"])
 
 
 @dataclass(frozen=True)
@@ -347,15 +388,6 @@ class LinearSVMHead(LinearHead):
     name: ClassVar[str] = "svm"
     summary: ClassVar[str] = "linear SVM (squared hinge, one against the rest)"
     loss: ClassVar[str] = "squared_hinge"
-
-
-def fit_linear(estimator: Any, rows: TrainingRows, treatment: str) -> list[Step]:
-    """Fit a linear classifier behind a treatment on all rows, in memory or in blocks."""
-    given, codes = rows.weights(), np.repeat(rows.codes, rows.views)
-    weight = np.ones(len(codes)) if given is None else given
-    estimator.classes_, treat = rows.classes, TREATMENTS[treatment]
-    matrix = estimator.solve(rows.X, codes, weight, treat)
-    return [matrix] if treat is None else [treat, matrix]
 
 
 @dataclass(frozen=True)
@@ -384,7 +416,7 @@ class _Paths:
         self.rows, self.search, self.options = rows, search, head.options
         self.loss = solver_loss(head.loss, len(rows.classes))
         self.best: _Start | None = None  # the solutions of the search's best
-        self._codes = np.repeat(rows.codes, rows.views)
+        self._codes = rows.row_codes()
         self._row_weights, factors = fold_weights(rows, head.options.class_weight)
         self._loss_weights, self._positive = loss_weights(
             self.loss, self._row_weights, self._codes, factors

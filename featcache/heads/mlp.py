@@ -264,9 +264,7 @@ class MLPHead(HeadKind):
         """Train one network a fold, and score them together at the checkpoints."""
         estimator = self._network(dropout)
         features = preparation.on_folds(rows)
-        codes = np.repeat(rows.codes, rows.views)
-        given = rows.weights()
-        weight = np.ones(len(codes)) if given is None else given
+        codes, weight = rows.row_codes(), rows.every_weight()
         trainings = [
             _Training(estimator, X, codes, weight, rows.classes, rows.rows(train), fold)
             for fold, (X, (train, _)) in enumerate(zip(features, rows.folds, strict=True))

@@ -130,11 +130,10 @@ class NeighborsHead(HeadKind):
     ) -> list[np.ndarray]:
         """Find one fold's nearest rows once, and return the scores of all settings of the vote."""
         train, valid = (np.asarray(part) for part in rows.folds[fold])
-        X, given = preparation.on_fold(rows, fold), rows.weights(train)
-        weight = np.ones(len(train)) if given is None else given
+        X, weight = preparation.on_fold(rows, fold), rows.every_weight(train)
         counted = weight > 0
         numbers, weight = rows.rows(train)[counted], weight[counted]
-        codes = np.repeat(rows.codes[train], rows.views)[counted]
+        codes = rows.row_codes(train)[counted]
         factors = compute_class_weight(
             self.options.class_weight, classes=rows.classes, y=rows.labels[train]
         )

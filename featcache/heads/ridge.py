@@ -21,19 +21,19 @@ import torch
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 from torch import Tensor
 
-from featcache.heads.base import ClassWeight, Head
-from featcache.heads.linear import class_factors, fit_linear, fold_weights, out_of_fold
-from featcache.heads.rows import FeatureBlocks, TrainingRows, Transform
+from featcache.heads.base import ClassWeight
+from featcache.heads.linear import LinearModel, fold_weights, out_of_fold
+from featcache.heads.rows import TrainingRows
 from featcache.heads.search import HeadKind, Params, Search
-from featcache.heads.solver import Design, unstandardise
-from featcache.heads.steps import Matrix, Step
+from featcache.heads.solver import Design
+from featcache.heads.steps import Step
 from featcache.heads.treatment import TREATMENTS
 
 ALPHAS: tuple[float, ...] = (100.0, 10.0, 3.0, 1.0, 0.3, 1e-1, 1e-2, 1e-3)
 """Penalties that are tried, in units of the number of rows; the first wins where scores tie."""
 
 
-class Ridge(Head):
+class Ridge(LinearModel):
     """Least squares on class indicators of -1 and 1, with a penalty on the weights.
 
     Minimises ``sum_i s_i |f(x_i) - t_i|^2 + alpha * ||w||^2`` for standardised features, as
@@ -77,26 +77,15 @@ class Ridge(Head):
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}.")
 
-    def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
-        return [self.solve(X, codes, weight)]
+    def _loss_weights(
+        self, weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
+    ) -> tuple[np.ndarray, None]:
+        return weights * factors[:, codes], None
 
-    def solve(
-        self,
-        X: np.ndarray | FeatureBlocks,
-        codes: np.ndarray,
-        weight: np.ndarray,
-        transform: Transform | None = None,
-    ) -> Matrix:
-        """Return the step for rows in memory or in blocks, behind a row-wise treatment."""
-        factors = class_factors(self.class_weight, self.classes_, codes, weight)
-        weights = weight[None]
-        in_loss = weights * factors[codes]
-        design = Design.build(
-            X, codes, weights, in_loss, standardize=self.standardize, transform=transform
-        )
-        W, b = _solutions(design, _sums(design, len(self.classes_))[0], 0, [self.alpha])
-        self.coef_, self.intercept_ = unstandardise(design, 0, W[0], b[0])
-        return Matrix.of_scores(self.coef_, self.intercept_)
+    def _minimum(self, design: Design, positive: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        sums = _sums(design, len(self.classes_))[0]
+        W, b = _solutions(design, sums, 0, [self.alpha])
+        return W[0], b[0]
 
 
 @dataclass
@@ -234,7 +223,7 @@ class RidgeHead(HeadKind):
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Solve all penalties on all folds, treatment by treatment."""
         weights, factors = fold_weights(rows, self.options.class_weight)
-        codes, folds = np.repeat(rows.codes, rows.views), range(len(rows.folds))
+        codes, folds = rows.row_codes(), range(len(rows.folds))
         in_loss = weights * np.take(factors, codes, axis=1)
         penalties = [alpha * len(rows) for alpha in self.alphas]
         for treatment in self.treatments:
@@ -250,4 +239,4 @@ class RidgeHead(HeadKind):
     def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
         """Fit on all rows, in memory or in blocks."""
         estimator = Ridge(params["alpha"], class_weight=self.options.class_weight)
-        return fit_linear(estimator, rows, params["treatment"])
+        return estimator.fit_rows(rows, params["treatment"])

@@ -201,10 +201,18 @@ class TrainingRows:
         chosen = weight if images is None else weight[images]
         return np.repeat(chosen / self.views, self.views)
 
+    def every_weight(self, images: np.ndarray | None = None) -> np.ndarray:
+        """Weights of the same rows; ones where none are given."""
+        given, count = self.weights(images), len(self) if images is None else len(images)
+        return np.ones(count * self.views) if given is None else given
+
+    def row_codes(self, images: np.ndarray | None = None) -> np.ndarray:
+        """Classes of the same rows, as numbers."""
+        return np.repeat(self.codes if images is None else self.codes[images], self.views)
+
     def targets(self, images: np.ndarray | None = None) -> np.ndarray:
         """Labels of the same rows."""
-        codes = self.codes if images is None else self.codes[images]
-        targets: np.ndarray = self.classes[np.repeat(codes, self.views)]
+        targets: np.ndarray = self.classes[self.row_codes(images)]
         return targets
 
     def images_in(self, room: int) -> int:

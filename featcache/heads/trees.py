@@ -290,8 +290,7 @@ class BoostingHead(HeadKind):
     ) -> list[np.ndarray]:
         """Return the scores of a fold's validation rows for all settings, in their order."""
         train, valid = (np.asarray(part) for part in rows.folds[fold])
-        given, codes = rows.weights(train), np.repeat(rows.codes[train], rows.views)
-        weight = np.ones(len(codes)) if given is None else given
+        codes, weight = rows.row_codes(train), rows.every_weight(train)
         counted = weight > 0
         X, codes, weight = rows.features(train)[counted], codes[counted], weight[counted]
         seed = self.options.random_state
