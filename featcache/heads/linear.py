@@ -246,17 +246,15 @@ def fold_weights(rows: TrainingRows, class_weight: ClassWeight) -> tuple[np.ndar
 
     Returns
     -------
-    weights : ndarray of shape (folds + 1, n * views), float32
-        Zero where a fold does not train on a row; the last one is the fit on all rows. An
-        image's weight is shared out among its views.
-    factors : ndarray of shape (folds + 1, k)
+    weights : ndarray of shape (folds, n * views), float32
+        Zero where a fold does not train on a row. An image's weight is shared out among its views.
+    factors : ndarray of shape (folds, k)
         See `class_factors`.
     """
     images = len(rows.codes)
-    masks = np.zeros((len(rows.folds) + 1, images), dtype=np.float32)
+    masks = np.zeros((len(rows.folds), images), dtype=np.float32)
     for fold, (train, _) in enumerate(rows.folds):
         masks[fold, train] = 1.0
-    masks[-1] = 1.0
     if rows.weight is not None or rows.views > 1:
         masks *= ((1.0 if rows.weight is None else rows.weight) / np.float32(rows.views)).astype(
             np.float32
@@ -271,7 +269,7 @@ def out_of_fold(design: Design, rows: TrainingRows, W: Tensor, b: Tensor) -> Ite
     Parameters
     ----------
     design : Design
-        The rows, with one set of weights a fold and a last one for the fit on all rows.
+        The rows, with one set of weights a fold.
     rows : TrainingRows
         The same rows.
     W, b : Tensor of shape (settings, folds, k, d) and (settings, folds, k, 1)
@@ -288,8 +286,8 @@ def out_of_fold(design: Design, rows: TrainingRows, W: Tensor, b: Tensor) -> Ite
     for fold, (_, images) in enumerate(rows.folds):
         valid[fold, images] = True
     valid = np.repeat(valid, rows.views, axis=1)[:, design.order]
-    Wg = W * design.ratios[:-1, None]
-    offset = b - (Wg * design.means[:-1, None]).sum(dim=3, keepdim=True)
+    Wg = W * design.ratios[:, None]
+    offset = b - (Wg * design.means[:, None]).sum(dim=3, keepdim=True)
     for first in range(0, len(W), at_a_time):
         some = slice(first, first + at_a_time)
         yield from _validate(design, rows, valid, Wg[some], offset[some])

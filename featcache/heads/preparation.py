@@ -74,15 +74,16 @@ class Preparation:
             X = X[np.sort(chosen)]
         treat = TREATMENTS[self.treatment]
         steps: list[Step] = [] if treat is None else [treat]
+        X = _transformed(steps, X)
         if self.scaled or self.n_components is not None:
-            scaler = StandardScaler().fit(_transformed(steps, X))
+            scaler = StandardScaler().fit(X)
             steps.append(Scale(scaler.mean_, scaler.scale_))
         if self.n_components is not None:
             from sklearn.decomposition import PCA  # loading a predictor must not wait for it
 
             solver = "covariance_eigh" if X.shape[1] <= _EXACT else "randomized"
             pca = PCA(self.n_components, svd_solver=solver, random_state=self.random_state)
-            pca.fit(_transformed(steps, X))
+            pca.fit(_transformed(steps[-1:], X))
             weight = pca.components_ / np.sqrt(pca.explained_variance_)[:, None]
             steps.append(Matrix(weight, -weight @ pca.mean_))
         return steps
