@@ -229,7 +229,7 @@ def extract(
     if store is not None:
         return _up_to_date(store, images)
     summary = Summary(len(images))
-    before = reuse.contents_by_id(path)
+    before = reuse.finished_store(path)
     started = time.perf_counter()
     with interruptible(), reuse_memory():
         if executor is not None or parts or len(devices) > 1 or Plan.read(path):
@@ -246,9 +246,8 @@ def extract(
                 summary.seconds["total"] = time.perf_counter() - started
                 writer.set_meta("run", summary.to_dict())
                 store = writer.finish(max_failures)
-    kept = {sha256.tobytes() for sha256 in store.sha256} if before else set()
-    gone = before.keys() - set(images.ids.tolist())
-    summary.removed = sum(before[name] not in kept for name in gone)
+    if before is not None:
+        summary.removed = reuse.count_removed(before, store, images)
     store.extraction = summary
     return store
 

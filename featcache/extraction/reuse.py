@@ -19,14 +19,16 @@ from featcache.fingerprint import Fingerprint
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, FAILED, PENDING
+from featcache.store.splitting import hash_keys
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
 
 __all__ = [
     "StoredLayout",
     "complete_store",
-    "contents_by_id",
     "copy_unchanged",
+    "count_removed",
+    "finished_store",
     "mark_changed",
     "recheck_replaced_files",
     "same_tables",
@@ -140,14 +142,19 @@ def complete_store(path: str, images: ImageSet, request: dict[str, Any]) -> Feat
     return store if same.all() else None
 
 
-def contents_by_id(path: str) -> dict[str, bytes]:
-    """Return the hash of each image of the finished store at `path`; {} if there is none."""
+def finished_store(path: str) -> FeatureStore | None:
+    """Return the store at `path` that an earlier run finished."""
     try:
-        store = FeatureStore.open(path)
+        return FeatureStore.open(path)
     except StoreError:
-        return {}
-    hashes = map(np.ndarray.tobytes, store.sha256)
-    return dict(zip(store.ids.tolist(), hashes, strict=True))
+        return None
+
+
+def count_removed(before: FeatureStore, store: FeatureStore, images: ImageSet) -> int:
+    """Count the rows of an earlier store whose image is among the images under no name."""
+    kept = set(images.ids.tolist())
+    gone = np.array([name not in kept for name in before.ids.tolist()], bool)
+    return int((~np.isin(hash_keys(before.sha256[gone]), hash_keys(store.sha256))).sum())
 
 
 def same_tables(store: FeatureStore, images: ImageSet) -> bool:
