@@ -136,7 +136,7 @@ class TrainingRows:
         X: np.ndarray | FeatureBlocks,
         y: np.ndarray,
         folds: Folds,
-        sample_weight: np.ndarray | None,
+        sample_weight: np.ndarray | None = None,
     ) -> TrainingRows:
         """Validate what a search was given.
 

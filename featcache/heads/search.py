@@ -28,7 +28,7 @@ from featcache.heads.steps import Step
 Params: TypeAlias = Mapping[str, Any]
 Scoring: TypeAlias = str | Callable[..., float]
 
-_COPIES = 3  # of the features, that training takes
+COPIES = 3  # of the features, that training takes: folds, scaled rows
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,6 @@ class HeadKind:
         TrainingError
             Labels, classes or folds that cannot be trained on, or an unknown scoring.
         """
-        check_scoring(options.get("scoring", "accuracy"))
         rows = TrainingRows.check(X, y, folds, sample_weight)
         return search(cls(SearchOptions(**options)), rows)
 
@@ -297,11 +296,17 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
     the chosen one is judged once more by fits on all rows of the other folds, and the last fit
     takes all rows, or as many as there is memory for. How many depends on counts (of rows, columns,
     classes and bytes), never on a clock.
+
+    Raises
+    ------
+    TrainingError
+        scikit-learn knows no such scoring.
     """
     options, start = head.options, time.perf_counter()
+    check_scoring(options.scoring)
     kept = rows
     if isinstance(rows.X, FeatureBlocks) and not head.out_of_core:
-        some = rows.images_in(options.room // _COPIES)
+        some = rows.images_in(options.room // COPIES)
         kept = rows.sample(some, options.random_state).loaded()
     kept = kept.sample(head.most_images(kept), options.random_state)
     part = kept.sample(head.enough_images(kept), options.random_state)

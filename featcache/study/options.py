@@ -31,10 +31,7 @@ class TrainingOptions(SearchOptions):
         if self.n_jobs == 0:
             raise TrainingError("n_jobs is the number of fits at a time, or -1: one a core; not 0")
 
-    def of_search(self, *names: str) -> dict[str, Any]:
-        """Return some options by name."""
-        return {name: getattr(self, name) for name in names}
-
     def to_request(self) -> dict[str, Any]:
         """Return what the result depends on, as JSON values."""
-        return self.of_search("cv", "group", "scoring", "class_weight", "nested", "random_state")
+        names = ("cv", "group", "scoring", "class_weight", "nested", "random_state")
+        return {name: getattr(self, name) for name in names}

@@ -42,8 +42,8 @@ from featcache.errors import PredictorError, TrainingError
 from featcache.finetuning.search import SUFFIX, SuffixSearch, remove_checkpoints
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead
-from featcache.heads.rows import FeatureBlocks
-from featcache.heads.search import score_folds
+from featcache.heads.rows import FeatureBlocks, TrainingRows
+from featcache.heads.search import COPIES, score_folds, search
 from featcache.heads.table import CLASSICS, HEADS
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.predictor import CanaryRows, Predictor, is_predictor
@@ -68,7 +68,6 @@ Scoring = str | Callable[..., float]
 
 Progress = Callable[[int], object]
 
-_COPIES = 3  # times the features' own size, that training them in memory takes
 _CANARY_ROWS = 8  # kept where the store has no canary images
 _TIMED_ROWS = 1000
 _TIMED_BYTES = 8 << 20
@@ -205,7 +204,7 @@ def _train_heads(
     if data.options.nested and not data.in_memory and names != [SUFFIX]:
         raise TrainingError(
             "nested cross-validation needs the features in memory, and training on "
-            f"{_bytes(data.size)} of them takes about {_COPIES} times that: more than the "
+            f"{_bytes(data.size)} of them takes about {COPIES} times that: more than the "
             f"{_bytes(data.memory)} of memory"
         )
     found = []
@@ -310,7 +309,7 @@ class _TrainingData:
     @property
     def in_memory(self) -> bool:
         """Whether they can be trained on in memory."""
-        return self.size * _COPIES <= self.memory
+        return self.size * COPIES <= self.memory
 
     @cached_property
     def X(self) -> Any:
@@ -326,15 +325,17 @@ class _TrainingData:
 
     def search(self, head: str, progress: Progress) -> Any:
         if self.suffix is not None and head == SUFFIX:
-            options = self.options.of_search("class_weight", "scoring", "random_state")
-            return self.suffix.search(self.y, self.folds, groups=self.groups, **options)
-        more = {"memory": self.memory, "progress": progress}
-        return self.search_rows(head, self.X, self.y, self.folds, **more)
-
-    def search_rows(self, head: str, X: Any, y: Any, folds: Any, **more: Any) -> Any:
-        """Search a head on given rows."""
-        options = self.options.of_search("class_weight", "scoring", "random_state", "n_jobs")
-        return HEADS[head].search(X, y, folds, **options, **more)
+            return self.suffix.search(
+                self.y,
+                self.folds,
+                groups=self.groups,
+                class_weight=self.options.class_weight,
+                scoring=self.options.scoring,
+                random_state=self.options.random_state,
+            )
+        rows = TrainingRows.check(self.X, self.y, self.folds)
+        options = replace(self.options, memory=self.memory, progress=progress)
+        return search(HEADS[head](options), rows)
 
 
 def _folds(
@@ -438,7 +439,8 @@ def _nested(data: _TrainingData, head: str) -> _Nested:
     proba = np.full((len(store), len(classes)), np.nan)
     for train, valid in data.folds:
         inner = _inner_folds(data, train)
-        found = data.search_rows(head, data.X[train], data.y[train], inner)
+        rows = TrainingRows.check(data.X[train], data.y[train], inner)
+        found = search(HEADS[head](replace(data.options, memory=None)), rows)
         scores = found.estimator.logits(data.X[valid]).astype(np.float64)
         proba[valid] = softmax(scores / found.temperature, axis=1)
     known = ~np.isnan(proba).any(axis=1)
