@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,3 +119,25 @@ def store(
             w.fail(row, "decode", "not an image")
         fill(w, imgs, w.pending)
         return w.finish(max_failures=1)
+
+
+class Child:
+    """A Python process that has imported what writers need."""
+
+    def __init__(self, code: str) -> None:
+        head = "import time\nimport numpy as np\nfrom tests import stores\n"
+        root = Path(__file__).parents[1]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", head + textwrap.dedent(code)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(root)},
+        )
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        return self.process
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()

@@ -85,7 +85,7 @@ def measure(driver: Any, path: Path, images: int) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    from tests.test_report_browser import to_point
+    from tests.report.test_browser import to_point
 
     started = time.perf_counter()
     driver.get(path.as_uri())

@@ -377,7 +377,7 @@ def fresh_run(settings: dict[str, Any] | None = None, **environment: str) -> lis
     found = subprocess.run(
         [sys.executable, "-c", PROCESS, json.dumps(settings or {})],
         env={**os.environ, **environment},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,

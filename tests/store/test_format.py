@@ -346,7 +346,7 @@ def test_missing_file_and_folder(path: Path) -> None:
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment

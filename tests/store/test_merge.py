@@ -28,7 +28,6 @@ from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter, merge
 from tests import stores
 from tests.stores import MAPS, POOL, Images
-from tests.test_store import child
 
 N = 31
 BAD = (3, 4, 17, 30)
@@ -224,7 +223,7 @@ def test_a_part_that_is_being_written_is_waited_for(
     print(flush=True)
     time.sleep(1)
     """
-    with child(code) as process:
+    with stores.Child(code) as process:
         process.stdout.readline()
         merge(path, images().tables, given, max_failures=1, wait=60)
     assert path.read_bytes() == expected
@@ -315,7 +314,7 @@ def killed_merges_equal_a_quiet_one(folder: Path, kills: int, seed: int) -> None
         given = in_parts(folder / "parts", imgs, np.array_split(np.arange(400), 8))
         code = f"""
         from featcache.store import writer
-        from tests.test_merge import images
+        from tests.store.test_merge import images
         move = writer.FeatureWriter._move_part
         def slowly(self, *args):
             time.sleep(0.01)
@@ -325,7 +324,7 @@ def killed_merges_equal_a_quiet_one(folder: Path, kills: int, seed: int) -> None
         writer.merge({str(path)!r}, images(400).tables, {list(map(str, given))!r}, max_failures=1)
         """
         while not path.exists():
-            with child(code) as process:
+            with stores.Child(code) as process:
                 process.stdout.readline()
                 time.sleep(rng.uniform(0, 0.3))
                 os.kill(process.pid, signal.SIGKILL)

@@ -570,7 +570,7 @@ def test_a_command_stopped_by_a_signal_resumes_to_the_same_weights(tmp_path: Pat
     assert CliRunner().invoke(main, [*command, "-o", str(whole)]).exit_code == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "featcache.cli", *command, "-o", str(target)],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         stderr=subprocess.PIPE,
         text=True,
     )

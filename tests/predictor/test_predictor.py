@@ -322,7 +322,7 @@ def test_a_callable_in_the_file_is_not_imported(
     images: ImageSet, folder: Path, flower_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "mynets.py").write_text(
-        "from tests.test_predictor import PREPARE, network\n"
+        "from tests.predictor.test_predictor import PREPARE, network\n"
         "def small():\n    return network(), PREPARE\n"
     )
     monkeypatch.syspath_prepend(folder)
