@@ -22,7 +22,7 @@ from .store.store import FeatureStore as FeatureStore
 from .study.evaluate import evaluate as evaluate
 from .study.learning_curve import LearningCurve as LearningCurve
 from .study.learning_curve import learning_curve as learning_curve
+from .study.run import train_files as train_files
 from .study.train import train as train
-from .study.train import train_files as train_files
 
 __version__: str

@@ -99,7 +99,7 @@ def best(out: Path, cv: int) -> None:
     """Extract the demo's features at five looks, join them, train an RBF SVM."""
     from featcache.extraction.extract import extract
     from featcache.networks.backbone import Backbone
-    from featcache.study.train import train_files
+    from featcache.study.run import train_files
 
     images = demo_images(out)
     weights: dict[str, str | Path] = {MOBILENET: "auto", EFFICIENTNET: lite0_weights(out)}

@@ -1,4 +1,4 @@
-"""`train` and `train_files`: choose, compare and keep heads, all by one protocol.
+"""`train`: choose and compare heads, all by one protocol.
 
 1. Rows without a label are left out and counted.
 2. The folds are made once (`featcache.store.splitting`) and every head sees the same ones. Where
@@ -27,26 +27,27 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import timeit
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
+from tqdm import tqdm
 
-from featcache.errors import PredictorError, TrainingError
-from featcache.finetuning.search import SUFFIX, SuffixSearch, remove_checkpoints
+from featcache.errors import TrainingError
+from featcache.finetuning.search import SUFFIX, SuffixSearch
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import COPIES, score_folds, search
 from featcache.heads.table import CLASSICS, HEADS
 from featcache.predictor.inputs import InputTap, source_taps
-from featcache.predictor.predictor import CanaryRows, Predictor, is_predictor
+from featcache.predictor.predictor import CanaryRows, Predictor
 from featcache.results.evaluation import Evaluation, with_own_groups
 from featcache.results.leaderboard import Leaderboard, LeaderboardRow
 from featcache.store import splitting
@@ -55,14 +56,12 @@ from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate
 from featcache.study.options import TrainingOptions
 from featcache.system.console import interruptible, progress_bar
-from featcache.system.files import check_overwrite
-from featcache.system.memory import available_memory
-from featcache.version import __version__
+from featcache.system.memory import available_memory, peak_memory
 
 if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone
 
-__all__ = ["TrainedFile", "train", "train_files"]
+__all__ = ["head_names", "train"]
 
 Scoring = str | Callable[..., float]
 
@@ -159,9 +158,10 @@ def train(
         n_jobs=n_jobs,
         random_state=random_state,
     )
-    names = _head_names(head)
+    names = head_names(head)
     folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
-    with _resumable(folder):
+    kept = f"The finished epochs are kept in {folder}"
+    with contextlib.nullcontext() if folder is None else interruptible(kept):
         data = _TrainingData.of(store, layers, options)
         if SUFFIX in names:
             data = data.with_suffix(
@@ -173,24 +173,18 @@ def train(
             )
         found = _train_heads(data, names, test, progress=progress)
     # The order of the heads decides between equal scores.
-    best = max(found, key=lambda pair: pair[0].cv_score)[1]
+    found.sort(key=lambda pair: -pair[0].cv_score)
+    first, best = found[0]
     best.leaderboard = Leaderboard(
-        rows=tuple(sorted((row for row, _ in found), key=lambda row: -row.cv_score)),
+        rows=tuple(row for row, _ in found),
         scoring=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
         n_fit=len(data.store),
-        n_test=0 if test is None else _n_scored(best, test),
+        n_test=0 if first.held_out is None else first.held_out.images,
         n_unlabelled=len(store) - len(data.store),
         folds=data.folds_text,
         notes=data.notes,
     )
     return best
-
-
-def _resumable(checkpoints: Path | None) -> contextlib.AbstractContextManager[None]:
-    """Turn a signal into `Interrupted` where there is something to go on from."""
-    if checkpoints is None:
-        return contextlib.nullcontext()
-    return interruptible(kept=f"The finished epochs are kept in {checkpoints}")
 
 
 def _train_heads(
@@ -204,8 +198,8 @@ def _train_heads(
     if data.options.nested and not data.in_memory and names != [SUFFIX]:
         raise TrainingError(
             "nested cross-validation needs the features in memory, and training on "
-            f"{_bytes(data.size)} of them takes about {COPIES} times that: more than the "
-            f"{_bytes(data.memory)} of memory"
+            f"{tqdm.format_sizeof(data.size, 'B')} of them takes about {COPIES} times that: more "
+            f"than the {tqdm.format_sizeof(data.memory, 'B')} of memory"
         )
     found = []
     with progress_bar(progress, unit=" fits", leave=False) as bar:
@@ -215,7 +209,7 @@ def _train_heads(
     return found
 
 
-def _head_names(heads: str | Sequence[str]) -> list[str]:
+def head_names(heads: str | Sequence[str]) -> list[str]:
     """Return the heads to train."""
     given = [heads] if isinstance(heads, str) else list(heads)
     if not given:
@@ -261,7 +255,7 @@ class _TrainingData:
             )
         groups = fit.groups if options.group else None
         folds, text = _folds(fit, groups, options)
-        names = _layer_names(fit, layers)
+        chosen = set(fit.resolve(layers))
         notes = []
         if not options.group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
             notes.append(
@@ -270,7 +264,7 @@ class _TrainingData:
             )
         return cls(
             store=fit,
-            layers=names,
+            layers=[name for name in fit.taps if name in chosen],
             folds=folds,
             folds_text=text.replace("folds", "nested folds") if options.nested else text,
             groups=None if groups is None else with_own_groups(groups),
@@ -355,20 +349,6 @@ def _folds(
     return made, f"{options.cv} {'grouped ' if groups is not None else ''}folds"
 
 
-def _layer_names(store: FeatureStore, layers: str | Sequence[str] | None) -> list[str]:
-    """Return full names of taps, each once, in the order of the store's columns."""
-    chosen = set(store.resolve(layers))
-    return [name for name in store.taps if name in chosen]
-
-
-def _bytes(n: int) -> str:
-    """Return a number of bytes for people."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if n >= unit:
-            return f"{n / unit:.1f} {name}"
-    return f"{n} bytes"
-
-
 # --- one head ----------------------------------------------------------------------------------
 
 
@@ -376,24 +356,25 @@ def _train_head(
     data: _TrainingData, head: str, test: FeatureStore | None, progress: Progress
 ) -> tuple[LeaderboardRow, Predictor]:
     """Search, fit and score one head."""
-    with _PeakMemory() as peak:
+    with peak_memory() as peak:
         found = data.search(head, progress)
-    # The folds of a suffix choose nothing: nested or not, it is the same.
-    cross = _nested(data, head) if data.options.nested and head != SUFFIX else None
-    out_of_fold = _out_of_fold(data, found) if cross is None else cross.evaluation
+    logits, score = found.logits.astype(np.float64) / found.temperature, found.score
+    if data.options.nested and head != SUFFIX:  # the folds of a suffix choose nothing
+        logits, score = _nested(data, head)
+    out_of_fold = _evaluation(data, logits)
     predictor = _predictor(data, found)
     held_out = None if test is None else evaluate(predictor, test)
     row = LeaderboardRow(
         head=head,
-        params=_jsonable(found.params),
-        cv_score=float(found.score if cross is None else cross.score),
+        params=dict(found.params),
+        cv_score=score,
         cv=out_of_fold.figures,
         held_out=None if held_out is None else held_out.figures,
         search_seconds=found.search_seconds,
         fit_seconds=found.fit_seconds,
         predict_us=_predict_us(data, predictor),
-        peak_mb=peak.megabytes,
-        notes=tuple(found.notes) + (() if held_out is None else held_out.notes),
+        peak_mb=peak() / 1e6,
+        notes=found.notes + (() if held_out is None else held_out.notes),
     )
     predictor.metrics = {
         "out_of_fold": out_of_fold.summary(),
@@ -402,53 +383,34 @@ def _train_head(
     return row, predictor
 
 
-def _out_of_fold(data: _TrainingData, found: Any) -> Evaluation:
-    """Return the metrics of a search's out-of-fold scores."""
-    known = ~np.isnan(found.logits).any(axis=1)
-    proba = softmax(found.logits[known].astype(np.float64) / found.temperature, axis=1)
-    return _evaluation(data, known, proba, [str(name) for name in found.classes])
-
-
-def _evaluation(
-    data: _TrainingData, known: npt.NDArray[np.bool_], proba: npt.NDArray[Any], classes: list[str]
-) -> Evaluation:
+def _evaluation(data: _TrainingData, logits: npt.NDArray[np.float64]) -> Evaluation:
+    """Return the metrics of calibrated out-of-fold scores (n, k); NaN where no fold judges."""
+    known = ~np.isnan(logits).any(axis=1)
+    classes, codes = np.unique(data.y, return_inverse=True)
     return Evaluation(
         ids=data.store.ids[known],
-        y_true=np.searchsorted(classes, data.y[known]).astype(np.int64),
-        proba=proba,
-        classes=tuple(classes),
+        y_true=codes[known],
+        proba=softmax(logits[known], axis=1),
+        classes=tuple(classes.tolist()),
         groups=None if data.groups is None else data.groups[known],
     )
 
 
-@dataclass(frozen=True)
-class _Nested:
-    """Scores of choosing anew in each outer fold."""
-
-    evaluation: Evaluation
-    score: float
-
-
-def _nested(data: _TrainingData, head: str) -> _Nested:
-    """Search inside every fold's training part, and score each choice on the fold.
+def _nested(data: _TrainingData, head: str) -> tuple[npt.NDArray[np.float64], float]:
+    """Search inside every fold's training part: calibrated scores of the folds, and their score.
 
     Varma and Simon, Bias in error estimation when using cross-validation for model selection
     (BMC Bioinformatics 7:91, 2006): what chose the parameters may not also judge them.
     """
-    store, classes = data.store, sorted(set(data.y.tolist()))
-    proba = np.full((len(store), len(classes)), np.nan)
+    classes, codes = np.unique(data.y, return_inverse=True)
+    logits = np.full((len(data.y), len(classes)), np.nan)
     for train, valid in data.folds:
-        inner = _inner_folds(data, train)
-        rows = TrainingRows.check(data.X[train], data.y[train], inner)
+        rows = TrainingRows.check(data.X[train], data.y[train], _inner_folds(data, train))
         found = search(HEADS[head](replace(data.options, memory=None)), rows)
         scores = found.estimator.logits(data.X[valid]).astype(np.float64)
-        proba[valid] = softmax(scores / found.temperature, axis=1)
-    known = ~np.isnan(proba).any(axis=1)
-    codes = np.searchsorted(classes, data.y)
-    with np.errstate(divide="ignore"):
-        logits = np.log(np.maximum(proba, np.finfo(np.float64).tiny))
-    scored = score_folds(logits, codes, np.array(classes), data.folds, data.options.scoring)
-    return _Nested(_evaluation(data, known, proba[known], classes), float(np.mean(scored)))
+        logits[valid] = log_softmax(scores / found.temperature, axis=1)
+    judged = score_folds(logits, codes, classes, data.folds, data.options.scoring)
+    return logits, float(np.mean(judged))
 
 
 def _inner_folds(data: _TrainingData, train: npt.NDArray[np.int64]) -> list[Fold]:
@@ -470,26 +432,24 @@ def _predictor(data: _TrainingData, found: Any) -> Predictor:
     store = data.store
     keys = {name: key for key, name in source_taps(store).items()}
     columns = [InputTap(*keys[name], store.taps[name].width) for name in data.layers]
-    used = {column.source for column in columns}
-    renumbered = {source: k for k, source in enumerate(sorted(used))}
+    used = sorted({column.source for column in columns})
     fingerprints = [
         replace(
             store.fingerprints[source],
             taps=tuple(column.tap for column in columns if column.source == source),
         )
-        for source in sorted(used)
+        for source in used
     ]
-    head = found.estimator
     return Predictor(
-        estimator=head,
+        estimator=found.estimator,
         head=found.head,
-        params=_jsonable(found.params),
-        classes=tuple(str(name) for name in found.classes),
-        temperature=float(found.temperature),
-        columns=tuple(replace(column, source=renumbered[column.source]) for column in columns),
+        params=dict(found.params),
+        classes=tuple(found.classes.tolist()),
+        temperature=found.temperature,
+        columns=tuple(replace(column, source=used.index(column.source)) for column in columns),
         fingerprints=tuple(fingerprints),
         train_sha256=store.sha256,
-        canaries=_canaries(data, head, columns),
+        canaries=_canaries(data, found.estimator, columns),
     )
 
 
@@ -516,232 +476,5 @@ def _predict_us(data: _TrainingData, predictor: Predictor) -> float:
     """Time predictions of one block of rows: microseconds an image, the better of two runs."""
     rows = max(1, min(_TIMED_ROWS, _TIMED_BYTES // (4 * data.store.width(data.layers))))
     _, block = next(iter(data.store.blocks(data.layers, rows)))
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        predictor.predict_proba(block)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / len(block) * 1e6
-
-
-def _n_scored(predictor: Predictor, test: FeatureStore) -> int:
-    return int(((test.labels != "") & ~predictor.trained_on(test.sha256)).sum())
-
-
-def _jsonable(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hyper-parameters as JSON values."""
-    return {
-        name: value.item()
-        if isinstance(value, np.generic)
-        else value
-        if isinstance(value, str | int | float | bool | None)
-        else str(value)
-        for name, value in params.items()
-    }
-
-
-class _PeakMemory:
-    """Measures how far the resident memory of this process rises inside a ``with``.
-
-    Linux keeps a high-water mark that can be reset; elsewhere the mark only rises, so that a head
-    that stays below an earlier one shows 0.
-    """
-
-    megabytes = 0.0
-
-    def __enter__(self) -> _PeakMemory:
-        self._before = self._reset()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.megabytes = max(0.0, (self._mark() - self._before) / 1e6)
-
-    def _reset(self) -> int:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return self._mark()
-        return self._status("VmRSS:")
-
-    def _mark(self) -> int:
-        if Path("/proc/self/status").exists():
-            return self._status("VmHWM:")
-        import resource
-        import sys
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-    @staticmethod
-    def _status(field: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-        return 0
-
-
-# --- the command -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainedFile:
-    """What `train_files` did.
-
-    Attributes
-    ----------
-    predictor : Predictor
-        The best by cross-validation, as saved.
-    output : Path
-        Where the predictor is.
-    up_to_date : bool
-        Nothing was trained: the file was made from the same features by the same request.
-    """
-
-    predictor: Predictor
-    output: Path
-    up_to_date: bool
-
-    @property
-    def leaderboard(self) -> Leaderboard:
-        """All heads."""
-        assert self.predictor.leaderboard is not None, "train makes one"
-        return self.predictor.leaderboard
-
-    def to_text(self) -> str:
-        """Return the table, and where the predictor is, for people."""
-        if self.up_to_date:
-            last = (
-                f"{self.output}: nothing to do, it was trained on the same features by the same "
-                "request"
-            )
-        else:
-            last = f"saved: {self.output}"
-        return f"{self.leaderboard.to_text()}\n{last}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {
-            "predictor": str(self.output),
-            "up_to_date": self.up_to_date,
-            "best": self.predictor.head,
-            "leaderboard": self.leaderboard.to_dict(),
-            "metrics": dict(self.predictor.metrics),
-        }
-
-    def __str__(self) -> str:
-        return self.to_text()
-
-
-def train_files(
-    stores: Sequence[str | Path],
-    output: str | Path,
-    *,
-    head: str | Sequence[str] = (),
-    layers: str | Sequence[str] | None = None,
-    test_size: float | None = None,
-    suffix: SuffixSettings | None = None,
-    backbone: Backbone | None = None,
-    progress: bool | None = None,
-    **options: Any,
-) -> TrainedFile:
-    """Open stores, hold some images out, compare heads, and save the best: ``featcache train``.
-
-    Parameters
-    ----------
-    stores : list of path
-        Files of one fingerprint are put under each other, files of different ones side by side.
-    output : path
-        Where the predictor goes. Made by the same request from the same features, it is left.
-    head : str or list of str
-        As in `train`. Empty: linear, svm, rbf-svm and forest.
-    test_size : float, optional
-        Share to hold out. None: what the split column holds out, else a quarter.
-    layers, progress
-        As in `train`.
-    **options
-        cv, group, scoring, class_weight, nested, memory, n_jobs and random_state, as in `train`.
-    suffix, backbone
-        As in `train`. The checkpoints of the head ``suffix`` are in the folder
-        ``OUTPUT.checkpoints`` until the predictor is saved; the same call resumes from them.
-
-    Returns
-    -------
-    TrainedFile
-
-    Raises
-    ------
-    StoreError
-        A store cannot be opened or joined.
-    TrainingError, Interrupted
-        As in `train`.
-    OutputError
-        The output is there and is not a predictor; found before anything is trained.
-    """
-    target, settings = Path(output), TrainingOptions(**options)
-    check_overwrite(target, is_predictor, "a featcache predictor")
-    request: dict[str, Any] = {
-        "featcache": __version__,
-        "stores": [FeatureStore.open(path).digest for path in stores],
-        "heads": _head_names(head),
-        "layers": layers if layers is None or isinstance(layers, str) else list(layers),
-        "test_size": test_size,
-        **settings.to_request(),
-    }
-    if SUFFIX in request["heads"]:
-        request["suffix"] = asdict(suffix or SuffixSettings())
-    done = _up_to_date(target, request)
-    if done is not None:
-        return TrainedFile(done, target, up_to_date=True)
-    checkpoints = target.with_name(f"{target.name}.checkpoints")
-    with _resumable(checkpoints if SUFFIX in request["heads"] else None):
-        store = _open_stores(stores)
-        fit, test = _split(store, test_size, settings)
-        predictor = train(
-            fit,
-            test,
-            head=request["heads"],
-            layers=layers,
-            suffix=suffix,
-            backbone=backbone,
-            checkpoints=checkpoints,
-            progress=progress,
-            **options,
-        )
-        predictor.request = request
-        predictor.save(target)
-    remove_checkpoints(checkpoints)
-    return TrainedFile(predictor, target, up_to_date=False)
-
-
-def _up_to_date(target: Path, request: Mapping[str, Any]) -> Predictor | None:
-    """Return the predictor at `target` if the same request made it."""
-    if not target.exists() or target.stat().st_size == 0:
-        return None
-    try:
-        found = Predictor.load(target)
-    except PredictorError:
-        return None  # of another version, or damaged: it is made again
-    return found if found.request == request and found.leaderboard is not None else None
-
-
-def _open_stores(paths: Sequence[str | Path]) -> FeatureStore:
-    """Put files of one fingerprint under each other, then those of several side by side."""
-    by_origin: dict[str, list[str | Path]] = {}
-    for path in paths:
-        origin = FeatureStore.open(path).fingerprint.digest
-        by_origin.setdefault(origin, []).append(path)
-    opened = [FeatureStore.open(files) for files in by_origin.values()]
-    return opened[0] if len(opened) == 1 else FeatureStore.join(opened)
-
-
-def _split(
-    store: FeatureStore, test_size: float | None, options: TrainingOptions
-) -> tuple[FeatureStore, FeatureStore]:
-    """Hold images out: by the split column where it names a test part and no share is given."""
-    if test_size is None and splitting.has_test(store.splits):
-        return store.split(None)
-    return store.split(
-        0.25 if test_size is None else test_size,
-        group=options.group,
-        random_state=options.random_state,
-    )
+    seconds = min(timeit.repeat(lambda: predictor.predict_proba(block), number=1, repeat=2))
+    return seconds / len(block) * 1e6

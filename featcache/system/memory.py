@@ -1,4 +1,4 @@
-"""Free memory, and reuse of memory between batches."""
+"""Free memory, the most that was used, and reuse of memory between batches."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["available_memory", "glibc", "reuse_memory"]
+__all__ = ["available_memory", "glibc", "peak_memory", "reuse_memory"]
 
 # glibc's numbers in <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -51,15 +51,49 @@ def glibc() -> ctypes.CDLL | None:
 
 def available_memory() -> int:
     """Return 80 % of the memory in bytes that this process may still take."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
+    free = _linux("/proc/meminfo", "MemAvailable")
+    if free is None:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists():  # a container's own limit
         text = limit.read_text().strip()
         if text.isdigit():
             free = min(free, int(text) - int(used.read_text()))
     return int(0.8 * max(free, 0))
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[Callable[[], int]]:
+    """Measure by how many bytes the resident memory of this process has risen at most.
+
+    Linux keeps a high-water mark that can be reset; elsewhere the mark only rises, so that what
+    stays below an earlier peak shows 0.
+
+    Yields
+    ------
+    callable
+        Returns the bytes: since the block was entered, until it is called.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _high_water()
+    yield lambda: _high_water() - before
+
+
+def _high_water() -> int:
+    peak = _linux("/proc/self/status", "VmHWM")
+    if peak is None:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak
+
+
+def _linux(path: str, field: str) -> int | None:
+    """Return bytes that the kernel tells in a file of lines "field: kB"; None if it does not."""
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -59,7 +59,8 @@ from featcache.pixels.views import Augmentation
 from featcache.predictor.export import export_model
 from featcache.predictor.predictor import Predictor
 from featcache.store.store import FeatureStore
-from featcache.study.train import train, train_files
+from featcache.study.run import train_files
+from featcache.study.train import train
 from featcache.system.console import interruptible
 from tests.predictor_files import parts_of, rewritten
 from tests.small import SIDE, Network, network

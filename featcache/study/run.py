@@ -1,0 +1,174 @@
+"""`train_files`: stores in, a predictor file out, and nothing to do twice: ``featcache train``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.errors import PredictorError
+from featcache.finetuning.search import SUFFIX, remove_checkpoints
+from featcache.finetuning.settings import SuffixSettings
+from featcache.predictor.predictor import Predictor, is_predictor
+from featcache.results.leaderboard import Leaderboard
+from featcache.store import splitting
+from featcache.store.store import FeatureStore
+from featcache.study.options import TrainingOptions
+from featcache.study.train import head_names, train
+from featcache.system.files import check_overwrite
+from featcache.version import __version__
+
+if TYPE_CHECKING:
+    from featcache.networks.backbone import Backbone
+
+__all__ = ["TrainedFile", "train_files"]
+
+
+@dataclass(frozen=True)
+class TrainedFile:
+    """What `train_files` did.
+
+    Attributes
+    ----------
+    predictor : Predictor
+        The best by cross-validation, as saved.
+    output : Path
+        Where the predictor is.
+    up_to_date : bool
+        Nothing was trained: the file was made from the same features by the same request.
+    """
+
+    predictor: Predictor
+    output: Path
+    up_to_date: bool
+
+    @property
+    def leaderboard(self) -> Leaderboard:
+        """All heads."""
+        assert self.predictor.leaderboard is not None, "train makes one"
+        return self.predictor.leaderboard
+
+    def to_text(self) -> str:
+        """Return the table, and where the predictor is, for people."""
+        last = f"saved: {self.output}"
+        if self.up_to_date:
+            last = (
+                f"{self.output}: nothing to do, it was trained on the same features by the same "
+                "request"
+            )
+        return f"{self.leaderboard.to_text()}\n{last}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "predictor": str(self.output),
+            "up_to_date": self.up_to_date,
+            "best": self.predictor.head,
+            "leaderboard": self.leaderboard.to_dict(),
+            "metrics": dict(self.predictor.metrics),
+        }
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def train_files(
+    stores: Sequence[str | Path],
+    output: str | Path,
+    *,
+    head: str | Sequence[str] = (),
+    layers: str | Sequence[str] | None = None,
+    test_size: float | None = None,
+    suffix: SuffixSettings | None = None,
+    backbone: Backbone | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> TrainedFile:
+    """Open stores, hold some images out, compare heads, and save the best: ``featcache train``.
+
+    Parameters
+    ----------
+    stores : list of path
+        Files of one fingerprint are put under each other, files of different ones side by side.
+    output : path
+        Where the predictor goes. Made by the same request from the same features, it is left.
+    head : str or list of str
+        As in `train`. Empty: linear, svm, rbf-svm and forest.
+    test_size : float, optional
+        Share to hold out. None: what the split column holds out, else a quarter.
+    layers, progress
+        As in `train`.
+    **options
+        cv, group, scoring, class_weight, nested, memory, n_jobs and random_state, as in `train`.
+    suffix, backbone
+        As in `train`. The checkpoints of the head ``suffix`` are in the folder
+        ``OUTPUT.checkpoints`` until the predictor is saved; the same call resumes from them.
+
+    Returns
+    -------
+    TrainedFile
+
+    Raises
+    ------
+    StoreError
+        A store cannot be opened or joined.
+    TrainingError, Interrupted
+        As in `train`.
+    OutputError
+        The output is there and is not a predictor; found before anything is trained.
+    """
+    target, names = Path(output), head_names(head)
+    check_overwrite(target, is_predictor, "a featcache predictor")
+    opened = [FeatureStore.open(path) for path in stores]
+    settings = TrainingOptions(**options)
+    request: dict[str, Any] = {
+        "featcache": __version__,
+        "stores": [store.digest for store in opened],
+        "heads": names,
+        "layers": layers if layers is None or isinstance(layers, str) else list(layers),
+        "test_size": test_size,
+        **settings.to_request(),
+    }
+    if SUFFIX in names:
+        request["suffix"] = asdict(suffix or SuffixSettings())
+    done = _up_to_date(target, request)
+    if done is not None:
+        return TrainedFile(done, target, up_to_date=True)
+    checkpoints = target.with_name(f"{target.name}.checkpoints")
+    store = _joined(opened)
+    if test_size is None and not splitting.has_test(store.splits):
+        test_size = 0.25
+    fit, test = store.split(test_size, group=settings.group, random_state=settings.random_state)
+    predictor = train(
+        fit,
+        test,
+        head=names,
+        layers=layers,
+        suffix=suffix,
+        backbone=backbone,
+        checkpoints=checkpoints,
+        progress=progress,
+        **options,
+    )
+    predictor.request = request
+    predictor.save(target)
+    remove_checkpoints(checkpoints)
+    return TrainedFile(predictor, target, up_to_date=False)
+
+
+def _up_to_date(target: Path, request: Mapping[str, Any]) -> Predictor | None:
+    """Return the predictor at `target` if the same request made it."""
+    try:
+        found = Predictor.load(target)
+    except PredictorError:
+        return None  # there is none, or of another version, or damaged: it is made again
+    return found if found.request == request and found.leaderboard is not None else None
+
+
+def _joined(stores: Sequence[FeatureStore]) -> FeatureStore:
+    """Put files of one fingerprint under each other, then those of several side by side."""
+    by_origin: dict[str, list[str | Path]] = {}
+    for store in stores:
+        by_origin.setdefault(store.fingerprint.digest, []).extend(store.paths)
+    return FeatureStore.join([FeatureStore.open(paths) for paths in by_origin.values()])
