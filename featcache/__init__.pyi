@@ -8,7 +8,7 @@ from .networks.backbone import backbones as backbones
 from .networks.taps import Tap as Tap
 from .pixels.preprocessing import Preprocessing as Preprocessing
 from .pixels.views import Augmentation as Augmentation
-from .predictor.predictor import Prediction as Prediction
+from .predictor.predictions import Prediction as Prediction
 from .predictor.predictor import Predictor as Predictor
 from .report.data import write_report as write_report
 from .report.plots import plot_confusion as plot_confusion

@@ -241,14 +241,6 @@ def _fingerprint(values: Any) -> Fingerprint:
     return made
 
 
-def _check_steps(head: FittedHead, width: int) -> None:
-    """Refuse steps that do not fit each other, the columns and the classes."""
-    for step in head.steps:
-        width = step.check(width)
-    if width != len(head.classes):
-        raise PredictorError(f"The head gives {width} scores for {len(head.classes)} classes.")
-
-
 def _check_parts(
     *,
     estimator: FittedHead,
@@ -268,6 +260,7 @@ def _check_parts(
         (all(one.width > 0 for one in columns), "columns"),
         (all(0 <= one.source < len(fingerprints) for one in columns), "sources"),
         (all(one.tap in fingerprints[one.source].taps for one in columns), "taps"),
+        (len({one.views for one in fingerprints}) == 1, "views"),
         (train_sha256.dtype == np.uint8 and train_sha256.shape[1:] == (32,), "training images"),
         (rows.x.dtype == np.float32 and rows.x.shape == (len(rows.x), d), "canary rows"),
         (
@@ -277,7 +270,11 @@ def _check_parts(
     ):
         if not right:
             raise PredictorError(f"Its {what} do not fit its other parts, or are none.")
-    _check_steps(estimator, d)
+    width = d
+    for step in estimator.steps:
+        width = step.check(width)
+    if width != k:
+        raise PredictorError(f"The head gives {width} scores for {k} classes.")
 
 
 def versions() -> dict[str, str]:

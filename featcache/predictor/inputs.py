@@ -14,6 +14,7 @@ from featcache.fingerprint import Fingerprint
 from featcache.networks.identity import difference
 
 if TYPE_CHECKING:
+    from featcache.extraction.decoding import Batch
     from featcache.images.image_set import ImageSet
     from featcache.networks.backbone import Backbone
     from featcache.store.store import FeatureStore
@@ -35,7 +36,7 @@ class InputTap:
     tap : str
         Canonical tap.
     width : int
-        InputTaps.
+        Number of columns.
     """
 
     source: int
@@ -83,55 +84,21 @@ def layers_of(
     return [names[numbers[column.source], column.tap] for column in columns]
 
 
-@dataclass(frozen=True)
-class ImageRow:
-    """What one network makes of one image.
-
-    Attributes
-    ----------
-    row : int
-        Number of the image.
-    features : dict of str to ndarray, shape ([views,] ...)
-        By tap; empty where there is an error.
-    error : str
-        Why the image could not be read; empty where it could.
-    """
-
-    row: int
-    features: Mapping[str, npt.NDArray[np.float32]]
-    error: str = ""
-
-
-def stream(
-    images: ImageSet,
-    network: Backbone,
-    fingerprint: Fingerprint,
-    *,
-    batch_size: int | None,
-    workers: int | None,
-    device: str,
-) -> Generator[ImageRow]:
-    """Yield what a network makes of every image, in order, by the path that extraction takes."""
+def features_of(
+    images: ImageSet, network: Backbone, fingerprint: Fingerprint, **settings: Any
+) -> Generator[Batch]:
+    """Yield what a network makes of all images, in order, by the path that extraction takes."""
     from featcache.extraction import extract as extraction
     from featcache.pixels.views import Augmentation
 
-    augmentation = fingerprint.augmentation
-    chunks = extraction.features(
+    drawn = fingerprint.augmentation
+    yield from extraction.features(
         images,
         network,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
         precision=fingerprint.precision,
-        augmentation=None if augmentation is None else Augmentation.from_dict(augmentation),
+        augmentation=None if drawn is None else Augmentation.from_dict(drawn),
+        **settings,
     )
-    for chunk in chunks:
-        positions = np.cumsum(chunk.done) - 1
-        for row, k in zip(chunk.rows.tolist(), positions.tolist(), strict=True):
-            if row in chunk.failures:
-                yield ImageRow(row, {}, str(chunk.failures[row]))
-            else:
-                yield ImageRow(row, {tap: array[k] for tap, array in chunk.features.items()})
 
 
 def canary_features(

@@ -31,7 +31,7 @@ from featcache.networks import identity
 from featcache.predictor import file, inputs
 from featcache.predictor.file import CanaryRows, is_predictor
 from featcache.predictor.inputs import InputTap
-from featcache.predictor.predictions import Prediction, write_predictions
+from featcache.predictor.predictions import Prediction
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
 from featcache.system.console import progress_bar
@@ -39,24 +39,17 @@ from featcache.system.files import atomic_write, check_overwrite
 from featcache.system.tables import first_names, html_table
 
 if TYPE_CHECKING:
+    from featcache.extraction.decoding import Batch
     from featcache.images.image_set import ImageSet
     from featcache.networks.backbone import Backbone
     from featcache.predictor.grafting import Grafted
     from featcache.store.store import FeatureStore
 
-__all__ = [
-    "CanaryRows",
-    "InputTap",
-    "Prediction",
-    "Predictor",
-    "is_predictor",
-    "write_predictions",
-]
+__all__ = ["Predictor"]
 
 Floats = npt.NDArray[np.float64]
 
 _SAME = 1e-4  # the head's canary scores, relative to the largest: another BLAS moves them by 1e-6
-_ROWS_AT_ONCE = 256  # images that go through the head together while streaming
 
 
 @dataclass(eq=False)
@@ -173,7 +166,7 @@ class Predictor:
         return proba
 
     def trained_on(self, sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-        """Say of each content hash (n, 32) whether an image of these bytes was trained on."""
+        """Return a mask (n,) of the content hashes (n, 32) that are a training image's."""
         return np.isin(hash_keys(sha256), hash_keys(self.train_sha256))
 
     def layers_of(self, store: FeatureStore) -> list[str]:
@@ -386,11 +379,11 @@ class Predictor:
         progress: bool | None,
         **settings: Any,
     ) -> Iterator[Prediction]:
-        """Yield the predictions of one image set; rows of all networks go hand in hand."""
+        """Yield the predictions of one image set."""
         with contextlib.ExitStack() as stack:
             streams = [
                 stack.enter_context(
-                    contextlib.closing(inputs.stream(images, network, fingerprint, **settings))
+                    contextlib.closing(inputs.features_of(images, network, fingerprint, **settings))
                 )
                 for network, fingerprint in zip(networks, self.fingerprints, strict=True)
             ]
@@ -403,33 +396,30 @@ class Predictor:
                     desc=", ".join(network.name for network in networks),
                 )
             )
-            rows = zip(*streams, strict=True)
-            while block := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-                yield from self._predictions(images, block, top_k)
-                bar.update(len(block))
+            # As batches and views are of the same size, all networks take the same images together.
+            for batches in zip(*streams, strict=True):
+                yield from self._predictions(images, batches, top_k)
+                bar.update(len(batches[0].rows))
 
     def _predictions(
-        self, images: ImageSet, block: Sequence[tuple[inputs.ImageRow, ...]], top_k: int
+        self, images: ImageSet, batches: Sequence[Batch], top_k: int
     ) -> Iterator[Prediction]:
-        """Predict some images, each given as its rows from all networks."""
-        good = [rows for rows in block if not any(row.error for row in rows)]
-        proba = iter(())  # type: Iterator[npt.NDArray[np.float64]]
-        if good:
-            by_source = [
-                {tap: np.stack([row.features[tap] for row in column]) for tap in one.taps}
-                for one, column in zip(self.fingerprints, zip(*good, strict=True), strict=True)
-            ]
-            X = self._columns_of(by_source, views=self.fingerprints[0].views)
-            proba = iter(self.predict_proba(X))
-        for rows in block:
-            error = next((row.error for row in rows if row.error), "")
-            name = images.ids[rows[0].row]
-            yield Prediction.failed(name, error) if error else self._named(name, next(proba), top_k)
-
-    def _named(self, id: str, proba: npt.NDArray[np.float64], top_k: int) -> Prediction:
-        order = np.argsort(-proba, kind="stable")[:top_k]
-        top = tuple((self.classes[k], float(proba[k])) for k in order)
-        return Prediction(id, *top[0], top)
+        """Predict the images of a batch, which each network has seen."""
+        errors = {row: error for one in batches[::-1] for row, error in one.failures.items()}
+        done = np.logical_and.reduce([one.done for one in batches])  # (k,)
+        features = [
+            {tap: array[done[one.done]] for tap, array in one.features.items()} for one in batches
+        ]
+        X = self._columns_of(features, views=self.fingerprints[0].views)
+        found = iter(self.predict_proba(X))
+        for row in batches[0].rows.tolist():
+            if row in errors:
+                yield Prediction.failed(images.ids[row], str(errors[row]))
+                continue
+            proba = next(found)
+            order = np.argsort(-proba, kind="stable")[:top_k]
+            top = tuple((self.classes[k], float(proba[k])) for k in order)
+            yield Prediction(images.ids[row], *top[0], top)
 
     # --- as a network --------------------------------------------------------------------------
 

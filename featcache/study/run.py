@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from featcache.errors import PredictorError
 from featcache.finetuning.search import SUFFIX, remove_checkpoints
 from featcache.finetuning.settings import SuffixSettings
-from featcache.predictor.predictor import Predictor, is_predictor
+from featcache.predictor.file import is_predictor
+from featcache.predictor.predictor import Predictor
 from featcache.results.leaderboard import Leaderboard
 from featcache.store import splitting
 from featcache.store.store import FeatureStore

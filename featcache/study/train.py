@@ -46,8 +46,9 @@ from featcache.heads.base import ClassWeight, FittedHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import COPIES, score_folds, search
 from featcache.heads.table import CLASSICS, HEADS
+from featcache.predictor.file import CanaryRows
 from featcache.predictor.inputs import InputTap, source_taps
-from featcache.predictor.predictor import CanaryRows, Predictor
+from featcache.predictor.predictor import Predictor
 from featcache.results.evaluation import Evaluation, with_own_groups
 from featcache.results.leaderboard import Leaderboard, LeaderboardRow
 from featcache.store import splitting
