@@ -13,10 +13,6 @@ from featcache.cli.command import Command, print_json
 from featcache.system.tables import text_table
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "-" if shape is None else " x ".join(str(side) for side in shape)
-
-
 @click.command(cls=Command)
 @click.argument("backbone")
 @options.weights
@@ -52,7 +48,7 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
         (
             row.name or "(network)",
             row.kind,
-            _shape(row.output_shape),
+            " x ".join(map(str, row.output_shape or "-")),
             f"{row.parameters:,}",
             f"{row.share:.1%}",
         )
@@ -77,9 +73,7 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
 @click.option(
     "--views", **options.count(), default=1, help="Number of augmented views of each image."
 )
-@options.path_option(
-    "--labels", "FILE.csv", "CSV or TSV table of ids and labels; IMAGES is a folder."
-)
+@options.labels
 @options.column(
     "--id-column", "Column of that table with the file name of each image.", default="id"
 )

@@ -116,6 +116,12 @@ weights = click.option(
 image_size = click.option(
     "--image-size", **count(), help="Side of the square crop in pixels. Default: as for WEIGHTS."
 )
+labels = path_option(
+    "--labels", "FILE.csv", "CSV or TSV table of ids and labels; IMAGES is a folder."
+)
+n_jobs = click.option(
+    "--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core."
+)
 batch_size = click.option(
     "--batch-size", **count(), help="Images per forward pass. Default: 8 on a CPU, 128 with CUDA."
 )

@@ -17,19 +17,14 @@ from featcache.errors import MissingExtra
 __all__ = ["Study", "head_options", "network_options", "study"]
 
 network_options = options.stacked(
-    options.path_option("--labels", "FILE.csv", "CSV or TSV table of ids and labels."),
+    options.labels,
     click.option(
         "--backbone", metavar="NETWORK", default="mobilenet_v2", help='As for "featcache extract".'
     ),
     options.weights,
     options.layer("Layer to read features from. May be repeated. Default: the pooling layer."),
 )
-head_options = options.stacked(
-    options.heads,
-    click.option(
-        "--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core."
-    ),
-)
+head_options = options.stacked(options.heads, options.n_jobs)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from featcache.finetuning.settings import SuffixSettings
     help="Memory to stay within, such as 1GB. Where features do not fit, linear, svm and ridge "
     "read them in blocks, and the other heads take a random part. Default: what is free.",
 )
-@click.option("--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core.")
+@options.n_jobs
 @click.option("--random-state", type=int, default=0, help="Seed of everything that is drawn.")
 @options.suffix_training
 @options.json_output

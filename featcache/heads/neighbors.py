@@ -139,7 +139,7 @@ class NeighborsHead(HeadKind):
         )
         count = needed_neighbors(weight, max(NEIGHBORS))
         unit, step, scores = Unit()(X[numbers]), max(1, _VOTES // count), []
-        similar, found = _nearest(X[rows.rows(valid)], unit, count)
+        similar, found = nearest_in_parts(X[rows.rows(valid)], unit, count)
         for k, temperature in settings:
             neighbors = Neighbors(unit, codes, weight, factors, k, temperature)
             proba = np.empty((len(found), len(factors)))
@@ -160,7 +160,9 @@ class NeighborsHead(HeadKind):
         return preparation.fit_head(rows, estimator)
 
 
-def _nearest(X: np.ndarray, references: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest_in_parts(
+    X: np.ndarray, references: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return what `nearest` finds for rows (q, d) of any length, some at a time."""
     parts = [
         nearest(Unit()(X[start : start + _QUERIES]), references, count)

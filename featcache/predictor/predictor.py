@@ -186,24 +186,14 @@ class Predictor:
     # --- from images ---------------------------------------------------------------------------
 
     def predict(
-        self,
-        images: ImageSet | str | Path | Sequence[Any] | npt.NDArray[Any],
-        *,
-        top_k: int = 1,
-        batch_size: int | None = None,
-        workers: int | None = None,
-        device: str = "auto",
+        self, images: ImageSet | str | Path | Sequence[Any] | npt.NDArray[Any], **options: Any
     ) -> list[Prediction]:
         """Label images: a list with one prediction an image, in order.
 
         Parameters
         ----------
-        images : ImageSet, path, list of paths, or array of uint8 (n, h, w[, c])
-            Files, folders, or what `ImageSet` makes.
-        top_k : int
-            Classes to name, from the most probable one.
-        batch_size, workers, device
-            As for `extract`.
+        images, **options
+            As in `stream`.
 
         Returns
         -------
@@ -215,15 +205,7 @@ class Predictor:
         PredictorError
             The network must be attached, or does not make what it made at training.
         """
-        return list(
-            self.stream(
-                images,
-                top_k=top_k,
-                batch_size=batch_size,
-                workers=workers,
-                device=device,
-            )
-        )
+        return list(self.stream(images, **options))
 
     def stream(
         self,
@@ -242,8 +224,12 @@ class Predictor:
 
         Parameters
         ----------
-        images, top_k, batch_size, workers, device
-            As in `predict`.
+        images : ImageSet, path, list of paths, or array of uint8 (n, h, w[, c])
+            Files, folders, or what `ImageSet` makes.
+        top_k : int
+            Classes to name, from the most probable one.
+        batch_size, workers, device
+            As for `extract`.
         progress : bool, optional
             Show a progress bar on standard error; left out, if that is a terminal.
         """

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,13 +20,14 @@ import numpy.typing as npt
 
 from featcache.errors import MissingExtra
 from featcache.images.image_set import ImageSet
+from featcache.networks.identity import spec_of
 from featcache.report import page as report_page
 from featcache.report.pictures import sheets, thumbnail
 from featcache.results.evaluation import Evaluation
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
-from featcache.study.audit import Findings, label_issues
-from featcache.study.maps import Method, embed, nearest_rows
+from featcache.study.audit import Findings, suspicious_labels
+from featcache.study.maps import METHODS, Method, centred, embed, nearest_rows
 from featcache.system.files import atomic_write, check_overwrite
 from featcache.version import __version__
 
@@ -36,7 +37,7 @@ _ITEMS = 20_000  # images that the page knows one by one
 _PAGE_BYTES = 14_500_000
 _CARDS = 24  # of each gallery
 _PAIRS = 12
-_NEAR = 0.95  # as in `audit`
+_NEAR = 0.95  # cosine of nearly equal images
 _NEAR_LIMIT = 100_000  # images up to which near-duplicates are looked for
 _TSNE_LIMIT = 5_000  # images above which UMAP is the faster map
 _ID_LENGTH = 160
@@ -51,7 +52,6 @@ def write_report(
     leaderboard: Leaderboard | None = None,
     findings: Findings | None = None,
     maps: Sequence[Method] | None = None,
-    commands: Sequence[str] = (),
     title: str = "featcache report",
     random_state: int = 0,
 ) -> None:
@@ -75,8 +75,6 @@ def write_report(
         are looked for, which needs no training.
     maps : list of {"pca", "tsne", "umap"}, optional
         None: PCA, with t-SNE up to 5,000 images and UMAP above. The largest share of the time.
-    commands : list of str
-        What to type to repeat it. Empty: made up from what the store records.
     title : str
         Title of the page.
     random_state : int
@@ -103,7 +101,7 @@ def write_report(
         "suspects": _suspects(evaluation, findings, pictures),
         "duplicates": _duplicates(evaluation, store, pictures),
         "facts": _facts(store),
-        "commands": list(commands) or _commands(store, target),
+        "commands": _commands(store, target),
         **shown.data(evaluation),
     }
     map_item: dict[str, Any] | None = None
@@ -113,7 +111,8 @@ def write_report(
         map_item, bokeh = _bokeh_parts()
     if images is not None:
         spent = len(report_page.render(data, map_item, bokeh))
-        made = sheets(images, pictures.rows(shown.ids), budget=_PAGE_BYTES - spent)
+        rows = [pictures.row_of.get(name, -1) for name in shown.ids.tolist()]
+        made = sheets(images, rows, budget=_PAGE_BYTES - spent)
         data["tiles"] = made.tiles
         data["sheets"] = {"edge": made.edge, "columns": made.columns, "pictures": made.pictures}
     page = report_page.render(data, map_item, bokeh)
@@ -164,48 +163,36 @@ class _PageImages:
     ) -> _PageImages:
         rng = np.random.default_rng(random_state)
         order = rng.permutation(len(evaluation))
-        wrong = (evaluation.y_pred != evaluation.y_true)[order]
-        order = np.concatenate([order[wrong], order[~wrong]])
-        names = np.asarray(evaluation.ids)
-        classes = np.asarray(evaluation.classes)
-        if store is None:
-            ids = names[order][:_ITEMS]
-            evaluated = order[:_ITEMS].astype(np.int64)
-            stored = np.full(len(ids), -1)
-            return cls(
-                ids,
-                evaluated,
-                stored,
-                classes[evaluation.y_true[evaluated]],
-                np.full(len(ids), "held out"),
-            )
-        in_store = _lookup(store.ids, names)
-        others = rng.permutation(np.setdiff1d(np.arange(len(store)), in_store))
-        others = others[: max(0, _ITEMS - len(order))]
-        order = order[:_ITEMS]
-        stored = np.concatenate([in_store[order], others]).astype(np.int64)
-        evaluated = np.concatenate([order, np.full(len(others), -1)]).astype(np.int64)
-        if store.splits is not None and (store.splits != "").any():
-            splits = np.where(stored >= 0, store.splits[stored], "")
-        else:
-            splits = np.where(evaluated >= 0, "held out", "training")
-        labels = np.where(stored >= 0, store.labels[stored], "")
+        right = (evaluation.y_pred == evaluation.y_true)[order]
+        order = np.concatenate([order[~right], order[right]])[:_ITEMS]
+        # What a row of the store has; the last, -1, is for images that are not in it.
+        names, labels, parts = (
+            np.append([] if column is None else column, "").astype(str)
+            for column in ((store.ids, store.labels, store.splits) if store else (None,) * 3)
+        )
+        own = _lookup(names[:-1], evaluation.ids)
+        others = rng.permutation(np.setdiff1d(np.arange(len(names) - 1), own))
+        others = others[: _ITEMS - len(order)]
+        stored = np.concatenate([own[order], others])
+        evaluated = np.concatenate([order, np.full(len(others), -1)])
         known = evaluated >= 0
-        labels = labels.astype(object)
-        labels[known] = classes[evaluation.y_true[evaluated[known]]]
-        ids = np.concatenate([names[order], store.ids[others]])
-        return cls(ids, evaluated, stored, labels.astype(str), splits)
+        return cls(
+            np.where(known, np.asarray(evaluation.ids)[evaluated], names[stored]),
+            evaluated,
+            stored,
+            np.where(
+                known, np.array(evaluation.classes)[evaluation.y_true[evaluated]], labels[stored]
+            ),
+            parts[stored] if (parts != "").any() else np.where(known, "held out", "training"),
+        )
 
     def data(self, evaluation: Evaluation) -> dict[str, Any]:
         """Return the columns that the page's script reads, as JSON values."""
         names = list(evaluation.classes)
         names += sorted(set(self.labels.tolist()) - {*names, ""})
         code = {name: k for k, name in enumerate(names)} | {"": -1}
-        known = self.evaluated >= 0
-        rows = self.evaluated[known]
-        predicted, sure = np.full(len(self.ids), -1), np.zeros(len(self.ids))
-        predicted[known] = evaluation.y_pred[rows]
-        sure[known] = evaluation.confidence[rows]
+        predicted = np.append(evaluation.y_pred, -1)[self.evaluated]
+        sure = np.append(evaluation.confidence, 0.0)[self.evaluated]
         parts, part = np.unique(self.splits, return_inverse=True)
         cells = np.argwhere(evaluation.confusion)
         return {
@@ -223,34 +210,25 @@ class _PageImages:
 
 def _lookup(known: npt.NDArray[Any], names: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Return the position in `known` of each name, -1 where there is none."""
-    if not len(known):
-        return np.full(len(names), -1)
-    order = np.argsort(known, kind="stable")
-    at = np.minimum(np.searchsorted(known, names, sorter=order), len(known) - 1)
-    return np.where(known[order[at]] == names, order[at], -1)
+    place = {name: k for k, name in enumerate(known.tolist())}
+    return np.array([place.get(name, -1) for name in names.tolist()], dtype=np.int64)
 
 
 def _shorten(name: str) -> str:
     return name if len(name) <= _ID_LENGTH else "…" + name[1 - _ID_LENGTH :]
 
 
-@dataclass(eq=False)
 class _Thumbnails:
     """Thumbnails by image id."""
 
-    images: ImageSet | None
-    _ids: npt.NDArray[Any] | None = field(default=None, init=False)
-
-    def rows(self, ids: npt.NDArray[Any]) -> list[int]:
-        if self.images is None:
-            return [-1] * len(ids)
-        if self._ids is None:
-            self._ids = np.array(self.images.ids.tolist())
-        return [int(row) for row in _lookup(self._ids, ids)]
+    def __init__(self, images: ImageSet | None) -> None:
+        self.images = images
+        names = [] if images is None else images.ids.tolist()
+        self.row_of = {name: row for row, name in enumerate(names)}
 
     def card(self, id: str, label: str, second: str = "") -> Card:
-        row = self.rows(np.array([id]))[0]
-        picture = None if self.images is None or row < 0 else thumbnail(self.images, row)
+        row = self.row_of.get(id)
+        picture = None if row is None or self.images is None else thumbnail(self.images, row)
         return {"id": id, "label": label or "no label", "second": second, "picture": picture}
 
 
@@ -291,27 +269,21 @@ def _suspects(
     how = "by confident learning (cleanlab). The figure is the probability of the label it has."
     if findings is not None:
         found = findings.of("label")
-        cards = [
-            pictures.card(one.id, f"{one.label} {one.score:.3f}", f"rather {one.suggested}?")
-            for one in found[:_CARDS]
-        ]
-        count = f"{len(found):,} of {findings.n_images:,} images"
-        return _gallery(f"{count}, judged out of fold {how}", cards)
-    try:
-        ranked = label_issues(evaluation.y_true, evaluation.proba)
-    except MissingExtra as error:
-        return _gallery(str(error))
-    names = evaluation.classes
-    cards = []
-    for i in ranked[:_CARDS].tolist():
-        true, guess = int(evaluation.y_true[i]), int(evaluation.y_pred[i])
-        label = f"{names[true]} {evaluation.proba[i, true]:.3f}"
-        cards.append(pictures.card(str(evaluation.ids[i]), label, f"rather {names[guess]}?"))
-    return _gallery(
-        f"{len(ranked):,} of the {len(evaluation):,} evaluated images, judged {how} "
-        "The command featcache audit looks at the training images too.",
-        cards,
-    )
+        note = f"{len(found):,} of {findings.n_images:,} images, judged out of fold {how}"
+    else:
+        try:
+            found = suspicious_labels(evaluation)
+        except MissingExtra as error:
+            return _gallery(str(error))
+        note = (
+            f"{len(found):,} of the {len(evaluation):,} evaluated images, judged {how} "
+            "The command featcache audit looks at the training images too."
+        )
+    cards = [
+        pictures.card(one.id, f"{one.label} {one.score:.3f}", f"rather {one.suggested}?")
+        for one in found[:_CARDS]
+    ]
+    return _gallery(note, cards)
 
 
 def _duplicates(
@@ -323,15 +295,13 @@ def _duplicates(
     if len(store) > _NEAR_LIMIT:
         note = f"Not looked for among {len(store):,} images; featcache audit does."
         return {"note": note, "pairs": []}
-    mine = _lookup(store.ids, np.asarray(evaluation.ids))
+    mine = _lookup(store.ids, evaluation.ids)
     mine = mine[mine >= 0]
     others = np.setdiff1d(np.arange(len(store)), mine)
     if not len(mine) or not len(others):
         note = "The store has no images on the other side of the split."
         return {"note": note, "pairs": []}
-    X = store.matrix()
-    X = X.mean(axis=1) if X.ndim == 3 else X  # (n, views, d) -> (n, d)
-    X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    X = centred(store)
     similar, rows = nearest_rows(X[mine], X[others])
     near = np.flatnonzero(similar[:, 0] >= _NEAR)
     near = near[np.argsort(-similar[near, 0], kind="stable")]
@@ -360,20 +330,16 @@ def _maps(
     chosen = ("pca", second) if methods is None else methods
     rows = shown.stored
     X = store.select(rows[rows >= 0]).matrix()
-    X = X.mean(axis=1) if X.ndim == 3 else X
     maps: dict[str, list[list[float | None]]] = {}
     for method in chosen:
         placed = np.full((len(rows), 2), np.nan)
         placed[rows >= 0] = embed(X, method, random_state=random_state)
         middle = (np.nanmax(placed, axis=0) + np.nanmin(placed, axis=0)) / 2
         placed = (placed - middle) / np.maximum(np.nanmax(np.abs(placed - middle), axis=0), 1e-12)
-        maps[_MAP_NAMES[method]] = [
+        maps[METHODS[method]] = [
             [None if np.isnan(v) else round(float(v), 4) for v in column] for column in placed.T
         ]
     return maps
-
-
-_MAP_NAMES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 
 
 def _bokeh_parts() -> tuple[dict[str, Any], list[str]]:
@@ -426,43 +392,32 @@ def _facts(store: FeatureStore | None) -> list[tuple[str, str]]:
             ("backbone", f"{one.source}/{one.backbone}, weights {one.weights}"),
             ("taps", ", ".join(one.taps)),
             ("precision", f"{one.precision}, stored as {one.store_dtype}, {one.views} view(s)"),
-            ("preprocessing", ", ".join(f"{k} {v}" for k, v in one.preprocessing.items())),
+            ("preprocessing", _pairs(one.preprocessing)),
             ("fingerprint", one.digest),
         ]
-    run = store.meta.get("run") or {}
-    seconds = run.get("seconds") or {}
-    if seconds:
-        facts.append(("extraction", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items())))
-    settings = store.meta.get("settings") or {}
-    if settings:
-        facts.append(("settings", ", ".join(f"{k} {v}" for k, v in settings.items())))
-    versions = store.meta.get("versions") or {}
-    if versions:
-        facts.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
-    return facts
+    seconds = (store.meta.get("run") or {}).get("seconds") or {}
+    known = {
+        "extraction": {name: f"{value:.1f} s" for name, value in seconds.items()},
+        "settings": store.meta.get("settings"),
+        "versions": store.meta.get("versions"),
+    }
+    return facts + [(name, _pairs(values)) for name, values in known.items() if values]
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _commands(store: FeatureStore | None, target: Path) -> list[str]:
     """Return the three commands; capitals stand for what is not known here."""
     if store is None:
         return []
-    path = store.paths[0]
-    commands = []
-    recorded = store.meta.get("command")
-    if isinstance(recorded, str):
-        commands.append(recorded)
-    else:
-        one = store.fingerprints[0]
-        name = (
-            one.backbone if one.source != "timm" else f"timm/{one.backbone.removeprefix('timm/')}"
-        )
-        commands.append(
-            "featcache extract IMAGES "
-            + shlex.join(["-o", path, "--backbone", name, "--weights", one.weights])
-        )
-    commands.append(f"featcache train {shlex.join(store.paths)} -o PREDICTOR.featcache")
-    commands.append(
-        f"featcache evaluate PREDICTOR.featcache {shlex.quote(path)} "
-        f"--report {shlex.quote(str(target))}"
-    )
-    return commands
+    path, one, extracted = store.paths[0], store.fingerprints[0], store.meta.get("command")
+    if not isinstance(extracted, str):
+        options = ["-o", path, "--backbone", spec_of(one), "--weights", one.weights]
+        extracted = f"featcache extract IMAGES {shlex.join(options)}"
+    return [
+        extracted,
+        f"featcache train {shlex.join(store.paths)} -o PREDICTOR.featcache",
+        f"featcache evaluate PREDICTOR.featcache {shlex.join([path, '--report', str(target)])}",
+    ]

@@ -87,9 +87,8 @@ def sheets(images: ImageSet, rows: Sequence[int], *, budget: int) -> Sheets:
 
 def thumbnail(images: ImageSet, row: int, edge: int = 144) -> str | None:
     """Return one image as a WebP in base64, its longer side at most `edge`; None if unreadable."""
-    try:
-        picture = _rgb(images, row)
-    except DecodeError:
+    picture = _rgb(images, row)
+    if picture is None:
         return None
     picture.thumbnail((edge, edge))
     return _webp(picture, quality=70)
@@ -101,12 +100,9 @@ def _read_all(images: ImageSet, rows: Sequence[int], edge: int) -> Iterator[Imag
 
 
 def _tile(images: ImageSet, row: int, edge: int) -> Image.Image | None:
-    """Return the image's middle square, or None where it cannot be read."""
-    if row < 0:
-        return None
-    try:
-        picture = _rgb(images, row)
-    except DecodeError:
+    """Return the image's middle square, None without an image."""
+    picture = _rgb(images, row)
+    if picture is None:
         return None
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -115,8 +111,14 @@ def _tile(images: ImageSet, row: int, edge: int) -> Image.Image | None:
     )
 
 
-def _rgb(images: ImageSet, row: int) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(decode(images.read(row), channels=3)))
+def _rgb(images: ImageSet, row: int) -> Image.Image | None:
+    """Return an image; None for row -1, and where it cannot be read."""
+    if row < 0:
+        return None
+    try:
+        return Image.fromarray(np.ascontiguousarray(decode(images.read(row), channels=3)))
+    except DecodeError:
+        return None
 
 
 def _webp(picture: Image.Image, quality: int) -> str:

@@ -18,7 +18,7 @@ from featcache.results.intervals import Score
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
 from featcache.study.learning_curve import LearningCurve
-from featcache.study.maps import Method, embed
+from featcache.study.maps import METHODS, Method, embed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def plot_embedding(
     if isinstance(features, FeatureStore):
         points = embed(features, method, layers=layers, random_state=random_state)
         groups = features.labels if color is None else np.asarray(color)
-        ax.set_title({"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[method])
+        ax.set_title(METHODS[method])
     else:
         points = np.asarray(features)
         groups = np.full(len(points), "") if color is None else np.asarray(color)

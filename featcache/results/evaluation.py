@@ -314,14 +314,7 @@ class Evaluation:
     @property
     def figures(self) -> Figures:
         """The figures that a leaderboard and a predictor keep."""
-        return Figures(
-            images=len(self),
-            accuracy=self.accuracy,
-            balanced_accuracy=self.balanced_accuracy,
-            macro_f1=self.macro_f1,
-            log_loss=self.log_loss,
-            ece=self.ece,
-        )
+        return Figures(len(self), *self._scores, self.log_loss, self.ece)
 
     def summary(self) -> dict[str, Any]:
         """Return the figures, the top-k accuracies and the confusion matrix as JSON values."""

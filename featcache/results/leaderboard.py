@@ -6,8 +6,8 @@ import csv
 import html
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from featcache.errors import PredictorError
@@ -113,8 +113,6 @@ class Leaderboard(Sequence[LeaderboardRow]):
         How the folds were made: "5 folds", "5 nested folds", "validation split".
     notes : tuple of str
         What the reader should know of the comparison as a whole.
-    left_out : dict
-        Heads that were not trained, and why.
     """
 
     rows: tuple[LeaderboardRow, ...]
@@ -124,7 +122,6 @@ class Leaderboard(Sequence[LeaderboardRow]):
     n_unlabelled: int
     folds: str
     notes: tuple[str, ...] = ()
-    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
@@ -132,19 +129,11 @@ class Leaderboard(Sequence[LeaderboardRow]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[LeaderboardRow]:
-        return iter(self.rows)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the leaderboard as JSON values."""
         return {
-            "scoring": self.scoring,
-            "n_fit": self.n_fit,
-            "n_test": self.n_test,
-            "n_unlabelled": self.n_unlabelled,
-            "folds": self.folds,
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
             "notes": list(self.notes),
-            "left_out": dict(self.left_out),
             "rows": [row.to_dict() for row in self.rows],
         }
 
@@ -172,10 +161,10 @@ class Leaderboard(Sequence[LeaderboardRow]):
     def to_csv(self) -> str:
         """Return one line a head, with a header; intervals take two columns."""
         buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
         table = [row.to_flat() for row in self.rows]
-        writer.writerow(table[0])
-        writer.writerows(row.values() for row in table)
+        writer = csv.DictWriter(buffer, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
         return buffer.getvalue()
 
     def to_text(self) -> str:
@@ -185,7 +174,6 @@ class Leaderboard(Sequence[LeaderboardRow]):
         for row in self.rows:
             for note in row.notes:
                 lines.append(note if note.startswith(row.head) else f"{row.head}: {note}")
-        lines += [f"{head} was left out: {why}" for head, why in self.left_out.items()]
         return "\n".join(lines)
 
     def _caption(self) -> str:
@@ -196,11 +184,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
             counts += f", {self.n_test:,} held out"
         if self.n_unlabelled:
             counts += f", {self.n_unlabelled:,} without a label left out"
-        return (
-            f"best by cross-validation: {best.head}"
-            + (f" ({params})" if params else "")
-            + (f"; {counts}")
-        )
+        return f"best by cross-validation: {best.head} ({params}); {counts}"
 
     def _cells(self) -> list[list[str]]:
         score = [] if self.scoring == "accuracy" else [f"CV {self.scoring}"]
@@ -231,7 +215,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
         return self.to_text()
 
 
-_PLAIN_FIELDS = ("scoring", "n_fit", "n_test", "n_unlabelled", "folds", "left_out")
+_PLAIN_FIELDS = ("scoring", "n_fit", "n_test", "n_unlabelled", "folds")
 
 
 def _short(value: Any) -> str:

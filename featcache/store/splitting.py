@@ -230,12 +230,16 @@ def has_test(splits: Labels | None) -> bool:
     return "test" in roles and bool(roles & {"fit", "valid"})
 
 
-def most_folds(
-    y: Labels, *, groups: Labels | None = None, sha256: npt.NDArray[np.uint8] | None = None
+def possible_folds(
+    cv: int,
+    y: Labels,
+    *,
+    groups: Labels | None = None,
+    sha256: npt.NDArray[np.uint8] | None = None,
 ) -> int:
-    """Return the largest `cv` that `folds` accepts: the inseparable units of the rarest class."""
+    """Return `cv`, or as many folds as the rarest class has inseparable units, at least 2."""
     _, codes, names, unit = _prepare(y, groups, sha256, stratify=True)
-    return int(_units_per_class(codes, unit, len(names)).min())
+    return max(2, min(cv, int(_units_per_class(codes, unit, len(names)).min())))
 
 
 def _without_leaks(

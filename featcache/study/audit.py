@@ -27,7 +27,7 @@ from __future__ import annotations
 import csv
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,16 @@ from scipy.special import softmax
 
 from featcache.errors import MissingExtra, TrainingError
 from featcache.heads.table import HEADS
+from featcache.results.evaluation import Evaluation
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
-from featcache.study.maps import nearest_rows
+from featcache.study.maps import centred, nearest_rows
 from featcache.system.files import atomic_write, check_overwrite
+from featcache.system.tables import first_names
 
-__all__ = ["Finding", "Findings", "audit"]
+__all__ = ["Finding", "Findings", "audit", "suspicious_labels"]
+
+_NEIGHBORS = 10  # whose mean distance makes an outlier
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,6 @@ class Findings(Sequence[Finding]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __iter__(self) -> Iterator[Finding]:
-        return iter(self.items)
-
     def of(self, kind: str) -> list[Finding]:
         """Return the findings of one kind."""
         return [one for one in self.items if one.kind == kind]
@@ -153,7 +154,6 @@ def audit(
     layers: str | Sequence[str] | None = None,
     cv: int = 5,
     near: float = 0.98,
-    neighbours: int = 10,
     random_state: int = 0,
 ) -> Findings:
     """Look for wrong labels, copies, near-duplicates and outliers.
@@ -171,8 +171,6 @@ def audit(
         Folds.
     near : float
         Cosine from which on two images are near-duplicates.
-    neighbours : int
-        Neighbours whose mean distance makes an outlier.
     random_state : int
         Seed.
 
@@ -189,26 +187,29 @@ def audit(
     """
     if len(store) < 3:
         raise TrainingError(f"An audit needs at least 3 images, {store.paths[0]} has {len(store)}.")
-    X = store.matrix(layers)
-    names = _Names(store)
-    items, notes = _label_findings(store, X, head, cv, random_state, names)
-    flat = X.mean(axis=1) if X.ndim == 3 else X
-    items += _copies(store, names)
-    items += _neighbour_findings(flat, store.sha256, near, neighbours, names)
+    X, names = store.matrix(layers), _Names(store)
+    rows, notes = _judgeable(store)
+    items = []
+    if len(rows):
+        items = _misjudged(store.select(rows), X[rows], head, cv, random_state)
+    items += _near_and_far(X, near, min(_NEIGHBORS, len(X) - 1), names)
     return Findings(tuple(items), len(store), tuple(notes))
 
 
 class _Names:
-    """Ids, labels and splits of a store's rows."""
+    """Ids, labels, splits and contents of a store's rows."""
 
     def __init__(self, store: FeatureStore) -> None:
         self.ids, self.labels = store.ids, store.labels
         self.splits = np.full(len(store), "") if store.splits is None else store.splits
+        hashes = splitting.hash_keys(store.sha256)
+        _, first, content = np.unique(hashes, return_index=True, return_inverse=True)
+        self.original = first[content]  # the first row of the same bytes
 
-    def of(self, row: int) -> tuple[str, str, str]:
+    def of(self, row: Any) -> tuple[str, str, str]:
         return str(self.ids[row]), str(self.labels[row]), str(self.splits[row])
 
-    def pair(self, kind: str, row: int, other: int, score: float) -> Finding:
+    def pair(self, kind: str, row: Any, other: Any, score: float) -> Finding:
         id, label, split = self.of(row)
         other_id, other_label, other_split = self.of(other)
         notes = []
@@ -221,65 +222,69 @@ class _Names:
         )
 
 
-def _label_findings(
-    store: FeatureStore,
-    X: npt.NDArray[Any],
-    head: str,
-    cv: int,
-    random_state: int,
-    names: _Names,
-) -> tuple[list[Finding], list[str]]:
-    """Find suspicious labels, and say which labels could not be judged."""
-    rows, notes = _judgeable(store)
-    if not len(rows):
-        return [], notes
-    y, sha256 = store.labels[rows], store.sha256[rows]
-    cv = max(2, min(cv, splitting.most_folds(y, sha256=sha256)))
+def _misjudged(
+    store: FeatureStore, X: npt.NDArray[Any], head: str, cv: int, random_state: int
+) -> list[Finding]:
+    """Find suspicious labels by what a head says out of fold."""
+    y, sha256 = store.labels, store.sha256
+    cv = splitting.possible_folds(cv, y, sha256=sha256)
     folds = splitting.folds(y, sha256=sha256, cv=cv, random_state=random_state)
-    found = HEADS[head].search(X[rows], y, folds, random_state=random_state)
-    proba = softmax(found.logits.astype(np.float64) / found.temperature, axis=1)
-    codes = np.searchsorted(found.classes, y)
-    items = []
-    for i in label_issues(codes, proba):
-        id, label, split = names.of(int(rows[i]))
-        suggested = str(found.classes[proba[i].argmax()])
-        items.append(Finding("label", id, label, split, float(proba[i, codes[i]]), suggested))
-    return items, notes
+    found = HEADS[head].search(X, y, folds, random_state=random_state)
+    judged = Evaluation(
+        ids=store.ids,
+        y_true=np.searchsorted(found.classes, y),
+        proba=softmax(found.logits.astype(np.float64) / found.temperature, axis=1),
+        classes=tuple(found.classes.tolist()),
+    )
+    return suspicious_labels(judged, store.splits)
 
 
-def label_issues(y_true: npt.NDArray[Any], proba: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Return the rows whose label looks wrong by confident learning, the least probable first.
+def suspicious_labels(
+    evaluation: Evaluation, splits: npt.NDArray[Any] | None = None
+) -> list[Finding]:
+    """Return the labels that look wrong by confident learning, the least probable first.
 
     Northcutt, Jiang and Chuang, *Journal of Artificial Intelligence Research* 70, 2021.
 
     Parameters
     ----------
-    y_true : ndarray of int64, shape (n,)
-        Column of the label.
-    proba : ndarray of float64, shape (n, k)
-        Predicted probabilities. Classes that nobody has are left out.
+    evaluation : Evaluation
+        Labels and probabilities. Classes that no image has are left out.
+    splits : ndarray of str, shape (n,), optional
+        Part of a predefined split of each image.
 
     Raises
     ------
     MissingExtra
         cleanlab is not installed.
     """
+    y, names = evaluation.y_true, evaluation.classes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own optional packages
         try:
             from cleanlab.filter import find_label_issues
         except ImportError as error:
             raise MissingExtra("cleanlab", "report", "Looking for wrong labels") from error
-        present, codes = np.unique(y_true, return_inverse=True)
+        present, codes = np.unique(y, return_inverse=True)
         if len(present) < 2:
-            return np.empty(0, np.int64)
-        proba = proba[:, present]
+            return []
+        proba = evaluation.proba[:, present]
         total = proba.sum(axis=1, keepdims=True)
         proba = np.where(total > 0, proba / np.maximum(total, 1e-300), 1 / len(present))
-        ranked: npt.NDArray[np.int64] = find_label_issues(
+        ranked = find_label_issues(
             codes, proba, return_indices_ranked_by="self_confidence", n_jobs=1, verbose=False
         )
-    return ranked
+    return [
+        Finding(
+            "label",
+            str(evaluation.ids[i]),
+            names[y[i]],
+            "" if splits is None else str(splits[i]),
+            float(evaluation.proba[i, y[i]]),
+            suggested=names[evaluation.y_pred[i]],
+        )
+        for i in ranked
+    ]
 
 
 def _judgeable(store: FeatureStore) -> tuple[npt.NDArray[np.int64], list[str]]:
@@ -293,7 +298,7 @@ def _judgeable(store: FeatureStore) -> tuple[npt.NDArray[np.int64], list[str]]:
     members = Counter(label for label, _ in pairs)
     rare = sorted(label for label, count in members.items() if count < 2)
     if rare:
-        shown = ", ".join(rare[:5]) + (", ..." if len(rare) > 5 else "")
+        shown = first_names(rare, 5)
         notes.append(f"{len(rare)} classes of one image cannot be judged: {shown}")
     common = [label for label in members if label not in rare]
     if len(common) < 2:
@@ -302,51 +307,39 @@ def _judgeable(store: FeatureStore) -> tuple[npt.NDArray[np.int64], list[str]]:
     return np.flatnonzero(np.isin(store.labels, common)), notes
 
 
-def _copies(store: FeatureStore, names: _Names) -> list[Finding]:
-    """List each image with the first image of the same bytes."""
-    keys = splitting.hash_keys(store.sha256)
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    original = first[inverse]
-    return [
-        names.pair("copy", int(original[row]), int(row), 1.0)
-        for row in np.flatnonzero(original != np.arange(len(store)))
-    ]
-
-
-def _neighbour_findings(
-    X: npt.NDArray[Any],
-    sha256: npt.NDArray[np.uint8],
-    near: float,
-    neighbours: int,
-    names: _Names,
-) -> list[Finding]:
-    """Find near-duplicates and outliers from the nearest neighbours of each image."""
-    k = min(neighbours, len(X) - 1)
-    similar, rows = _nearest(X, k)
-    keys = splitting.hash_keys(sha256)
-    pairs = {}
-    for row in range(len(X)):
-        # Of a burst of photographs, each is listed with its nearest, not with all the others.
-        others = rows[row][keys[rows[row]] != keys[row]]
-        score = float(similar[row][keys[rows[row]] != keys[row]].max(initial=-1.0))
-        if score >= near:
-            pairs[min(row, int(others[0])), max(row, int(others[0]))] = score
+def _near_and_far(X: npt.NDArray[Any], near: float, k: int, names: _Names) -> list[Finding]:
+    """Find copies, and near-duplicates and outliers by the k nearest others of each image."""
+    number, original = np.arange(len(X)), names.original
     items = [
-        names.pair("near-duplicate", row, other, score)
-        for (row, other), score in sorted(pairs.items(), key=lambda pair: -pair[1])
+        names.pair("copy", original[row], row, 1.0) for row in np.flatnonzero(original != number)
+    ]
+    similar, rows = _nearest_others(X, k)
+    unlike = original[rows] != original[:, None]  # (n, k): of other bytes
+    first = unlike.argmax(axis=1)
+    score = np.where(unlike.any(axis=1), similar[number, first], -1.0)
+    # Of a burst of photographs, each is listed with its nearest, not with all the others.
+    pairs = {
+        tuple(sorted((row, rows[row, first[row]]))): float(score[row])
+        for row in np.flatnonzero(score >= near)
+    }
+    items += [
+        names.pair("near-duplicate", a, b, cosine)
+        for (a, b), cosine in sorted(pairs.items(), key=lambda pair: -pair[1])
     ]
     distance = 1 - similar.mean(axis=1)
     low, high = np.percentile(distance, [25, 75])
     far = np.flatnonzero(distance > high + 3 * (high - low))
     for row in far[np.argsort(-distance[far], kind="stable")]:
-        items.append(Finding("outlier", *names.of(int(row)), float(distance[row])))
+        items.append(Finding("outlier", *names.of(row), float(distance[row])))
     return items
 
 
-def _nearest(X: npt.NDArray[Any], k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+def _nearest_others(
+    X: npt.NDArray[Any], k: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Return cosines and rows of the k nearest other images, the nearest first: (n, k) each."""
-    centred = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
-    similar, rows = nearest_rows(centred, centred, k + 1)
+    X = centred(X)
+    similar, rows = nearest_rows(X, X, k + 1)
     other = rows != np.arange(len(X))[:, None]
     # Among copies of itself an image may not be its own nearest; then the last one goes.
     other[other.all(axis=1), -1] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,6 @@ class LearningCurve(Sequence[CurvePoint]):
 
     def __len__(self) -> int:
         return len(self.points)
-
-    def __iter__(self) -> Iterator[CurvePoint]:
-        return iter(self.points)
 
     @property
     def heads(self) -> list[str]:
@@ -136,12 +133,11 @@ def learning_curve(
         for name, size in bar:
             bar.set_description(f"{name}, {size:,} images")
             part = store.select(np.sort(order[:size]))
-            folds = min(cv, splitting.most_folds(part.labels, sha256=part.sha256))
             predictor = train(
                 part,
                 head=name,
                 layers=layers,
-                cv=max(2, folds),
+                cv=splitting.possible_folds(cv, part.labels, sha256=part.sha256),
                 random_state=random_state,
                 progress=False,
             )

@@ -7,7 +7,7 @@ point the same way, so that the plain cosine of two unrelated images is often ov
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import MissingExtra, TrainingError
+from featcache.heads.neighbors import nearest_in_parts
+from featcache.heads.steps import Unit
 from featcache.store.store import FeatureStore
 
-__all__ = ["METHODS", "Neighbour", "embed", "nearest", "nearest_rows"]
+__all__ = ["METHODS", "Neighbor", "centred", "embed", "nearest", "nearest_rows"]
 
 Method = Literal["pca", "tsne", "umap"]
-METHODS: tuple[Method, ...] = ("pca", "tsne", "umap")
+METHODS: Mapping[Method, str] = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 
 _FIRST = 50  # principal components that t-SNE and UMAP start from: the rest is mostly noise
 
@@ -68,8 +70,7 @@ def embed(
     X = _matrix(features, layers)
     if len(X) < 3:
         raise TrainingError(f"A map needs at least 3 images, {len(X)} came.")
-    components = 2 if method == "pca" else _FIRST
-    components = min(components, *X.shape)
+    components = min(2 if method == "pca" else _FIRST, *X.shape)
     placed = PCA(components, svd_solver="randomized", random_state=random_state).fit_transform(X)
     if method == "tsne":
         placed = _tsne(placed, random_state)
@@ -121,6 +122,15 @@ def _umap(X: npt.NDArray[Any], random_state: int) -> npt.NDArray[Any]:
     return placed
 
 
+def centred(
+    features: FeatureStore | npt.NDArray[Any], layers: str | Sequence[str] | None = None
+) -> npt.NDArray[np.float32]:
+    """Return features (n, d), views averaged, with the mean of all taken off."""
+    X = _matrix(features, layers)
+    centred: npt.NDArray[np.float32] = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return centred
+
+
 def nearest_rows(
     queries: npt.NDArray[Any], base: npt.NDArray[Any], k: int = 1
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
@@ -129,7 +139,7 @@ def nearest_rows(
     Parameters
     ----------
     queries, base : ndarray of shape (m, d), (n, d)
-        Features with the mean of all taken off.
+        Features that `centred` returned.
     k : int
         At most n.
 
@@ -140,20 +150,11 @@ def nearest_rows(
     rows : ndarray of int64, shape (m, k)
         Rows of `base`.
     """
-    from sklearn.neighbors import NearestNeighbors
-
-    search = NearestNeighbors(n_neighbors=min(k, len(base)), metric="cosine", algorithm="brute")
-    distances, rows = search.fit(base).kneighbors(queries)  # (m, k), (m, k)
-    return (1 - distances).astype(np.float32), rows
-
-
-def _centred(X: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    centred: npt.NDArray[np.float32] = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return centred
+    return nearest_in_parts(queries, Unit()(base), min(k, len(base)))
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
     """An image near another.
 
     Attributes
@@ -171,7 +172,7 @@ class Neighbour:
 
 def nearest(
     store: FeatureStore, image: str, k: int = 8, *, layers: str | Sequence[str] | None = None
-) -> list[Neighbour]:
+) -> list[Neighbor]:
     """Return the k images whose features are most like those of one image of the store.
 
     Parameters
@@ -190,15 +191,14 @@ def nearest(
     KeyError
         The store has no such image.
     """
-    found = np.flatnonzero(store.ids == image)
-    if not len(found):
+    own = store.ids == image
+    if not own.any():
         raise KeyError(f"{', '.join(store.paths)} has no image {image!r}.")
-    X = _centred(_matrix(store, layers))
-    similar, rows = nearest_rows(X[found[:1]], X, k + 1)
-    others = [
-        (row, cosine) for row, cosine in zip(rows[0], similar[0], strict=True) if row != found[0]
+    X = centred(store, layers)
+    similar, rows = nearest_rows(X[own], X, k + 1)
+    found = [
+        Neighbor(str(store.ids[row]), str(store.labels[row]), float(cosine))
+        for row, cosine in zip(rows[0], similar[0], strict=True)
+        if not own[row]
     ]
-    return [
-        Neighbour(str(store.ids[row]), str(store.labels[row]), float(cosine))
-        for row, cosine in others[:k]
-    ]
+    return found[:k]

@@ -418,12 +418,12 @@ def _inner_folds(data: _TrainingData, train: npt.NDArray[np.int64]) -> list[Fold
     """Make folds of a fold's training part: as many as asked for, fewer where a class is small."""
     store = data.store.select(train)
     groups = None if data.groups is None else data.groups[train]
-    most = splitting.most_folds(store.labels, groups=groups, sha256=store.sha256)
+    cv = splitting.possible_folds(data.options.cv, store.labels, groups=groups, sha256=store.sha256)
     return splitting.folds(
         store.labels,
         groups=groups,
         sha256=store.sha256,
-        cv=max(2, min(data.options.cv, most)),
+        cv=cv,
         random_state=data.options.random_state,
     )
 

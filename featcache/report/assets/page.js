@@ -98,8 +98,7 @@ if (data.leaderboard) {
     add(line, "td", row.predict_us.toFixed(0));
     whiskers(add(line, "td"), row);
   }
-  const left = Object.entries(board.left_out).map(([head, why]) => `${head} was left out: ${why}`);
-  for (const note of [...board.notes, ...left]) add($("heads-notes"), "p", note, {class: "quiet"});
+  for (const note of board.notes) add($("heads-notes"), "p", note, {class: "quiet"});
 }
 
 // --- classes ---
