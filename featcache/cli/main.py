@@ -23,6 +23,20 @@ from featcache.version import __version__
 
 @click.group(
     cls=Commands,
+    # Help lists them in the order of the work.
+    commands=[
+        layers,
+        extract,
+        info,
+        verify,
+        train,
+        evaluate,
+        predict,
+        study,
+        audit,
+        export,
+        export_model,
+    ],
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
@@ -38,23 +52,3 @@ Examples:
 @click.version_option(__version__, prog_name="featcache")
 def main() -> None:
     """Compute image features once with a frozen network; train on them in seconds."""
-
-
-# Help lists them in the order of the work.
-for _command in (
-    layers,
-    extract,
-    info,
-    verify,
-    train,
-    evaluate,
-    predict,
-    study,
-    audit,
-    export,
-    export_model,
-):
-    main.add_command(_command)
-
-if __name__ == "__main__":
-    main()

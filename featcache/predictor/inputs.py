@@ -101,17 +101,6 @@ def features_of(
     )
 
 
-def canary_features(
-    network: Backbone, fingerprint: Fingerprint, images: Sequence[bytes], device: str
-) -> dict[str, npt.NDArray[np.float32]]:
-    """Compute the features of the canary images: by tap, shape (m, ...), without views."""
-    from featcache.extraction import extract as extraction
-
-    return extraction.canary_features(
-        network, list(images), device=device, precision=fingerprint.precision
-    )
-
-
 def distance(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
     """Return the largest difference relative to the largest expected value; NaN if there is one."""
     scale = float(np.abs(expected).max(initial=0.0)) or 1.0

@@ -316,12 +316,16 @@ class Predictor:
         PredictorError
             They have nothing to do with each other.
         """
+        from featcache.extraction.extract import canary_features
+
         kept = self.canaries
         if self._checked or not kept.images:
             return
         found = self._columns_of(
             [
-                inputs.canary_features(network, fingerprint, kept.images, device)
+                canary_features(
+                    network, kept.images, device=device, precision=fingerprint.precision
+                )
                 for network, fingerprint in zip(networks, self.fingerprints, strict=True)
             ]
         )

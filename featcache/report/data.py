@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -90,7 +89,7 @@ def write_report(
     _require_bokeh()
     target = Path(path)
     check_overwrite(target, _is_report, "a report of featcache")
-    shown = _PageImages.of(evaluation, store, random_state)
+    ids, stored, columns = _page_images(evaluation, store, random_state)
     pictures = _Thumbnails(images)
     data: dict[str, Any] = {
         "title": title,
@@ -102,16 +101,16 @@ def write_report(
         "duplicates": _duplicates(evaluation, store, pictures),
         "facts": _facts(store),
         "commands": _commands(store, target),
-        **shown.data(evaluation),
+        **columns,
     }
     map_item: dict[str, Any] | None = None
     bokeh: list[str] = []
-    if store is not None and len(shown.ids) >= 3:
-        data["maps"] = _maps(store, shown, maps, random_state)
+    if store is not None and len(ids) >= 3:
+        data["maps"] = _maps(store, stored, maps, random_state)
         map_item, bokeh = _bokeh_parts()
     if images is not None:
         spent = len(report_page.render(data, map_item, bokeh))
-        rows = [pictures.row_of.get(name, -1) for name in shown.ids.tolist()]
+        rows = [pictures.row_of.get(name, -1) for name in ids.tolist()]
         made = sheets(images, rows, budget=_PAGE_BYTES - spent)
         data["tiles"] = made.tiles
         data["sheets"] = {"edge": made.edge, "columns": made.columns, "pictures": made.pictures}
@@ -135,77 +134,59 @@ def _is_report(path: Path) -> bool:
 # --- which images ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _PageImages:
-    """The images that the page knows one by one: evaluated ones first, mistakes before all.
+def _page_images(
+    evaluation: Evaluation, store: FeatureStore | None, random_state: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], dict[str, Any]]:
+    """Return the images that the page knows one by one: evaluated ones first, mistakes before all.
 
-    Attributes
-    ----------
+    Returns
+    -------
     ids : ndarray of str, shape (m,)
         Images.
-    evaluated : ndarray of int64, shape (m,)
-        Row in the evaluation, -1 where there is none.
     stored : ndarray of int64, shape (m,)
         Row in the store, -1 where there is none.
-    labels, splits : ndarray of str, shape (m,)
-        Labels and parts of the split.
+    columns : dict
+        What the page's script reads of them, as JSON values.
     """
-
-    ids: npt.NDArray[Any]
-    evaluated: npt.NDArray[np.int64]
-    stored: npt.NDArray[np.int64]
-    labels: npt.NDArray[Any]
-    splits: npt.NDArray[Any]
-
-    @classmethod
-    def of(
-        cls, evaluation: Evaluation, store: FeatureStore | None, random_state: int
-    ) -> _PageImages:
-        rng = np.random.default_rng(random_state)
-        order = rng.permutation(len(evaluation))
-        right = (evaluation.y_pred == evaluation.y_true)[order]
-        order = np.concatenate([order[~right], order[right]])[:_ITEMS]
-        # What a row of the store has; the last, -1, is for images that are not in it.
-        names, labels, parts = (
-            np.append([] if column is None else column, "").astype(str)
-            for column in ((store.ids, store.labels, store.splits) if store else (None,) * 3)
-        )
-        own = _lookup(names[:-1], evaluation.ids)
-        others = rng.permutation(np.setdiff1d(np.arange(len(names) - 1), own))
-        others = others[: _ITEMS - len(order)]
-        stored = np.concatenate([own[order], others])
-        evaluated = np.concatenate([order, np.full(len(others), -1)])
-        known = evaluated >= 0
-        return cls(
-            np.where(known, np.asarray(evaluation.ids)[evaluated], names[stored]),
-            evaluated,
-            stored,
-            np.where(
-                known, np.array(evaluation.classes)[evaluation.y_true[evaluated]], labels[stored]
-            ),
-            parts[stored] if (parts != "").any() else np.where(known, "held out", "training"),
-        )
-
-    def data(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Return the columns that the page's script reads, as JSON values."""
-        names = list(evaluation.classes)
-        names += sorted(set(self.labels.tolist()) - {*names, ""})
-        code = {name: k for k, name in enumerate(names)} | {"": -1}
-        predicted = np.append(evaluation.y_pred, -1)[self.evaluated]
-        sure = np.append(evaluation.confidence, 0.0)[self.evaluated]
-        parts, part = np.unique(self.splits, return_inverse=True)
-        cells = np.argwhere(evaluation.confusion)
-        return {
-            "classes": names,
-            "ids": [_shorten(str(name)) for name in self.ids],
-            "label": [code[name] for name in self.labels.tolist()],
-            "predicted": predicted.tolist(),
+    rng = np.random.default_rng(random_state)
+    order = rng.permutation(len(evaluation))
+    right = (evaluation.y_pred == evaluation.y_true)[order]
+    order = np.concatenate([order[~right], order[right]])[:_ITEMS]
+    # What a row of the store has; the last, -1, is for images that are not in it.
+    names, labels, splits = (
+        np.append([] if column is None else column, "").astype(str)
+        for column in ((store.ids, store.labels, store.splits) if store else (None,) * 3)
+    )
+    own = _lookup(names[:-1], evaluation.ids)
+    others = rng.permutation(np.setdiff1d(np.arange(len(names) - 1), own))
+    others = others[: _ITEMS - len(order)]
+    stored = np.concatenate([own[order], others])
+    evaluated = np.concatenate([order, np.full(len(others), -1)])  # row in the evaluation
+    known = evaluated >= 0
+    ids = np.where(known, evaluation.ids[evaluated], names[stored])
+    true = np.array(evaluation.classes)[evaluation.y_true[evaluated]]
+    label = np.where(known, true, labels[stored]).tolist()
+    classes = [*evaluation.classes, *sorted({*label} - {*evaluation.classes, ""})]
+    code = {name: k for k, name in enumerate(classes)} | {"": -1}
+    split = splits[stored] if (splits != "").any() else np.where(known, "held out", "training")
+    parts, part = np.unique(split, return_inverse=True)
+    sure = np.append(evaluation.confidence, 0.0)[evaluated]
+    cells = np.argwhere(evaluation.confusion)
+    return (
+        ids,
+        stored,
+        {
+            "classes": classes,
+            "ids": [_shorten(name) for name in ids.tolist()],
+            "label": [code[name] for name in label],
+            "predicted": np.append(evaluation.y_pred, -1)[evaluated].tolist(),
             "sure": [round(value, 3) for value in sure.tolist()],
-            "splits": [str(name) or "none" for name in parts],
+            "splits": [name or "none" for name in parts.tolist()],
             "split": part.tolist(),
             "confusion": [[int(i), int(j), int(evaluation.confusion[i, j])] for i, j in cells],
             "scored": len(evaluation.classes),
-        }
+        },
+    )
 
 
 def _lookup(known: npt.NDArray[Any], names: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -323,12 +304,14 @@ def _duplicates(
 
 
 def _maps(
-    store: FeatureStore, shown: _PageImages, methods: Sequence[Method] | None, random_state: int
+    store: FeatureStore,
+    rows: npt.NDArray[np.int64],
+    methods: Sequence[Method] | None,
+    random_state: int,
 ) -> dict[str, list[list[float | None]]]:
     """Return x and y of the shown images by name of the map, each scaled to [-1, 1]."""
-    second: Method = "tsne" if len(shown.ids) <= _TSNE_LIMIT else "umap"
+    second: Method = "tsne" if len(rows) <= _TSNE_LIMIT else "umap"
     chosen = ("pca", second) if methods is None else methods
-    rows = shown.stored
     X = store.select(rows[rows >= 0]).matrix()
     maps: dict[str, list[list[float | None]]] = {}
     for method in chosen:

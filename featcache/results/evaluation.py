@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -248,16 +247,10 @@ class Evaluation:
         count = np.bincount(number, minlength=_BINS)
         right = np.bincount(number, weights=self.y_pred == self.y_true, minlength=_BINS)
         sure = np.bincount(number, weights=self.confidence, minlength=_BINS)
-        return tuple(
-            Bin(
-                float(edges[i]),
-                float(edges[i + 1]),
-                int(count[i]),
-                float(sure[i] / count[i]) if count[i] else math.nan,
-                float(right[i] / count[i]) if count[i] else math.nan,
-            )
-            for i in range(_BINS)
-        )
+        with np.errstate(invalid="ignore"):  # an empty bin's mean is NaN
+            columns = (edges[:-1], edges[1:], count, sure / count, right / count)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return tuple(Bin(*row) for row in rows)
 
     @cached_property
     def ece(self) -> float:
@@ -284,17 +277,15 @@ class Evaluation:
         """Precision, recall, F1 and support of every class, in the order of `classes`."""
         right = self.confusion.diagonal()
         support, predicted = self.confusion.sum(axis=1), self.confusion.sum(axis=0)
-        return tuple(
-            ClassScore(
-                label,
-                float(right[i] / predicted[i]) if predicted[i] else 0.0,
-                float(right[i] / support[i]) if support[i] else 0.0,
-                float(2 * right[i] / max(support[i] + predicted[i], 1)),
-                int(support[i]),
-                int(predicted[i]),
-            )
-            for i, label in enumerate(self.classes)
+        columns = (
+            right / np.maximum(predicted, 1),
+            right / np.maximum(support, 1),
+            2 * right / np.maximum(support + predicted, 1),
+            support,
+            predicted,
         )
+        rows = zip(self.classes, *(column.tolist() for column in columns), strict=True)
+        return tuple(ClassScore(*row) for row in rows)
 
     @cached_property
     def mistakes(self) -> tuple[Mistake, ...]:

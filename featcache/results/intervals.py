@@ -129,14 +129,13 @@ def _rates(counts: Floats) -> Floats:
         Accuracy, balanced accuracy, macro F1.
     """
     right, true, predicted = np.split(counts, 3, axis=1)
-    there, named = true > 0, (true + predicted) > 0
-    recall = np.divide(right, true, out=np.zeros_like(right), where=there)
-    f1 = np.divide(2 * right, true + predicted, out=np.zeros_like(right), where=named)
+    recall = right / np.maximum(true, 1)
+    f1 = 2 * right / np.maximum(true + predicted, 1)
     return np.stack(
         [
             right.sum(axis=1) / true.sum(axis=1),
-            recall.sum(axis=1) / there.sum(axis=1),
-            f1.sum(axis=1) / named.sum(axis=1),
+            recall.sum(axis=1) / (true > 0).sum(axis=1),
+            f1.sum(axis=1) / (true + predicted > 0).sum(axis=1),
         ],
         axis=1,
     )

@@ -124,11 +124,9 @@ class Findings(Sequence[Finding]):
         target = Path(path)
         check_overwrite(target, _is_findings, "a file of findings")
         with atomic_write(target, text=True) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_HEADER)
-            for one in self.items:
-                row = {**vars(one), "score": f"{one.score:.6f}"}
-                writer.writerow([row[name] for name in _HEADER])
+            writer = csv.DictWriter(file, _HEADER, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**vars(one), "score": f"{one.score:.6f}"} for one in self.items)
 
     def __str__(self) -> str:
         count = Counter(one.kind for one in self.items)

@@ -313,10 +313,7 @@ class _TrainingData:
             return self.store.matrix(self.layers)
         views = (self.store.views,) if self.store.views > 1 else ()
         shape = (len(self.store), *views, self.store.width(self.layers))
-        return FeatureBlocks(shape, self._read)
-
-    def _read(self, rows: int) -> Any:
-        return self.store.blocks(self.layers, rows)
+        return FeatureBlocks(shape, lambda rows: self.store.blocks(self.layers, rows))
 
     def search(self, head: str, progress: Progress) -> Any:
         if self.suffix is not None and head == SUFFIX:
@@ -456,20 +453,18 @@ def _predictor(data: _TrainingData, found: Any) -> Predictor:
 
 def _canaries(data: _TrainingData, head: FittedHead, columns: Sequence[InputTap]) -> CanaryRows:
     """Return the features of the store's canary images, or some training rows, with scores."""
-    kept = {c.source: data.store.parts[c.source].canaries for c in columns}
-    first = next(iter(kept.values()))
-    usable = first is not None and all(
-        one is not None and one.features and one.images == first.images for one in kept.values()
-    )
-    if usable and first is not None:
-        parts = [kept[c.source].features[c.tap] for c in columns]  # type: ignore[union-attr]
+    found = [data.store.parts[column.source].canaries for column in columns]
+    first = found[0]
+    kept = [one for one in found if one and first and one.features and one.images == first.images]
+    if len(kept) == len(columns):
+        parts = [one.features[c.tap] for one, c in zip(kept, columns, strict=True)]
         x = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
-        names, images = tuple(first.names), tuple(first.images)
+        names, images = tuple(kept[0].names), tuple(kept[0].images)
     else:
         names, images = (), ()
         _, block = next(iter(data.store.blocks(data.layers, _CANARY_ROWS)))
         x = block[:, 0] if block.ndim == 3 else block
-    x = np.ascontiguousarray(x, dtype=np.float32).copy()
+    x = np.array(x, dtype=np.float32, order="C")
     return CanaryRows(x, head.logits(x), names, images)
 
 
