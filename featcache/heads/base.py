@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from featcache.heads.steps import Log, Step
+from featcache.heads.steps import Log, Step, chained
 
 ClassWeight: TypeAlias = str | dict[Any, float] | None
 
@@ -51,10 +51,38 @@ def through(chain: Sequence[Step], X: np.ndarray) -> Iterator[tuple[slice, np.nd
     size = max(1, min(_ROWS, _CELLS // widest))
     for start in range(0, len(X), size):
         rows = slice(start, min(start + size, len(X)))
-        block = X[rows]
-        for step in chain:
-            block = step(block)
-        yield rows, block
+        yield rows, chained(chain, X[rows])
+
+
+def transformed(chain: Sequence[Step], X: np.ndarray) -> np.ndarray:
+    """Return rows (n, d) behind steps: no copy between two steps is whole."""
+    return np.concatenate([block for _, block in through(chain, X)]) if chain else X
+
+
+def class_factors(
+    class_weight: ClassWeight, classes: np.ndarray, codes: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    """Return the factor of each class, of shape (k,), as scikit-learn defines `class_weight`.
+
+    "balanced" counts weighted rows, so that a weight of two is the same as a row twice.
+
+    Raises
+    ------
+    ValueError
+        Another word, or a class that there is not.
+    """
+    if class_weight is None:
+        return np.ones(len(classes))
+    if isinstance(class_weight, str):
+        if class_weight != "balanced":
+            raise ValueError(f"class_weight is 'balanced', a dict or None, got {class_weight!r}.")
+        counts = np.bincount(codes, weights=weight, minlength=len(classes))
+        return np.asarray(weight.sum() / (len(classes) * np.maximum(counts, 1e-300)))
+    known = classes.tolist()
+    unknown = [label for label in class_weight if label not in known]
+    if unknown:
+        raise ValueError(f"class_weight names {unknown[0]!r}, which is not a class.")
+    return np.array([float(class_weight.get(label, 1.0)) for label in known])
 
 
 class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -110,7 +138,7 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return what comes out of the first `stop` steps, of shape (n, k)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return np.concatenate([found for _, found in through(self.steps_[:stop], X)])
+        return transformed(self.steps_[:stop], X)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Return scores: (n, k), or (n,) for two classes, positive for the second."""

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.heads.base import ClassWeight, Head
-from featcache.heads.rows import FeatureBlocks, TrainingRows, Transform
+from featcache.heads.base import ClassWeight, Head, class_factors
+from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import HeadKind, Params, Search, Trial
 from featcache.heads.solver import (
     Design,
@@ -35,7 +35,7 @@ CS: tuple[float, ...] = tuple(float(10.0**power) for power in range(-5, 3))
 
 # Scores to compute at a time (values of C x folds x classes). More fill a matrix product better,
 # fewer start nearer to their solutions; the squared hinge gains most from a near start.
-_COLUMNS: dict[Loss, int] = {"softmax": 100, "logistic": 100, "squared_hinge": 50}
+_COLUMNS: dict[Loss, int] = {"log": 100, "squared_hinge": 50}
 _SEARCH_TOL = 1e-4
 # Rows above which treatment and the decade of C are chosen on a part of them, and that part.
 _MANY = 100_000
@@ -43,40 +43,20 @@ _SOME = 20_000
 _SCORES = 1 << 25  # bytes of out-of-fold scores computed in one pass
 
 
-def class_factors(
-    class_weight: ClassWeight, classes: np.ndarray, codes: np.ndarray, weight: np.ndarray
-) -> np.ndarray:
-    """Return the factor of each class, of shape (k,), as scikit-learn defines `class_weight`.
-
-    "balanced" counts weighted rows, so that a weight of two is the same as a row twice.
-    """
-    if class_weight is None:
-        return np.ones(len(classes))
-    if isinstance(class_weight, str):
-        if class_weight != "balanced":
-            raise ValueError(f"class_weight is 'balanced', a dict or None, got {class_weight!r}.")
-        counts = np.bincount(codes, weights=weight, minlength=len(classes))
-        return np.asarray(weight.sum() / (len(classes) * np.maximum(counts, 1e-300)))
-    known = set(classes.tolist())
-    unknown = [label for label in class_weight if label not in known]
-    if unknown:
-        raise ValueError(f"class_weight names {unknown[0]!r}, which is not a class.")
-    return np.array([float(class_weight.get(label, 1.0)) for label in classes.tolist()])
-
-
 def loss_weights(
-    loss: Loss, row_weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return loss weights (folds, n), and one-vs-rest factors (folds, k) of the own class.
+    loss: str, weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
+) -> tuple[np.ndarray, Tensor | None]:
+    """Return the weights (folds, n) in a loss, and factors (k, 1) on those of the own class.
 
     As liblinear does, one-vs-rest with more than two classes weights only the rows of the class
     that a problem is about.
     """
+    factors = factors.astype(weights.dtype)
     if (factors == 1.0).all():
-        return row_weights, None
-    if loss == "squared_hinge" and factors.shape[1] > 2:
-        return row_weights, factors
-    return row_weights * np.take(factors.astype(row_weights.dtype), codes, axis=1), None
+        return weights, None
+    if loss == "squared_hinge" and len(factors) > 2:
+        return weights, torch.from_numpy(factors)[:, None]
+    return weights * factors[codes], None
 
 
 class LinearModel(Head):
@@ -92,6 +72,7 @@ class LinearModel(Head):
 
     class_weight: ClassWeight
     standardize: bool
+    loss: str
 
     def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
         return [self.solve(X, codes, weight)]
@@ -101,31 +82,25 @@ class LinearModel(Head):
         X: np.ndarray | FeatureBlocks,
         codes: np.ndarray,
         weight: np.ndarray,
-        transform: Transform | None = None,
+        treatment: Step | None = None,
     ) -> Matrix:
         """Return the step for rows in memory or in blocks, behind a row-wise treatment."""
-        factors = class_factors(self.class_weight, self.classes_, codes, weight)[None]
-        in_loss, positive = self._loss_weights(weight[None], codes, factors)
+        factors = class_factors(self.class_weight, self.classes_, codes, weight)
+        in_loss, positive = loss_weights(self.loss, weight[None], codes, factors)
         design = Design.build(
-            X, codes, weight[None], in_loss, standardize=self.standardize, transform=transform
+            X, codes, weight[None], in_loss, standardize=self.standardize, treatment=treatment
         )
-        self.coef_, self.intercept_ = unstandardise(design, 0, *self._minimum(design, positive))
+        self.coef_, self.intercept_ = unstandardise(design, 0, self._minimum(design, positive))
         return Matrix.of_scores(self.coef_, self.intercept_)
 
-    def _loss_weights(
-        self, weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return weights in the loss (1, n), and factors (1, k) of one-vs-rest problems."""
-        raise NotImplementedError
-
-    def _minimum(self, design: Design, positive: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        """Return standardised weights (k, d) and intercepts (k, 1)."""
+    def _minimum(self, design: Design, positive: Tensor | None) -> Tensor:
+        """Return standardised weights, and the intercepts in the last column, (k, d + 1)."""
         raise NotImplementedError
 
     def fit_rows(self, rows: TrainingRows, treatment: str) -> list[Step]:
         """Fit behind a treatment on all rows, in memory or in blocks."""
         self.classes_, treat = rows.classes, TREATMENTS[treatment]
-        matrix = self.solve(rows.X, rows.row_codes(), rows.every_weight(), treat)
+        matrix = self.solve(rows.X, rows.row_codes(), rows.weights(), treat)
         return [matrix] if treat is None else [treat, matrix]
 
 
@@ -174,14 +149,14 @@ class LinearClassifier(LinearModel):
         self,
         C: float = 1.0,
         *,
-        loss: str = "log",
+        loss: Loss = "log",
         class_weight: ClassWeight = None,
         standardize: bool = True,
         tol: float = 1e-6,
         max_iter: int = 1000,
     ) -> None:
         self.C = C
-        self.loss = loss
+        self.loss: Loss = loss
         self.class_weight = class_weight
         self.standardize = standardize
         self.tol = tol
@@ -195,75 +170,36 @@ class LinearClassifier(LinearModel):
         if self.loss not in ("log", "squared_hinge"):
             raise ValueError(f"loss is 'log' or 'squared_hinge', got {self.loss!r}.")
 
-    def _loss_weights(
-        self, weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        return loss_weights(solver_loss(self.loss, factors.shape[1]), weights, codes, factors)
-
-    def _minimum(self, design: Design, positive: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        k = len(self.classes_)
-        loss = solver_loss(self.loss, k)
-        problems, zeros = (
-            _problems(design, loss, [self.C], [0], positive),
-            _zeros(1, k, loss, design),
-        )
-        solution = minimise(design, problems, *zeros, tol=self.tol, max_iter=self.max_iter)
+    def _minimum(self, design: Design, positive: Tensor | None) -> Tensor:
+        problems = _problems(design, self.loss, [self.C], positive)
+        zeros = _zeros(1, len(self.classes_), design)
+        solution = minimise(design, problems, zeros, tol=self.tol, max_iter=self.max_iter)
         self.n_iter_ = solution.passes
-        return solution.W[0], solution.b[0]
+        return solution.V[0]
 
 
-def solver_loss(loss: str, k: int) -> Loss:
-    """Return what the solver calls a loss for `k` classes."""
-    if loss == "squared_hinge":
-        return "squared_hinge"
-    return "logistic" if k == 2 else "softmax"
-
-
-def _problems(
-    design: Design,
-    loss: Loss,
-    Cs: Sequence[float],
-    folds: Sequence[int],
-    positive: np.ndarray | None,
-) -> Problems:
+def _problems(design: Design, loss: Loss, Cs: Sequence[float], positive: Tensor | None) -> Problems:
     """All values of C times all folds, the folds running faster."""
-    dtype = design.weights.dtype
-    fold = torch.tensor(list(folds) * len(Cs), dtype=torch.int64)
-    C = torch.from_numpy(np.repeat(np.asarray(Cs), len(folds))).to(dtype)[:, None, None]
-    factors = None if positive is None else torch.from_numpy(positive).to(dtype)[fold]
-    return Problems(loss, C, fold, factors)
+    weights, folds = design.weights, len(design.weights)
+    fold = torch.arange(folds).repeat(len(Cs))
+    C = torch.tensor(Cs, dtype=weights.dtype).repeat_interleave(folds)[:, None, None]
+    return Problems(loss, C, fold, None if positive is None else positive.to(weights.dtype))
 
 
-def _zeros(p: int, classes: int, loss: Loss, design: Design) -> tuple[Tensor, Tensor]:
-    k = 1 if classes == 2 and loss != "softmax" else classes
-    shape = (p, k, design.d)
-    dtype = design.weights.dtype
-    return torch.zeros(shape, dtype=dtype), torch.zeros((*shape[:2], 1), dtype=dtype)
+def _zeros(p: int, classes: int, design: Design) -> Tensor:
+    k = 1 if classes == 2 else classes
+    return torch.zeros((p, k, design.d + 1), dtype=design.weights.dtype)
 
 
-def fold_weights(rows: TrainingRows, class_weight: ClassWeight) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weights of all rows in each fold's training, and the folds' class factors.
-
-    Returns
-    -------
-    weights : ndarray of shape (folds, n * views), float32
-        Zero where a fold does not train on a row. An image's weight is shared out among its views.
-    factors : ndarray of shape (folds, k)
-        See `class_factors`.
-    """
-    images = len(rows.codes)
-    masks = np.zeros((len(rows.folds), images), dtype=np.float32)
-    for fold, (train, _) in enumerate(rows.folds):
-        masks[fold, train] = 1.0
-    if rows.weight is not None or rows.views > 1:
-        masks *= ((1.0 if rows.weight is None else rows.weight) / np.float32(rows.views)).astype(
-            np.float32
-        )
-    factors = np.stack([class_factors(class_weight, rows.classes, rows.codes, m) for m in masks])
-    return masks if rows.views == 1 else np.repeat(masks, rows.views, axis=1), factors
+def fold_weights(rows: TrainingRows) -> np.ndarray:
+    """Return weights (folds, n * views), float32, of all rows; 0 where a fold leaves one out."""
+    weights = np.zeros((len(rows.folds), len(rows) * rows.views), dtype=np.float32)
+    for own, (train, _) in zip(weights, rows.folds, strict=True):
+        own[rows.rows(train)] = rows.weights(train)
+    return weights
 
 
-def out_of_fold(design: Design, rows: TrainingRows, W: Tensor, b: Tensor) -> Iterator[np.ndarray]:
+def out_of_fold(design: Design, rows: TrainingRows, V: Tensor) -> Iterator[np.ndarray]:
     """Yield, for each setting, the scores of each fold's solution on its validation rows.
 
     Parameters
@@ -272,8 +208,8 @@ def out_of_fold(design: Design, rows: TrainingRows, W: Tensor, b: Tensor) -> Ite
         The rows, with one set of weights a fold.
     rows : TrainingRows
         The same rows.
-    W, b : Tensor of shape (settings, folds, k, d) and (settings, folds, k, 1)
-        Solutions in standardised coordinates.
+    V : Tensor of shape (settings, folds, k, d + 1)
+        Solutions in standardised coordinates, the intercept in the last column.
 
     Yields
     ------
@@ -281,16 +217,14 @@ def out_of_fold(design: Design, rows: TrainingRows, W: Tensor, b: Tensor) -> Ite
         Means over the views, and over the folds that validate an image; NaN where none does. One
         column for two classes becomes two, -f/2 and f/2.
     """
-    at_a_time = max(1, _SCORES // (4 * design.n * W.shape[2]))
-    valid = np.zeros((len(rows.folds), len(rows.codes)), dtype=bool)
-    for fold, (_, images) in enumerate(rows.folds):
-        valid[fold, images] = True
-    valid = np.repeat(valid, rows.views, axis=1)[:, design.order]
-    Wg = W * design.ratios[:, None]
-    offset = b - (Wg * design.means[:, None]).sum(dim=3, keepdim=True)
-    for first in range(0, len(W), at_a_time):
-        some = slice(first, first + at_a_time)
-        yield from _validate(design, rows, valid, Wg[some], offset[some])
+    at_a_time = max(1, _SCORES // (4 * design.n * V.shape[2]))
+    valid = np.zeros((len(rows.folds), design.n), dtype=bool)
+    for own, (_, images) in zip(valid, rows.folds, strict=True):
+        own[rows.rows(images)] = True
+    valid = valid[:, design.order]
+    for first in range(0, len(V), at_a_time):
+        some = V[first : first + at_a_time]
+        yield from _validate(design, rows, valid, *design.affine(some, torch.arange(len(valid))))
 
 
 def _validate(
@@ -342,7 +276,7 @@ class LinearHead(HeadKind):
     name: ClassVar[str] = "linear"
     summary: ClassVar[str] = "multinomial logistic regression"
     out_of_core: ClassVar[bool] = True
-    loss: ClassVar[str] = "log"
+    loss: ClassVar[Loss] = "log"
 
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Try treatments and values of C."""
@@ -385,7 +319,7 @@ class LinearSVMHead(LinearHead):
 
     name: ClassVar[str] = "svm"
     summary: ClassVar[str] = "linear SVM (squared hinge, one against the rest)"
-    loss: ClassVar[str] = "squared_hinge"
+    loss: ClassVar[Loss] = "squared_hinge"
 
 
 @dataclass(frozen=True)
@@ -393,8 +327,7 @@ class _Start:
     """The solutions of all folds at one C, from which others start."""
 
     C: float
-    W: Tensor  # (folds, k, d)
-    b: Tensor
+    V: Tensor  # (folds, k, d + 1)
 
 
 class _Paths:
@@ -412,10 +345,11 @@ class _Paths:
 
     def __init__(self, head: LinearHead, rows: TrainingRows, search: Search) -> None:
         self.rows, self.search, self.options = rows, search, head.options
-        self.loss = solver_loss(head.loss, len(rows.classes))
+        self.loss: Loss = head.loss
         self.best: _Start | None = None  # the solutions of the search's best
-        self._codes = rows.row_codes()
-        self._row_weights, factors = fold_weights(rows, head.options.class_weight)
+        self._codes, weights = rows.row_codes(), rows.weights()
+        factors = class_factors(head.options.class_weight, rows.classes, self._codes, weights)
+        self._row_weights = fold_weights(rows)
         self._loss_weights, self._positive = loss_weights(
             self.loss, self._row_weights, self._codes, factors
         )
@@ -430,7 +364,7 @@ class _Paths:
                 self._codes,
                 self._row_weights,
                 self._loss_weights,
-                transform=TREATMENTS[treatment],
+                treatment=TREATMENTS[treatment],
             )
         return self._designs[treatment]
 
@@ -456,39 +390,33 @@ class _Paths:
         design = self._design(treatment)
         size = self._group_size(design.d)
         ordered = sorted(Cs)
-        folds = range(len(self.rows.folds))
+        folds, classes = len(self.rows.folds), len(self.rows.classes)
         scores: list[float] = []
         before: _Start | None = None
         for first in range(0, len(ordered), size):
             group = ordered[first : first + size]
-            if start is None:
-                W, b = _zeros(len(group) * len(folds), len(self.rows.classes), self.loss, design)
-            else:
-                starts = [self._start(C, start, before) for C in group]
-                W, b = (torch.cat(parts) for parts in zip(*starts, strict=True))
-            problems = _problems(design, self.loss, group, folds, self._positive)
-            solution = minimise(design, problems, W, b, tol=tol)
-            self.search.fitted(len(W))
-            W, b = (
-                part.view(len(group), len(folds), *part.shape[1:])
-                for part in (solution.W, solution.b)
-            )
-            for number, values in enumerate(out_of_fold(design, self.rows, W, b)):
-                C = group[number]
+            V = _zeros(len(group) * folds, classes, design)
+            if start is not None:
+                V = torch.cat([self._start(C, start, before) for C in group])
+            problems = _problems(design, self.loss, group, self._positive)
+            solution = minimise(design, problems, V, tol=tol)
+            self.search.fitted(len(V))
+            V = solution.V.view(len(group), folds, *V.shape[1:])
+            for C, own, values in zip(group, V, out_of_fold(design, self.rows, V), strict=True):
                 trial = self.search.tried({"treatment": treatment, "C": C}, values)
-                before, start = start, _Start(C, W[number], b[number])
-                if self.search.best.params == trial.params:
+                before, start = start, _Start(C, own)
+                if self.search.best is trial:
                     self.best = start
                 scores.append(trial.score)
             if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
                 break
 
-    def _start(self, C: float, last: _Start, before: _Start | None) -> tuple[Tensor, Tensor]:
+    def _start(self, C: float, last: _Start, before: _Start | None) -> Tensor:
         """Return where to start for C: the last solution, or the line through the last two."""
         if before is None or before.C == last.C or self.loss == "squared_hinge":
-            return last.W, last.b
+            return last.V
         ahead = float(np.log(C / last.C) / np.log(last.C / before.C))
-        return torch.lerp(before.W, last.W, 1 + ahead), torch.lerp(before.b, last.b, 1 + ahead)
+        return torch.lerp(before.V, last.V, 1 + ahead)
 
 
 def _within_a_decade(Cs: Sequence[float], centre: float) -> list[float]:

@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from sklearn.utils import check_random_state
-from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from featcache.heads.base import ClassWeight, FittedHead, Head
+from featcache.heads.base import ClassWeight, FittedHead, Head, class_factors
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import HeadKind, Params, Search, gather
@@ -121,12 +120,7 @@ class _Training:
         seed: int,
     ) -> None:
         self.settings, self.X, self.codes = settings, X, codes
-        factors = compute_class_weight(
-            settings.class_weight,
-            classes=classes,
-            y=classes[codes[rows]],
-            sample_weight=weight[rows],
-        )
+        factors = class_factors(settings.class_weight, classes, codes[rows], weight[rows])
         self._weight = weight * factors[codes]
         self.rows = rows[weight[rows] > 0]
         if not len(self.rows):
@@ -155,11 +149,6 @@ class _Training:
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
 
-    def loss_weights(self, rows: np.ndarray) -> np.ndarray:
-        """Return sample weight times class weight."""
-        weights: np.ndarray = self._weight[rows]
-        return weights
-
     def advance(self, epochs: int) -> None:
         """Train for some epochs."""
         for _ in range(epochs):
@@ -168,11 +157,11 @@ class _Training:
     def epoch(self) -> None:
         """Train once on each row."""
         order = self.rows[torch.randperm(len(self.rows), generator=self.generator).numpy()]
-        mean = self.loss_weights(self.rows).mean() or 1.0
+        mean = self._weight[self.rows].mean() or 1.0
         for rows in _batches(order, self.settings.batch_size):
             x = torch.from_numpy((self.X[rows] - self.centre) / self.scale)
             target = torch.from_numpy(self.codes[rows])
-            weight = torch.from_numpy((self.loss_weights(rows) / mean).astype(np.float32))
+            weight = torch.from_numpy((self._weight[rows] / mean).astype(np.float32))
             self._step(x, target, weight)
 
     def _step(self, x: Tensor, target: Tensor, weight: Tensor) -> None:
@@ -264,7 +253,7 @@ class MLPHead(HeadKind):
         """Train one network a fold, and score them together at the checkpoints."""
         estimator = self._network(dropout)
         features = preparation.on_folds(rows)
-        codes, weight = rows.row_codes(), rows.every_weight()
+        codes, weight = rows.row_codes(), rows.weights()
         trainings = [
             _Training(estimator, X, codes, weight, rows.classes, rows.rows(train), fold)
             for fold, (X, (train, _)) in enumerate(zip(features, rows.folds, strict=True))

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from sklearn.utils.class_weight import compute_class_weight
 
-from featcache.heads.base import ClassWeight, Head
+from featcache.heads.base import ClassWeight, Head, class_factors
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import HeadKind, Params, Search, gather
@@ -81,8 +80,8 @@ class CosineNeighbors(Head):
             )
 
     def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
-        classes, counts = self.classes_, weight > 0
-        factors = compute_class_weight(self.class_weight, classes=classes, y=classes[codes])
+        counts = weight > 0
+        factors = class_factors(self.class_weight, self.classes_, codes, weight)
         if not counts.all():
             X, codes, weight = X[counts], codes[counts], weight[counts]
         numbers = float(self.n_neighbors), float(self.temperature)
@@ -130,13 +129,11 @@ class NeighborsHead(HeadKind):
     ) -> list[np.ndarray]:
         """Find one fold's nearest rows once, and return the scores of all settings of the vote."""
         train, valid = (np.asarray(part) for part in rows.folds[fold])
-        X, weight = preparation.on_fold(rows, fold), rows.every_weight(train)
+        X, weight = preparation.on_fold(rows, fold), rows.weights(train)
         counted = weight > 0
         numbers, weight = rows.rows(train)[counted], weight[counted]
         codes = rows.row_codes(train)[counted]
-        factors = compute_class_weight(
-            self.options.class_weight, classes=rows.classes, y=rows.labels[train]
-        )
+        factors = class_factors(self.options.class_weight, rows.classes, codes, weight)
         count = needed_neighbors(weight, max(NEIGHBORS))
         unit, step, scores = Unit()(X[numbers]), max(1, _VOTES // count), []
         similar, found = nearest_in_parts(X[rows.rows(valid)], unit, count)

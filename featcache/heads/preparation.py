@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from sklearn.preprocessing import StandardScaler
 
-from featcache.heads.base import Head, through
+from featcache.heads.base import Head, transformed
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import Params, fit_estimator
 from featcache.heads.steps import Log, Matrix, Scale, Step, Trees
@@ -74,7 +74,7 @@ class Preparation:
             X = X[np.sort(chosen)]
         treat = TREATMENTS[self.treatment]
         steps: list[Step] = [] if treat is None else [treat]
-        X = _transformed(steps, X)
+        X = transformed(steps, X)
         if self.scaled or self.n_components is not None:
             scaler = StandardScaler().fit(X)
             steps.append(Scale(scaler.mean_, scaler.scale_))
@@ -83,7 +83,7 @@ class Preparation:
 
             solver = "covariance_eigh" if X.shape[1] <= _EXACT else "randomized"
             pca = PCA(self.n_components, svd_solver=solver, random_state=self.random_state)
-            pca.fit(_transformed(steps[-1:], X))
+            pca.fit(transformed(steps[-1:], X))
             weight = pca.components_ / np.sqrt(pca.explained_variance_)[:, None]
             steps.append(Matrix(weight, -weight @ pca.mean_))
         return steps
@@ -96,7 +96,7 @@ class Preparation:
         ndarray of shape (n * views, d or n_components), float32
             The leading columns of components are those of fewer components.
         """
-        return _transformed(self.fit(rows, rows.folds[fold][0]), rows.features())
+        return transformed(self.fit(rows, rows.folds[fold][0]), rows.features())
 
     def on_folds(self, rows: TrainingRows) -> list[np.ndarray]:
         """Return that for every fold: the same array for all of them where nothing is learnt."""
@@ -108,15 +108,10 @@ class Preparation:
     def fit_head(self, rows: TrainingRows, head: Any) -> list[Step]:
         """Fit a head of ours, or a forest of scikit-learn, on all rows: return all steps."""
         steps = self.fit(rows)
-        inside = replace(rows, X=_transformed(steps, rows.features()))
+        inside = replace(rows, X=transformed(steps, rows.features()))
         fitted = fit_estimator(head, inside)
         own = fitted.steps_ if isinstance(fitted, Head) else [Trees.of_forest(fitted), Log()]
         return [*steps, *own]
-
-
-def _transformed(steps: Sequence[Step], X: np.ndarray) -> np.ndarray:
-    """Send rows through fitted steps, block by block: no copy between two steps is whole."""
-    return np.concatenate([block for _, block in through(steps, X)]) if steps else X
 
 
 def component_counts(rows: TrainingRows, wanted: Sequence[int]) -> tuple[int, ...]:

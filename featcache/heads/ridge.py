@@ -12,17 +12,17 @@ group, on both sides; the penalty is therefore chosen on the same folds as with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 from torch import Tensor
 
-from featcache.heads.base import ClassWeight
-from featcache.heads.linear import LinearModel, fold_weights, out_of_fold
+from featcache.heads.base import ClassWeight, class_factors
+from featcache.heads.linear import LinearModel, fold_weights, loss_weights, out_of_fold
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import HeadKind, Params, Search
 from featcache.heads.solver import Design
@@ -62,6 +62,8 @@ class Ridge(LinearModel):
         Number of columns.
     """
 
+    loss = "squares"
+
     def __init__(
         self,
         alpha: float = 1.0,
@@ -77,109 +79,45 @@ class Ridge(LinearModel):
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}.")
 
-    def _loss_weights(
-        self, weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
-    ) -> tuple[np.ndarray, None]:
-        return weights * factors[:, codes], None
-
-    def _minimum(self, design: Design, positive: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        sums = _sums(design, len(self.classes_))[0]
-        W, b = _solutions(design, sums, 0, [self.alpha])
-        return W[0], b[0]
+    def _minimum(self, design: Design, positive: Tensor | None) -> Tensor:
+        gram = next(_grams(design, len(self.classes_)))
+        return _solutions(design, gram, 0, [self.alpha])[0]
 
 
-@dataclass
-class _Sums:
-    """Weighted sums over some rows, in the design's coordinates."""
+def _grams(design: Design, classes: int) -> Iterator[np.ndarray]:
+    """Yield for each fold the weighted products of its training rows, (d + k + 1, d + k + 1).
 
-    weight: float
-    x: np.ndarray  # (d,)
-    t: np.ndarray  # (k,)
-    xx: np.ndarray  # (d, d)
-    xt: np.ndarray  # (d, k)
-
-    def __iadd__(self, other: _Sums) -> _Sums:
-        self.weight += other.weight
-        for mine, yours in (
-            (self.x, other.x),
-            (self.t, other.t),
-            (self.xx, other.xx),
-            (self.xt, other.xt),
-        ):
-            mine += yours
-        return self
-
-    @classmethod
-    def zero(cls, d: int, k: int) -> _Sums:
-        return cls(0.0, np.zeros(d), np.zeros(k), np.zeros((d, d)), np.zeros((d, k)))
-
-    def add(self, X: np.ndarray, T: np.ndarray, weight: np.ndarray) -> None:
-        """Add rows (r, d) with targets (r, k) and weights (r,)."""
-        weighted = X * weight[:, None]
-        self.weight += float(weight.sum(dtype=np.float64))
-        self.x += weighted.sum(axis=0, dtype=np.float64)
-        self.t += weight @ T
-        self.xx += X.T @ weighted
-        self.xt += weighted.T @ T
-
-
-def _sums(design: Design, classes: int) -> list[_Sums]:
-    """Return the sums of each fold's training rows, from one pass.
-
-    Rows with the same weights in all folds up to being left out are summed once.
+    They are those of the columns, of targets (r, k) of -1 and 1 (of the second class where there
+    are two), and of ones, from one pass; rows on the same side in all folds are summed once.
     """
-    weights = design.weights.numpy()
-    largest = weights.max(axis=0)
-    used = weights > 0
-    shared = bool(((weights == largest) | ~used).all())
-    k = 1 if classes == 2 else classes
-    d, codes = design.d, design.codes.numpy()
-    if not shared:
-        folds = [_Sums.zero(d, k) for _ in weights]
-        for rows, block in design.blocks(d):
-            X = design.standardised(block)
-            T = _targets(codes[rows], k, X.numpy().dtype)
-            for one, weight in zip(folds, weights, strict=True):
-                one.add(X.numpy(), T, weight[rows])
-        return folds
-    keys, pattern = np.unique(np.packbits(used, axis=0).T, axis=0, return_inverse=True)
-    parts = [_Sums.zero(d, k) for _ in keys]
-    for rows, block in design.blocks(d):
-        X = design.standardised(block)
-        T, inside = _targets(codes[rows], k, X.numpy().dtype), pattern[rows]
-        for number in np.unique(inside).tolist():
-            some = inside == number
-            whole = bool(some.all())
-            features = X.numpy() if whole else X.numpy()[some]
-            parts[number].add(features, T[some], largest[rows][some])
-    folds = [_Sums.zero(d, k) for _ in weights]
-    for number, part in enumerate(parts):
-        members = used[:, np.flatnonzero(pattern == number)[0]]
-        for fold in np.flatnonzero(members).tolist():
-            folds[fold] += part
-    return folds
+    weights, codes = design.weights.numpy(), design.codes.numpy()
+    used, weight = weights > 0, weights.max(axis=0)
+    keys = np.packbits(used, axis=0).T
+    _, first, pattern = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    positive = np.arange(classes) if classes > 2 else np.array([1])
+    width = design.d + len(positive) + 1
+    parts = np.zeros((len(first), width, width))
+    for rows, block in design.blocks(design.d):
+        X = design.standardised(block).numpy()
+        T = (codes[rows, None] == positive) * 2 - 1
+        both = np.concatenate([X, T, np.ones((len(X), 1))], axis=1, dtype=X.dtype)
+        for number in np.unique(pattern[rows]).tolist():
+            some = pattern[rows] == number
+            own = both[some]
+            parts[number] += own.T @ (own * weight[rows][some, None])
+    for members in used[:, first]:
+        yield parts[members].sum(axis=0)
 
 
-def _targets(codes: np.ndarray, k: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """Return indicators of -1 and 1, (r, k); of the second class where there are two."""
-    own = codes[:, None] == (np.arange(k) if k > 1 else np.array([1]))
-    targets: np.ndarray = (own * 2 - 1).astype(dtype)
-    return targets
-
-
-def _solutions(
-    design: Design, sums: _Sums, fold: int, alphas: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Return standardised weights (alphas, k, d) and intercepts (alphas, k, 1) of one fold."""
+def _solutions(design: Design, gram: np.ndarray, fold: int, alphas: Sequence[float]) -> Tensor:
+    """Return standardised weights, and intercepts in the last column, (alphas, k, d + 1)."""
+    d, weight = design.d, gram[-1, -1]
     ratio = design.ratios[fold].double().numpy()
-    mean, target = sums.x / sums.weight, sums.t / sums.weight
-    gram = sums.xx - sums.weight * np.outer(mean, mean)
-    gram *= np.outer(ratio, ratio)
-    right = (sums.xt - sums.weight * np.outer(mean, target)) * ratio[:, None]
+    mean, target = gram[-1, :d] / weight, gram[-1, d:-1] / weight
+    right = (gram[:d, d:-1] - weight * np.outer(mean, target)) * ratio[:, None]
+    gram = (gram[:d, :d] - weight * np.outer(mean, mean)) * np.outer(ratio, ratio)
     away = (mean - design.means[fold].double().numpy()) * ratio
-    dtype = design.sample.dtype
-    W = np.empty((len(alphas), right.shape[1], design.d), dtype=dtype)
-    b = np.empty((len(alphas), right.shape[1], 1), dtype=dtype)
+    V = np.empty((len(alphas), right.shape[1], d + 1), dtype=design.sample.dtype)
     for number, alpha in enumerate(alphas):
         penalised = gram.copy()
         penalised[np.diag_indices_from(penalised)] += alpha
@@ -188,9 +126,9 @@ def _solutions(
         except LinAlgError:
             # With fewer rows than columns the products' rounding makes null directions negative.
             found = _solve_clipped(gram, alpha, right)
-        W[number] = found.T
-        b[number, :, 0] = target - away @ found
-    return torch.from_numpy(W), torch.from_numpy(b)
+        V[number, :, :-1] = found.T
+        V[number, :, -1] = target - away @ found
+    return torch.from_numpy(V)
 
 
 def _solve_clipped(gram: np.ndarray, alpha: float, right: np.ndarray) -> np.ndarray:
@@ -222,18 +160,17 @@ class RidgeHead(HeadKind):
 
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Solve all penalties on all folds, treatment by treatment."""
-        weights, factors = fold_weights(rows, self.options.class_weight)
-        codes, folds = rows.row_codes(), range(len(rows.folds))
-        in_loss = weights * np.take(factors, codes, axis=1)
+        codes, weights = rows.row_codes(), fold_weights(rows)
+        factors = class_factors(self.options.class_weight, rows.classes, codes, rows.weights())
+        in_loss, _ = loss_weights(Ridge.loss, weights, codes, factors)
         penalties = [alpha * len(rows) for alpha in self.alphas]
         for treatment in self.treatments:
-            transform = TREATMENTS[treatment]
-            design = Design.build(rows.X, codes, weights, in_loss, transform=transform)
-            sums = _sums(design, len(rows.classes))
-            solved = [_solutions(design, sums[fold], fold, penalties) for fold in folds]
-            search.fitted(len(folds) * len(penalties))
-            W, b = (torch.stack(parts, dim=1) for parts in zip(*solved, strict=True))
-            for alpha, values in zip(penalties, out_of_fold(design, rows, W, b), strict=True):
+            design = Design.build(rows.X, codes, weights, in_loss, treatment=TREATMENTS[treatment])
+            grams = _grams(design, len(rows.classes))
+            solved = [_solutions(design, gram, fold, penalties) for fold, gram in enumerate(grams)]
+            search.fitted(len(solved) * len(penalties))
+            V = torch.stack(solved, dim=1)  # (alphas, folds, k, d + 1)
+            for alpha, values in zip(penalties, out_of_fold(design, rows, V), strict=True):
                 search.tried({"treatment": treatment, "alpha": alpha}, values)
 
     def fit(self, rows: TrainingRows, params: Params) -> list[Step]:

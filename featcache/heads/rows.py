@@ -14,7 +14,6 @@ import numpy as np
 from featcache.errors import TrainingError
 
 Folds: TypeAlias = Sequence[tuple[np.ndarray, np.ndarray]]
-Transform: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 _ROWS = 8192  # read at a time
 
@@ -193,18 +192,11 @@ class TrainingRows:
             )
         return self.X if images is None else self.X[self.rows(images)]
 
-    def weights(self, images: np.ndarray | None = None) -> np.ndarray | None:
-        """Weights of the same rows: an image's weight is shared out among its views."""
-        if self.weight is None and self.views == 1:
-            return None
-        weight = np.ones(len(self.codes)) if self.weight is None else self.weight
+    def weights(self, images: np.ndarray | None = None) -> np.ndarray:
+        """Weights of the same rows: an image's weight, or 1, is shared out among its views."""
+        weight = np.ones(len(self)) if self.weight is None else self.weight
         chosen = weight if images is None else weight[images]
         return np.repeat(chosen / self.views, self.views)
-
-    def every_weight(self, images: np.ndarray | None = None) -> np.ndarray:
-        """Weights of the same rows; ones where none are given."""
-        given, count = self.weights(images), len(self) if images is None else len(images)
-        return np.ones(count * self.views) if given is None else given
 
     def row_codes(self, images: np.ndarray | None = None) -> np.ndarray:
         """Classes of the same rows, as numbers."""

@@ -39,7 +39,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
 
@@ -48,20 +48,20 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from featcache.heads.rows import FeatureBlocks, Transform, working_dtype
+from featcache.heads.rows import FeatureBlocks, working_dtype
+from featcache.heads.steps import Scale, Step, chained
 
-Loss: TypeAlias = Literal["softmax", "logistic", "squared_hinge"]
+Loss: TypeAlias = Literal["log", "squared_hinge"]
 
 _CELLS = 1 << 20  # scores that a thread computes at a time: 4 MB
 _FLOATS = 1 << 20  # features in a block that is read from disk: 4 MB
 _RANK = 256  # directions in which the preconditioner knows the covariance
 _SAMPLE = 4096  # rows that the preconditioner is computed from
 _PAIRS = 6  # history of L-BFGS
-_STATES = 8  # groups of problems whose directions are computed side by side
+_GROUPS = 8  # of problems, whose directions are computed side by side
 # Steps without progress beyond rounding, after which there is none to come: a thousand more would
 # bring less than 1e-4 in float32. The weights of a float64 fit gain digits when its value does not.
 _IDLE = {torch.float32: 10, torch.float64: 50}
-_FLUSH = 16  # blocks that are summed in float32 before they go to a float64 sum
 _ARMIJO = 1e-4
 _NOISE = 3  # relative error of an objective, in units of the scores' precision
 _CONSTANT = 1e-12  # a column with less variance than this, in units of its overall one, is constant
@@ -82,9 +82,8 @@ class Workers:
     the order of the blocks, so that sums have the same bits whatever the number of threads.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor | None, count: int) -> None:
-        self._pool = pool
-        self.count = count
+    def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
+        self._pool, self._count = pool, count
 
     @classmethod
     @contextlib.contextmanager
@@ -95,26 +94,19 @@ class Workers:
         count = torch.get_num_threads()
         with reuse_memory(), threadpool_limits(1, user_api="blas"):
             torch.set_num_threads(1)
+            alone = partial(torch.set_num_threads, 1)
             try:
-                if count == 1:
-                    yield cls(None, 1)
-                else:
-                    one = partial(torch.set_num_threads, 1)
-                    with ThreadPoolExecutor(count, "featcache-solver", one) as pool:
-                        yield cls(pool, count)
+                with ThreadPoolExecutor(count, "featcache-solver", alone) as pool:
+                    yield cls(pool, count)
             finally:
                 torch.set_num_threads(count)
 
     def in_order(self, jobs: Iterable[Callable[[], Any]]) -> Iterator[Any]:
         """Run jobs, few at a time ahead of the one whose result is yielded."""
-        if self._pool is None:
-            for job in jobs:
-                yield job()
-            return
         running: deque[Future[Any]] = deque()
         for job in jobs:
             running.append(self._pool.submit(job))
-            if len(running) > self.count:
+            if len(running) > self._count:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
@@ -128,7 +120,9 @@ class Design:
     ----------
     source : Tensor of shape (n, d) or FeatureBlocks
         Standardised rows in memory, sorted so that rows of one fold are together; or raw blocks,
-        which are treated and standardised as they are read.
+        which go through `steps` as they are read.
+    steps : list of Step
+        The row-wise treatment, if there is one, and the scaling over all rows.
     order : ndarray of shape (n,)
         Which row of the input stands where in `source`.
     edges : list of int
@@ -137,27 +131,21 @@ class Design:
         Weight of each row in the loss of each fold's problems.
     codes : Tensor of shape (n,), int64
         Class of each row.
-    centre, scale : ndarray of shape (d,), float64
-        The coordinate system: mean and deviation over all rows.
     means, ratios : Tensor of shape (folds, d)
         Mean and inverse deviation of each fold's training rows, in these coordinates.
     sample : ndarray of shape (m, d)
-        Some of the rows.
-    transform : callable or None
-        Row-wise treatment of raw blocks.
+        Some of the standardised rows.
     """
 
     source: Tensor | FeatureBlocks
+    steps: list[Step]
     order: np.ndarray
     edges: list[int]
     weights: Tensor
     codes: Tensor
-    centre: np.ndarray
-    scale: np.ndarray
     means: Tensor
     ratios: Tensor
     sample: np.ndarray
-    transform: Transform | None
 
     @classmethod
     def build(
@@ -168,7 +156,7 @@ class Design:
         loss_weights: np.ndarray,
         *,
         standardize: bool = True,
-        transform: Transform | None = None,
+        treatment: Step | None = None,
     ) -> Design:
         """Measure the rows once, and keep a standardised copy of them if they are in memory.
 
@@ -182,53 +170,41 @@ class Design:
             Weights that count for mean and deviation, and for the loss.
         standardize : bool
             Whether the problems' columns have unit deviation.
-        transform : callable, optional
-            Row-wise treatment, (r, d) to (r, d), in a new array.
+        treatment : Step, optional
+            What comes before the standardisation, row by row.
         """
-        with Workers.start() as workers:
-            return cls._build(X, codes, row_weights, loss_weights, standardize, transform, workers)
-
-    @classmethod
-    def _build(
-        cls,
-        X: np.ndarray | FeatureBlocks,
-        codes: np.ndarray,
-        row_weights: np.ndarray,
-        loss_weights: np.ndarray,
-        standardize: bool,
-        transform: Transform | None,
-        workers: Workers,
-    ) -> Design:
         blocks = FeatureBlocks.of(X) if isinstance(X, np.ndarray) else X
-        moments = _Moments.measure(blocks, row_weights, transform, workers)
-        scale = moments.deviation(-1) if standardize else np.ones(len(moments.centre))
-        means = (moments.mean[:-1] - moments.centre) / scale
-        ratios = np.ones_like(means)
-        if standardize:
-            ratios = np.stack([scale / moments.deviation(f) for f in range(len(means))])
-        dtype = moments.sample.dtype
-        sample = (moments.sample - moments.centre.astype(dtype)) / scale.astype(dtype)
-        order, edges = np.arange(len(codes)), [0, len(codes)]
-        source: Tensor | FeatureBlocks = blocks
-        if isinstance(X, np.ndarray):
-            order = np.lexsort(row_weights > 0)
-            source = _standardised(X, order, moments.centre, scale, transform, workers)
-            loss_weights, codes = loss_weights[:, order], codes[order]
-            used = row_weights[:, order] > 0
-            changes = np.flatnonzero((used[:, 1:] != used[:, :-1]).any(axis=0)) + 1
-            edges = [0, *changes.tolist(), len(codes)]
+        steps = [] if treatment is None else [treatment]
+        with Workers.start() as workers:
+            mean, variance, sample = _moments(blocks, row_weights, steps, workers)
+            deviation = np.ones_like(variance)
+            if standardize:
+                # 1 where a column is constant, as in scikit-learn's scaler.
+                constant = variance <= _CONSTANT * np.maximum(variance[-1], mean[-1] ** 2)
+                deviation = np.where(constant, 1.0, np.sqrt(variance))
+            centre, scale = mean[-1], deviation[-1]
+            scaling = Scale(centre, scale)
+            steps.append(scaling)
+            source: Tensor | FeatureBlocks = blocks
+            order, edges = np.arange(len(codes)), [0, len(codes)]
+            if isinstance(X, np.ndarray):
+                order = np.lexsort(row_weights > 0)
+                source = _standardised(X, order, steps, workers)
+                loss_weights, codes = loss_weights[:, order], codes[order]
+                used = row_weights[:, order] > 0
+                changes = np.flatnonzero((used[:, 1:] != used[:, :-1]).any(axis=0)) + 1
+                edges = [0, *changes.tolist(), len(codes)]
+        dtype = sample.dtype
         return cls(
             source=source,
+            steps=steps,
             order=order,
             edges=edges,
             weights=torch.from_numpy(loss_weights.astype(dtype, copy=False)),
             codes=torch.from_numpy(codes),
-            centre=moments.centre,
-            scale=scale,
-            means=torch.from_numpy(means.astype(dtype)),
-            ratios=torch.from_numpy(ratios.astype(dtype)),
-            sample=sample,
-            transform=transform,
+            means=torch.from_numpy(((mean[:-1] - centre) / scale).astype(dtype)),
+            ratios=torch.from_numpy((scale / deviation[:-1]).astype(dtype)),
+            sample=scaling(sample),
         )
 
     @property
@@ -239,14 +215,32 @@ class Design:
     @property
     def d(self) -> int:
         """Number of columns."""
-        return len(self.centre)
+        return int(self.sample.shape[1])
 
     @cached_property
     def principal(self) -> tuple[Tensor, Tensor, float]:
-        """Largest eigenvectors (d, r) and eigenvalues (r,) of the covariance, mean of the rest."""
+        """Largest eigenvectors and eigenvalues (r,) of the covariance, and the mean of the rest.
+
+        The eigenvectors are (d + 1, r): zero for the intercept.
+        """
         with threadpool_limits(1, user_api="blas"):
             basis, spectrum, rest = _principal(self.sample)
-        return torch.from_numpy(basis), torch.from_numpy(spectrum), rest
+        padded = np.concatenate([basis, np.zeros((1, len(spectrum)), dtype=basis.dtype)])
+        return torch.from_numpy(padded), torch.from_numpy(spectrum), rest
+
+    def affine(self, V: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
+        """Return solutions as weights (..., k, d) and offsets (..., k, 1) for the design's rows.
+
+        Parameters
+        ----------
+        V : Tensor of shape (..., folds, k, d + 1)
+            Weights and intercepts in the coordinates of each fold.
+        fold : Tensor of shape (folds,), int64
+            Which these are.
+        """
+        weights = V[..., :-1] * self.ratios[fold][:, None]
+        moved = (weights * self.means[fold][:, None]).sum(dim=-1, keepdim=True)
+        return weights, V[..., -1:] - moved
 
     def blocks(self, columns: int) -> Iterator[tuple[slice, Tensor | np.ndarray]]:
         """Yield (rows, block for `standardised`), sized for scores of `columns` columns."""
@@ -262,10 +256,7 @@ class Design:
         """Return a block of `blocks` in the design's coordinates."""
         if isinstance(block, Tensor):
             return block
-        treated = block if self.transform is None else self.transform(block)
-        standard = treated - self.centre.astype(treated.dtype)
-        standard /= self.scale.astype(treated.dtype)
-        return torch.from_numpy(standard)
+        return torch.from_numpy(chained(self.steps, block))
 
 
 def _cut(edges: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
@@ -276,84 +267,67 @@ def _cut(edges: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
 
 
 def _standardised(
-    X: np.ndarray,
-    order: np.ndarray,
-    centre: np.ndarray,
-    scale: np.ndarray,
-    transform: Transform | None,
-    workers: Workers,
+    X: np.ndarray, order: np.ndarray, steps: Sequence[Step], workers: Workers
 ) -> Tensor:
-    dtype = working_dtype(X)
-    out = np.empty(X.shape, dtype=dtype)
+    """Send rows (n, d) through the steps, in another order."""
+    out = np.empty(X.shape, dtype=working_dtype(X))
 
     def fill(start: int) -> None:
         some = slice(start, start + 1024)
-        block = np.asarray(X[order[some]], dtype=dtype)
-        treated = block if transform is None else transform(block)
-        np.subtract(treated, centre.astype(dtype), out=out[some])
-        out[some] /= scale.astype(dtype)
+        out[some] = chained(steps, X[order[some]].astype(out.dtype, copy=False))
 
     for _ in workers.in_order(partial(fill, start) for start in range(0, len(X), 1024)):
         pass
     return torch.from_numpy(out)
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Weighted moments of the columns; the last set of weights is one for every row."""
+def _moments(
+    blocks: FeatureBlocks, weights: np.ndarray, steps: Sequence[Step], workers: Workers
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read all blocks once; return weighted moments of the columns, and some of the rows.
 
-    mean: np.ndarray  # (folds + 1, d)
-    variance: np.ndarray  # (folds + 1, d)
-    sample: np.ndarray  # (at most _SAMPLE, d)
+    Parameters
+    ----------
+    blocks : FeatureBlocks
+        The rows (n, d).
+    weights : ndarray of shape (folds, n)
+        Weights of the rows.
+    steps : sequence of Step
+        Treatment of the rows.
 
-    @property
-    def centre(self) -> np.ndarray:
-        centre: np.ndarray = self.mean[-1]
-        return centre
+    Returns
+    -------
+    mean, variance : ndarray of shape (folds + 1, d), float64
+        For each set of weights; the last are those of all rows, each counted once.
+    sample : ndarray of shape (at most 4096, d)
+        Treated rows.
+    """
+    n, d = len(blocks) * blocks.views, blocks.shape[-1]
+    chosen = np.zeros(n, dtype=bool)
+    chosen[np.random.default_rng(0).permutation(n)[:_SAMPLE]] = True
+    shifts: list[np.ndarray] = []  # the first block's mean, so that squares lose no digits
 
-    def deviation(self, weights: int) -> np.ndarray:
-        """Deviation, or 1 where a column is constant (as in scikit-learn's scaler)."""
-        variance = self.variance[weights]
-        constant = variance <= _CONSTANT * np.maximum(self.variance[-1], self.mean[-1] ** 2)
-        deviation: np.ndarray = np.where(constant, 1.0, np.sqrt(variance))
-        return deviation
+    def sums(images: slice, block: np.ndarray) -> tuple[np.ndarray, ...]:
+        rows, treated = blocks.rows_of(images), chained(steps, block)
+        if not shifts:
+            shifts.append(treated.mean(axis=0))
+        away = treated - shifts[0]
+        ones = np.ones((1, len(away)), dtype=away.dtype)
+        both = np.concatenate([weights[:, rows].astype(away.dtype), ones])
+        kept = treated[chosen[rows]]
+        return both @ away, both @ np.square(away, out=away), kept
 
-    @classmethod
-    def measure(
-        cls,
-        blocks: FeatureBlocks,
-        weights: np.ndarray,
-        transform: Transform | None,
-        workers: Workers,
-    ) -> _Moments:
-        """Read all blocks once; deviations are from the first block's mean, to lose no digits."""
-        n, d = len(blocks) * blocks.views, blocks.shape[-1]
-        chosen = np.zeros(n, dtype=bool)
-        chosen[np.random.default_rng(0).permutation(n)[:_SAMPLE]] = True
-        shifts: list[np.ndarray] = []
-
-        def sums(images: slice, block: np.ndarray) -> tuple[np.ndarray, ...]:
-            rows = blocks.rows_of(images)
-            treated = block if transform is None else transform(block)
-            if not shifts:
-                shifts.append(treated.mean(axis=0))
-            away = treated - shifts[0]
-            ones = np.ones((1, len(away)), dtype=away.dtype)
-            both = np.concatenate([weights[:, rows].astype(away.dtype), ones])
-            kept = treated[chosen[rows]]
-            return both @ away, both @ np.square(away, out=away), kept
-
-        stream = blocks.blocks(max(256, _FLOATS // d))
-        total, squares, kept = sums(*next(stream))
-        total, squares, sample = total.astype(np.float64), squares.astype(np.float64), [kept]
-        for one, two, kept in workers.in_order(partial(sums, *pair) for pair in stream):
-            total += one
-            squares += two
-            sample.append(kept)
-        size = np.append(weights.sum(axis=1, dtype=np.float64), n)[:, None]
-        total /= size
-        variance = np.maximum(squares / size - total**2, 0.0)
-        return cls(shifts[0].astype(np.float64) + total, variance, np.concatenate(sample))
+    stream = blocks.blocks(max(256, _FLOATS // d))
+    total, squares, kept = sums(*next(stream))
+    total, squares, sample = total.astype(np.float64), squares.astype(np.float64), [kept]
+    for one, two, kept in workers.in_order(partial(sums, *pair) for pair in stream):
+        total += one
+        squares += two
+        sample.append(kept)
+    size = np.append(weights.sum(axis=1, dtype=np.float64), n)[:, None]
+    total /= size
+    variance = np.maximum(squares / size - total**2, 0.0)
+    return shifts[0].astype(np.float64) + total, variance, np.concatenate(sample)
 
 
 def _principal(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -384,14 +358,16 @@ class Problems:
 
     Attributes
     ----------
-    loss : {"softmax", "logistic", "squared_hinge"}
-        Softmax couples the classes of a problem; the two others are one problem a class.
+    loss : {"log", "squared_hinge"}
+        The logarithmic loss of more than two classes couples them (softmax). Otherwise each class
+        is a problem of its own, against the rest; of two classes there is one problem, whose
+        positive class is the second.
     C : Tensor of shape (p, 1, 1)
         Weight of the loss.
     fold : Tensor of shape (p,), int64
         Row of `Design.weights`.
-    positive : Tensor of shape (p, k) or None
-        One-vs-rest: factors on the weights of a class's own rows.
+    positive : Tensor of shape (k, 1) or None
+        One against the rest: factors on the weights of a class's own rows.
     """
 
     loss: Loss
@@ -399,43 +375,9 @@ class Problems:
     fold: Tensor
     positive: Tensor | None = None
 
-    @classmethod
-    def join(cls, some: Sequence[Problems]) -> Problems:
-        """Put problems with the same loss behind each other."""
-        first = some[0]
-        positive = [one.positive for one in some if one.positive is not None]
-        return cls(
-            first.loss,
-            torch.cat([one.C for one in some]),
-            torch.cat([one.fold for one in some]),
-            torch.cat(positive) if positive else None,
-        )
-
-    def select(self, keep: Tensor | slice) -> Problems:
+    def select(self, keep: Tensor) -> Problems:
         """Return the problems numbered `keep`."""
-        positive = None if self.positive is None else self.positive[keep]
-        return Problems(self.loss, self.C[keep], self.fold[keep], positive)
-
-
-@dataclass
-class _Value:
-    """Objectives, gradients and mean curvatures at one point of each problem."""
-
-    f: Tensor  # (p, k or 1, 1) float64
-    G: Tensor  # (p, k, d)
-    Gb: Tensor  # (p, k, 1)
-    curvature: Tensor  # (p, k, 1)
-
-    def take(self, keep: Tensor | slice) -> _Value:
-        return _Value(self.f[keep], self.G[keep], self.Gb[keep], self.curvature[keep])
-
-    def merge(self, accepted: Tensor, other: _Value) -> _Value:
-        return _Value(
-            torch.where(accepted, other.f, self.f),
-            torch.where(accepted, other.G, self.G),
-            torch.where(accepted, other.Gb, self.Gb),
-            torch.where(accepted, other.curvature, self.curvature),
-        )
+        return replace(self, C=self.C[keep], fold=self.fold[keep])
 
 
 def _thin(L: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -457,23 +399,15 @@ def _softmax(L: Tensor, codes: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tenso
     return loss, P.scatter_add_(1, truth, -s), curvature
 
 
-def _signed(L: Tensor, codes: Tensor, s: Tensor, positive: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Targets of -1 and 1 (k, r), and weights (p, k or 1, r), for one problem a class.
-
-    With two classes there is one problem, and its positive class is the second.
-    """
+def _targets(L: Tensor, codes: Tensor) -> Tensor:
+    """Return -1 and 1 (k, r): of each class, or of the second one where there are two."""
     k = L.shape[1]
     own = torch.arange(k)[:, None] == codes if k > 1 else (codes == 1)[None]
-    target = own.to(L.dtype) * 2 - 1
-    if positive is not None:
-        s = s * torch.where(own, positive[:, :, None], 1.0)
-    return target, s
+    return own.to(L.dtype) * 2 - 1
 
 
-def _logistic(
-    L: Tensor, codes: Tensor, s: Tensor, positive: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    target, s = _signed(L, codes, s, positive)
+def _logistic(L: Tensor, codes: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    target = _targets(L, codes)
     margin = L.mul_(target)
     loss = (torch.nn.functional.softplus(-margin) * s).sum(dim=2, dtype=torch.float64)
     P = margin.neg_().sigmoid_()
@@ -485,7 +419,9 @@ def _logistic(
 def _squared_hinge(
     L: Tensor, codes: Tensor, s: Tensor, positive: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    target, s = _signed(L, codes, s, positive)
+    target = _targets(L, codes)
+    if positive is not None:
+        s = s * torch.where(target > 0, positive, 1.0)
     slack = L.mul_(target).neg_().add_(1).clamp_(min=0)
     R = slack * s
     loss = (R * slack).sum(dim=2, dtype=torch.float64)
@@ -493,102 +429,72 @@ def _squared_hinge(
     return loss, R.mul_(-2 * target), curvature
 
 
-class _Part:
-    """The problems that train on the same rows, and the sums over those rows."""
-
-    def __init__(
-        self, design: Design, problems: Problems, used: Tensor, Wg: Tensor, offset: Tensor
-    ) -> None:
-        self.used = used.nonzero()[:, 0]
-        every = len(self.used) == len(Wg)
-        own = problems if every else problems.select(self.used)
-        self.problems = own
-        self._Wg = (Wg if every else Wg[self.used]).reshape(-1, design.d)
-        self._offset = offset if every else offset[self.used]
-        p, k = self._offset.shape[:2]
-        self.loss = torch.zeros((p, 1 if own.loss == "softmax" else k), dtype=torch.float64)
-        self.curvature = torch.zeros((p, k), dtype=torch.float64)
-        self.Gs = torch.zeros((p, k, 1), dtype=torch.float64)
-        self.Gx = torch.zeros_like(self._Wg)
-        self._exact: Tensor | None = None
-        self._added = 0
-
-    def sums(self, X: Tensor, codes: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """Return the sums over a block of rows (r, d), given its weights (folds, r)."""
-        p, k = self.curvature.shape
-        L = product(self._Wg, X.T).reshape(p, k, -1)
-        L += self._offset
-        s = weights[self.problems.fold][:, None]
-        if self.problems.loss == "softmax":
-            loss, R, curvature = _softmax(L, codes, s)
-        else:
-            rule = _logistic if self.problems.loss == "logistic" else _squared_hinge
-            loss, R, curvature = rule(L, codes, s, self.problems.positive)
-        flat = R.reshape(p * k, -1)
-        return loss, curvature, R.sum(dim=2, keepdim=True), product(flat, X)
-
-    def add(self, loss: Tensor, curvature: Tensor, Gs: Tensor, Gx: Tensor) -> None:
-        """Add the sums over a block."""
-        self.loss += loss
-        self.curvature += curvature
-        self.Gs += Gs
-        self.Gx += Gx
-        self._added += 1
-        if self._added == _FLUSH:
-            # Many small terms on a large sum would lose their digits in float32.
-            self._exact = self.Gx.double() if self._exact is None else self._exact + self.Gx
-            self.Gx.zero_()
-            self._added = 0
-
-    def gradient(self) -> Tensor:
-        """Return the sums of residual times row, (p, k, d)."""
-        total = self.Gx if self._exact is None else (self._exact + self.Gx).to(self.Gx.dtype)
-        return total.view(*self.curvature.shape, -1)
+_Value: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Of points of p problems: the objectives (p, k or 1, 1), in float64; their gradients
+(p, k, d + 1), the intercept's last; and mean curvatures (p, k, 1)."""
 
 
-def evaluate(design: Design, problems: Problems, W: Tensor, b: Tensor, workers: Workers) -> _Value:
-    """Return objectives and gradients of all `problems`, in one pass over the rows."""
-    p, k, _ = W.shape
-    ratios, means = design.ratios[problems.fold][:, None], design.means[problems.fold][:, None]
-    Wg = W * ratios
-    offset = b - (Wg * means).sum(dim=2, keepdim=True)
-    parts: dict[tuple[bool, ...], _Part] = {}
+def evaluate(design: Design, problems: Problems, V: Tensor, workers: Workers) -> _Value:
+    """Return objectives, gradients and curvatures of all `problems` at V (p, k, d + 1).
 
-    def jobs() -> Iterator[Callable[[], tuple[_Part, tuple[Tensor, ...]]]]:
+    That is one pass over the rows. A problem that does not train on a block costs nothing there.
+    """
+    p, k, _ = V.shape
+    weights, offset = design.affine(V, problems.fold)
+    # The problems that train on the same rows: their numbers, and what belongs to them.
+    parts: dict[tuple[bool, ...], tuple[Tensor, Problems, Tensor, Tensor]] = {}
+
+    def jobs() -> Iterator[Callable[[], tuple[Tensor, ...]]]:
         for rows, block in design.blocks(p * k):
-            weights = design.weights[:, rows]
-            used = (weights > 0).any(dim=1)[problems.fold]
-            if not used.any():
-                continue
-            key = tuple(used.tolist())
+            own = design.weights[:, rows]
+            folds = (own > 0).any(dim=1)
+            key = tuple(folds.tolist())
             if key not in parts:
-                parts[key] = _Part(design, problems, used, Wg, offset)
-            yield partial(_job, design, parts[key], block, design.codes[rows], weights)
+                used = folds[problems.fold].nonzero()[:, 0]
+                parts[key] = (used, problems.select(used), weights[used], offset[used])
+            if len(parts[key][0]):
+                yield partial(_sums, design, parts[key], block, design.codes[rows], own)
 
-    for part, sums in workers.in_order(jobs()):
-        part.add(*sums)
-    loss = torch.zeros((p, 1 if problems.loss == "softmax" else k), dtype=torch.float64)
-    curvature = torch.zeros((p, k), dtype=torch.float64)
-    Gx, Gs = torch.zeros_like(W), torch.zeros((p, k, 1), dtype=torch.float64)
-    for part in parts.values():
-        loss[part.used] += part.loss
-        curvature[part.used] += part.curvature
-        Gs[part.used] += part.Gs
-        Gx[part.used] += part.gradient()
-    C = problems.C
-    Gb = Gs.to(W.dtype)
-    G = Gx.addcmul_(Gb, means, value=-1).mul_(ratios).mul_(C).add_(W)
-    Gb *= C
+    coupled = problems.loss == "log" and k > 1
+    shapes = (p, 1 if coupled else k), (p, k), (p, k, 1), (p, k, V.shape[2] - 1)
+    # Many small terms on a large sum would lose their digits in float32.
+    totals = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    for used, *sums in workers.in_order(jobs()):
+        for total, part in zip(totals, sums, strict=True):
+            total.index_add_(0, used, part.double())
+    loss, curvature, Gs, Gx = totals
+    ratios, means = design.ratios[problems.fold][:, None], design.means[problems.fold][:, None]
+    Gb, C, W = Gs.to(V.dtype), problems.C, V[..., :-1]
+    Gw = Gx.to(V.dtype).addcmul_(Gb, means, value=-1).mul_(ratios).mul_(C).add_(W)
     size = W.square().sum(dim=2, keepdim=True, dtype=torch.float64)
-    if problems.loss == "softmax":
+    if coupled:
         size = size.sum(dim=1, keepdim=True)
-    return _Value(C * loss[:, :, None] + size / 2, G, Gb, C * curvature[:, :, None].to(W.dtype))
+    G = torch.cat([Gw, Gb.mul_(C)], dim=2)
+    return C * loss[:, :, None] + size / 2, G, C * curvature[:, :, None].to(V.dtype)
 
 
-def _job(
-    design: Design, part: _Part, block: Tensor | np.ndarray, codes: Tensor, weights: Tensor
-) -> tuple[_Part, tuple[Tensor, ...]]:
-    return part, part.sums(design.standardised(block), codes, weights)
+def _sums(
+    design: Design,
+    part: tuple[Tensor, Problems, Tensor, Tensor],
+    block: Tensor | np.ndarray,
+    codes: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return what `evaluate` adds up, over a block of r rows with weights (folds, r)."""
+    used, problems, W, offset = part
+    p, k, d = W.shape
+    X = design.standardised(block)
+    L = product(W.view(-1, d), X.T).view(p, k, -1)  # (p * k, d) x (d, r) -> (p, k, r)
+    L += offset
+    s = weights[problems.fold][:, None]
+    if problems.loss == "squared_hinge":
+        loss, R, curvature = _squared_hinge(L, codes, s, problems.positive)
+    elif k == 1:
+        loss, R, curvature = _logistic(L, codes, s)
+    else:
+        loss, R, curvature = _softmax(L, codes, s)
+    Gx = product(R.view(p * k, -1), X).view(p, k, d)
+    return used, loss, curvature, R.sum(dim=2, keepdim=True), Gx
 
 
 class _Preconditioner:
@@ -601,11 +507,13 @@ class _Preconditioner:
         self._leading = 1 / (curvature * spectrum + 1) - self._rest
         self._intercept = 1 / curvature.clamp(min=1e-6)
 
-    def __call__(self, Q: Tensor, Qb: Tensor) -> tuple[Tensor, Tensor]:
-        p, k, d = Q.shape
-        inside = product(Q.reshape(-1, d), self._basis).reshape(p, k, -1) * self._leading
-        back = product(inside.reshape(p * k, -1), self._basis.T).reshape(p, k, d)
-        return back + Q * self._rest, Qb * self._intercept
+    def __call__(self, Q: Tensor) -> Tensor:
+        inside = product(Q.view(-1, Q.shape[2]), self._basis).view(*Q.shape[:2], -1)
+        inside *= self._leading
+        back = product(inside.view(-1, inside.shape[2]), self._basis.T).view(Q.shape)
+        back += Q * self._rest
+        back[..., -1:] = Q[..., -1:] * self._intercept
+        return back
 
 
 @dataclass
@@ -614,99 +522,93 @@ class _State:
 
     numbers: Tensor  # (p,) which of the original problems these are
     problems: Problems
-    W: Tensor
-    b: Tensor
-    value: _Value
-    D: Tensor
-    Db: Tensor
+    V: Tensor  # (p, k, d + 1) weights, and the intercept in the last column
+    f: Tensor  # these three: see _Value
+    G: Tensor
+    curvature: Tensor
+    D: Tensor  # (p, k, d + 1)
     slope: Tensor  # (p, k or 1, 1) along D
     step: Tensor  # the same shape
-    pairs: list[tuple[Tensor, ...]]  # (S, Sb, Y, Yb, rho)
     lowest: Tensor  # (p,) objective when it last fell by more than rounding
     idle: Tensor  # (p,) steps since then
+    pairs: list[tuple[Tensor, ...]]  # (S, Y, rho)
+
+    @classmethod
+    def start(cls, design: Design, problems: Problems, V: Tensor, workers: Workers) -> _State:
+        value = evaluate(design, problems, V, workers)
+        f = value[0]
+        D, slope = _directions(design, [], value, workers)
+        total, idle = f.sum(dim=(1, 2)), torch.zeros(len(V), dtype=torch.int64)
+        numbers, step = torch.arange(len(V)), torch.ones_like(f)
+        return cls(numbers, problems, V, *value, D, slope, step, total, idle, [])
 
     def take(self, keep: Tensor) -> _State:
-        return _State(
-            self.numbers[keep],
-            self.problems.select(keep),
-            self.W[keep],
-            self.b[keep],
-            self.value.take(keep),
-            self.D[keep],
-            self.Db[keep],
-            self.slope[keep],
-            self.step[keep],
-            [tuple(part[keep] for part in pair) for pair in self.pairs],
-            self.lowest[keep],
-            self.idle[keep],
-        )
+        tensors = {name: one[keep] for name, one in vars(self).items() if isinstance(one, Tensor)}
+        pairs = [tuple(part[keep] for part in pair) for pair in self.pairs]
+        return replace(self, **tensors, problems=self.problems.select(keep), pairs=pairs)
 
 
-def _dot(problems: Problems, A: Tensor, Ab: Tensor, B: Tensor, Bb: Tensor) -> Tensor:
-    """Inner product of each problem: over classes and columns, or over columns alone."""
-    inner: Tensor = torch.linalg.vecdot(A, B)[:, :, None] + Ab * Bb
-    return inner.sum(dim=1, keepdim=True) if problems.loss == "softmax" else inner
+def _dot(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
+    """Inner product of each problem: over columns and classes, or over columns; as `like`."""
+    inner: Tensor = torch.linalg.vecdot(A, B)[:, :, None]
+    return inner.sum(dim=1, keepdim=True) if like.shape[1] == 1 else inner
 
 
-def _direction(design: Design, state: _State) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the L-BFGS direction and its slope."""
-    problems, value = state.problems, state.value
-    precondition = _Preconditioner(design, value.curvature)
-    Q, Qb = value.G.clone(), value.Gb.clone()
-    steps = []
-    for S, Sb, Y, Yb, rho in reversed(state.pairs):
-        a = rho * _dot(problems, S, Sb, Q, Qb)
-        Q.addcmul_(a, Y, value=-1)
-        Qb.addcmul_(a, Yb, value=-1)
-        steps.append(a)
-    Q, Qb = precondition(Q, Qb)
-    if state.pairs:
-        S, Sb, Y, Yb, rho = state.pairs[-1]
-        curved = _dot(problems, Y, Yb, *precondition(Y, Yb))
-        scaled = torch.where(rho > 0, 1 / (rho * curved).clamp(min=1e-30), 1.0)
-        Q *= scaled
-        Qb *= scaled
-    for (S, Sb, Y, Yb, rho), a in zip(state.pairs, reversed(steps), strict=True):
-        change = a - rho * _dot(problems, Y, Yb, Q, Qb)
-        Q.addcmul_(change, S)
-        Qb.addcmul_(change, Sb)
-    return -Q, -Qb, -_dot(problems, Q, Qb, value.G, value.Gb).double()
+def _directions(
+    design: Design, pairs: list[tuple[Tensor, ...]], value: _Value, workers: Workers
+) -> list[Tensor]:
+    """Return the L-BFGS directions and their slopes, of some problems in each thread.
+
+    How many does not depend on the number of threads: products of other shapes round differently.
+    """
+    size = -(-len(value[0]) // _GROUPS)
+
+    def jobs() -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+        for start in range(0, len(value[0]), size):
+            some = slice(start, start + size)
+            own = [tuple(part[some] for part in pair) for pair in pairs]
+            yield partial(_direction, design, own, *(part[some] for part in value))
+
+    return [torch.cat(parts) for parts in zip(*workers.in_order(jobs()), strict=True)]
 
 
-def _trial(state: _State) -> tuple[Tensor, Tensor]:
-    """Return the points that the current steps lead to."""
-    step = state.step.to(state.W.dtype)
-    return torch.addcmul(state.W, step, state.D), torch.addcmul(state.b, step, state.Db)
+def _direction(
+    design: Design, pairs: list[tuple[Tensor, ...]], f: Tensor, G: Tensor, curvature: Tensor
+) -> tuple[Tensor, Tensor]:
+    precondition = _Preconditioner(design, curvature)
+    Q, steps = G.clone(), []
+    for S, Y, rho in reversed(pairs):
+        steps.append(rho * _dot(S, Q, f))
+        Q.addcmul_(steps[-1], Y, value=-1)
+    Q = precondition(Q)
+    if pairs:
+        _, Y, rho = pairs[-1]
+        curved = _dot(Y, precondition(Y), f)
+        Q *= torch.where(rho > 0, 1 / (rho * curved).clamp(min=1e-30), 1.0)
+    for (S, Y, rho), a in zip(pairs, reversed(steps), strict=True):
+        Q.addcmul_(a - rho * _dot(Y, Q, f), S)
+    return -Q, -_dot(Q, G, f).double()
 
 
-def _advance(design: Design, state: _State, W: Tensor, b: Tensor, tried: _Value) -> _State:
+def _advance(design: Design, state: _State, workers: Workers) -> None:
     """Move the problems whose objective fell enough, shorten the steps of the others."""
-    problems, value = state.problems, state.value
-    noise = _NOISE * torch.finfo(W.dtype).eps * value.f.abs()
-    wanted = value.f + _ARMIJO * state.step * state.slope + noise
-    accepted = tried.f <= wanted
-    S, Sb = (W - state.W).mul_(accepted), (b - state.b).mul_(accepted)
-    Y, Yb = tried.G - value.G, tried.Gb - value.Gb
-    bent = _dot(problems, S, Sb, Y, Yb)
+    V = torch.addcmul(state.V, state.step.to(state.V.dtype), state.D)
+    value = evaluate(design, state.problems, V, workers)
+    noise = _NOISE * torch.finfo(V.dtype).eps * state.f.abs()
+    accepted = value[0] <= state.f + _ARMIJO * state.step * state.slope + noise
+    S, Y = (V - state.V).mul_(accepted), value[1] - state.G
+    bent = _dot(S, Y, state.f)
     # A problem that did not move, or moved within rounding, leaves an empty pair.
     rho = torch.where(bent > 0, 1 / bent.clamp(min=1e-30), 0.0)
-    state.pairs = [*state.pairs, (S, Sb, Y, Yb, rho)][-_PAIRS:]
+    state.pairs = [*state.pairs, (S, Y, rho)][-_PAIRS:]
     # Minimum of the parabola through the value and slope at 0 and the value tried.
-    rise = (tried.f - value.f - state.step * state.slope).clamp(min=1e-300)
+    rise = (value[0] - state.f - state.step * state.slope).clamp(min=1e-300)
     shorter = (-state.slope * state.step**2 / (2 * rise)).clamp(0.1 * state.step, 0.5 * state.step)
-    if accepted.all():
-        state.W, state.b, state.value = W, b, tried
-        state.D, state.Db, state.slope = _direction(design, state)
-        state.step = torch.ones_like(shorter)
-        return state
-    state.W, state.b = torch.where(accepted, W, state.W), torch.where(accepted, b, state.b)
-    state.value = value.merge(accepted, tried)
-    D, Db, slope = _direction(design, state)
-    state.D = torch.where(accepted, D, state.D)
-    state.Db = torch.where(accepted, Db, state.Db)
-    state.slope = torch.where(accepted, slope, state.slope)
-    state.step = torch.where(accepted, torch.ones_like(shorter), shorter)
-    return state
+    moved = [V, *value, *_directions(design, state.pairs, value, workers), torch.ones_like(shorter)]
+    if not accepted.all():
+        stayed = state.V, state.f, state.G, state.curvature, state.D, state.slope, shorter
+        moved = [torch.where(accepted, a, b) for a, b in zip(moved, stayed, strict=True)]
+    state.V, state.f, state.G, state.curvature, state.D, state.slope, state.step = moved
 
 
 @dataclass(frozen=True)
@@ -715,39 +617,28 @@ class Solution:
 
     Attributes
     ----------
-    W : Tensor of shape (p, k, d); b : Tensor of shape (p, k, 1)
-        Weights and intercepts.
+    V : Tensor of shape (p, k, d + 1)
+        Weights, and the intercept in the last column.
     objective : ndarray of shape (p, k or 1), float64
         Value reached.
     passes : ndarray of shape (p,), int
         Passes over the rows until each problem was done.
-    converged : ndarray of shape (p,), bool
-        Whether `tol` was reached.
     """
 
-    W: Tensor
-    b: Tensor
+    V: Tensor
     objective: np.ndarray
     passes: np.ndarray
-    converged: np.ndarray
-
-    def keep(self, state: _State, done: Tensor) -> None:
-        """Take over where the problems marked in `done` are."""
-        numbers = state.numbers[done]
-        self.W[numbers], self.b[numbers] = state.W[done], state.b[done]
-        self.objective[numbers] = state.value.f[done, :, 0].numpy()
 
 
 def minimise(
     design: Design,
     problems: Problems,
-    W: Tensor,
-    b: Tensor,
+    V: Tensor,
     *,
     tol: float = 1e-6,
     max_iter: int = 1000,
 ) -> Solution:
-    """Solve all `problems` from the starting points `W`, `b`.
+    """Solve all `problems` from the starting points `V`.
 
     Parameters
     ----------
@@ -755,8 +646,8 @@ def minimise(
         The rows.
     problems : Problems
         What to solve.
-    W, b : Tensor of shape (p, k, d) and (p, k, 1)
-        Where to start.
+    V : Tensor of shape (p, k, d + 1)
+        Where to start: weights, and the intercept in the last column.
     tol : float
         A problem is done when half its Newton decrement, an estimate of the distance to the
         minimum, is below `tol` times its objective.
@@ -764,107 +655,45 @@ def minimise(
         Passes over the rows at most.
     """
     with Workers.start() as workers:
-        return _minimise(design, problems, W, b, tol, max_iter, workers)
-
-
-def _minimise(
-    design: Design,
-    problems: Problems,
-    W: Tensor,
-    b: Tensor,
-    tol: float,
-    max_iter: int,
-    workers: Workers,
-) -> Solution:
-    value = evaluate(design, problems, W, b, workers)
-    states = _split(problems, W, b, value)
-    for state in states:
-        state.D, state.Db, state.slope = _direction(design, state)
-    solution = Solution(
-        W.clone(),
-        b.clone(),
-        value.f[:, :, 0].numpy().copy(),
-        np.full(len(W), max_iter),
-        np.zeros(len(W), dtype=bool),
-    )
-    for iteration in range(1, max_iter + 1):
-        states = [rest for state in states if (rest := _retire(state, solution, tol, iteration))]
-        if not states or iteration == max_iter:
-            break
-        trials = [_trial(state) for state in states]
-        W = torch.cat([trial for trial, _ in trials])
-        b = torch.cat([trial for _, trial in trials])
-        everything = Problems.join([state.problems for state in states])
-        tried = evaluate(design, everything, W, b, workers)
-        ends = np.cumsum([len(state.numbers) for state in states]).tolist()
-        own = [
-            slice(end - len(state.numbers), end) for end, state in zip(ends, states, strict=True)
-        ]
-        states = list(
-            workers.in_order(
-                partial(_advance, design, state, W[rows], b[rows], tried.take(rows))
-                for rows, state in zip(own, states, strict=True)
-            )
+        state = _State.start(design, problems, V, workers)
+        solution = Solution(
+            V.clone(), state.f[:, :, 0].numpy().copy(), np.zeros(len(V), dtype=np.int64)
         )
-    for state in states:
-        solution.keep(state, torch.ones(len(state.numbers), dtype=torch.bool))
-    if problems.loss == "softmax":
+        for iteration in range(1, max_iter + 1):
+            done = torch.ones(len(state.V), dtype=torch.bool)
+            if iteration < max_iter:
+                done = _finished(state, tol)
+            if done.any():
+                numbers = state.numbers[done]
+                solution.V[numbers] = state.V[done]
+                solution.objective[numbers] = state.f[done, :, 0].numpy()
+                solution.passes[numbers] = iteration
+                state = state.take((~done).nonzero()[:, 0])
+            if not len(state.V):
+                break
+            _advance(design, state, workers)
+    if problems.loss == "log" and V.shape[1] > 1:
         # The same constant on all classes changes nothing: settle on a sum of zero.
-        solution.b.sub_(solution.b.mean(dim=1, keepdim=True))
+        solution.V[..., -1] -= solution.V[..., -1].mean(dim=1, keepdim=True)
     return solution
 
 
-def _split(problems: Problems, W: Tensor, b: Tensor, value: _Value) -> list[_State]:
-    """Deal the problems out to a few states, which advance side by side.
-
-    Their number does not depend on the number of threads: products of other shapes round
-    differently.
-    """
-    states = []
-    for numbers in torch.arange(len(W)).chunk(_STATES):
-        some = slice(int(numbers[0]), int(numbers[-1]) + 1)
-        mine, own = problems.select(some), value.take(some)
-        unset = torch.ones_like(own.f)
-        total = own.f.sum(dim=(1, 2))
-        idle = torch.zeros(len(numbers), dtype=torch.int64)
-        states.append(
-            _State(numbers, mine, W[some], b[some], own, W, b, unset, unset, [], total, idle)
-        )
-    return states
-
-
-def _retire(state: _State, solution: Solution, tol: float, iteration: int) -> _State | None:
-    """Write finished problems to `solution` and return the others."""
-    close = -state.slope / 2 <= tol * state.value.f.abs()
-    total = state.value.f.sum(dim=(1, 2))
-    noise = _NOISE * torch.finfo(state.W.dtype).eps
+def _finished(state: _State, tol: float) -> Tensor:
+    """Return which problems are close to their minimum, or get no closer."""
+    close = -state.slope / 2 <= tol * state.f.abs()
+    total = state.f.sum(dim=(1, 2))
+    noise = _NOISE * torch.finfo(state.V.dtype).eps
     fell = total < state.lowest - noise * state.lowest.abs()
     state.lowest = torch.where(fell, total, state.lowest)
     state.idle = torch.where(fell, 0, state.idle + 1)
-    done = close.all(dim=2).all(dim=1) | (state.idle > _IDLE[state.W.dtype])
-    if not done.any():
-        return state
-    solution.keep(state, done)
-    solution.passes[state.numbers[done]] = iteration
-    solution.converged[state.numbers[done]] = True
-    left = (~done).nonzero()[:, 0]
-    return state.take(left) if len(left) else None
+    return close.all(dim=2).all(dim=1) | (state.idle > _IDLE[state.V.dtype])
 
 
-def unstandardise(design: Design, fold: int, W: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def unstandardise(design: Design, fold: int, V: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return weights (k, d) and intercepts (k,), float64, for raw (treated) features."""
-    inner = W.double().numpy() * design.ratios[fold].double().numpy()
-    weights = inner / design.scale
-    offset = b[:, 0].double().numpy() - inner @ design.means[fold].double().numpy()
-    return weights, offset - weights @ design.centre
-
-
-def standardise(
-    design: Design, fold: int, weights: np.ndarray, intercept: np.ndarray
-) -> tuple[Tensor, Tensor]:
-    """Invert `unstandardise`, for a warm start: (k, d) and (k, 1)."""
-    inner = weights * design.scale
-    b = intercept + weights @ design.centre + inner @ design.means[fold].double().numpy()
-    W = inner / design.ratios[fold].double().numpy()
-    dtype = design.ratios.dtype
-    return torch.from_numpy(W).to(dtype), torch.from_numpy(b).to(dtype)[:, None]
+    scaling = design.steps[-1]
+    assert isinstance(scaling, Scale)
+    inner = V[:, :-1].double().numpy() * design.ratios[fold].double().numpy()
+    weights = inner / scaling.scale
+    offset = V[:, -1].double().numpy() - inner @ design.means[fold].double().numpy()
+    return weights, offset - weights @ scaling.mean

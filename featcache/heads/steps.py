@@ -117,6 +117,13 @@ class Step:
             raise ValueError(f"the step {self.kind!r} has {what}")
 
 
+def chained(steps: Sequence[Step], X: Array) -> Array:
+    """Send rows through steps, one after the other."""
+    for step in steps:
+        X = step(X)
+    return X
+
+
 @dataclass(frozen=True, eq=False)
 class Unit(Step):
     """Scale rows to Euclidean length 1; rows of zeros stay."""
@@ -382,7 +389,7 @@ class Neighbors(Step):
     """
 
     kind = "neighbors"
-    rows: Annotated[Array, ("float16", *_FLOAT), "rows", "in"]
+    rows: Annotated[Array, _FLOAT, "rows", "in"]
     codes: Annotated[Array, _INTEGER, "rows"]
     weights: Annotated[Array, ("float64",), "rows"]
     factors: Annotated[Array, ("float64",), "out"]
@@ -437,7 +444,7 @@ def nearest(queries: Array, references: Array, count: int) -> tuple[Array, Array
     queries : ndarray of shape (q, d)
         Rows of length 1, float32 or float64.
     references : ndarray of shape (n, d)
-        Rows of length 1 of any float type; converted block by block.
+        Rows of length 1, float32 or float64.
     count : int
         How many, at most n.
 

@@ -22,10 +22,9 @@ from typing import Any, ClassVar
 import numpy as np
 from joblib import Parallel, delayed
 from scipy.linalg import eigh
-from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.extmath import randomized_svd
 
-from featcache.heads.base import ClassWeight, Head
+from featcache.heads.base import ClassWeight, Head, class_factors, transformed
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import TrainingRows, stratified
 from featcache.heads.search import HeadKind, Params, Search, fit_estimator, gather, refitted
@@ -44,7 +43,6 @@ _ROUNDS = (10, 20, 40, 60)  # at which a search looks
 _SIZES = (128, 512)
 _RIDGE = 5.0  # on the values of leaves: without it, many classes (small Hessians) diverge
 _CELLS = 1 << 22  # numbers that trees are walked with at a time: 32 MB
-_BLOCK = 8192
 _MANY_CLASSES = 20
 _SIDES = ("left", "right")
 _BOTH = Matrix(np.array([[-0.5], [0.5]]), np.zeros(2))  # one score for two classes: -f/2 and f/2
@@ -112,8 +110,12 @@ class BoostedTrees(Head):
         counts = weight > 0
         X, codes, weight = X[counts], codes[counts], weight[counts]
         chosen = stratified(codes, _SAMPLE, self.random_state)
-        basis = Basis.principal(X[chosen], weight[chosen], self.n_components, self.random_state)
-        return basis.steps(*self.grow(basis.project(X), codes, weight, self.classes_))
+        scale, basis = principal(X[chosen], weight[chosen], self.n_components, self.random_state)
+        Z = transformed([scale, basis], X)  # (n, d) -> (n, r)
+        turn, trees = self.grow(Z, codes, weight, self.classes_)
+        directions = turn.T @ basis.weight
+        steps = [scale, Matrix(directions, np.zeros(len(directions))), trees]
+        return [*steps, _BOTH] if len(trees.baseline) == 1 else steps
 
     def grow(
         self, Z: np.ndarray, codes: np.ndarray, weight: np.ndarray, classes: np.ndarray
@@ -121,9 +123,7 @@ class BoostedTrees(Head):
         """Return the discriminants (r, m) in principal components Z (n, r), and trees on them."""
         from sklearn.ensemble import HistGradientBoostingClassifier
 
-        factors = compute_class_weight(
-            self.class_weight, classes=classes, y=classes[codes], sample_weight=weight
-        )
+        factors = class_factors(self.class_weight, classes, codes, weight)
         turn = discriminants(Z, codes, weight, len(classes))
         model = HistGradientBoostingClassifier(
             learning_rate=self.learning_rate,
@@ -140,46 +140,21 @@ class BoostedTrees(Head):
         return turn, _between(_trees_of(model), columns)
 
 
-@dataclass(frozen=True)
-class Basis:
-    """A centre and directions that rows are projected on.
+def principal(X: np.ndarray, weight: np.ndarray, size: int, seed: int) -> tuple[Scale, Matrix]:
+    """Return steps from rows (n, d) to their leading principal components, not whitened.
 
-    Attributes
-    ----------
-    mean : ndarray of shape (d,), float32
-        The centre.
-    components : ndarray of shape (r, d)
-        The directions.
+    All columns stay as they are, but for their mean, where they are no more than `size`.
     """
-
-    mean: np.ndarray
-    components: np.ndarray
-
-    @classmethod
-    def principal(cls, X: np.ndarray, weight: np.ndarray, size: int, seed: int) -> Basis:
-        """Return the leading principal components of rows (n, d); all columns if they are few."""
-        mean = np.average(X, axis=0, weights=weight)
-        if X.shape[1] <= size:
-            return cls(mean.astype(np.float32), np.eye(X.shape[1], dtype=np.float32))
+    mean, d = np.average(X, axis=0, weights=weight), X.shape[1]
+    components = np.eye(d, dtype=np.float32)
+    if d > size:
         centred = (X - mean) * np.sqrt(weight / weight.mean())[:, None]
-        centred = centred.astype(np.float32)
         rank = min(size, *centred.shape)
-        _, _, components = randomized_svd(centred, rank, n_iter=2, random_state=seed)
-        return cls(mean.astype(np.float32), components)
-
-    def steps(self, turn: np.ndarray, trees: Trees) -> list[Step]:
-        """Return the steps of trees on `turn`ed coordinates (r, m)."""
-        weight = turn.T @ self.components
-        found = [Scale(self.mean, np.ones_like(self.mean)), Matrix(weight, np.zeros(len(weight)))]
-        return [*found, trees, _BOTH] if len(trees.baseline) == 1 else [*found, trees]
-
-    def project(self, X: np.ndarray) -> np.ndarray:
-        """Return coordinates (n, r), float32, of rows (n, d)."""
-        Z: np.ndarray = np.empty((len(X), len(self.components)), dtype=np.float32)
-        for start in range(0, len(X), _BLOCK):
-            block = X[start : start + _BLOCK].astype(np.float32, copy=False)
-            Z[start : start + _BLOCK] = (block - self.mean) @ self.components.T
-        return Z
+        _, _, components = randomized_svd(
+            centred.astype(np.float32), rank, n_iter=2, random_state=seed
+        )
+    scale = Scale(mean.astype(np.float32), np.ones(d, dtype=np.float32))
+    return scale, Matrix(components, np.zeros(len(components)))
 
 
 def discriminants(Z: np.ndarray, codes: np.ndarray, weight: np.ndarray, k: int) -> np.ndarray:
@@ -290,13 +265,13 @@ class BoostingHead(HeadKind):
     ) -> list[np.ndarray]:
         """Return the scores of a fold's validation rows for all settings, in their order."""
         train, valid = (np.asarray(part) for part in rows.folds[fold])
-        codes, weight = rows.row_codes(train), rows.every_weight(train)
+        codes, weight = rows.row_codes(train), rows.weights(train)
         counted = weight > 0
         X, codes, weight = rows.features(train)[counted], codes[counted], weight[counted]
         seed = self.options.random_state
         some = stratified(codes, _SAMPLE, seed)
-        largest = Basis.principal(X[some], weight[some], max(sizes), seed)
-        Z, judged = largest.project(X), largest.project(rows.features(valid))
+        steps = principal(X[some], weight[some], max(sizes), seed)
+        Z, judged = transformed(steps, X), transformed(steps, rows.features(valid))
         results = []
         for size in sizes:
             r = min(size, Z.shape[1])

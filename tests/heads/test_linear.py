@@ -246,7 +246,6 @@ def test_blocks_give_what_memory_gives(head, monkeypatch):
     folds = folds_of(y)
     options = {"class_weight": "balanced", "sample_weight": np.linspace(0.5, 2.0, 900)}
     monkeypatch.setattr(solver, "_CELLS", 3_000)  # blocks of 256 rows: several a fold
-    monkeypatch.setattr(solver, "_FLUSH", 2)
     inside = HEADS[head].search(X, y, folds, **options)
     sizes = []
 

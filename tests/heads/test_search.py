@@ -73,8 +73,8 @@ def test_a_path_reaches_the_minimum_of_every_problem() -> None:
     paths = linear._Paths(head, rows, Search(rows, head.options))
     reached = {}
 
-    def kept(design: Any, problems: Any, W: Any, b: Any, **options: Any) -> Any:
-        solution = minimise(design, problems, W, b, **options)
+    def kept(design: Any, problems: Any, V: Any, **options: Any) -> Any:
+        solution = minimise(design, problems, V, **options)
         reached.update(
             zip(
                 zip(problems.C.ravel().tolist(), problems.fold.tolist(), strict=True),
@@ -86,7 +86,7 @@ def test_a_path_reaches_the_minimum_of_every_problem() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("featcache.heads.linear.minimise", kept)
-        patch.setitem(linear._COLUMNS, "softmax", 10)  # one C at a time
+        patch.setitem(linear._COLUMNS, "log", 10)  # one C at a time
         paths.follow("standard", Cs, stop_early=False)
         near = dict(reached)
         paths.follow("standard", Cs, tol=1e-7, stop_early=False)
