@@ -20,7 +20,7 @@ from featcache.errors import CorruptStore, FormatVersionError
 __all__ = ["FORMAT_VERSION", "Fingerprint", "canonical_json", "differences", "state_sha256"]
 
 #: Version of the feature file's format. Another version is refused, never guessed at.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def canonical_json(value: Any) -> str:
@@ -88,6 +88,8 @@ class Fingerprint(Record):
         ``Augmentation.to_dict()`` where augmented views are stored.
     partial : dict, optional
         Keys that a weights file left out that fitted in part.
+    varying : bool
+        Whether features were accepted that are no function of the image alone.
     format_version : int
         Version of the feature file's format.
     """
@@ -102,6 +104,7 @@ class Fingerprint(Record):
     store_dtype: str = "float32"
     augmentation: Mapping[str, Any] | None = None
     partial: Mapping[str, Any] | None = None
+    varying: bool = False
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ OTHER_VALUES = {
     "store_dtype": "float16",
     "augmentation": {"flip": True, "views": 4},
     "partial": {"missing": ["fc.weight"]},
+    "varying": True,
 }
 
 

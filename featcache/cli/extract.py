@@ -128,6 +128,10 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
     help="Fail if a larger share of the images than this cannot be read.",
 )
 @options.flag("--retry-failed", "Try the images again that failed in an earlier run.")
+@options.flag(
+    "--accept-varying",
+    "Accept a network whose features of one image change from run to run or with its batch.",
+)
 @options.json_output
 def extract(
     images: str,

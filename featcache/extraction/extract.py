@@ -128,6 +128,7 @@ def extract(
     on_error: Literal["skip", "fail"] = "skip",
     max_failures: float = 0.01,
     retry_failed: bool = False,
+    accept_varying: bool = False,
     progress: bool | None = None,
 ) -> FeatureStore:
     """Compute the features of images and keep them in a file.
@@ -181,6 +182,11 @@ def extract(
         Share of the images that may fail, from 0 to 1.
     retry_failed : bool
         Try images again that failed before and have not changed.
+    accept_varying : bool
+        Accept a network whose features of an image change from one run to the next (dropout or
+        noise in its ``forward``), or with the other images of a batch (statistics of the batch,
+        routing). Left out, such a network is refused before the first image; it is found by
+        computing test images twice. The answer is part of the fingerprint.
     progress : bool, optional
         Show a progress bar on standard error. Left out: only if that is a terminal.
 
@@ -198,7 +204,8 @@ def extract(
     DiskFull, StoreLocked, FingerprintMismatch, StoreError
         The file cannot be written, see `featcache.store.writer.FeatureWriter.begin`.
     ExtractionError
-        An image failed and `on_error` is ``"fail"``, an argument is impossible, or one machine of
+        The network's features are not finite, or no function of the image (`accept_varying`), an
+        image failed and `on_error` is ``"fail"``, an argument is impossible, or one machine of
         several cannot compute as the others do.
 
     Examples
@@ -224,9 +231,12 @@ def extract(
     )
     _check(store_dtype, on_error, max_failures)
     path = os.path.realpath(path)
-    job = Job(path, images, backbone, options, _request(backbone, options, store_dtype))
+    job = Job(
+        path, images, backbone, options, _request(backbone, options, store_dtype, accept_varying)
+    )
     store = None if retry_failed else reuse.complete_store(path, images, job.request)
     if store is not None:
+        job.check_code(store)
         return _up_to_date(store, images)
     summary = Summary(len(images))
     before = reuse.finished_store(path)
@@ -261,7 +271,9 @@ def _check(store_dtype: str, on_error: str, max_failures: float) -> None:
         raise ExtractionError(f"max_failures is a share from 0 to 1, not {max_failures}")
 
 
-def _request(backbone: Backbone, options: Options, store_dtype: str) -> dict[str, Any]:
+def _request(
+    backbone: Backbone, options: Options, store_dtype: str, varying: bool
+) -> dict[str, Any]:
     """Return what is asked for, as JSON values: equal requests give equal features."""
     augmentation = options.augmentation
     return {
@@ -269,6 +281,7 @@ def _request(backbone: Backbone, options: Options, store_dtype: str) -> dict[str
         "precision": options.precision,
         "store_dtype": store_dtype,
         "augmentation": None if augmentation is None else augmentation.to_dict(),
+        "varying": varying,
     }
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
 from featcache.extraction import reuse
-from featcache.extraction.canaries import check_canaries, usable_canaries
+from featcache.extraction.canaries import check_canaries, check_same_network, usable_canaries
 from featcache.extraction.stream import Clock, Options, WriterThread, compute
 from featcache.extraction.summary import Summary
 from featcache.fingerprint import Fingerprint, differences
@@ -28,6 +28,7 @@ from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime, Settings
 from featcache.store.format import DONE, FAILED
+from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
 from featcache.system.console import progress_bar
 
@@ -69,11 +70,22 @@ class Job:
 
     def from_network(self) -> reuse.StoredLayout:
         """Compute fingerprint and shapes from the network."""
-        names = ("precision", "store_dtype", "augmentation")
+        names = ("precision", "store_dtype", "augmentation", "varying")
         fingerprint = self.backbone.fingerprint(**{name: self.request[name] for name in names})
         views = (fingerprint.views,) if fingerprint.views > 1 else ()
         shapes = {tap: (*views, *shape) for tap, shape in self.backbone.shapes.items()}
         return reuse.StoredLayout(fingerprint, shapes)
+
+    def check_code(self, store: FeatureStore) -> None:
+        """Refuse a store that other code computed with the same weights.
+
+        Of a network that comes as code only its features tell whether it is the same.
+        """
+        canaries = store.canaries
+        if canaries is not None and self.backbone.is_code and not store.fingerprint.varying:
+            settings = Settings.from_dict(store.meta.get("settings") or {})
+            runtime = self.options.runtime(self.backbone, len(canaries.images), settings=settings)
+            check_same_network(self.path, runtime, canaries)
 
 
 @contextlib.contextmanager
@@ -148,6 +160,9 @@ def filled(
 
             with bar:
                 _compute(job, writer, settings, summary, advance)
+        else:
+            for source in writer.earlier_stores:
+                job.check_code(source)
         yield writer
 
 

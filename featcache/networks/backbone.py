@@ -114,6 +114,11 @@ class Backbone:
         return self._family.kind
 
     @property
+    def is_code(self) -> bool:
+        """Whether the network comes as code: its features alone tell if it is the same."""
+        return self.source in ("callable", "module")
+
+    @property
     def weights(self) -> str:
         """Published name of the weights, name of the weights file, or "none"."""
         return self._family.weights
@@ -197,6 +202,7 @@ class Backbone:
         precision: str = "float32",
         store_dtype: str = "float32",
         augmentation: Mapping[str, Any] | None = None,
+        varying: bool = False,
     ) -> Fingerprint:
         """Return everything that decides the value of a feature. Loads the weights.
 
@@ -208,6 +214,8 @@ class Backbone:
             Type of the stored features.
         augmentation : mapping, optional
             ``Augmentation.to_dict()`` where augmented views are stored.
+        varying : bool
+            Whether features are accepted that are no function of the image alone.
         """
         return Fingerprint(
             source=self.source,
@@ -220,6 +228,7 @@ class Backbone:
             store_dtype=store_dtype,
             augmentation=augmentation,
             partial=self.partial.to_dict() if self.partial else None,
+            varying=varying,
         )
 
     def layers(self) -> list[LayerRow]:

@@ -319,7 +319,8 @@ class Predictor:
         from featcache.extraction.extract import canary_features
 
         kept = self.canaries
-        if self._checked or not kept.images:
+        varying = any(fingerprint.varying for fingerprint in self.fingerprints)
+        if self._checked or varying or not kept.images:
             return
         found = self._columns_of(
             [

@@ -1,6 +1,6 @@
 """The feature file on disk: one plain HDF5 file that any HDF5 reader opens.
 
-Specification (format version 2)
+Specification (format version 3)
 --------------------------------
 A writer MUST lay the file out as follows; a reader MAY rely on it.
 

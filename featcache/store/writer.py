@@ -175,7 +175,9 @@ class FeatureWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self._lock is not None and _holds_nothing(self._file):
+            Path(f"{self.path}.partial").unlink(missing_ok=True)  # nothing is lost
         self.close()
 
     # --- state ----------------------------------------------------------------------------------
@@ -764,16 +766,23 @@ def _keep_earlier_partial(partial: str) -> None:
         except StoreError:
             return 0
 
-    if done(partial) >= done(f"{partial}.old"):
+    if 0 < done(partial) >= done(f"{partial}.old"):
         disk.rename(partial, f"{partial}.old")
+
+
+def _holds_nothing(file: StoreFile) -> bool:
+    """Return whether a file was begun, and no image is done or has failed."""
+    return not file.finished and not file.read("rows")["status"].any()
 
 
 def _refuse_overwrite(path: str, fingerprint: Fingerprint) -> None:
     """Raise if `path` holds something that must not be replaced."""
     if not Path(path).exists() or Path(path).stat().st_size == 0:
         return
-    there = StoreFile(path).fingerprint
-    difference = there.diff(fingerprint, ("there", "asked for"))
+    file = StoreFile(path)
+    if _holds_nothing(file):
+        return
+    difference = file.fingerprint.diff(fingerprint, ("there", "asked for"))
     if difference:
         raise FingerprintMismatch(
             f"{path} holds other features than are asked for:\n{difference}\nChoose another file "
@@ -788,6 +797,8 @@ def _resumed(path: str, contents: Contents) -> StoreFile | None:
         return None
     _refuse_overwrite(partial, contents.fingerprint)
     file = StoreFile(partial, writable=True)
+    if file.fingerprint != contents.fingerprint:  # and nothing in it
+        return None
     if file.datasets["failures/id"].nbytes or not _has_tables(file, contents.tables):
         return None
     if file.finished and not file.intact:  # renamed, so that what is damaged is written again

@@ -235,7 +235,7 @@ def test_failures_are_left_out_and_tried_again(tmp_path: Path) -> None:
     assert beside(path) == ["f.h5"]
 
 
-@pytest.mark.parametrize("passes", [7, 9])  # of the second part: for test images, for images
+@pytest.mark.parametrize("passes", [9, 13])  # of the second part: for test images, for images
 def test_a_part_for_which_memory_runs_out_says_which_batch_would_do(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:

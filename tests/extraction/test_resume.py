@@ -216,7 +216,7 @@ def test_an_interruption_says_how_to_go_on_and_gives_the_handlers_back(
 
     def pressing(self: Runtime, batch: Any) -> Any:
         calls.append(1)
-        if len(calls) == 14:
+        if len(calls) == 16:
             os.kill(os.getpid(), signal.SIGINT)
         return forward(self, batch)
 

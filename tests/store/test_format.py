@@ -66,7 +66,7 @@ def test_plain_h5py_reads_everything(path: Path) -> None:
         assert file["failures/size"][:].tolist() == [-1]
         assert json.loads(file["meta/fingerprint"][()]) == json.loads(f.to_json())
         assert json.loads(file["meta/classes"][()]) == ["a", "b", "c"]
-        assert json.loads(file["meta/versions"][()])["format"] == 2
+        assert json.loads(file["meta/versions"][()])["format"] == 3
         assert list(file["canaries/names"].asstr()) == ["grey", "exif"]
         assert file["canaries/images/1"][:].tobytes() == b"\xff\xd8 22"
 
@@ -316,13 +316,13 @@ def test_somebody_elses_hdf5_is_refused_and_left_alone(path: Path) -> None:
         assert list(file) == ["x"]
 
 
-@pytest.mark.parametrize(("version", "advice"), [(3, "pip install"), (1, "featcache extract")])
+@pytest.mark.parametrize(("version", "advice"), [(4, "pip install"), (2, "featcache extract")])
 def test_other_format_versions_are_refused(path: Path, version: int, advice: str) -> None:
     stores.store(path)
     with h5py.File(path) as file:
         meta = file["meta/versions"]
         offset, text = meta.id.get_offset(), meta[()]
-    changed = text.replace(b'"format":2', b'"format":%d' % version)
+    changed = text.replace(b'"format":3', b'"format":%d' % version)
     data = bytearray(path.read_bytes())
     data[offset : offset + len(text)] = changed
     path.write_bytes(data)

@@ -473,7 +473,8 @@ def test_other_features_are_never_replaced(path: Path) -> None:
 
 def test_other_partial_features_are_never_replaced(path: Path) -> None:
     imgs = stores.images(4)
-    stores.writer(path, imgs).close()
+    with stores.writer(path, imgs) as writer:
+        stores.fill(writer, imgs, writer.pending[:1])
     with pytest.raises(FingerprintMismatch, match=r"a\.h5\.partial"):
         stores.writer(path, imgs, stores.fingerprint(backbone="vgg16"))
     with pytest.raises(FingerprintMismatch):
