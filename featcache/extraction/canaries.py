@@ -168,7 +168,7 @@ def _refuse_varying(
     change = _largest_change(alone, {tap: values[_BESIDE:] for tap, values in beside.items()})
     if change <= _VARYING:
         return
-    again = _largest_change(alone, runtime(pixels))
+    again = _largest_change(runtime(pixels), runtime(pixels))
     why = (
         f"in two runs they differ by {again:.1%}. Dropout or noise may be left on in its forward()"
         if again > _VARYING
