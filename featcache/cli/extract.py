@@ -138,9 +138,6 @@ def extract(
     output: Path,
     backbone: str,
     weights: str | None,
-    partial: bool,
-    layers: tuple[str, ...],
-    image_size: int | None,
     labels: Path | None,
     devices: tuple[str, ...],
     views: int,
@@ -156,6 +153,7 @@ def extract(
     a changed folder: only new content is computed.
     """
     listing = {name: settings.pop(name) for name in options.LISTING}
+    network = {name: settings.pop(name) for name in ("layers", "image_size", "partial")}
     context = click.get_current_context()
     for name in options.OF_LABELS:
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
@@ -165,13 +163,7 @@ def extract(
             )
     store = featcache.extract(
         featcache.ImageSet.open(images, labels_csv=labels, **listing),
-        featcache.Backbone(
-            backbone,
-            weights=weights or "auto",
-            layers=layers,
-            image_size=image_size,
-            partial=partial,
-        ),
+        featcache.Backbone(backbone, weights=weights or "auto", **network),
         output,
         device=devices[0] if len(devices) == 1 else (list(devices) or "auto"),
         augmentation=featcache.Augmentation(views=views) if views > 1 else None,

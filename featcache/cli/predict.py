@@ -12,12 +12,11 @@ from featcache.cli import options
 from featcache.cli.command import Command, print_json
 
 
-def _load(predictor: Path, backbone: str | None, weights: str | None) -> featcache.Predictor:
-    """Open a predictor, with a network of one's own if one is named."""
+def _load(predictor: Path, **network: Any) -> featcache.Predictor:
+    """Open a predictor, with a network of one's own if `backbone` or `weights` is given."""
     loaded = featcache.Predictor.load(predictor)
-    if backbone is not None or weights is not None:
-        loaded.attach(backbone, weights=weights)
-    return loaded
+    given = any(value is not None for value in network.values())
+    return loaded.attach(**network) if given else loaded
 
 
 @click.command(cls=Command)
@@ -32,16 +31,15 @@ def evaluate(
     store: Path,
     report: Path | None,
     images: str | None,
-    backbone: str | None,
-    weights: str | None,
     as_json: bool,
+    **network: Any,
 ) -> None:
     """Measure PREDICTOR on the images that it was not trained on.
 
     These are the images of STORE whose content is not among the training images.
     """
     opened = featcache.FeatureStore.open(store)
-    loaded = _load(predictor, backbone, weights)
+    loaded = _load(predictor, **network)
     evaluation = featcache.evaluate(loaded, opened)
     if report is not None:
         pictures = None if images is None else featcache.ImageSet.open(images)
@@ -90,7 +88,7 @@ def predict(
     """
     from featcache.predictor.predictions import write_predictions
 
-    predictions = _load(predictor, backbone, weights).stream(
+    predictions = _load(predictor, backbone=backbone, weights=weights).stream(
         list(images),
         top_k=top_k,
         progress=output is not None,  # not between predictions that go to the terminal
@@ -103,9 +101,9 @@ def predict(
 @options.path_argument("predictor")
 @options.output("FILE", "File to write: .onnx, or .pt2 for torch.export.load.", required=True)
 @options.own_network
-def export_model(predictor: Path, output: Path, backbone: str | None, weights: str | None) -> None:
+def export_model(predictor: Path, output: Path, **network: Any) -> None:
     """Write network and head as one model: .onnx or .pt2."""
     from featcache.predictor.export import export_model as export_predictor
 
-    export_predictor(_load(predictor, backbone, weights), output)
+    export_predictor(_load(predictor, **network), output)
     click.echo(str(output))

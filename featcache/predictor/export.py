@@ -153,7 +153,7 @@ def _onnx(program: ExportedProgram, metadata: str) -> bytes:
 
 
 def _is_model(path: Path) -> bool:
-    """Say whether a file is a model that `export_model` wrote."""
+    """Return whether a file is a model that `export_model` wrote."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(METADATA) for name in archive.namelist())

@@ -1,9 +1,9 @@
 """`report.html`: an evaluation as one page that opens from disk and needs no network.
 
-`write_report` gathers what is to be shown; `report_page` turns it into HTML. The embedding map is
-drawn by Bokeh on a canvas. Its WebGL backend would be faster, but compiles its shaders with
-``new Function``, which the page's content policy forbids; instead Bokeh draws every tenth point
-while the map is dragged, which stays fluid at 20,000 points.
+`write_report` gathers what is to be shown; `featcache.report.page` turns it into HTML. The
+embedding map is drawn by Bokeh on a canvas. Its WebGL backend would be faster, but compiles its
+shaders with ``new Function``, which the page's content policy forbids; instead Bokeh draws every
+tenth point while the map is dragged, which stays fluid at 20,000 points.
 """
 
 from __future__ import annotations
@@ -103,18 +103,17 @@ def write_report(
         "commands": _commands(store, target),
         **columns,
     }
-    map_item: dict[str, Any] | None = None
-    bokeh: list[str] = []
+    figure: tuple[dict[str, Any] | None, list[str]] = (None, [])
     if store is not None and len(ids) >= 3:
         data["maps"] = _maps(store, stored, maps, random_state)
-        map_item, bokeh = _bokeh_parts()
+        figure = _bokeh_parts()
     if images is not None:
-        spent = len(report_page.render(data, map_item, bokeh))
+        spent = len(report_page.render(data, *figure))
         rows = [pictures.row_of.get(name, -1) for name in ids.tolist()]
         made = sheets(images, rows, budget=_PAGE_BYTES - spent)
         data["tiles"] = made.tiles
         data["sheets"] = {"edge": made.edge, "columns": made.columns, "pictures": made.pictures}
-    page = report_page.render(data, map_item, bokeh)
+    page = report_page.render(data, *figure)
     with atomic_write(target) as file:
         file.write(page.encode("utf-8", "replace"))
 

@@ -20,9 +20,7 @@ GENERATOR = '<meta name="generator" content="featcache">'
 
 
 def render(
-    data: Mapping[str, Any],
-    map_item: Mapping[str, Any] | None = None,
-    bokeh: Sequence[str] = (),
+    data: Mapping[str, Any], map_item: Mapping[str, Any] | None, bokeh: Sequence[str]
 ) -> str:
     """Return the page.
 
@@ -30,8 +28,8 @@ def render(
     ----------
     data : mapping
         JSON values that the page's script shows; "title" among them.
-    map_item : mapping, optional
-        Bokeh's JSON of the map.
+    map_item : mapping or None
+        Bokeh's JSON of the map; None without one.
     bokeh : list of str
         Bokeh's scripts.
     """

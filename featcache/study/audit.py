@@ -87,7 +87,7 @@ _HEADER = [field.name for field in fields(Finding)]
 
 @dataclass(frozen=True)
 class Findings(Sequence[Finding]):
-    """What `audit` found, the kinds in order, the clearest cases of each first.
+    """The findings of `audit`, kind by kind, the clearest cases of each first.
 
     Attributes
     ----------

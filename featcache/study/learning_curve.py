@@ -15,7 +15,7 @@ from featcache.results.intervals import Score
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate
-from featcache.study.train import train
+from featcache.study.train import head_names, train
 from featcache.system.console import progress_bar
 from featcache.system.tables import text_table
 
@@ -126,9 +126,7 @@ def learning_curve(
             f"A learning curve up to {chosen[-1]:,} images was asked for; there are "
             f"{len(order):,} labelled ones to train on."
         )
-    n_test = 0
-    heads = [head] if isinstance(head, str) else head
-    steps = list(itertools.product(heads, chosen))
+    steps = list(itertools.product(head_names(head), chosen))
     with progress_bar(progress, steps, unit="fit", leave=False) as bar:
         for name, size in bar:
             bar.set_description(f"{name}, {size:,} images")
@@ -142,9 +140,8 @@ def learning_curve(
                 progress=False,
             )
             scored = evaluate(predictor, test)
-            n_test = len(scored)
             points.append(CurvePoint(name, size, scored.accuracy))
-    return LearningCurve(tuple(points), n_test)
+    return LearningCurve(tuple(points), len(scored))
 
 
 def _nested_order(labels: npt.NDArray[Any], random_state: int) -> npt.NDArray[np.int64]:

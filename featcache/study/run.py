@@ -28,7 +28,7 @@ __all__ = ["TrainedFile", "train_files"]
 
 @dataclass(frozen=True)
 class TrainedFile:
-    """What `train_files` did.
+    """The result of `train_files`.
 
     Attributes
     ----------
