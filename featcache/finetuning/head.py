@@ -1,8 +1,8 @@
-"""The head that is the rest of a network: what lies behind a cut, trained on features at the cut.
+"""A head made of the network's own last layers, trained on features cached at an earlier layer.
 
-Its weights are numpy arrays, as every head's. What it cannot keep is the network's own code: it
-is `bind`'ed to a network of the same architecture (whose weights do not matter) before it first
-predicts, and `Predictor` does that by itself where the network is public.
+Its weights are numpy arrays, as those of every head. It cannot keep the code of the network, so
+`bind` gives it a network of the same architecture (whose weights do not matter) before it first
+predicts. `Predictor` does that by itself if the network is public.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from featcache.finetuning.cutting import Suffix, cut
 from featcache.heads.steps import Step
 from featcache.system.memory import reuse_memory
 
-__all__ = ["SCORED_AT_ONCE", "SuffixStep", "block_scores", "load_tensors", "moved"]
+__all__ = ["SCORED_AT_ONCE", "SuffixStep", "block_scores", "load_tensors", "to_device"]
 
 SCORED_AT_ONCE = 64
 
@@ -42,9 +41,12 @@ class SuffixStep(Step):
         Name of the layer that gives the classes.
     outputs : int
         Number of classes.
+    best_epoch : int
+        Epoch of its training whose weights these are, from 1; 0 once it was saved and loaded.
     """
 
     kind = "suffix"
+    best_epoch = 0
     _network: Suffix | None = None
     _device = torch.device("cpu")
 
@@ -61,11 +63,12 @@ class SuffixStep(Step):
         self.tap, self.shape, self.head, self.outputs = tap, tuple(shape), head, outputs
 
     @classmethod
-    def trained(cls, suffix: Suffix, outputs: int) -> SuffixStep:
-        """Return the step of a trained suffix."""
-        state = {name: _array(one) for name, one in suffix.tensors().items()}
+    def trained(cls, suffix: Suffix, outputs: int, best_epoch: int) -> SuffixStep:
+        """Return the step of a suffix that was trained, of which one epoch's weights were kept."""
+        tensors = suffix.tensors().items()
+        state = {name: one.detach().cpu().contiguous().numpy().copy() for name, one in tensors}
         step = cls(state, tap=suffix.tap, shape=suffix.shape, head=suffix.head, outputs=outputs)
-        step._network = suffix.eval()
+        step._network, step.best_epoch = suffix.eval(), best_epoch
         return step
 
     @classmethod
@@ -158,8 +161,7 @@ class SuffixStep(Step):
         """Return scores (n, k), float32, for flattened features (n, d)."""
         suffix = self.suffix
         scores = [np.empty((0, self.outputs), np.float32)]
-        pages = reuse_memory() if self._device.type == "cpu" else nullcontext()
-        with pages:
+        with reuse_memory():
             for start in range(0, len(X), SCORED_AT_ONCE):
                 block = np.ascontiguousarray(X[start : start + SCORED_AT_ONCE], dtype=np.float32)
                 scores.append(block_scores(suffix, torch.from_numpy(block), self._device))
@@ -184,12 +186,12 @@ def block_scores(suffix: Suffix, maps: Tensor, device: torch.device) -> np.ndarr
         Where to compute.
     """
     with torch.inference_mode():
-        out = suffix(moved(maps.reshape(-1, *suffix.shape), device)).float()
+        out = suffix(to_device(maps.reshape(-1, *suffix.shape), device)).float()
         scores: np.ndarray = out.reshape(len(maps), -1, out.shape[1]).mean(dim=1).cpu().numpy()
     return scores
 
 
-def moved(maps: Tensor, device: torch.device) -> Tensor:
+def to_device(maps: Tensor, device: torch.device) -> Tensor:
     """Return features as float32 on a device, maps as convolutions take them fastest."""
     found = maps.to(device).float()
     return found.contiguous(memory_format=torch.channels_last) if found.ndim == 4 else found
@@ -218,8 +220,3 @@ def load_tensors(suffix: Suffix, tensors: Mapping[str, Tensor]) -> None:
             part._parameters[attribute] = nn.Parameter(value, requires_grad=False)
         else:
             part._buffers[attribute] = value
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    copied: np.ndarray = tensor.detach().cpu().contiguous().numpy().copy()
-    return copied

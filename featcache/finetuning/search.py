@@ -1,4 +1,4 @@
-"""The rest of a network as a head beside the others: cut, folds, last fit, calibration.
+"""The head ``suffix``: the network's own last layers, trained on features at an earlier layer.
 
 The settings are given, nothing is searched; what the folds are for is an accuracy and a
 temperature that can be compared with those of the other heads. So with k folds there are k + 1
@@ -18,44 +18,43 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
+from sklearn.utils.class_weight import compute_sample_weight
 from torch import nn
 
 from featcache.errors import TapError, TrainingError
 from featcache.finetuning.checkpoint import Checkpoint
-from featcache.finetuning.cutting import Suffix, check, cut, suggest, taps_before
+from featcache.finetuning.cutting import check, cut, suggest, taps_before
 from featcache.finetuning.head import SuffixStep
 from featcache.finetuning.settings import SuffixSettings
-from featcache.finetuning.training import Epoch, Finetuned, Maps, finetune, scores_of
-from featcache.heads.base import FittedHead
-from featcache.heads.calibration import fit_temperature
-from featcache.heads.search import SearchResult, Trial, score_folds
+from featcache.finetuning.training import Finetuned, Maps, finetune, scores_of
+from featcache.heads.rows import TrainingRows
+from featcache.heads.search import HeadKind, Params, Search, gather
+from featcache.heads.steps import Step
 from featcache.networks import identity
 from featcache.networks.forward import select_device
 from featcache.networks.tracing import Trace, trace
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
-from featcache.system.console import progress_bar
 from featcache.version import __version__
 
 if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone
 
-__all__ = ["SUFFIX", "SuffixSearch", "choose_tap", "remove_checkpoints"]
+__all__ = ["SUFFIX", "SuffixHead", "choose_tap", "remove_checkpoints"]
 
 SUFFIX = "suffix"
 
 
-@dataclass(frozen=True)
-class SuffixSearch:
-    """What is needed to train the rest of a network on a store. Made by `of`.
+@dataclass(frozen=True, kw_only=True)
+class SuffixHead(HeadKind):
+    """The rest of a network, on the maps of one store. Made by `of`.
 
     Attributes
     ----------
@@ -67,18 +66,21 @@ class SuffixSearch:
         (c, h, w) of the images.
     settings : SuffixSettings
         How to train.
+    groups : ndarray of str, shape (n,), or None
+        Groups that the inner validation part does not cut.
     checkpoints : Path or None
         Folder of the checkpoints.
-    progress : bool or None
-        Show a progress bar on standard error; None: if that is a terminal.
     """
 
     maps: Maps
     network: nn.Module
     image_shape: tuple[int, int, int]
     settings: SuffixSettings
+    groups: np.ndarray | None = None
     checkpoints: Path | None = None
-    progress: bool | None = None
+    name: ClassVar[str] = SUFFIX
+    summary: ClassVar[str] = "the network's own last layers, trained on cached maps"
+    out_of_core: ClassVar[bool] = True
 
     @classmethod
     def of(
@@ -88,10 +90,9 @@ class SuffixSearch:
         layers: Sequence[str],
         settings: SuffixSettings,
         backbone: Backbone | None = None,
-        checkpoints: Path | None = None,
-        progress: bool | None = None,
-    ) -> SuffixSearch:
-        """Find the tap to cut at, load the network and check that the cut is true.
+        **more: Any,
+    ) -> SuffixHead:
+        """Find the tap to cut at, load the network and check that the cut is complete.
 
         Parameters
         ----------
@@ -103,15 +104,13 @@ class SuffixSearch:
             How to train; ``settings.first`` decides which tap is needed.
         backbone : Backbone, optional
             Needed where the store's network is one's own, or has weights from a checkpoint.
-        checkpoints : Path, optional
-            Folder to resume from.
-        progress : bool, optional
-            Show a progress bar on standard error; left out, if that is a terminal.
+        **more
+            groups and checkpoints, as in `SuffixHead`.
 
         Raises
         ------
         TrainingError
-            No tap of the store will do; the message has the command that makes one.
+            The store has no tap to cut at; the message has the command that makes one.
         TapError
             The network has a path around the cut.
         """
@@ -120,179 +119,89 @@ class SuffixSearch:
                 "The rest of a network is trained on the features of that network alone; these "
                 f"stores hold those of {len(store.fingerprints)}. Name one store."
             )
-        # Whatever taps a network was given with: its weights and preprocessing count.
+        # Only weights and preprocessing matter, not the taps that the network was given with.
         (chosen,) = identity.choose([replace(store.fingerprint, taps=())], backbone)
         shape = chosen.preprocessing.output_shape
         traced = trace(chosen.module, torch.zeros((2, *shape)))
         tap = choose_tap(store, layers, chosen.module, traced, settings.first)
         check(chosen.module, cut(chosen.module, tap, shape, traced=traced))
-        return cls(Maps(store, tap), chosen.module, shape, settings, checkpoints, progress)
-
-    def search(
-        self,
-        y: np.ndarray,
-        folds: Sequence[splitting.Fold],
-        *,
-        groups: np.ndarray | None = None,
-        class_weight: str | Mapping[str, float] | None = None,
-        scoring: Any = "accuracy",
-        random_state: int = 0,
-    ) -> SearchResult:
-        """Train on each fold and on all rows.
-
-        Parameters
-        ----------
-        y : ndarray of str, shape (n,)
-            Labels.
-        folds : list of (train, valid)
-            Row numbers.
-        groups : ndarray of str, shape (n,), optional
-            Groups that the inner validation part does not cut.
-        class_weight : "balanced" or dict, optional
-            As in scikit-learn.
-        scoring : str or callable
-            One of scikit-learn's scorers, for the folds' scores.
-        random_state : int
-            Seed.
-
-        Returns
-        -------
-        SearchResult
-        """
-        run = _Run(self, y, groups, class_weight, random_state, len(folds) + 1)
-        start = time.perf_counter()
-        try:
-            logits = run.out_of_fold(folds)
-            middle = time.perf_counter()
-            final = run.train(np.arange(len(y)), "final")
-        finally:
-            run.bar.close()
-        scores = score_folds(logits, run.codes, run.classes, folds, scoring)
-        best = Trial(self._params(final), scores)
-        step = SuffixStep.trained(final.suffix, len(run.classes))
-        return SearchResult(
-            head=SUFFIX,
-            estimator=FittedHead([step], run.classes),
-            best=best,
-            trials=(best,),
-            classes=run.classes,
-            logits=logits,
-            temperature=fit_temperature(logits, run.codes, run.weight),
-            search_seconds=middle - start,
-            fit_seconds=time.perf_counter() - middle,
+        return cls(
+            maps=Maps(store, tap),
+            network=chosen.module,
+            image_shape=shape,
+            settings=settings,
+            **more,
         )
 
-    def suffix(self) -> Suffix:
-        """Return the part behind the cut, with the pretrained weights."""
-        return cut(self.network, self.maps.tap, self.image_shape)
-
-    def _params(self, trained: Finetuned) -> dict[str, Any]:
-        settings = self.settings
-        return {
-            "from": settings.first or trained.suffix.order[0],
-            "lr": settings.lr,
-            "epochs": settings.epochs,
-            "best_epoch": trained.best,
+    def explore(self, rows: TrainingRows, search: Search) -> None:
+        """Train on each fold with the settings that were given."""
+        device, scores = select_device(self.settings.device), []
+        for number, (train, valid) in enumerate(rows.folds, 1):
+            suffix = self._train(rows, train, f"fold-{number}").suffix.to(device)
+            scores.append(scores_of(suffix, self.maps, valid, device))
+            search.fitted()
+        params = {
+            "from": self.settings.first or suffix.order[0],
+            "lr": self.settings.lr,
+            "epochs": self.settings.epochs,
         }
+        search.tried(params, gather(rows, scores))
 
+    def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
+        """Train on all rows."""
+        trained = self._train(rows, np.arange(len(rows)), "final")
+        return [SuffixStep.trained(trained.suffix, len(rows.classes), trained.best)]
 
-class _Run:
-    """The trainings of one search, with one progress bar."""
+    def report(self, params: Params, steps: Sequence[Step]) -> Params:
+        """Return the settings, and the epoch of the last training whose weights were kept."""
+        return {**params, "best_epoch": cast(SuffixStep, steps[-1]).best_epoch}
 
-    def __init__(
-        self,
-        task: SuffixSearch,
-        y: np.ndarray,
-        groups: np.ndarray | None,
-        class_weight: str | Mapping[str, float] | None,
-        random_state: int,
-        count: int,
-    ) -> None:
-        from sklearn.utils.class_weight import compute_sample_weight
-
-        self.task, self.y, self.groups = task, y, groups
-        self.random_state = random_state
-        self.classes, codes = np.unique(y, return_inverse=True)
-        self.codes = codes.astype(np.int64)
-        self.weight = (
-            None if class_weight is None else np.asarray(compute_sample_weight(class_weight, y))
-        )
-        self.sha256 = task.maps.store.sha256
-        self.count, self.done = count, 0
-        epochs = count * task.settings.epochs
-        self.bar = progress_bar(task.progress, total=epochs, unit="epoch", leave=False)
-
-    def out_of_fold(self, folds: Sequence[splitting.Fold]) -> np.ndarray:
-        """Train on each fold and return the scores of the others, NaN where no fold validates."""
-        device = select_device(self.task.settings.device)
-        logits = np.full((len(self.y), len(self.classes)), np.nan, np.float32)
-        for number, (train, valid) in enumerate(folds):
-            suffix = self.train(train, f"fold-{number + 1}").suffix.to(device)
-            logits[valid] = scores_of(suffix, self.task.maps, np.asarray(valid), device)
-        return logits
-
-    def train(self, rows: np.ndarray, name: str) -> Finetuned:
-        """Train on some rows, part of which only says when to stop."""
-        settings = self.task.settings
-        fit, valid = self._set_aside(rows)
-        self.bar.set_description(name)
-        trained = finetune(
-            self.task.suffix(),
-            len(self.classes),
-            self.task.maps,
-            self.codes,
+    def _train(self, rows: TrainingRows, images: np.ndarray, name: str) -> Finetuned:
+        """Train on some images, of which a part only decides when to stop."""
+        fit, valid = images, images[:0]
+        if self.settings.validation:
+            inner = splitting.holdout(
+                rows.labels[images],
+                groups=None if self.groups is None else self.groups[images],
+                sha256=self.maps.store.sha256[images],
+                test_size=self.settings.validation,
+                random_state=self.options.random_state,
+            )
+            fit, valid = (images[np.sort(part)] for part in inner)
+        weight = compute_sample_weight(self.options.class_weight, rows.labels)
+        if rows.weight is not None:
+            weight = weight * rows.weight
+        return finetune(
+            cut(self.network, self.maps.tap, self.image_shape),
+            len(rows.classes),
+            self.maps,
+            rows.codes,
             fit,
             valid,
-            settings,
-            weight=self.weight,
-            random_state=self.random_state,
-            checkpoint=self._checkpoint(name, rows),
-            progress=self._show,
+            self.settings,
+            weight=weight,
+            random_state=self.options.random_state,
+            checkpoint=self._checkpoint(name, rows, images, weight),
         )
-        self.done += 1
-        self.bar.n = self.done * settings.epochs  # early stopping leaves some out
-        self.bar.refresh()
-        return trained
 
-    def _set_aside(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Split rows into those to train on and those that say when to stop."""
-        if not self.task.settings.validation:
-            return rows, rows[:0]
-        fit, valid = splitting.holdout(
-            self.y[rows],
-            groups=None if self.groups is None else self.groups[rows],
-            sha256=self.sha256[rows],
-            test_size=self.task.settings.validation,
-            random_state=self.random_state,
-        )
-        return rows[np.sort(fit)], rows[np.sort(valid)]
-
-    def _show(self, step: int, epoch: Epoch | None) -> None:
-        if epoch is not None:
-            found = {"loss": epoch.loss, "validation": epoch.validation_accuracy}
-            shown = {name: f"{value:.3f}" for name, value in found.items() if value == value}
-            self.bar.set_postfix(shown)
-            self.bar.update()
-
-    def _checkpoint(self, name: str, rows: np.ndarray) -> Checkpoint | None:
-        if self.task.checkpoints is None:
+    def _checkpoint(
+        self, name: str, rows: TrainingRows, images: np.ndarray, weight: np.ndarray
+    ) -> Checkpoint | None:
+        if self.checkpoints is None:
             return None
-        digest = hashlib.sha256()
-        settings = asdict(self.task.settings)
+        store = self.maps.store
         request = {
-            **settings,
+            **asdict(self.settings),
             "featcache": __version__,
-            "fingerprint": self.task.maps.store.fingerprint.digest,
-            "tap": self.task.maps.tap,
-            "random_state": self.random_state,
+            "fingerprint": store.fingerprint.digest,
+            "tap": self.maps.tap,
+            "random_state": self.options.random_state,
+            "labels": rows.labels.tolist(),
         }
-        digest.update(json.dumps(request, sort_keys=True).encode())
-        digest.update(self.sha256.tobytes())
-        digest.update(np.ascontiguousarray(rows, np.int64).tobytes())
-        digest.update("\0".join(self.y.tolist()).encode())
-        if self.weight is not None:
-            digest.update(self.weight.astype(np.float64).tobytes())
-        return Checkpoint(self.task.checkpoints / f"{name}.pt", digest.hexdigest())
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
+        for array in (store.sha256, np.asarray(images, np.int64), weight):
+            digest.update(array.tobytes())
+        return Checkpoint(self.checkpoints / f"{name}.pt", digest.hexdigest())
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -311,7 +220,7 @@ def choose_tap(
     traced: Trace,
     first: str | None,
 ) -> str:
-    """Return the tap of a store to cut at, so that all from a layer on can be trained.
+    """Return the tap of a store to cut at to train a layer and all behind it.
 
     Parameters
     ----------
@@ -324,23 +233,23 @@ def choose_tap(
     traced : Trace
         Of the network.
     first : str or None
-        The first layer to train. None: what follows the only maps of the store.
+        The first layer to train. None: the first one behind the only maps of the store.
 
     Returns
     -------
     str
-        The last one that will do: the least is computed behind it.
+        The last one that can be cut at: the least is computed behind it.
 
     Raises
     ------
     TrainingError
-        None will do, or which is not said.
+        No tap can be cut at, or several, and `first` does not choose one.
     TapError
         There is no layer of that name.
     """
     good = taps_before(traced, layers, first)
     if first is None:
-        maps = [tap for tap in good if len(_shape(store, tap)) > 1]
+        maps = [tap for tap in good if len(store.taps[tap].shape) - (store.views > 1) > 1]
         if len(maps) > 1:
             raise TrainingError(
                 f"{store.paths[0]} holds maps of several layers, {', '.join(maps)}: name the first "
@@ -369,11 +278,6 @@ def choose_tap(
         f"To train from {first!r} on, the input of that layer must be kept; {store.paths[0]} holds "
         f"{', '.join(layers)}. Keep it: {_command(store, first)}"
     )
-
-
-def _shape(store: FeatureStore, tap: str) -> tuple[int, ...]:
-    info = store.taps[tap]
-    return info.shape[1:] if info.views > 1 else info.shape
 
 
 def _command(store: FeatureStore, layer: str) -> str:

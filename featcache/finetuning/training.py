@@ -37,8 +37,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,14 +49,16 @@ from torch import Tensor, nn
 from featcache.errors import TrainingError
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.cutting import Suffix
-from featcache.finetuning.head import SCORED_AT_ONCE, block_scores, moved
+from featcache.finetuning.head import SCORED_AT_ONCE, block_scores, to_device
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.calibration import fit_temperature
 from featcache.networks.forward import select_device
 from featcache.networks.surgery import (
     blocks,
+    freeze,
     parameter_groups,
     train_mode,
+    unfreeze,
     unfreeze_gradually,
 )
 from featcache.store.store import FeatureStore
@@ -216,53 +218,57 @@ class _Training:
     weight: np.ndarray
     random_state: int
     device: torch.device
-    trained: list[str]
-    order: list[str]
-    optimizer: torch.optim.Optimizer
     history: list[Epoch] = field(default_factory=list)
     best: int = 0
     best_state: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def steps(self) -> int:
-        """Steps of one epoch."""
-        return max(1, -(-len(self.fit) // self.settings.batch_size))
+    def __post_init__(self) -> None:
+        network, settings = self.suffix.network, self.settings
+        self.suffix.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.trained = self.suffix.trained(settings.first)
+        self.order = _top_down(self.suffix, self.trained)
+        freeze(network)
+        unfreeze(network, *self.trained)
+        groups = parameter_groups(
+            network,
+            settings.lr,
+            new=[self.suffix.head],
+            factor=settings.factor,
+            decay=settings.decay,
+            weight_decay=settings.weight_decay,
+        )
+        for group in groups:
+            group["highest"] = group["lr"]
+        self.optimizer = torch.optim.AdamW(groups)
 
-    def epoch(self, number: int, tick: Callable[[], object]) -> float:
+    def epoch(self, number: int) -> float:
         """Train for one epoch, numbered from 0, and return the mean loss."""
         settings = self.settings
-        self._thaw(number)
+        self._set_trainable(number)
         train_mode(self.suffix)
         rng = np.random.default_rng([self.random_state, number, 1])
         total = 0.0
-        seed = (self.random_state, number)
-        for step, rows in enumerate(minibatches(self.fit, settings.batch_size, seed)):
-            relative = rate(
-                settings.schedule, number * self.steps + step, settings.epochs * self.steps
-            )
+        batches = list(minibatches(self.fit, settings.batch_size, (self.random_state, number)))
+        for step, rows in enumerate(batches, number * len(batches)):
+            relative = rate(settings.schedule, step, settings.epochs * len(batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = relative * group["highest"]
             view = rng.integers(self.maps.views, size=len(rows)) if self.maps.views > 1 else None
-            scores = self.suffix(moved(self.maps.read(rows, view), self.device))
+            scores = self.suffix(to_device(self.maps.read(rows, view), self.device))
             loss = self._loss(scores, rows)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             total += float(loss.detach()) * len(rows)
-            tick()
         return total / len(self.fit)
 
-    def _thaw(self, number: int) -> None:
-        """Let those parameters be trained whose turn has come."""
-        network = self.suffix.network
+    def _set_trainable(self, number: int) -> None:
+        """Let the parameters be trained that are unfrozen in an epoch."""
         if self.settings.unfreeze_every:
-            every = self.settings.unfreeze_every
+            network, every = self.suffix.network, self.settings.unfreeze_every
             unfreeze_gradually(network, number, every=every, order=self.order)
-        else:
-            network.requires_grad_(True)
-        chosen = set(self.trained)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in chosen)
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name in self.trained)
 
     def _loss(self, scores: Tensor, rows: np.ndarray) -> Tensor:
         target = torch.from_numpy(self.codes[rows]).to(self.device)
@@ -273,8 +279,8 @@ class _Training:
     def judge(self, rows: np.ndarray) -> tuple[float, float]:
         """Return loss and accuracy on some images.
 
-        The loss is that of calibrated probabilities, as a predictor gives them: scores that are
-        merely too large, which training makes them in the end, do not count against an epoch.
+        The loss is that of calibrated probabilities, as a predictor gives them: training makes
+        scores too large in the end, and that alone does not count against an epoch.
         """
         if not len(rows):
             return math.nan, math.nan
@@ -294,14 +300,14 @@ class _Training:
         # Without validation images (NaN) each epoch takes the place of the one before it.
         if not epoch.validation_loss >= best or not self.best:
             self.best = epoch.number
-            self.best_state = _copied(self.suffix.tensors())
+            self.best_state = _copied(self.suffix)
 
     @property
     def is_over(self) -> bool:
         """Whether the last epoch is done, or patience is."""
         done, patience = len(self.history), self.settings.patience
-        thawing = self.settings.unfreeze_every * len(self.order)
-        waited = done - max(self.best, min(thawing, self.settings.epochs))
+        unfreezing = self.settings.unfreeze_every * len(self.order)
+        waited = done - max(self.best, min(unfreezing, self.settings.epochs))
         return done >= self.settings.epochs or bool(patience and waited >= patience)
 
     # --- checkpoints ---------------------------------------------------------------------------
@@ -309,37 +315,38 @@ class _Training:
     def to_state(self) -> dict[str, Any]:
         """Return all that resuming needs."""
         return {
-            "tensors": _copied(self.suffix.tensors()),
+            "tensors": _copied(self.suffix),
             "optimizer": self.optimizer.state_dict(),
-            "history": [tuple(vars(epoch).values()) for epoch in self.history],
+            "history": [astuple(epoch) for epoch in self.history],
             "best": self.best,
             "best_tensors": self.best_state,
         }
 
     def take_state(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint was written."""
-        own = self.suffix.tensors()
-        with torch.no_grad():
-            for name, value in state["tensors"].items():
-                own[name].copy_(value)
+        _restore(self.suffix, state["tensors"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = [Epoch(*values) for values in state["history"]]
         self.best, self.best_state = state["best"], state["best_tensors"]
 
     def finished(self) -> Finetuned:
         """Return the suffix with its best weights."""
-        own = self.suffix.tensors()
-        with torch.no_grad():
-            for name, value in self.best_state.items():
-                own[name].copy_(value)
+        _restore(self.suffix, self.best_state)
         self.suffix.requires_grad_(False).cpu().eval()
         # As a head that is loaded again lies in memory: torch.export wants no other.
         self.suffix.to(memory_format=torch.contiguous_format)
         return Finetuned(self.suffix, tuple(self.history), self.best)
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: one.detach().cpu().clone() for name, one in tensors.items()}
+def _copied(suffix: Suffix) -> dict[str, Tensor]:
+    return {name: one.detach().cpu().clone() for name, one in suffix.tensors().items()}
+
+
+def _restore(suffix: Suffix, tensors: Mapping[str, Tensor]) -> None:
+    own = suffix.tensors()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
 
 
 def _top_down(suffix: Suffix, trained: Sequence[str]) -> list[str]:
@@ -364,7 +371,6 @@ def finetune(
     weight: np.ndarray | None = None,
     random_state: int = 0,
     checkpoint: Checkpoint | None = None,
-    progress: Callable[[int, Epoch | None], object] | None = None,
 ) -> Finetuned:
     """Give a suffix a new last layer and train it.
 
@@ -379,17 +385,15 @@ def finetune(
     codes : ndarray of int64, shape (n,)
         Class of each row of the store.
     fit, valid : ndarray of int
-        Rows to train on, and rows to stop by (none: train to the end).
+        Rows to train on, and rows that decide when to stop (none: train to the end).
     settings : SuffixSettings
-        How.
+        How to train.
     weight : ndarray of shape (n,), optional
         Weights of the rows.
     random_state : int
         Seed.
     checkpoint : Checkpoint, optional
         Where to resume from and to write to after every epoch.
-    progress : callable, optional
-        Called with (steps done, None) after each step and (steps done, epoch) after each epoch.
 
     Returns
     -------
@@ -403,24 +407,16 @@ def finetune(
     device = select_device(settings.device)
     with seeded(random_state, device):
         suffix.new_classifier(classes)
-    training = _start(suffix, maps, codes, fit, settings, weight, random_state, device)
+    weight = (np.ones(len(codes)) if weight is None else weight).astype(np.float32)
+    training = _Training(suffix, maps, codes, fit, settings, weight, random_state, device)
     state = None if checkpoint is None else checkpoint.read()
     if state is not None:
         training.take_state(state)
-    pages = reuse_memory() if device.type == "cpu" else contextlib.nullcontext()
-    step = len(training.history) * training.steps
-    with pages:
+    with reuse_memory():
         while not training.is_over:
             number = len(training.history)
-
-            def tick() -> None:
-                nonlocal step
-                step += 1
-                if progress is not None:
-                    progress(step, None)
-
             with seeded(random_state, device, number):
-                loss = training.epoch(number, tick)
+                loss = training.epoch(number)
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"The loss is no longer finite in epoch {number + 1}. Train with a smaller "
@@ -429,51 +425,7 @@ def finetune(
             training.note(Epoch(number + 1, loss, *training.judge(valid)))
             if checkpoint is not None:
                 checkpoint.write(training.to_state())
-            if progress is not None:
-                progress(step, training.history[-1])
     return training.finished()
-
-
-def _start(
-    suffix: Suffix,
-    maps: Maps,
-    codes: np.ndarray,
-    fit: np.ndarray,
-    settings: SuffixSettings,
-    weight: np.ndarray | None,
-    random_state: int,
-    device: torch.device,
-) -> _Training:
-    suffix.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trained = suffix.trained(settings.first)
-    groups = parameter_groups(
-        suffix.network,
-        settings.lr,
-        new=[suffix.head],
-        factor=settings.factor,
-        decay=settings.decay,
-        weight_decay=settings.weight_decay,
-        only_trainable=False,
-    )
-    own = dict(suffix.network.named_parameters())
-    wanted = {id(own[name]) for name in trained}
-    for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) in wanted]
-        group["highest"] = group["lr"]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
-    return _Training(
-        suffix=suffix,
-        maps=maps,
-        codes=codes,
-        fit=fit,
-        settings=settings,
-        weight=np.ones(len(codes), np.float32) if weight is None else weight.astype(np.float32),
-        random_state=random_state,
-        device=device,
-        trained=trained,
-        order=_top_down(suffix, trained),
-        optimizer=optimizer,
-    )
 
 
 @contextlib.contextmanager

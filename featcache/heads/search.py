@@ -41,6 +41,8 @@ class SearchResult:
         Name of the head.
     estimator : FittedHead
         Fitted on all rows with the chosen hyper-parameters; takes float32 (n, d).
+    params : mapping
+        The chosen hyper-parameters, and what the last fit found by itself (its best epoch).
     best : Trial
         The chosen hyper-parameters with their scores.
     trials : tuple of Trial
@@ -61,6 +63,7 @@ class SearchResult:
 
     head: str
     estimator: FittedHead
+    params: Params
     best: Trial
     trials: tuple[Trial, ...]
     classes: np.ndarray
@@ -69,11 +72,6 @@ class SearchResult:
     search_seconds: float
     fit_seconds: float
     notes: tuple[str, ...] = field(default=())
-
-    @property
-    def params(self) -> Params:
-        """The chosen hyper-parameters."""
-        return self.best.params
 
     @property
     def score(self) -> float:
@@ -243,6 +241,10 @@ class HeadKind:
         """Return what the best of rough trials is judged and fitted with."""
         return params
 
+    def report(self, params: Params, steps: Sequence[Step]) -> Params:
+        """Return the settings of the last fit, with what it found by itself."""
+        return params
+
     def most_images(self, rows: TrainingRows) -> int:
         """How many images the head can be fitted on: a matter of memory."""
         return len(rows)
@@ -326,6 +328,7 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
     return SearchResult(
         head=head.name,
         estimator=estimator,
+        params=head.report(best.params, estimator.steps),
         best=best,
         trials=tuple(found.trials),
         classes=rows.classes,

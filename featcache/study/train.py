@@ -40,7 +40,7 @@ from scipy.special import log_softmax, softmax
 from tqdm import tqdm
 
 from featcache.errors import TrainingError
-from featcache.finetuning.search import SUFFIX, SuffixSearch
+from featcache.finetuning.search import SUFFIX, SuffixHead
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
@@ -170,7 +170,6 @@ def train(
                 apart=layers is None,
                 backbone=backbone,
                 checkpoints=folder,
-                progress=progress,
             )
         found = _train_heads(data, names, test, progress=progress)
     # The order of the heads decides between equal scores.
@@ -240,7 +239,7 @@ class _TrainingData:
     memory: int
     notes: tuple[str, ...]
     options: TrainingOptions
-    suffix: SuffixSearch | None = None
+    suffix: SuffixHead | None = None
 
     @classmethod
     def of(
@@ -282,7 +281,9 @@ class _TrainingData:
         The other heads then use the other taps, unless there are none or taps were named
         (`apart` is False).
         """
-        suffix = SuffixSearch.of(self.store, layers=self.layers, settings=settings, **options)
+        suffix = SuffixHead.of(
+            self.store, layers=self.layers, settings=settings, groups=self.groups, **options
+        )
         others = [name for name in self.layers if name != suffix.maps.tap]
         return replace(self, suffix=suffix, layers=others if apart and others else self.layers)
 
@@ -309,24 +310,21 @@ class _TrainingData:
     @cached_property
     def X(self) -> Any:
         """Features in memory (mapped where possible), or read in blocks."""
-        if self.in_memory:
-            return self.store.matrix(self.layers)
+        return self.store.matrix(self.layers) if self.in_memory else self.blocks
+
+    @property
+    def blocks(self) -> FeatureBlocks:
+        """Features that are read in blocks."""
         views = (self.store.views,) if self.store.views > 1 else ()
         shape = (len(self.store), *views, self.store.width(self.layers))
         return FeatureBlocks(shape, lambda rows: self.store.blocks(self.layers, rows))
 
     def search(self, head: str, progress: Progress) -> Any:
-        if self.suffix is not None and head == SUFFIX:
-            return self.suffix.search(
-                self.y,
-                self.folds,
-                groups=self.groups,
-                class_weight=self.options.class_weight,
-                scoring=self.options.scoring,
-                random_state=self.options.random_state,
-            )
-        rows = TrainingRows.check(self.X, self.y, self.folds)
         options = replace(self.options, memory=self.memory, progress=progress)
+        if self.suffix is not None and head == SUFFIX:  # it reads the store by itself
+            rows = TrainingRows.check(self.blocks, self.y, self.folds)
+            return search(replace(self.suffix, options=options), rows)
+        rows = TrainingRows.check(self.X, self.y, self.folds)
         return search(HEADS[head](options), rows)
 
 

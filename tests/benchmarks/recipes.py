@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from machine import machine
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -206,7 +207,7 @@ def _last_layer(store: FeatureStore, settings: fc.SuffixSettings) -> Any:
     tuned = finetune(
         suffix, len(classes), Maps(store, tap), codes.astype(np.int64), fit, valid, settings
     )
-    return SuffixStep.trained(tuned.suffix, len(classes))
+    return SuffixStep.trained(tuned.suffix, len(classes), tuned.best)
 
 
 def report(name: str, by_hand: float, extracting: float, training: float, accuracy: str) -> None:
@@ -295,6 +296,7 @@ def epoch(folder: Path, device: torch.device, stage: int) -> None:
     store = fc.extract(listed, network, path, device=str(device), progress=False)
     suffix = cut(network.module, tap, SHAPE)
     ends: list[float] = []
+    hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     tuned = finetune(
         suffix,
         len(classes),
@@ -303,8 +305,8 @@ def epoch(folder: Path, device: torch.device, stage: int) -> None:
         rows,
         rows[:BATCH],
         settings,
-        progress=lambda step, done: ends.append(time.perf_counter()) if done is None else None,
     )
+    hook.remove()
     # From the end of the first step on, and one step more: setting up is no part of an epoch.
     cached = (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
     tuned_state = tuned.suffix.network.state_dict()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.models import VisionTransformer, get_model
 
 import featcache as fc
@@ -32,10 +34,9 @@ from featcache.extraction.extract import extract
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.cutting import Suffix, check, cut
 from featcache.finetuning.head import SuffixStep
-from featcache.finetuning.search import SuffixSearch, choose_tap
+from featcache.finetuning.search import SuffixHead, choose_tap
 from featcache.finetuning.settings import SuffixSettings
 from featcache.finetuning.training import (
-    Epoch,
     Finetuned,
     Maps,
     finetune,
@@ -44,6 +45,8 @@ from featcache.finetuning.training import (
 )
 from featcache.finetuning.training import rate as rate_of
 from featcache.heads.calibration import fit_temperature
+from featcache.heads.rows import FeatureBlocks, TrainingRows
+from featcache.heads.search import SearchOptions, search
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.surgery import (
@@ -482,32 +485,36 @@ class Stop(Exception):
 
 
 def test_a_resumed_training_gives_the_weights_of_an_uninterrupted_one(
-    store: FeatureStore, tmp_path: Path
+    store: FeatureStore, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     settings = SuffixSettings(epochs=5, batch_size=8, lr=1e-2)
     expected = tune(store, settings)
     checkpoint = Checkpoint(tmp_path / "run" / "final.pt", "this")
+    steps = 0
+    last = 13  # in the middle of the third epoch
 
-    def stop(step: int, epoch: Epoch | None) -> None:
-        if step == 13:  # in the middle of the third epoch
+    def count(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == last:
             raise Stop
 
+    hook = register_optimizer_step_post_hook(count)
+    request.addfinalizer(hook.remove)
     with pytest.raises(Stop):
-        tune(store, settings, checkpoint=checkpoint, progress=stop)
+        tune(store, settings, checkpoint=checkpoint)
     state = checkpoint.read()
     assert state is not None and len(state["history"]) == 2
-    seen: list[int] = []
-    resumed = tune(
-        store, settings, checkpoint=checkpoint, progress=lambda step, _: seen.append(step)
-    )
-    assert min(seen) == 11
+    steps, last = 0, -1
+    resumed = tune(store, settings, checkpoint=checkpoint)
+    assert steps == 5 * 5 - 2 * 5
     assert resumed.history == expected.history
     torch.testing.assert_close(
         resumed.suffix.network.state_dict(), expected.suffix.network.state_dict(), rtol=0, atol=0
     )
-    seen.clear()
-    again = tune(store, settings, checkpoint=checkpoint, progress=lambda step, _: seen.append(step))
-    assert not seen and again.history == expected.history
+    steps = 0
+    again = tune(store, settings, checkpoint=checkpoint)
+    assert not steps and again.history == expected.history
 
 
 def test_a_damaged_or_foreign_checkpoint_counts_as_none(tmp_path: Path) -> None:
@@ -764,13 +771,19 @@ def test_the_last_layer_alone_is_trained_on_its_own_input(folder: Path) -> None:
 
 
 def test_class_weights_and_groups_are_heeded(store: FeatureStore) -> None:
-    search = SuffixSearch.of(
-        store, layers=list(store.taps), settings=FAST, backbone=backbone(BODY, "pool")
+    groups = np.repeat(np.arange(24), 2).astype(str)
+    head = SuffixHead.of(
+        store,
+        layers=list(store.taps),
+        settings=FAST,
+        groups=groups,
+        backbone=backbone(BODY, "pool"),
     )
     folds = [(np.arange(0, 48, 2), np.arange(1, 48, 2))]
-    options = {"groups": np.repeat(np.arange(24), 2).astype(str)}
-    plain = search.search(store.labels, folds, **options)
-    weighted = search.search(store.labels, folds, class_weight={"red": 50.0}, **options)
+    blocks = FeatureBlocks.of(store.matrix([BODY]))
+    rows = TrainingRows.check(blocks, store.labels, folds)
+    plain = search(head, rows)
+    weighted = search(replace(head, options=SearchOptions(class_weight={"red": 50.0})), rows)
     assert np.isnan(plain.logits[::2]).all() and not np.isnan(plain.logits[1::2]).any()
     red = [softmax(found.logits[1::2], axis=1)[:, 2].mean() for found in (plain, weighted)]
     assert red[1] > red[0]
