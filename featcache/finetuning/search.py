@@ -79,7 +79,6 @@ class SuffixHead(HeadKind):
     groups: np.ndarray | None = None
     checkpoints: Path | None = None
     name: ClassVar[str] = SUFFIX
-    summary: ClassVar[str] = "the network's own last layers, trained on cached maps"
     out_of_core: ClassVar[bool] = True
 
     @classmethod

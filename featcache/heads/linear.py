@@ -274,7 +274,6 @@ class LinearHead(HeadKind):
     Cs: Sequence[float] = CS
     refine: bool = True
     name: ClassVar[str] = "linear"
-    summary: ClassVar[str] = "multinomial logistic regression"
     out_of_core: ClassVar[bool] = True
     loss: ClassVar[Loss] = "log"
 
@@ -318,7 +317,6 @@ class LinearSVMHead(LinearHead):
     """Linear SVM: treatment and C, as `LinearHead`."""
 
     name: ClassVar[str] = "svm"
-    summary: ClassVar[str] = "linear SVM (squared hinge, one against the rest)"
     loss: ClassVar[Loss] = "squared_hinge"
 
 

@@ -225,7 +225,6 @@ class MLPHead(HeadKind):
     """
 
     name: ClassVar[str] = "mlp"
-    summary: ClassVar[str] = "network of one hidden layer"
 
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Try treatments, then components, then other dropouts."""

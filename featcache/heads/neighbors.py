@@ -94,7 +94,6 @@ class NeighborsHead(HeadKind):
     """Nearest neighbours: treatment, components, neighbourhood and temperature."""
 
     name: ClassVar[str] = "knn"
-    summary: ClassVar[str] = "nearest neighbours by cosine similarity"
 
     def enough_images(self, rows: TrainingRows) -> int:
         """Return so many that comparing them with all rows takes two minutes."""

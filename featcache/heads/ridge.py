@@ -155,7 +155,6 @@ class RidgeHead(HeadKind):
     treatments: Sequence[str] = tuple(TREATMENTS)
     alphas: Sequence[float] = ALPHAS
     name: ClassVar[str] = "ridge"
-    summary: ClassVar[str] = "ridge regression on class indicators"
     out_of_core: ClassVar[bool] = True
 
     def explore(self, rows: TrainingRows, search: Search) -> None:

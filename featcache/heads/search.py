@@ -218,15 +218,12 @@ class HeadKind:
         What it is searched under.
     name : str
         What it is called on the command line.
-    summary : str
-        One line for tables and help.
     out_of_core : bool
         Whether it reads features that are larger than memory; others get a part of them.
     """
 
     options: SearchOptions = SearchOptions()
     name: ClassVar[str]
-    summary: ClassVar[str]
     out_of_core: ClassVar[bool] = False
 
     def explore(self, rows: TrainingRows, search: Search) -> None:

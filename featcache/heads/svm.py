@@ -138,7 +138,6 @@ class GaussianSVMHead(HeadKind):
 
     treatments: Sequence[str] = tuple(TREATMENTS)
     name: ClassVar[str] = "rbf-svm"
-    summary: ClassVar[str] = "SVM with a Gaussian kernel"
 
     def most_images(self, rows: TrainingRows) -> int:
         """Return as many as there is room for their kernel."""

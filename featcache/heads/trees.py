@@ -243,7 +243,6 @@ class BoostingHead(HeadKind):
     """Gradient-boosted trees: the size of the projection and the number of rounds."""
 
     name: ClassVar[str] = "boosting"
-    summary: ClassVar[str] = "gradient-boosted trees on discriminants"
 
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Grow the most rounds on each size, and look at fewer on the way."""
@@ -303,7 +302,6 @@ class ForestHead(HeadKind):
     """
 
     name: ClassVar[str] = "forest"
-    summary: ClassVar[str] = "random forest or extra trees"
 
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Try both kinds with two sizes of leaves, then components."""
