@@ -45,7 +45,12 @@ from featcache.finetuning.settings import SuffixSettings
     "read them in blocks, and the other heads take a random part. Default: what is free.",
 )
 @options.n_jobs
-@click.option("--random-state", type=int, default=0, help="Seed of everything that is drawn.")
+@click.option(
+    "--random-state",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Seed of everything that is drawn.",
+)
 @options.suffix_training
 @options.json_output
 def train(
@@ -80,7 +85,7 @@ def train(
         output,
         head=list(head),
         layers=list(layers) or None,
-        suffix=SuffixSettings(**given),
+        suffix=SuffixSettings(**given) if given else None,
         backbone=network,
         **settings,
     )

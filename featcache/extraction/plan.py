@@ -89,7 +89,7 @@ class Plan:
         """Return the plan beside the store at `path`, None if there is none."""
         try:
             return cls(path=path, **json.loads(plan_file(path).read_bytes()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError) as error:
             raise ExtractionError(

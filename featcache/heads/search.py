@@ -299,10 +299,10 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
     Raises
     ------
     TrainingError
-        scikit-learn knows no such scoring.
+        scikit-learn knows no such scoring, or it does not score classes.
     """
     options, start = head.options, time.perf_counter()
-    check_scoring(options.scoring)
+    check_scoring(options.scoring, rows.classes)
     kept = rows
     if isinstance(rows.X, FeatureBlocks) and not head.out_of_core:
         some = rows.images_in(options.room // COPIES)
@@ -392,21 +392,41 @@ class _Scored(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return fit_temperature(self.logits, self.codes)
 
 
-def check_scoring(scoring: Scoring) -> Callable[..., float]:
+def check_scoring(scoring: Scoring, classes: np.ndarray | None = None) -> Callable[..., float]:
     """Return the scorer of a name.
+
+    Parameters
+    ----------
+    scoring : str or callable
+        Name of a scorer, or a scorer.
+    classes : ndarray of shape (k,), optional
+        Labels that it is to be tried on.
 
     Raises
     ------
     TrainingError
-        scikit-learn knows no such name.
+        scikit-learn knows no such name, or it scores something else than these labels.
     """
     from sklearn.metrics import get_scorer, get_scorer_names
 
+    if not isinstance(scoring, str) and not callable(scoring):
+        raise TrainingError(f"scoring is the name of a scorer or a scorer, not {scoring!r}")
     if isinstance(scoring, str) and scoring not in get_scorer_names():
         near = difflib.get_close_matches(scoring, get_scorer_names(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}?" if near else "Try accuracy."
         raise TrainingError(f"scikit-learn has no scoring {scoring!r}. {hint}")
     scorer: Callable[..., float] = get_scorer(scoring)
+    if classes is not None:
+        codes = np.repeat(np.arange(len(classes)), 2)  # (2k,): every class twice, and all right
+        known = _Scored(np.eye(len(classes), dtype=np.float32)[codes], classes, codes)
+        try:
+            float(scorer(known, np.arange(len(codes)), classes[codes]))
+        except (ValueError, TypeError) as error:
+            why = str(error).partition("\n")[0].rstrip(".")
+            raise TrainingError(
+                f"scoring {scoring!r} cannot score {len(classes)} classes such as "
+                f"{str(classes[0])!r}: {why}. Try balanced_accuracy, f1_macro or neg_log_loss"
+            ) from error
     return scorer
 
 

@@ -642,14 +642,14 @@ class FeatureStore:
                 convert(piece.reshape(target.shape), target)
 
     def resolve(self, layers: str | Sequence[str] | None) -> list[str]:
-        """Return the full names of taps, given as for `load`; None: of all.
+        """Return the full names of taps, given as for `load`; none: of all.
 
         Raises
         ------
         MissingFeatures
             No such tap; near names are given.
         """
-        if layers is None:
+        if not layers:
             return list(self.taps)
         return [self._resolve(tap) for tap in ([layers] if isinstance(layers, str) else layers)]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from featcache.errors import TrainingError
-from featcache.heads.search import SearchOptions
+from featcache.heads.search import SearchOptions, check_scoring
 
 __all__ = ["TrainingOptions"]
 
@@ -18,7 +21,7 @@ class TrainingOptions(SearchOptions):
     Raises
     ------
     TrainingError
-        A number that is out of range.
+        A value of another type, or out of range.
     """
 
     cv: int = 5
@@ -26,12 +29,30 @@ class TrainingOptions(SearchOptions):
     nested: bool = False
 
     def __post_init__(self) -> None:
-        if self.memory is not None and self.memory < 1:
-            raise TrainingError(f"memory is a number of bytes, at least 1, not {self.memory}")
-        if self.n_jobs == 0:
-            raise TrainingError("n_jobs is the number of fits at a time, or -1: one a core; not 0")
+        weights = self.class_weight
+        if isinstance(weights, Mapping):
+            sound = all(_is(Real, weight, 0, math.inf) for weight in weights.values())
+        else:
+            sound = weights in (None, "balanced")
+        for name, right, expected in (
+            ("cv", _is(Integral, self.cv, 1), "a number of folds, at least 2"),
+            ("memory", self.memory is None or _is(Integral, self.memory, 0), "a number of bytes"),
+            ("n_jobs", self.n_jobs == -1 or _is(Integral, self.n_jobs, 0), "at least 1, or -1"),
+            ("random_state", _is(Integral, self.random_state, -1, 2**32), "from 0 to 2**32 - 1"),
+            ("class_weight", sound, "'balanced', None or positive weights by class"),
+        ):
+            if not right:
+                raise TrainingError(f"{name} is {expected}, not {getattr(self, name)!r}")
+        check_scoring(self.scoring)
 
     def to_request(self) -> dict[str, Any]:
         """Return what the result depends on, as JSON values."""
-        names = ("cv", "group", "scoring", "class_weight", "nested", "random_state")
+        names = ("cv", "group", "scoring", "class_weight", "nested", "random_state", "memory")
         return {name: getattr(self, name) for name in names}
+
+
+def _is(kind: type, value: Any, above: float, below: float = math.inf) -> bool:
+    """Return whether a value is a number of this kind, between two others (excluded)."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return bool(above < value < below)  # type: ignore[operator]

@@ -75,7 +75,7 @@ class TrainedFile:
 
 
 def train_files(
-    stores: Sequence[str | Path],
+    stores: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     head: str | Sequence[str] = (),
@@ -90,7 +90,7 @@ def train_files(
 
     Parameters
     ----------
-    stores : list of path
+    stores : path or list of path
         Files of one fingerprint are put under each other, files of different ones side by side.
     output : path
         Where the predictor goes. Made by the same request from the same features, it is left.
@@ -121,7 +121,8 @@ def train_files(
     """
     target, names = Path(output), head_names(head)
     check_overwrite(target, is_predictor, "a featcache predictor")
-    opened = [FeatureStore.open(path) for path in stores]
+    paths = [stores] if isinstance(stores, str | Path) else stores
+    opened = [FeatureStore.open(path) for path in paths]
     settings = TrainingOptions(**options)
     request: dict[str, Any] = {
         "featcache": __version__,

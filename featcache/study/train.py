@@ -160,6 +160,7 @@ def train(
         random_state=random_state,
     )
     names = head_names(head)
+    _check_arguments(store, names, suffix=suffix, backbone=backbone)
     folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
     kept = f"The finished epochs are kept in {folder}"
     with contextlib.nullcontext() if folder is None else interruptible(kept):
@@ -187,6 +188,17 @@ def train(
     return best
 
 
+def _check_arguments(store: FeatureStore, names: Sequence[str], **of_suffix: Any) -> None:
+    """Refuse a path in place of a store, and what only the head ``suffix`` uses."""
+    if not isinstance(store, FeatureStore):
+        raise TrainingError(f"store is a FeatureStore: FeatureStore.open({str(store)!r})")
+    given = [name for name, value in of_suffix.items() if value is not None]
+    if given and SUFFIX not in names:
+        raise TrainingError(
+            f"{' and '.join(given)} goes with the head {SUFFIX!r}, which is not named"
+        )
+
+
 def _train_heads(
     data: _TrainingData,
     names: Sequence[str],
@@ -211,11 +223,10 @@ def _train_heads(
 
 def head_names(heads: str | Sequence[str]) -> list[str]:
     """Return the heads to train."""
-    given = [heads] if isinstance(heads, str) else list(heads)
+    given = [heads] if isinstance(heads, str) else list(heads or ())
     if not given:
         return list(CLASSICS)
-    if given == ["all"]:
-        return list(HEADS)
+    given = [name for each in given for name in (list(HEADS) if each == "all" else [each])]
     known = [*HEADS, SUFFIX]
     for name in given:
         if name not in known:
