@@ -91,8 +91,8 @@ class Batch:
 Task = tuple[np.ndarray, np.ndarray, int]  # rows (k,), slots (k,), and the slots of the batch
 
 
-def make_tasks(rows: np.ndarray, size: int, *, fixed_slots: bool = False) -> list[Task]:
-    """Return the tasks that cover some rows.
+def make_tasks(rows: np.ndarray, size: int, places: np.ndarray | None = None) -> list[Task]:
+    """Return the tasks that cover some rows, in the order of their places.
 
     Parameters
     ----------
@@ -100,11 +100,15 @@ def make_tasks(rows: np.ndarray, size: int, *, fixed_slots: bool = False) -> lis
         Numbers of the images, ascending; at least one.
     size : int
         Slots of a batch.
-    fixed_slots : bool
-        Give every row the slot ``row % size``, whichever other rows there are: for networks whose
-        features depend, in their last bits, on an image's place in the batch.
+    places : ndarray of int64, shape (k,), optional
+        Give every row the slot ``place % size``, whichever other rows there are: for networks whose
+        features depend, in their last bits, on an image's place in the batch. Left out, the rows
+        are packed.
     """
-    places = rows if fixed_slots else np.arange(len(rows))
+    if places is None:
+        places = np.arange(len(rows))
+    order = np.argsort(places, kind="stable")
+    rows, places = rows[order], places[order]
     edges = np.flatnonzero(np.diff(places // size)) + 1
     parts = zip(np.split(rows, edges), np.split(places % size, edges), strict=True)
     return [(*part, size) for part in parts]

@@ -140,6 +140,8 @@ def filled(
             retry_failed=options.retry_failed,
             by_content=options.augmentation is None,
         )
+        if writer.meta.get("run") is None and len(writer.pending) < len(images):
+            writer.pack(writer.pending)  # what is new fills whole batches
         summary.copied = int(np.count_nonzero(writer.status == DONE))
         summary.failed = int(np.count_nonzero(writer.status == FAILED))
         if len(writer.pending):
@@ -218,7 +220,10 @@ def _fill(
 ) -> None:
     """Compute rows and write them."""
     settings, reported = None, time.monotonic()
-    batches = compute(job.images, runtime, rows, job.options, clock=clock, crashed=crashed)
+    places = writer.places(rows)
+    batches = compute(
+        job.images, runtime, rows, job.options, places=places, clock=clock, crashed=crashed
+    )
     with WriterThread(writer, clock) as thread, contextlib.closing(batches):
         for batch in batches:
             if runtime.settings != settings:  # the first time, or memory ran out: half a batch

@@ -99,6 +99,7 @@ def compute(
     rows: np.ndarray,
     options: Options,
     *,
+    places: np.ndarray | None = None,
     clock: Clock | None = None,
     crashed: bool = False,
 ) -> Generator[Batch, None, None]:
@@ -114,6 +115,8 @@ def compute(
         Numbers of the images, ascending.
     options : Options
         Views and workers.
+    places : ndarray of int64, optional
+        See `make_tasks`; used where a network's features depend on them.
     clock : Clock, optional
         Receives the times.
     crashed : bool
@@ -134,7 +137,8 @@ def compute(
     )
     group = max(1, runtime.settings.batch_size // views)
     size = _task_size(group, views, threads=loader.workers == 0)
-    batches = loader.batches(make_tasks(rows, size, fixed_slots=runtime.settings.fixed_slots))
+    fixed = places if runtime.settings.fixed_slots else None
+    batches = loader.batches(make_tasks(rows, size, fixed))
     on_gpu = runtime.device.type == "cuda"
     computing: deque[tuple[Batch, Pending]] = deque()
     try:
@@ -148,7 +152,9 @@ def compute(
                 _drop_empty_groups(batch, group)
                 # (slots, views, c, h, w) -> (slots * views, c, h, w)
                 pixels = batch.pixels.flatten(0, 1) if batch.pixels.ndim == 5 else batch.pixels
-                pending = runtime.submit(pixels.pin_memory() if on_gpu else pixels)
+                pixels = pixels.pin_memory() if on_gpu else pixels
+                # Whatever is decoded together: a group's batches are the same.
+                pending = runtime.submit(pixels, group=group * views)
                 computing.append((batch, pending))
             # A GPU goes on by itself: one batch is decoded, and the one before fetched and written,
             # while it computes.

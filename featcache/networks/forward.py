@@ -283,13 +283,15 @@ class Runtime:
         """
         return self.submit(pixels).result()
 
-    def submit(self, pixels: np.ndarray | Tensor) -> Pending:
+    def submit(self, pixels: np.ndarray | Tensor, *, group: int | None = None) -> Pending:
         """Start to compute features; a GPU goes on while this process does other things.
 
         Parameters
         ----------
         pixels : uint8 array or tensor, shape (k, channels, h, w)
             Cropped images; see `__call__`.
+        group : int, optional
+            No batch reaches from one group of so many images into the next.
 
         Returns
         -------
@@ -299,17 +301,18 @@ class Runtime:
         batch = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
         parts: list[dict[str, Tensor]] = []
         with self._configured(self.settings):
-            start = 0
+            start, group = 0, group or len(batch)
             while start < len(batch):
                 size = self.settings.batch_size
+                end = min(start + size, start - start % group + group)
                 try:
-                    parts.append(self._forward(batch[start : start + size]))
+                    parts.append(self._forward(batch[start:end]))
                 except (RuntimeError, MemoryError) as error:
                     if not _is_out_of_memory(error) or size == 1:
                         raise
                     self._halve()
                     continue
-                start += size
+                start = end
         return Pending(parts, self._event())
 
     @property

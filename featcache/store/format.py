@@ -25,7 +25,8 @@ dataset              shape, type            content
 ==================== ====================== =======================================================
 
 A row of /rows holds, packed and little-endian: ``sha256`` (32 bytes: of the image's file),
-``size`` and ``mtime_ns`` (int64, -1 = unknown), ``crc32`` (uint32 for each tap, in the order of
+``size`` and ``mtime_ns`` (int64, -1 = unknown; ``size`` of a pending row with a right ``entry_crc``
+is its place in the order of computing), ``crc32`` (uint32 for each tap, in the order of
 fingerprint.taps: CRC-32 of that tap's bytes as stored, seeded with the CRC-32 of ``sha256``),
 ``status`` (uint8: 0 pending, 1 done, 2 failed) and ``entry_crc`` (uint32: CRC-32 of the bytes
 before it, seeded with the CRC-32 of the row's id). The seeds make a row that was written in the

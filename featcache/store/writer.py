@@ -207,6 +207,26 @@ class FeatureWriter:
         """Count rows as pending: images that failed or changed since, to be computed again."""
         self.status[np.asarray(rows, np.int64)] = PENDING
 
+    def pack(self, rows: np.ndarray) -> None:
+        """Give pending rows (k,) the places 0 to k - 1, whose order a resumed run keeps."""
+        entries = np.zeros(len(rows), self._rows.dtype)
+        entries["size"] = np.arange(len(rows))
+        with self._keeping():
+            self._write_entries(rows, entries)
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Return the places of pending rows in the order of computing: int64, (k,), all different.
+
+        That is the place that `pack` gave a row, or else its number. Rows that were done or failed
+        before come after all others.
+        """
+        entries = self.entries(rows)
+        again = entries["status"] != PENDING
+        packed = entries["entry_crc"] == checksums.entry_crcs(entries, self._file.read("ids")[rows])
+        places = np.where(packed, entries["size"], rows)
+        places[again] = places[~again].max(initial=-1) + 1 + np.arange(np.count_nonzero(again))
+        return places
+
     @property
     def fingerprint(self) -> Fingerprint:
         """The fingerprint of the features."""
