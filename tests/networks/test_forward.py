@@ -296,6 +296,21 @@ def test_a_network_to_which_places_matter_is_found_out() -> None:
     assert Runtime(backbone(Uneven), device="cpu", batch_size=4, count=4000).settings.fixed_slots
 
 
+def test_copies_block_where_nothing_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only CUDA has an event to wait for; an Apple GPU would hand out what is not there yet."""
+    right, asked = Tensor.to, []
+
+    def to(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        asked.append(options.get("non_blocking", False))
+        return right(self, *args, **options)
+
+    runtime = Runtime(backbone(), device="cpu", batch_size=4)
+    assert runtime.settings.device == "cpu"
+    monkeypatch.setattr(Tensor, "to", to)
+    runtime(pixels(4))
+    assert asked and not any(asked)
+
+
 def test_a_batch_for_which_memory_runs_out_is_halved_and_tried_again() -> None:
     taken = backbone()
     runtime = Runtime(taken, device="cpu", batch_size=8)
