@@ -98,6 +98,7 @@ class Step:
             if (
                 value.dtype.name not in dtypes
                 or value.ndim != len(names)
+                or not value.size  # whose other dimensions no byte would account for
                 or any(
                     sizes.setdefault(*one) != one[1] for one in zip(names, value.shape, strict=True)
                 )
@@ -106,6 +107,7 @@ class Step:
                     f"{name} of the step {self.kind!r} is {value.dtype} {value.shape}, expected "
                     f"{' or '.join(dtypes)} ({', '.join(names)}), where {sizes}"
                 )
+            self._require(np.isfinite(value).all(), f"a {name} that is not finite")
         self._check_values()
         return sizes.get("out", width)
 
@@ -421,7 +423,6 @@ class Neighbors(Step):
 
     def _check_values(self) -> None:
         k = len(self.factors)
-        self._require(len(self.rows) > 0, "no rows")
         self._require(((self.codes >= 0) & (self.codes < k)).all(), "a row of no class")
         # How many neighbours to look at follows from the smallest weight.
         self._require((self.weights > 0).all(), "a weight that is not positive")
@@ -582,8 +583,9 @@ class Trees(Step):
         leaf = (self.children == itself).all(axis=1)
         right = (self.children > itself).all(axis=1) | leaf
         self._require(right.all(), "a child before its parent")
-        self._require(self.roots.size, "no trees")
         self._require(((self.roots >= 0) & (self.roots < n)).all(), "a root that is none")
+        # Each tree has leaves of its own, whose values account for what a row takes on its way.
+        self._require(len(np.unique(self.roots)) == self.roots.size, "two trees of one root")
         columns = self.roots.shape[1] * self.value.shape[1]
         self._require(len(self.baseline) == columns, "a baseline of other columns")
 

@@ -23,7 +23,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +37,11 @@ from featcache.finetuning.head import SuffixStep
 from featcache.fingerprint import Fingerprint
 from featcache.heads import steps
 from featcache.heads.base import FittedHead
+from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.predictor.inputs import InputTap
+from featcache.results.json_types import check_types
+from featcache.system.tables import first_names
 from featcache.version import __version__
 
 FORMAT_VERSION = 2
@@ -57,26 +59,22 @@ _KINDS: dict[str, type[steps.Step]] = {
 _AS_THEY_ARE = (
     "versions", "head", "params", "classes", "temperature", "metrics", "leaderboard", "request",
 )  # fmt: skip
-# What the text holds: a list of one is a list of such; what may be nothing is not listed.
-_TEXT: Any = {
+_TEXT = {
+    "sha256": str,
+    "format_version": int,
     "created": str,
     "versions": dict,
     "head": str,
     "params": dict,
-    "classes": [str],
+    "classes": tuple[str, ...],
     "temperature": float,
-    "columns": [{"source": int, "tap": str, "width": int}],
-    "fingerprints": [dict],
-    "canaries": [str],
     "metrics": dict,
-    "steps": [dict],
-}
-_FINGERPRINT: Any = {
-    "backbone": str,
-    "weights": str,
-    "state_sha256": str,
-    "taps": [str],
-    "preprocessing": dict,
+    "leaderboard": dict | None,
+    "request": dict | None,
+    "columns": tuple[InputTap, ...],
+    "fingerprints": tuple[Fingerprint, ...],
+    "canaries": tuple[str, ...],
+    "steps": tuple[Mapping[str, Any], ...],
 }
 
 
@@ -169,17 +167,20 @@ def read(content: bytes) -> dict[str, Any]:
         raise PredictorError("It is damaged: its SHA-256 is not that of its content.")
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     text = json.loads(header["__metadata__"][_KEY])
-    if text["format_version"] != FORMAT_VERSION:
+    if (version := text.get("format_version")) != FORMAT_VERSION:
         raise PredictorError(
-            f"It has format version {text['format_version']!r} (made by {text.get('versions')!r}), "
-            f"this featcache {__version__} reads version {FORMAT_VERSION}. Use that featcache, or "
-            "train again."
+            f"It has format version {version!r} (made by {text.get('versions')!r}), this featcache "
+            f"{__version__} reads version {FORMAT_VERSION}. Use that featcache, or train again."
         )
-    _check_fits("text", text, _TEXT)
+    check_types("", text, _TEXT)
     arrays = safetensors.numpy.load(content)
     names = tuple(text["canaries"])
+    pictures = [f"canary_image_{number}" for number in range(len(names))]
+    needed = {"train_sha256", "canary_x", "canary_logits", *pictures}
+    if missing := needed - arrays.keys():
+        raise PredictorError(f"It lacks arrays: {first_names(sorted(missing))}.")
     parts = {
-        **{name: text[name] for name in _AS_THEY_ARE},
+        **{name: text.get(name) for name in _AS_THEY_ARE},
         "classes": tuple(text["classes"]),
         "columns": tuple(InputTap(**column) for column in text["columns"]),
         "fingerprints": tuple(map(_fingerprint, text["fingerprints"])),
@@ -192,11 +193,11 @@ def read(content: bytes) -> dict[str, Any]:
             arrays.pop("canary_x"),
             arrays.pop("canary_logits"),
             names,
-            tuple(arrays.pop(f"canary_image_{i}").tobytes() for i in range(len(names))),
+            tuple(arrays.pop(name).tobytes() for name in pictures),
         ),
     }
     if arrays:
-        raise PredictorError(f"It holds arrays of no part: {', '.join(sorted(arrays))}.")
+        raise PredictorError(f"It holds arrays of no part: {first_names(sorted(arrays))}.")
     _check_parts(**parts)
     return parts
 
@@ -205,39 +206,32 @@ def _step(number: int, values: dict[str, Any], arrays: dict[str, npt.NDArray[Any
     """Return a step of its values in the text and its arrays, which it takes out of `arrays`."""
     prefix = f"step{number}."
     mine = {name: arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
-    kind = _KINDS.get(values.pop("kind"))
+    kind = _KINDS.get(str(values.pop("kind", "")))
     if kind is None:
         raise PredictorError(f"Step {number} of its head is of no kind that this featcache knows.")
-    return kind.of({name.removeprefix(prefix): one for name, one in mine.items()}, **values)
-
-
-def _check_fits(name: str, value: Any, kind: Any) -> None:
-    """Refuse JSON that is not of the types that `kind` says."""
-    if isinstance(kind, list) and isinstance(value, list):
-        for one in value:
-            _check_fits(name, one, kind[0])
-    elif isinstance(kind, dict) and isinstance(value, dict):
-        for key, inner in kind.items():
-            _check_fits(key, value.get(key), inner)
-    elif not isinstance(kind, type) or type(value) is not kind:
-        raise PredictorError(f"Its {name!r} is {value!r:.80}, which no predictor has there.")
+    try:
+        return kind.of({name.removeprefix(prefix): one for name, one in mine.items()}, **values)
+    except (TypeError, ValueError) as error:
+        raise PredictorError(f"Step {number} of its head cannot be made: {error}.") from error
 
 
 def _fingerprint(values: Any) -> Fingerprint:
-    """Return a fingerprint of the text after checking the types of its fields."""
-    _check_fits("fingerprint", values, _FINGERPRINT)
+    """Return a fingerprint of the text, whose types are right, after checking its values."""
     made = Fingerprint.from_dict(values)
     right = (
         made.source in ("torchvision", "timm", "callable", "module")
         and made.taps
+        and made.preprocessing
         and made.precision in ("float32", "bfloat16", "float16")
         and made.store_dtype in ("float32", "float16")
-        and isinstance(made.augmentation, dict | None)
-        and isinstance(made.partial, dict | None)
     )
+    try:
+        Preprocessing.from_dict(made.preprocessing)
+        Augmentation.from_dict(made.augmentation or {})
+    except (TypeError, ValueError):
+        right = False
     if not right:
         raise PredictorError(f"One of its fingerprints is damaged: {values!r:.200}.")
-    Augmentation.from_dict(made.augmentation or {})
     return made
 
 
@@ -256,20 +250,29 @@ def _check_parts(
     d, k, rows = sum(column.width for column in columns), len(classes), canaries
     for right, what in (
         (k >= 2 and list(classes) == sorted(set(classes)), "classes"),
-        (math.isfinite(temperature) and temperature > 0, "temperature"),
-        (all(one.width > 0 for one in columns), "columns"),
-        (all(0 <= one.source < len(fingerprints) for one in columns), "sources"),
-        (all(one.tap in fingerprints[one.source].taps for one in columns), "taps"),
+        # Scores are float32, and stay finite when they are divided by it.
+        (1e-200 < temperature < 1e200, "temperature"),
+        (
+            all(
+                one.width > 0
+                and 0 <= one.source < len(fingerprints)
+                and one.tap in fingerprints[one.source].taps
+                for one in columns
+            ),
+            "columns",
+        ),
         (len({one.views for one in fingerprints}) == 1, "views"),
         (train_sha256.dtype == np.uint8 and train_sha256.shape[1:] == (32,), "training images"),
-        (rows.x.dtype == np.float32 and rows.x.shape == (len(rows.x), d), "canary rows"),
+        # One at least: its numbers account for the columns.
+        (rows.x.dtype == np.float32 and rows.x.shape[1:] == (d,) and rows.x.size, "canary rows"),
         (
-            rows.logits.dtype == np.float32 and rows.logits.shape == (len(rows.x), k),
+            rows.logits.dtype == np.float32 and rows.logits.shape == (*rows.x.shape[:1], k),
             "canary scores",
         ),
+        (len(rows.images) in (0, *rows.x.shape[:1]), "canary images"),
     ):
         if not right:
-            raise PredictorError(f"Its {what} do not fit its other parts, or are none.")
+            raise PredictorError(f"There is a mistake in its {what}.")
     width = d
     for step in estimator.steps:
         width = step.check(width)

@@ -499,14 +499,9 @@ class Predictor:
             ) from error
         try:
             return cls._read(data)
-        except FeatcacheError as error:
-            raise PredictorError(f"{target}: {error}") from error
         except Exception as error:
             # What hostile bytes can make of JSON and arrays is endless; all of it is one error.
-            raise PredictorError(
-                f"{target} is not a usable predictor: {type(error).__name__}: "
-                f"{' '.join(str(error).split())}"
-            ) from error
+            raise PredictorError(f"{target}: {' '.join(str(error).split())}") from error
 
     @classmethod
     def _read(cls, data: bytes) -> Self:

@@ -120,25 +120,19 @@ class Figures:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], prefix: str = "") -> Figures:
-        """Return the figures that `to_dict` wrote.
+        """Return the figures that `to_dict` wrote, in `values` of the types `FIGURES`."""
+        kept = {name: values[prefix + name] for name in FIGURES}
+        for name in _SCORES:
+            kept[name] = Score(kept[name], *kept.pop(f"{name}_interval"))
+        return cls(**kept)
 
-        Raises
-        ------
-        KeyError, TypeError, ValueError
-            A figure is missing, or is not a number.
-        """
 
-        def score(name: str) -> Score:
-            return Score(values[prefix + name], *values[f"{prefix}{name}_interval"])
-
-        return cls(
-            images=int(values[f"{prefix}images"]),
-            accuracy=score("accuracy"),
-            balanced_accuracy=score("balanced_accuracy"),
-            macro_f1=score("macro_f1"),
-            log_loss=float(values[f"{prefix}log_loss"]),
-            ece=float(values[f"{prefix}ece"]),
-        )
+_SCORES = ("accuracy", "balanced_accuracy", "macro_f1")
+FIGURES: Mapping[str, Any] = {
+    **dict.fromkeys(("log_loss", "ece", *_SCORES), float),
+    **{f"{name}_interval": tuple[float, float] for name in _SCORES},
+    "images": int,
+}
 
 
 @dataclass(frozen=True, eq=False)

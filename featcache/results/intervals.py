@@ -72,6 +72,9 @@ class Score(float):
         """The ends of the interval."""
         return self.low, self.high
 
+    def __repr__(self) -> str:
+        return f"Score({float(self)}, {self.low}, {self.high})"
+
     def __str__(self) -> str:
         return f"{float(self):.3f} [{self.low:.3f}, {self.high:.3f}]"
 

@@ -8,10 +8,11 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from featcache.errors import PredictorError
-from featcache.results.evaluation import Figures
+from featcache.results.evaluation import FIGURES, Figures
+from featcache.results.json_types import check_types
 from featcache.system.tables import html_table, text_table
 
 
@@ -54,6 +55,9 @@ class LeaderboardRow:
     peak_mb: float
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<LeaderboardRow: {self.head}, CV accuracy {self.cv.accuracy}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON values: "cv_accuracy" is out of fold, "accuracy" held out."""
         nothing = dict.fromkeys(self.cv.to_dict())
@@ -69,15 +73,20 @@ class LeaderboardRow:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LeaderboardRow:
-        """Return the row that `to_dict` wrote; a figure that is missing is a KeyError."""
+        """Return the row that `to_dict` wrote, in `values` of other types a PredictorError."""
+        scored = values.get("accuracy") is not None
+        kinds = {
+            **get_type_hints(cls),
+            **{f"cv_{name}": kind for name, kind in FIGURES.items()},
+            **(FIGURES if scored else dict.fromkeys(FIGURES, type(None))),
+        }
+        del kinds["cv"], kinds["held_out"]
+        check_types("leaderboard", values, kinds)
         return cls(
-            head=str(values["head"]),
-            params=dict(values["params"]),
-            cv_score=float(values["cv_score"]),
             cv=Figures.from_dict(values, "cv_"),
-            held_out=None if values["accuracy"] is None else Figures.from_dict(values),
-            notes=tuple(str(note) for note in values["notes"]),
-            **{name: float(values[name]) for name in _MEASURED},
+            held_out=Figures.from_dict(values) if scored else None,
+            notes=tuple(values["notes"]),
+            **{name: values[name] for name in ("head", "params", "cv_score", *_MEASURED)},
         )
 
     def to_flat(self) -> dict[str, Any]:
@@ -132,7 +141,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
     def to_dict(self) -> dict[str, Any]:
         """Return the leaderboard as JSON values."""
         return {
-            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
+            **vars(self),
             "notes": list(self.notes),
             "rows": [row.to_dict() for row in self.rows],
         }
@@ -146,13 +155,13 @@ class Leaderboard(Sequence[LeaderboardRow]):
         PredictorError
             It is none.
         """
-        try:
-            rest = {name: values[name] for name in _PLAIN_FIELDS}
-            rest["notes"] = tuple(str(note) for note in values["notes"])
-            rows = tuple(map(LeaderboardRow.from_dict, values["rows"]))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise PredictorError(f"The leaderboard in the predictor is damaged: {error}") from error
-        return cls(rows=rows, **rest)
+        check_types(
+            "leaderboard", values, get_type_hints(cls) | {"rows": tuple[Mapping[str, Any], ...]}
+        )
+        if not values["rows"]:
+            raise PredictorError("Its leaderboard has no rows.")
+        rows = tuple(map(LeaderboardRow.from_dict, values["rows"]))
+        return cls(**{**values, "rows": rows, "notes": tuple(values["notes"])})
 
     def to_json(self) -> str:
         """Return the leaderboard as JSON."""
@@ -170,11 +179,16 @@ class Leaderboard(Sequence[LeaderboardRow]):
     def to_text(self) -> str:
         """Return the table, the best head and how its hyper-parameters were chosen, for people."""
         header, *cells = self._cells()
-        lines = [text_table(header, cells), "", self._caption(), *self.notes]
-        for row in self.rows:
-            for note in row.notes:
-                lines.append(note if note.startswith(row.head) else f"{row.head}: {note}")
-        return "\n".join(lines)
+        return "\n".join([text_table(header, cells), "", self._caption(), *self.remarks])
+
+    @property
+    def remarks(self) -> list[str]:
+        """The notes of the comparison, then those of its heads, with their names."""
+        return [*self.notes] + [
+            note if note.startswith(row.head) else f"{row.head}: {note}"
+            for row in self.rows
+            for note in row.notes
+        ]
 
     def _caption(self) -> str:
         best = self.rows[0]
@@ -209,13 +223,14 @@ class Leaderboard(Sequence[LeaderboardRow]):
 
     def _repr_html_(self) -> str:
         header, *cells = self._cells()
-        return f"{html_table(header, cells)}<p>{html.escape(self._caption())}</p>"
+        lines = map(html.escape, (self._caption(), *self.remarks))
+        return html_table(header, cells) + "".join(f"<p>{line}</p>" for line in lines)
 
     def __str__(self) -> str:
         return self.to_text()
 
-
-_PLAIN_FIELDS = ("scoring", "n_fit", "n_test", "n_unlabelled", "folds")
+    def __repr__(self) -> str:
+        return f"<Leaderboard: {len(self)} heads, the best: {self.rows[0]!r}>"
 
 
 def _short(value: Any) -> str:

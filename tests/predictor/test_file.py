@@ -151,7 +151,7 @@ def test_arrays_of_other_names_are_refused(files: dict[str, Path], tmp_path: Pat
     for path in files.values():
         _, arrays = parts_of(path)
         for name in arrays:
-            with pytest.raises(PredictorError):
+            with pytest.raises(PredictorError, match=r": (It lacks|Step \d of its head cannot)"):
                 Predictor.load(rewritten(path, tmp_path / "x", lambda _, a, n=name: a.pop(n)))
         for name in ("more", "step0.more", "step9.weight", "canary_image_0"):
             with pytest.raises(PredictorError, match=r"more|step9|canary"):
@@ -196,6 +196,10 @@ EDITS: dict[str, tuple[str, str, Callable[[np.ndarray], Any]]] = {
     "a temperature of zero": ("knn", "temperature", lambda a: a.__imul__(0)),
     "no neighbours": ("knn", "n_neighbors", lambda a: a.__imul__(0)),
     "counts beyond the vectors": ("rbf-svm", "counts", lambda a: a.__imul__(1000)),
+    "two trees of one root": ("forest", "roots", lambda a: a.__setitem__(1, a[0])),
+    "a leaf that is no number": ("forest", "value", lambda a: a.__setitem__((-1, 0), np.nan)),
+    "a weight that is no number": ("linear", "weight", lambda a: a.__setitem__((0, 0), np.nan)),
+    "an infinite weight": ("mlp", "weight", lambda a: a.__setitem__((0, 0), np.inf)),
     "negative counts": ("rbf-svm", "counts", lambda a: a.__imul__(np.array([-1, 1, 1]))),
 }
 
@@ -207,12 +211,51 @@ def test_values_that_a_computation_could_not_stand_are_refused(
     head, name, edit = EDITS[what]
 
     def change(text: dict[str, Any], arrays: Arrays) -> None:
-        (found,) = (key for key in arrays if key.endswith(f".{name}"))
+        found = next(key for key in sorted(arrays) if key.endswith(f".{name}"))
         arrays[found] = arrays[found].copy()
         edit(arrays[found])
 
     with pytest.raises(PredictorError, match="the step"):
         Predictor.load(rewritten(files[head], tmp_path / "x", change))
+
+
+def test_a_width_that_no_byte_accounts_for_is_refused(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    shapes = {
+        "step0.weight": (0, 3), "step0.bias": (0,), "step1.vectors": (10**6, 0), "step1.gamma": (),
+        "step2.weight": (0, 10**6), "step2.bias": (0,), "step3.weight": (3, 0), "step3.bias": (3,),
+    }  # fmt: skip
+
+    def change(text: dict[str, Any], arrays: Arrays) -> None:
+        for name in [name for name in arrays if name.startswith("step")]:
+            del arrays[name]
+        text["steps"] = [{"kind": kind} for kind in ("matrix", "gaussian", "matrix", "matrix")]
+        arrays |= {name: np.zeros(shape) for name, shape in shapes.items()}
+        arrays["canary_logits"] = np.zeros_like(arrays["canary_logits"])
+
+    changed = rewritten(files["linear"], tmp_path / "x", change)
+    assert changed.stat().st_size < 20_000
+    with pytest.raises(PredictorError, match=r"weight of the step 'matrix' is float64 \(0, 3\)"):
+        Predictor.load(changed)
+
+
+CANARIES: dict[str, Callable[[dict[str, Any], Arrays], Any]] = {
+    "canary rows": lambda _, a: a.update({n: a[n][:0] for n in ("canary_x", "canary_logits")}),
+    "canary scores": lambda _, a: a.update(canary_logits=a["canary_logits"][0]),
+    "canary images": lambda t, a: (
+        t["canaries"].append("x"),
+        a.update(canary_image_0=np.zeros(9, np.uint8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CANARIES)
+def test_canaries_that_check_nothing_are_refused(
+    files: dict[str, Path], tmp_path: Path, what: str
+) -> None:
+    with pytest.raises(PredictorError, match=f"mistake in its {what}"):
+        Predictor.load(rewritten(files["linear"], tmp_path / "x", CANARIES[what]))
 
 
 def survive(path: Path, target: Path, rounds: int, seed: int) -> int:

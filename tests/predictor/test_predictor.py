@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -514,6 +515,27 @@ MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "canaries that are not there": lambda m: m.update(canaries=["x"] * 9),
     "metrics a list": lambda m: m.update(metrics=[]),
     "a leaderboard that is none": lambda m: m.update(leaderboard={"rows": 3}),
+    "a leaderboard without rows": lambda m: m["leaderboard"].update(rows=[]),
+    "images counted in words": lambda m: m["leaderboard"].update(n_fit="x"),
+    "another note": lambda m: m["leaderboard"].update(left_out=[1]),
+    "a row that is none": lambda m: m["leaderboard"].update(rows=[3]),
+    "two names of a head": lambda m: m["leaderboard"]["rows"][0].update(head=["svm", "knn"]),
+    "parameters in a list": lambda m: m["leaderboard"]["rows"][0].update(params=[["C", 1]]),
+    "a score that is none": lambda m: m["leaderboard"]["rows"][0].update(cv_accuracy=float("nan")),
+    "half an interval": lambda m: m["leaderboard"]["rows"][0].update(cv_macro_f1_interval=[0.5]),
+    "half a held-out score": lambda m: m["leaderboard"]["rows"][0].update(accuracy=0.5),
+    "a request in words": lambda m: m.update(request="x"),
+    "a version that is no whole number": lambda m: m.update(format_version=2.0),
+    "a temperature that leaves no scores": lambda m: m.update(temperature=1e-320),
+    "a column with more": lambda m: m["columns"][0].update(more=1),
+    "a source that is true": lambda m: m["columns"][0].update(source=True),
+    "a fingerprint without taps": lambda m: m["fingerprints"][0].update(taps=[]),
+    "views in words": lambda m: m["fingerprints"][0].update(augmentation={"views": "x"}),
+    "preprocessing of nothing": lambda m: m["fingerprints"][0].update(preprocessing={}),
+    "preprocessing in words": lambda m: m["fingerprints"][0].update(preprocessing={"crop": "x"}),
+    "a step of two kinds": lambda m: m["steps"][0].update(kind=["matrix", "unit"]),
+    "the rest of no network": lambda m: m.update(steps=[{"kind": "suffix"}]),
+    "more": lambda m: m.update(more=1),
     "nothing": lambda m: m.clear(),
     "no steps": lambda m: m.update(steps=[]),
     "a step of no kind": lambda m: m["steps"].append({"kind": "pickle"}),
@@ -526,8 +548,10 @@ MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("what", MANIFEST_EDITS)
 def test_hostile_manifests(named: Path, tmp_path: Path, what: str) -> None:
     target = edited(named, tmp_path, MANIFEST_EDITS[what])
-    with pytest.raises(PredictorError, match=str(target)):
+    with pytest.raises(PredictorError, match=str(target)) as error:
         Predictor.load(target)
+    # A sentence of featcache's own, not Python's.
+    assert re.search(r": (Its?|The|There|One|Step \d|[a-z]+ of the step) ", str(error.value))
 
 
 @pytest.mark.parametrize(

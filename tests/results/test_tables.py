@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import featcache as fc
+from featcache.results.intervals import Score
 from tests.labelled import clusters, make_store
 from tests.reported import CLASSES, Case, case
 
@@ -28,6 +30,25 @@ def test_of_an_evaluation(made: Case) -> None:
     assert f"{made.evaluation.accuracy:.3f}" in text
     assert "30 images are left out" in text
     assert text.count("<tr>") == 2 + 5 + 3
+
+
+def test_of_a_leaderboard(made: Case) -> None:
+    svm, linear = made.leaderboard
+    notes = {"notes": ("svm was trained on <30> of 60 images.", "few images")}
+    board = replace(made.leaderboard, rows=(replace(svm, **notes), linear), notes=("as a whole",))
+    text = board._repr_html_()
+    assert text.count("<tr>") == 3 and "best by cross-validation: svm" in text
+    assert text.endswith(
+        "<p>as a whole</p><p>svm was trained on &lt;30&gt; of 60 images.</p><p>svm: few images</p>"
+    )
+
+
+def test_of_a_console(made: Case) -> None:
+    said = "<LeaderboardRow: svm, CV accuracy 0.900 [0.880, 0.920]>"
+    assert repr(made.leaderboard[0]) == said
+    assert repr(made.leaderboard) == f"<Leaderboard: 2 heads, the best: {said}>"
+    assert repr(Score(1.0, 0.5, 1.0)) == "Score(1.0, 0.5, 1.0)"
+    assert "accuracy=Score(0.9, 0.88, 0.92)" in repr(made.leaderboard[0].cv)
 
 
 def test_of_a_predictor(made: Case) -> None:
