@@ -38,7 +38,7 @@ def export_model(predictor: Predictor, path: str | Path) -> None:
     Parameters
     ----------
     predictor : Predictor
-        With a head made of layers: linear, svm, ridge, mlp or suffix.
+        With a head made of layers, see `Predictor.to_torch`.
     path : path
         Ending in ``.onnx`` (for onnxruntime and others) or ``.pt2`` (for ``torch.export.load``).
 

@@ -433,7 +433,7 @@ class Predictor:
         Raises
         ------
         PredictorError
-            The head is not made of layers: linear, svm, ridge, mlp and suffix are.
+            The head is not made of layers; the message names those that are.
         """
         from featcache.predictor.grafting import graft
 

@@ -100,7 +100,7 @@ def write_report(
         "suspects": _suspects(evaluation, findings, pictures),
         "duplicates": _duplicates(evaluation, store, pictures),
         "facts": _facts(store),
-        "commands": _commands(store, target),
+        "commands": _commands(store, leaderboard, target),
         **columns,
     }
     figure: tuple[dict[str, Any] | None, list[str]] = (None, [])
@@ -390,7 +390,9 @@ def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _commands(store: FeatureStore | None, target: Path) -> list[str]:
+def _commands(
+    store: FeatureStore | None, leaderboard: Leaderboard | None, target: Path
+) -> list[str]:
     """Return the three commands; capitals stand for what is not known here."""
     if store is None:
         return []
@@ -398,8 +400,9 @@ def _commands(store: FeatureStore | None, target: Path) -> list[str]:
     if not isinstance(extracted, str):
         options = ["-o", path, "--backbone", spec_of(one), "--weights", one.weights]
         extracted = f"featcache extract IMAGES {shlex.join(options)}"
+    heads = "".join(f" --head {row.head}" for row in leaderboard or ())
     return [
         extracted,
-        f"featcache train {shlex.join(store.paths)} -o PREDICTOR.featcache",
+        f"featcache train {shlex.join(store.paths)} -o PREDICTOR.featcache{heads}",
         f"featcache evaluate PREDICTOR.featcache {shlex.join([path, '--report', str(target)])}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,9 @@ def test_every_section_is_shown(shown: Any) -> None:
     text = find(shown, "main").text
     assert "svm (C 10); 30 images to train on, 5 folds, 30 held out." in text
     assert "0.900 [0.880, 0.920]" in text
-    assert "featcache train" in text
+    notes = [one.text for one in shown.find_elements(By.CSS_SELECTOR, "#heads-notes p")]
+    assert notes == ["as a whole", "svm was trained on <20> of 30 images.", "svm: few images"]
+    assert re.search(r"featcache train .* --head svm --head linear\n", text)
     for name in CLASSES:
         assert name in text
     assert "30 images are left out" in find(shown, "header").text
@@ -207,6 +210,9 @@ def test_nothing_sticks_out(shown: Any, width: int) -> None:
         assert shown.execute_script("return document.documentElement.scrollWidth") <= width
         plot = find(shown, "#map-plot").size
         assert 250 < plot["width"] <= width
+        links = find(shown, "#links")
+        needed = shown.execute_script("return arguments[0].scrollWidth", links)
+        assert width < 600 or needed <= links.size["width"]  # a phone's are moved by a finger
     finally:
         shown.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -53,7 +53,8 @@ for (const [name, value, small] of figures) {
   add(add(box, "dd", value), "small", small);
 }
 $("notes").textContent = [
-  `Brackets are 95 % bootstrap intervals over ${found.resampled}.`,
+  `Brackets are 95 % intervals over ${found.resampled}: by the bootstrap, or Wilson's where a `
+    + "figure is 0 or 1.",
   ...found.notes.map((note) => `${note}.`)].join(" ");
 $("version").textContent = data.version;
 
@@ -98,7 +99,9 @@ if (data.leaderboard) {
     add(line, "td", row.predict_us.toFixed(0));
     whiskers(add(line, "td"), row);
   }
-  for (const note of board.notes) add($("heads-notes"), "p", note, {class: "quiet"});
+  const notes = [...board.notes, ...board.rows.flatMap((row) => row.notes.map((note) =>
+    note.startsWith(row.head) ? note : `${row.head}: ${note}`))];
+  for (const note of notes) add($("heads-notes"), "p", note, {class: "quiet"});
 }
 
 // --- classes ---
