@@ -135,7 +135,7 @@ heads = click.option(
     "head",
     multiple=True,
     metavar="HEAD",
-    help="linear, svm, rbf-svm, forest, boosting, knn, mlp, ridge, all, or suffix (the rest of the "
+    help="linear, svm, rbf-svm, forest, boosting, ridge, knn, mlp, all, or suffix (the rest of the "
     "network). May be repeated.  [default: linear, svm, rbf-svm, forest]",
 )
 own_network = stacked(

@@ -42,7 +42,7 @@ from featcache.finetuning.settings import SuffixSettings
     "--memory",
     type=options.size,
     help="Memory to stay within, such as 1GB. Where features do not fit, linear, svm and ridge "
-    "read them in blocks, and the other heads take a random part. Default: what is free.",
+    "read them in blocks, and the others take a random part of each class. Default: what is free.",
 )
 @options.n_jobs
 @click.option(

@@ -524,7 +524,8 @@ class FeatureStore:
         else:
             if group and self.groups is None:
                 raise TrainingError(
-                    f"{self.paths[0]} has no groups. Run `featcache extract` with --group-column."
+                    f"{', '.join(self.paths)} has no groups. Extract with --group-column (nothing "
+                    "is computed again)."
                 )
             fit, test = splitting.holdout(
                 self.labels,

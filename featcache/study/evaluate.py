@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from featcache.errors import PredictorError, TrainingError
 from featcache.results.evaluation import Evaluation, with_own_groups
@@ -45,9 +46,9 @@ def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
     rows = np.flatnonzero(labelled & ~seen)
     notes = []
     if seen.any():
-        notes.append(f"{int(seen.sum()):,} images that it was trained on are left out")
+        notes.append(_left_out(seen, "that it was trained on"))
     if not labelled.all():
-        notes.append(f"{int((~labelled).sum()):,} images without a label are left out")
+        notes.append(_left_out(~labelled, "without a label"))
     if not len(rows):
         raise TrainingError(
             f"None of the {len(store):,} images of {', '.join(store.paths)} can be scored: "
@@ -74,3 +75,8 @@ def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
         groups=None if groups is None or (groups == "").all() else with_own_groups(groups),
         notes=tuple(notes),
     )
+
+
+def _left_out(rows: npt.NDArray[np.bool_], which: str) -> str:
+    n = int(rows.sum())
+    return f"1 image {which} is left out" if n == 1 else f"{n:,} images {which} are left out"

@@ -21,6 +21,7 @@ from PIL import Image
 
 from featcache.cli.main import main
 from featcache.finetuning.settings import SuffixSettings
+from featcache.heads.table import HEADS
 
 NETWORK = ["--backbone", "resnet18", "--weights", "none", "--image-size", "64"]
 FAST = ["--batch-size", "8", "--workers", "0", "--no-compile", "--device", "cpu"]
@@ -218,6 +219,12 @@ def test_the_bar_of_predict_names_the_network(
 ) -> None:
     result = featcache("predict", predictor, flower_folder / "rose", "-o", tmp_path / "p.csv")
     assert result.exit_code == 0 and "resnet18: " in result.stderr
+
+
+def test_help_names_the_heads_in_the_order_of_messages() -> None:
+    text = " ".join(succeed("train", "--help").split())
+    assert f"{', '.join(HEADS)}, all, or suffix" in text
+    assert "the others take a random part of each class" in text
 
 
 def test_help_says_what_a_network_of_ones_own_returns() -> None:

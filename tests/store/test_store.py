@@ -900,7 +900,7 @@ def test_split_is_stratified_disjoint_and_seeded(path: Path) -> None:
     assert not set(fit.groups) & set(test.groups)
     with pytest.raises(TrainingError, match="--split-column"):
         store.split(None)
-    with pytest.raises(TrainingError, match="--group-column"):
+    with pytest.raises(TrainingError, match=r"Extract with --group-column \(nothing"):
         stores.store(path.with_name("b.h5")).split(group=True)
 
 

@@ -269,6 +269,8 @@ def test_images_without_a_label_are_counted(
     found = evaluate(predictor, other)
     assert len(found) == 6
     assert found.notes == ("3 images without a label are left out",)
+    few = evaluate(predictor, other.select(np.arange(3)))
+    assert few.notes == ("1 image without a label is left out",)
 
 
 def test_features_of_another_origin_are_refused_field_by_field(
