@@ -12,10 +12,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from featcache.errors import CorruptStore, FormatVersionError
+from featcache.system.tables import first_names
 
 __all__ = ["FORMAT_VERSION", "Fingerprint", "canonical_json", "differences", "state_sha256"]
 
@@ -73,7 +74,8 @@ class Fingerprint(Record):
     backbone : str
         Name of the network in its family.
     weights : str
-        Published name (``"IMAGENET1K_V2"``, never ``"DEFAULT"``), file name, or ``"none"``.
+        Published name (``"IMAGENET1K_V2"``, never ``"DEFAULT"``), file name, or ``"none"``. It is
+        shown, and not compared: `state_sha256` tells the weights.
     state_sha256 : str
         `state_sha256` of the network as loaded.
     taps : tuple of str
@@ -86,8 +88,10 @@ class Fingerprint(Record):
         Type of the stored features.
     augmentation : dict, optional
         ``Augmentation.to_dict()`` where augmented views are stored.
-    partial : dict, optional
-        Keys that a weights file left out that fitted in part.
+    checkpoint : dict, optional
+        What of a weights file was loaded; shown, and not compared.
+    untrained : str, optional
+        Why the network counts as untrained, in a sentence; shown, and not compared.
     varying : bool
         Whether features were accepted that are no function of the image alone.
     format_version : int
@@ -96,25 +100,26 @@ class Fingerprint(Record):
 
     source: str
     backbone: str
-    weights: str
+    weights: str = field(compare=False)
     state_sha256: str
     taps: tuple[str, ...]
     preprocessing: Mapping[str, Any]
     precision: str = "float32"
     store_dtype: str = "float32"
     augmentation: Mapping[str, Any] | None = None
-    partial: Mapping[str, Any] | None = None
+    checkpoint: Mapping[str, Any] | None = field(default=None, compare=False)
+    untrained: str | None = field(default=None, compare=False)
     varying: bool = False
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         # Tuples inside dictionaries become lists now, not at the first round trip through a file.
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
             if isinstance(value, Mapping):
-                object.__setattr__(self, field.name, json.loads(canonical_json(dict(value))))
+                object.__setattr__(self, each.name, json.loads(canonical_json(dict(value))))
             elif isinstance(value, list | tuple):
-                object.__setattr__(self, field.name, tuple(value))
+                object.__setattr__(self, each.name, tuple(value))
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
@@ -134,7 +139,7 @@ class Fingerprint(Record):
                 f"It was written in format version {values['format_version']}; this featcache "
                 f"reads version {FORMAT_VERSION}."
             )
-        odd = values.keys() ^ {field.name for field in dataclasses.fields(cls)}
+        odd = values.keys() ^ {each.name for each in dataclasses.fields(cls)}
         if odd:
             raise CorruptStore(
                 f"The fingerprint has missing or unknown fields: {', '.join(sorted(odd))}"
@@ -142,7 +147,7 @@ class Fingerprint(Record):
         return cls(**values)
 
     def to_json(self) -> str:
-        """Return the canonical JSON text; equal fingerprints give equal text."""
+        """Return the canonical JSON text, which `from_json` reads."""
         return canonical_json(self.to_dict())
 
     @classmethod
@@ -155,12 +160,34 @@ class Fingerprint(Record):
         return cls.from_dict(values)
 
     @property
+    def compared(self) -> dict[str, Any]:
+        """The fields that are compared, as JSON values."""
+        shown = {each.name for each in dataclasses.fields(self) if not each.compare}
+        return {name: value for name, value in self.to_dict().items() if name not in shown}
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 of the canonical JSON of what is compared, as 64 hexadecimal digits."""
+        return hashlib.sha256(canonical_json(self.compared).encode()).hexdigest()
 
     def __hash__(self) -> int:
-        return hash(self.to_json())
+        return hash(self.digest)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on what is wrong with the weights."""
+        random = (self.checkpoint or {}).get("random")
+        left = f"{self.weights} leaves layers of {self.backbone} before the tap at random"
+        found = [f"{left}: {first_names(random)}"] if random else []
+        return found + ([self.untrained] if self.untrained else [])
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on the weights: what of a file was loaded, and `warnings`."""
+        made = self.checkpoint
+        loaded = made and f"{made.get('loaded')} of {made.get('parameters')} parameters"
+        where = f"of {self.backbone} were loaded from {self.weights}"
+        return ([f"{loaded} {where}"] if loaded else []) + self.warnings
 
     @property
     def views(self) -> int:
@@ -186,6 +213,8 @@ class Fingerprint(Record):
         >>> print(a.diff(b, names=("stored", "asked for")))
         backbone: 'resnet18' (stored), 'resnet50' (asked for)
         """
+        if self.state_sha256 == other.state_sha256:
+            return differences(self.compared, other.compared, names)
         return differences(self.to_dict(), other.to_dict(), names)
 
 

@@ -64,7 +64,8 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
 @options.output("STORE.h5", "Feature file to write, or to bring up to date.", required=True)
 @options.backbone
 @options.weights
-@options.flag("--partial", "Accept a checkpoint that fits in part, and record which part.")
+@options.weights_key
+@options.flag("--partial", "Accept a checkpoint that leaves layers before TAP at random.")
 @options.layer(
     'Layer to read features from, such as layer4:max; see "featcache layers --help". May be '
     "repeated. Default: the pooling layer, or the input of the network's head."
@@ -153,7 +154,9 @@ def extract(
     a changed folder: only new content is computed.
     """
     listing = {name: settings.pop(name) for name in options.LISTING}
-    network = {name: settings.pop(name) for name in ("layers", "image_size", "partial")}
+    network = {
+        name: settings.pop(name) for name in ("layers", "image_size", "partial", "weights_key")
+    }
     context = click.get_current_context()
     for name in options.OF_LABELS:
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE

@@ -113,6 +113,11 @@ weights = click.option(
     "weights. Default: the newest of torchvision (of mobilenet_v2: IMAGENET1K_V1), or timm's own "
     "choice.",
 )
+weights_key = click.option(
+    "--weights-key",
+    metavar="NAME",
+    help="Dictionary or prefix in the checkpoint to take, where several fit, such as teacher.",
+)
 image_size = click.option(
     "--image-size", **count(), help="Side of the square crop in pixels. Default: as for WEIGHTS."
 )
@@ -195,4 +200,5 @@ suffix_training = stacked(
     click.option(
         "--weights", metavar="FILE", help="suffix: checkpoint of the network, if it has one."
     ),
+    weights_key,
 )

@@ -60,6 +60,7 @@ def train(
     head: tuple[str, ...],
     backbone: str | None,
     weights: str | None,
+    weights_key: str | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -79,7 +80,11 @@ def train(
         name = next(iter(given), "backbone" if backbone else "weights")
         name = {"first": "from"}.get(name, name).replace("_", "-")
         raise click.UsageError(f"--{name} is for --head suffix.")
-    network = None if backbone is None else featcache.Backbone(backbone, weights=weights or "auto")
+    network = (
+        None
+        if backbone is None
+        else featcache.Backbone(backbone, weights=weights or "auto", weights_key=weights_key)
+    )
     result = featcache.train_files(
         list(stores),
         output,

@@ -231,6 +231,8 @@ def extract(
     )
     _check(store_dtype, on_error, max_failures)
     path = os.path.realpath(path)
+    for earlier in reuse.recorded_requests(path):
+        backbone.recall(earlier)
     job = Job(
         path, images, backbone, options, _request(backbone, options, store_dtype, accept_varying)
     )
@@ -258,6 +260,7 @@ def extract(
                 store = writer.finish(max_failures)
     if before is not None:
         summary.removed = reuse.count_removed(before, store, images)
+    summary.notes = store.fingerprint.notes
     store.extraction = summary
     return store
 
@@ -291,5 +294,6 @@ def _up_to_date(store: FeatureStore, images: ImageSet) -> FeatureStore:
     if not reuse.same_tables(store, images):
         store = relabel(store, images.tables)
         summary.relabelled = True
+    summary.notes = store.fingerprint.notes
     store.extraction = summary
     return store

@@ -439,10 +439,12 @@ def _opened(planned: str, network: str | None) -> tuple[ImageSet, Backbone]:
         weights="auto" if request["weights"] == "as given" else request["weights"],
         layers=request["taps"],
         partial=request.get("partial", False),
+        weights_key=request.get("weights_key"),
     )
+    backbone.recall(request)
     backbone.preprocessing = Preprocessing.from_dict(request["preprocessing"])
     here = backbone.request
     of_plan = {key: request.get(key) for key in here}
-    if different := differences(of_plan, here, ("plan", "here")):
+    if different := differences(reuse.compared(of_plan), reuse.compared(here), ("plan", "here")):
         raise ExtractionError(f"A task knows another network {name}:\n{different}")
     return images, backbone

@@ -181,7 +181,11 @@ def agree(wanted: Plan, options: Options) -> Plan:
     if there and there.merging and not any(map(os.path.exists, [f"{path}.partial", *there.files])):
         there = None  # the store was finished, and the next moment the process killed
     names = ("begun", "asked for")
-    if there and (different := differences(there.request, wanted.request, names)):
+    if there and (
+        different := differences(
+            reuse.compared(there.request), reuse.compared(wanted.request), names
+        )
+    ):
         raise FingerprintMismatch(
             f"{path} was begun with other features:\n{different}\n"
             "Choose another file with -o; what is there is left as it is."

@@ -7,6 +7,8 @@ order, so clocks that are wrong do no harm.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,14 @@ from featcache.store.writer import FeatureWriter
 
 __all__ = [
     "StoredLayout",
+    "compared",
     "complete_store",
     "copy_unchanged",
     "count_removed",
     "finished_store",
     "mark_changed",
     "recheck_replaced_files",
+    "recorded_requests",
     "same_tables",
     "stored_layout",
     "unchanged",
@@ -95,19 +99,32 @@ class StoredLayout:
     shapes: dict[str, tuple[int, ...]]
 
 
+def compared(request: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what decides features in a request: of a weights file the hash, not path and time."""
+    request = dict(request or {})
+    if checkpoint := request.get("checkpoint"):
+        request |= {"weights": None, "checkpoint": checkpoint.get("sha256", checkpoint)}
+    return request
+
+
+def _files(path: str) -> Iterator[StoreFile]:
+    """Yield the store at `path`, unfinished and finished, where it can be opened."""
+    for candidate in (f"{path}.partial", path):
+        with contextlib.suppress(StoreError), contextlib.closing(StoreFile(candidate)) as file:
+            yield file
+
+
+def recorded_requests(path: str) -> list[dict[str, Any] | None]:
+    """Return what was asked for when the store at `path`, finished or not, was made."""
+    return [file.meta("request") for file in _files(path)]
+
+
 def stored_layout(path: str, request: dict[str, Any]) -> StoredLayout | None:
     """Return what the store at `path`, finished or not, records; None if it has other features."""
-    for candidate in (f"{path}.partial", path):
-        try:
-            file = StoreFile(candidate)
-        except StoreError:
-            continue
-        try:
-            if file.meta("request") == request:
-                shapes = {tap: dataset.shape[1:] for tap, dataset in file.features.items()}
-                return StoredLayout(file.fingerprint, shapes)
-        finally:
-            file.close()
+    for file in _files(path):
+        if compared(file.meta("request")) == compared(request):
+            shapes = {tap: dataset.shape[1:] for tap, dataset in file.features.items()}
+            return StoredLayout(file.fingerprint, shapes)
     return None
 
 
@@ -132,7 +149,7 @@ def complete_store(path: str, images: ImageSet, request: dict[str, Any]) -> Feat
     if not Path(path).exists() or Path(f"{path}.partial").exists():
         return None
     store = FeatureStore.open(path)
-    if store.meta.get("request") != request:
+    if compared(store.meta.get("request")) != compared(request):
         return None
     positions, entries = _recorded_images(store)
     theirs = _positions(images, np.arange(len(images)), positions)

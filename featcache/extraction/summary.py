@@ -43,6 +43,8 @@ class Summary:
         Of a run in less than float32: median distance of the test images' features from their
         float32 ones, relative to their length, of the worst tap. It depends on the network:
         ResNet-50 loses less than MobileNetV2.
+    notes : list of str
+        What of a weights file was loaded, and what is wrong with the weights.
     """
 
     images: int
@@ -56,6 +58,7 @@ class Summary:
     bottleneck: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     rounding: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def images_per_second(self) -> float:
@@ -79,6 +82,9 @@ class Summary:
         return {**asdict(self), "images_per_second": self.images_per_second}
 
     def __str__(self) -> str:
+        return "\n".join([self._counts(), *self.notes])
+
+    def _counts(self) -> str:
         labels = "; labels rewritten" if self.relabelled else ""
         if self.skipped:
             failed = f", {self.failed:,} of them failed" if self.failed else ""

@@ -57,7 +57,10 @@ class Backbone:
     image_size : int, optional
         Height and width that images are cropped to. Left out: that of the weights.
     partial : bool
-        Load what fits of a weights file, and record the rest.
+        Accept a weights file that leaves layers before the tap at random, and record which.
+    weights_key : str, optional
+        Dictionary or prefix of a weights file to take the weights from, where several fit:
+        ``"teacher"``.
     preprocessing : Preprocessing, optional
         What the network expects of images; needed for a module. Left out: that of the weights.
     name : str, optional
@@ -94,11 +97,12 @@ class Backbone:
         layers: Iterable[str] | None = None,
         image_size: int | None = None,
         partial: bool = False,
+        weights_key: str | None = None,
         preprocessing: Preprocessing | None = None,
         name: str | None = None,
     ) -> None:
         weights = None if weights == "none" else weights
-        self._family = family_of(network, weights, partial, preprocessing, name)
+        self._family = family_of(network, weights, partial, weights_key, preprocessing, name)
         self._asked = [layers] if isinstance(layers, str) else list(layers or ())
         chosen = preprocessing or self._family.preprocessing()
         self.preprocessing = chosen if image_size is None else chosen.with_image_size(image_size)
@@ -127,8 +131,8 @@ class Backbone:
     def request(self) -> dict[str, Any]:
         """What is asked for, as JSON values; loads no weights.
 
-        Equal requests give equal features. Of a weights file it holds path, size and time of the
-        last change; of a module or a callable, whose weights are there already, their hash.
+        Requests that are equal but for a weights file's path, inode and time give equal features.
+        Of such a file it holds the hash, of a module or a callable that of the weights.
         """
         return {
             "source": self.source,
@@ -138,9 +142,21 @@ class Backbone:
             "preprocessing": self.preprocessing.to_dict(),
         }
 
+    def recall(self, request: Mapping[str, Any] | None) -> None:
+        """Do not read a weights file for its hash where an earlier request tells it."""
+        if self._family.file is not None and request is not None:
+            self._family.file.recall(request.get("checkpoint") or {})
+
     @property
     def module(self) -> nn.Module:
-        """The network: in evaluation mode, frozen, on the CPU. Loads the weights."""
+        """The network: in evaluation mode, frozen, on the CPU. Loads the weights.
+
+        Raises
+        ------
+        WeightsError
+            They cannot be loaded, or leave layers before the tap at random (`partial`).
+        """
+        _ = self._random
         return self._loaded[0]
 
     def skeleton(self) -> nn.Module:
@@ -154,7 +170,8 @@ class Backbone:
     @property
     def partial(self) -> PartialReport | None:
         """What a weights file left out that fitted in part; None otherwise. Loads the weights."""
-        return self._loaded[1]
+        report = self._loaded[1]
+        return None if report is None or report.complete else report
 
     @functools.cached_property
     def points(self) -> list[ResolvedTap]:
@@ -217,6 +234,8 @@ class Backbone:
         varying : bool
             Whether features are accepted that are no function of the image alone.
         """
+        report = self._loaded[1]
+        key = self._family.file.key if self._family.file else None
         return Fingerprint(
             source=self.source,
             backbone=self.name,
@@ -227,7 +246,10 @@ class Backbone:
             precision=precision,
             store_dtype=store_dtype,
             augmentation=augmentation,
-            partial=self.partial.to_dict() if self.partial else None,
+            untrained=self.is_untrained,
+            checkpoint=None
+            if report is None
+            else {**report.to_dict(), "random": self._random, "key": key or ""},
             varying=varying,
         )
 
@@ -249,6 +271,16 @@ class Backbone:
         return module.eval().requires_grad_(False), report
 
     @functools.cached_property
+    def _random(self) -> list[str]:
+        """What the taps use and a weights file left at random; refused unless it was asked for."""
+        report = self._loaded[1]
+        if report is None or report.complete or self._family.file is None:
+            return []
+        traced = self._trace()
+        used = (traced.used_at(p.tap.layer, p.tap.call, p.tap.side) for p in self.points)
+        return self._family.file.check(report, set().union(*used))
+
+    @functools.cached_property
     def _state_sha256(self) -> str:
         return state_sha256(self.module.state_dict())
 
@@ -262,4 +294,4 @@ class Backbone:
                 # Without numbers a few networks cannot run; any other error is the user's.
                 if "meta" not in str(error):
                     raise
-        return trace(self.module, example, flops=flops)
+        return trace(self._loaded[0], example, flops=flops)

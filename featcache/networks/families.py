@@ -13,6 +13,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 import traceback
 from abc import ABC, abstractmethod
@@ -53,6 +54,7 @@ def family_of(
     network: str | nn.Module,
     weights: str | Path | None,
     partial: bool,
+    key: str | None,
     preprocessing: Preprocessing | None,
     name: str | None,
 ) -> Family:
@@ -66,14 +68,14 @@ def family_of(
         # A copy, so that training the module further changes no features.
         module = copy.deepcopy(network).cpu()
         name = name or type(network).__name__
-        return OwnModule(module, preprocessing, name, "module", weights, partial)
+        return OwnModule(module, preprocessing, name, "module", weights, partial, key)
     if name is not None:
         raise BackboneError(f"name= is for a module; {network!r} has a name already")
     if network.startswith("timm/"):
-        return Timm(network.removeprefix("timm/"), weights, partial)
+        return Timm(network.removeprefix("timm/"), weights, partial, key)
     if ":" in network:
-        return OwnModule(*import_callable(network), network, "callable", weights, partial)
-    return Torchvision(network, weights, partial)
+        return OwnModule(*import_callable(network), network, "callable", weights, partial, key)
+    return Torchvision(network, weights, partial, key)
 
 
 class Family(ABC):
@@ -107,14 +109,17 @@ class Family(ABC):
         return self.pinned is None and self.file is None
 
     def request(self) -> dict[str, Any]:
-        """Return what identifies the weights without reading them, as JSON values."""
-        if self.file is None:
-            return {"weights": self.weights}
-        return {
-            "weights": str(self.file.path.absolute()),
-            "checkpoint": self.file.stamp(),
-            "partial": self.file.partial,
-        }
+        """Return what identifies the weights without loading them, as JSON values."""
+        request: dict[str, Any] = {"weights": self.weights}
+        if self.file is not None:
+            request["weights"] = str(self.file.path.absolute())
+            request |= {"weights_key": self.file.key, "partial": self.file.partial}
+        checkpoint = self.checkpoint()
+        return {**request, "checkpoint": checkpoint} if checkpoint else request
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return hash and stamp of the weights file, if there is one."""
+        return {} if self.file is None else {**self.file.stamp(), "sha256": self.file.sha256}
 
     @abstractmethod
     def preprocessing(self) -> Preprocessing:
@@ -130,11 +135,13 @@ class Family(ABC):
 
 
 class Torchvision(Family):
-    """One of torchvision's classification networks; `weights` and `partial` as for `Backbone`."""
+    """One of torchvision's classification networks; arguments as for `Backbone`."""
 
     kind = "torchvision"
 
-    def __init__(self, name: str, weights: str | Path | None, partial: bool = False) -> None:
+    def __init__(
+        self, name: str, weights: str | Path | None, partial: bool, key: str | None
+    ) -> None:
         from torchvision.models import get_model_weights
 
         if name not in backbones():
@@ -155,7 +162,7 @@ class Torchvision(Family):
         self.file = None
         if weights is not None and self.pinned is None:
             known = f"{name} has the weights {', '.join(names)}"
-            self.file = WeightsFile(_weights_path(weights, known, names), partial)
+            self.file = WeightsFile(_weights_path(weights, known, names), partial, key)
         # Weights from elsewhere were mostly trained on images prepared as for torchvision's own.
         like = entries[self.pinned or newest]
         self._transforms: Callable[[], Any] = like.transforms
@@ -178,7 +185,7 @@ class Torchvision(Family):
             if self.file is None:
                 return self._build(draw=True), None
             state = self.file.read()
-            aux_logits = any(key.startswith(("aux", "Aux")) for key in state)
+            aux_logits = any(re.search(r"(^|[./])[aA]ux", key) for key in state)
             module = self._build(aux_logits=aux_logits)
         return module, self.file.load(module, state)
 
@@ -217,7 +224,9 @@ class Timm(Family):
 
     kind = "timm"
 
-    def __init__(self, name: str, weights: str | Path | None, partial: bool = False) -> None:
+    def __init__(
+        self, name: str, weights: str | Path | None, partial: bool, key: str | None
+    ) -> None:
         if importlib.util.find_spec("timm") is None:
             raise MissingExtra("timm", "timm", f"The backbone timm/{name}")
         import timm
@@ -234,7 +243,7 @@ class Timm(Family):
         self.file = None
         if weights is not None and self.pinned is None:
             known = f"timm's {name} has the weights {', '.join(tags) or 'none'}"
-            self.file = WeightsFile(_weights_path(weights, known, tags), partial)
+            self.file = WeightsFile(_weights_path(weights, known, tags), partial, key)
 
     @staticmethod
     def _default_tag(name: str, tags: list[str]) -> str:
@@ -312,8 +321,8 @@ class OwnModule(Family):
         Name of the family.
     weights : str, Path or None
         File to load into the module; "auto" or None leave it as it is.
-    partial : bool
-        Accept a file that fits in part.
+    partial, key
+        As for `WeightsFile`.
     """
 
     def __init__(
@@ -324,6 +333,7 @@ class OwnModule(Family):
         kind: str,
         weights: str | Path | None,
         partial: bool,
+        key: str | None,
     ) -> None:
         self.kind = kind
         self.name = name
@@ -333,16 +343,16 @@ class OwnModule(Family):
         self._report = None
         if weights not in ("auto", None):
             path = _weights_path(str(weights), f"{name} takes its weights from a file", [])
-            self.pinned, self.file = None, WeightsFile(path, partial)
+            self.pinned, self.file = None, WeightsFile(path, partial, key)
             self._report = self.file.load(module, self.file.read())
 
     def preprocessing(self) -> Preprocessing:
         """Return what was given."""
         return self._preprocessing
 
-    def request(self) -> dict[str, Any]:
+    def checkpoint(self) -> dict[str, Any]:
         """Return the weights' hash: they are in memory, and nothing else tells of a change."""
-        return {**super().request(), "checkpoint": {"state_sha256": self._state_sha256}}
+        return {"state_sha256": self._state_sha256}
 
     @functools.cached_property
     def _state_sha256(self) -> str:

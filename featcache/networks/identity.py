@@ -52,7 +52,7 @@ def public_weights(fingerprint: Fingerprint) -> str | None:
     the path of a file.
     """
     name, weights = fingerprint.backbone, fingerprint.weights
-    if fingerprint.partial is not None:
+    if fingerprint.checkpoint is not None:
         return None
     if fingerprint.source == "torchvision":
         from torchvision.models import get_model_weights
@@ -122,11 +122,16 @@ def rebuild(
             "with --weights FILE (library: predictor.attach)."
         )
     spec = backbone if backbone is not None else spec_of(fingerprint)
-    partial = fingerprint.partial is not None
+    file = fingerprint.checkpoint or {}
     # A callable says itself what it expects of images; the fingerprints are compared later.
     given = None if ":" in spec else _preprocessing(fingerprint)
     return Backbone(
-        spec, weights=chosen, layers=fingerprint.taps, partial=partial, preprocessing=given
+        spec,
+        weights=chosen,
+        layers=fingerprint.taps,
+        partial=True,  # what a file leaves out is compared with the rest of the weights
+        weights_key=file.get("key") or None,
+        preprocessing=given,
     )
 
 

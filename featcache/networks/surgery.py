@@ -598,7 +598,7 @@ def load_partial(module: nn.Module, checkpoint: Mapping[str, Tensor] | str | Pat
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     >>> state = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)).state_dict()
     >>> print(load_partial(network, state))
-    2 of 4 parameters and buffers loaded
+    2 of 4 parameters loaded
     wrongly shaped: 1.weight (5, 3) instead of (2, 3), 1.bias (5,) instead of (2,)
     """
     if isinstance(checkpoint, (str, Path)):

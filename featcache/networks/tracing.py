@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,8 @@ class Call:
         Input and output of the run.
     flops : int
         Floating-point operations of matrix products and convolutions, those of its parts included.
+    began, ended : int
+        Number of torch operations before the run, and until its end.
     """
 
     layer: str
@@ -71,6 +73,8 @@ class Call:
     input: Value
     output: Value
     flops: int = 0
+    began: int = 0
+    ended: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,15 @@ class Trace:
         All runs of all layers.
     names : dict of str to str
         For each name of each module the name that `calls` uses.
+    uses : dict of str to int
+        Number of the torch operation that is the first to take a parameter or buffer, by its name.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.names = _names(module)
         self.calls: list[Call] = []
+        self.uses: dict[str, int] = {}
 
     def runs(self, layer: str) -> list[Call]:
         """Return the runs of the layer of that name.
@@ -131,6 +138,24 @@ class Trace:
         if layer not in self.names:
             raise TapError(self._unknown(layer))
         return [call for call in self.calls if call.layer == self.names[layer]]
+
+    def used_at(self, layer: str, number: int | None, side: str | None) -> set[str]:
+        """Return the names of the parameters, buffers and layers that a value depends on.
+
+        Parameters
+        ----------
+        layer, number, side
+            The layer, its run from 1, and the side of it that the value is read at.
+
+        Returns
+        -------
+        set of str
+            What has been used until then; without the whole network, whose name is empty.
+        """
+        call = self.runs(layer)[(number or 1) - 1]
+        now = call.began if side == "input" else call.ended
+        layers = {each.layer for each in self.calls if each.began < now or each.ended <= now}
+        return {name for name, first in self.uses.items() if first <= now} | layers - {""}
 
     def layers(self) -> list[LayerRow]:
         """List the runs of layers in the order in which they start; those that never run come last.
@@ -256,6 +281,13 @@ class _Axes(TorchFunctionMode):
         {"reshape", "view", "matmul", "bmm", "einsum", "__matmul__", "unflatten", "flatten", "fold"}
     )
 
+    def __init__(self, result: Trace) -> None:
+        self.count = 0
+        self._uses = result.uses
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in result.module.state_dict(keep_vars=True).items():
+            self._names.setdefault(id(tensor), []).append(name)
+
     def mark(self, tensor: Tensor, axis: int) -> None:
         """Note that `axis` of `tensor` holds the channels."""
         tensor._featcache_axis = axis  # type: ignore[attr-defined]
@@ -272,6 +304,10 @@ class _Axes(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self.count += 1
+        for value in _flat(args, kwargs):
+            for name in self._names.get(id(value), ()):
+                self._uses.setdefault(name, self.count)
         result = func(*args, **kwargs)
         for out in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(out, Tensor) and out.ndim == 4:
@@ -298,10 +334,7 @@ class _Axes(TorchFunctionMode):
         return axis
 
     def _source(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        values = [*args, *kwargs.values()]
-        nested = (v if isinstance(v, (list, tuple)) else [v] for v in values)
-        flat = [v for group in nested for v in group]
-        maps = [v for v in flat if isinstance(v, Tensor) and v.ndim == 4]
+        maps = [v for v in _flat(args, kwargs) if isinstance(v, Tensor) and v.ndim == 4]
         return next((v for v in maps if self.of(v) is not None), maps[0] if maps else None)
 
     def _moved(
@@ -319,7 +352,7 @@ class _Recorder:
     def __init__(self, result: Trace, counter: FlopCounterMode | None) -> None:
         self.result = result
         self.counter = counter
-        self.axes = _Axes()
+        self.axes = _Axes(result)
         self._name = {id(part): name for name, part in result.module.named_modules()}
         self._number: Counter[int] = Counter()
         self._open: list[tuple[Call, int]] = []
@@ -328,12 +361,14 @@ class _Recorder:
         self._number[id(module)] += 1
         given = self._value(first_argument(args, kwargs))
         call = Call(self._name[id(module)], module, self._number[id(module)], given, given)
+        call.began = self.axes.count
         self.result.calls.append(call)
         self._open.append((call, self._flops()))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, before = self._open.pop()
         call.output = self._value(output)
+        call.ended = self.axes.count
         call.flops = self._flops() - before
 
     def _flops(self) -> int:
@@ -359,6 +394,12 @@ def _names(module: nn.Module) -> dict[str, str]:
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return what a module was given: its first argument, positional or not."""
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the arguments of a call, and the items of those that are lists."""
+    for value in (*args, *kwargs.values()):
+        yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _count(module: nn.Module) -> int:

@@ -76,6 +76,7 @@ _TEXT = {
     "canaries": tuple[str, ...],
     "steps": tuple[Mapping[str, Any], ...],
 }
+_CHECKPOINT = {"parameters": int, "loaded": int, "random": tuple[str, ...], "key": str}
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +233,9 @@ def _fingerprint(values: Any) -> Fingerprint:
         right = False
     if not right:
         raise PredictorError(f"One of its fingerprints is damaged: {values!r:.200}.")
+    if made.checkpoint is not None:
+        shown = {name: made.checkpoint.get(name) for name in _CHECKPOINT}
+        check_types("checkpoint", shown, _CHECKPOINT)
     return made
 
 

@@ -445,6 +445,7 @@ class FeatureStore:
         for one in self.fingerprints:
             name = f"{one.source}/{one.backbone} {one.weights}, {one.precision}"
             facts.append(("backbone", f"{name}, fingerprint {one.digest[:16]}"))
+            facts += [("weights", note) for note in one.notes]
         if self.failures:
             first = self.failures[0]
             reason = f"{first.id}: {first.stage}: {first.reason}"

@@ -267,7 +267,7 @@ class _TrainingData:
         groups = fit.groups if options.group else None
         folds, text = _folds(fit, groups, options)
         chosen = set(fit.resolve(layers))
-        notes = []
+        notes = [warning for one in fit.fingerprints for warning in one.warnings]
         if not options.group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
             notes.append(
                 "images of one group may be in several folds, which flatters: give --group "

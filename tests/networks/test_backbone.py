@@ -265,7 +265,11 @@ def test_a_checkpoint_that_fits_in_part_is_refused_unless_asked_for(tmp_path: Pa
         assert part in str(caught.value)
     backbone = Backbone(SMALL, weights=file, partial=True)
     fingerprint = backbone.fingerprint()
-    assert fingerprint.partial == {
+    assert fingerprint.checkpoint == {
+        "parameters": 52,
+        "loaded": 50,
+        "random": ["features.0.bias"],
+        "key": "",
         "missing": ["features.0.bias"],
         "unexpected": ["extra.weight"],
         "mismatched": [["classifier.1.weight", [7, 512, 1, 1], [1000, 512, 1, 1]]],

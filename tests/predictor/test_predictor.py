@@ -315,8 +315,13 @@ def test_a_checkpoint_in_the_file_is_not_opened(
         loaded.predict(flower_folder)
     loaded.attach(weights=path)
     assert loaded.predict(flower_folder, workers=0)
-    with pytest.raises(FingerprintMismatch, match="weights"):
-        loaded.attach(public()).predict(flower_folder)
+    # The same weights are the same network, wherever they come from; others are not.
+    assert loaded.attach(public()).predict(flower_folder, workers=0)
+    state = public().module.state_dict()
+    torch.save({name: value + 1 for name, value in state.items()}, folder / "others.pth")
+    others = Backbone("squeezenet1_1", weights=folder / "others.pth", image_size=48)
+    with pytest.raises(FingerprintMismatch, match=r"weights: 'weights\.pth'.*'others\.pth'"):
+        loaded.attach(others).predict(flower_folder)
 
 
 def test_a_callable_in_the_file_is_not_imported(
