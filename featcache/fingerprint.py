@@ -11,14 +11,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
-from featcache.errors import CorruptStore, FormatVersionError
+from featcache.errors import CorruptStore, FormatVersionError, TapError
 from featcache.system.tables import first_names
 
-__all__ = ["FORMAT_VERSION", "Fingerprint", "canonical_json", "differences", "state_sha256"]
+__all__ = ["FORMAT_VERSION", "Fingerprint", "Tap", "canonical_json", "differences", "state_sha256"]
+
+Side = Literal["input", "output"]
+SIDES: tuple[str, ...] = ("input", "output")
+REDUCTIONS: tuple[str, ...] = ("mean", "max", "flatten", "map", "cls", "patches")
+GRAMMAR = "LAYER[#K][:input|:output][:mean|:max|:flatten|:map|:cls|:patches]"
 
 #: Version of the feature file's format. Another version is refused, never guessed at.
 FORMAT_VERSION = 3
@@ -234,6 +240,77 @@ def _differences(name: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, 
             yield from _differences(inner, mine.get(key), theirs.get(key))
     elif mine != theirs:
         yield name, mine, theirs
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One point of a network where features are read.
+
+    Parameters
+    ----------
+    layer : str
+        Name of the module; empty for the whole network.
+    call : int, optional
+        Number of the run of a module that runs several times, from 1.
+    side : {"input", "output"}, optional
+        Side of the module. Left out: the output.
+    reduce : {"mean", "max", "flatten", "map", "cls", "patches"}, optional
+        Reduction. Left out: chosen by the shape of what the layer gives.
+    """
+
+    layer: str
+    call: int | None = None
+    side: Side | None = None
+    reduce: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Tap:
+        """Read the text form; suffixes are taken from the right, names may hold dots and colons.
+
+        Parameters
+        ----------
+        text : str
+            ``LAYER[#K][:SIDE][:REDUCTION]``.
+
+        Returns
+        -------
+        Tap
+            Tap with None for what is not written.
+
+        Raises
+        ------
+        TapError
+            If the text is empty, or ``#K`` counts from 0.
+        """
+        rest, reduce = _split_suffix(text, REDUCTIONS)
+        rest, side = _split_suffix(rest, SIDES)
+        match = re.fullmatch(r"(.*)#(\d+)", rest, flags=re.DOTALL)
+        layer, call = (match[1], int(match[2])) if match else (rest, None)
+        if call == 0:
+            raise TapError(f"{text!r}: runs of a layer are counted from 1. Write {layer}#1")
+        if not layer and side is None:
+            raise TapError(f"{text!r} names no layer. A tap is written {GRAMMAR}")
+        return cls(layer, call, cast("Side | None", side), reduce)
+
+    def __str__(self) -> str:
+        call = "" if self.call is None else f"#{self.call}"
+        suffixes = [suffix for suffix in (self.side, self.reduce) if suffix is not None]
+        return ":".join([f"{self.layer}{call}", *suffixes])
+
+    def fits(self, name: str) -> bool:
+        """Return whether a canonical name may be this tap, by all that is written here."""
+        other = Tap.parse(name)
+        return (
+            self.layer == other.layer
+            and (self.call or 1) == (other.call or 1)
+            and self.side in (None, other.side)
+            and self.reduce in (None, other.reduce)
+        )
+
+
+def _split_suffix(text: str, suffixes: Sequence[str]) -> tuple[str, str | None]:
+    head, colon, tail = text.rpartition(":")
+    return (head, tail) if colon and tail in suffixes else (text, None)
 
 
 def state_sha256(state: Mapping[str, Any]) -> str:

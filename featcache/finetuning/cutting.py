@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import BackboneError, TapError
+from featcache.fingerprint import Tap
 from featcache.networks.surgery import head_name, replace_head
-from featcache.networks.taps import Tap, Tapped, resolve
+from featcache.networks.taps import Tapped, resolve
 from featcache.networks.tracing import Trace, trace
 
 __all__ = ["Suffix", "check", "cut", "suggest", "taps_before"]

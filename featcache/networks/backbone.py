@@ -20,7 +20,7 @@ from featcache.fingerprint import Fingerprint, state_sha256
 from featcache.networks.checkpoints import PartialReport
 from featcache.networks.families import RANDOM_SEED, backbones, family_of
 from featcache.networks.taps import ResolvedTap, resolve
-from featcache.networks.tracing import LayerRow, Trace, trace
+from featcache.networks.tracing import LayerRow, Trace, default_float32, trace
 from featcache.pixels.preprocessing import Preprocessing
 
 __all__ = ["RANDOM_SEED", "Backbone", "backbones"]
@@ -159,6 +159,7 @@ class Backbone:
         _ = self._random
         return self._loaded[0]
 
+    @default_float32()
     def skeleton(self) -> nn.Module:
         """Return the network in evaluation mode, on the meta device where it can be built so.
 
@@ -266,6 +267,7 @@ class Backbone:
         return {name: value for name, value in self.__dict__.items() if name != "_loaded"}
 
     @functools.cached_property
+    @default_float32()
     def _loaded(self) -> tuple[nn.Module, PartialReport | None]:
         module, report = self._family.load()
         return module.eval().requires_grad_(False), report
@@ -284,6 +286,7 @@ class Backbone:
     def _state_sha256(self) -> str:
         return state_sha256(self.module.state_dict())
 
+    @default_float32()
     def _trace(self, *, flops: bool = False) -> Trace:
         example = torch.zeros((1, *self.preprocessing.output_shape))
         skeleton = self._family.skeleton()

@@ -8,22 +8,27 @@ A new family is a subclass of `Family`, and one line in `family_of`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
 import importlib
 import importlib.util
+import io
+import itertools
 import re
 import sys
 import traceback
+import urllib.error
+import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from featcache.errors import BackboneError, MissingExtra, UnknownBackbone, WeightsError
@@ -31,6 +36,7 @@ from featcache.fingerprint import state_sha256
 from featcache.networks.checkpoints import SUFFIXES, PartialReport, WeightsFile
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.system.console import is_shown
+from featcache.system.tables import first_names
 
 #: Seed of weights that are drawn at random.
 RANDOM_SEED = 0
@@ -65,10 +71,8 @@ def family_of(
                 "What a module expects of images must be said: "
                 "Backbone(module, preprocessing=Preprocessing(...))"
             )
-        # A copy, so that training the module further changes no features.
-        module = copy.deepcopy(network).cpu()
         name = name or type(network).__name__
-        return OwnModule(module, preprocessing, name, "module", weights, partial, key)
+        return OwnModule(network, preprocessing, name, "module", weights, partial, key)
     if name is not None:
         raise BackboneError(f"name= is for a module; {network!r} has a name already")
     if network.startswith("timm/"):
@@ -194,14 +198,21 @@ class Torchvision(Family):
         from torchvision.models import get_model, get_model_weights
 
         entry = get_model_weights(self.name)[pinned]
+        shown = is_shown(None)
         try:
-            module: nn.Module = get_model(self.name, weights=entry, progress=is_shown(None))
+            # The downloader would write to standard output, which is for results.
+            with contextlib.redirect_stdout(sys.stderr if shown else io.StringIO()):
+                module: nn.Module = get_model(self.name, weights=entry, progress=shown)
         except Exception as error:
+            file = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
+            remedy = (
+                f"The file {file} is damaged: delete it"
+                if file.exists()
+                else f"They come from {entry.url}. Without a network, put the file into "
+                f"{file.parent}, or name one with --weights FILE"
+            )
             raise WeightsError(
-                f"The weights {pinned} of {self.name} could not be loaded: {error}. They come "
-                f"from {entry.url} and are kept in {torch.hub.get_dir()}/checkpoints. Without a "
-                "network, put the file there, or name one with --weights FILE; if the file is "
-                "there, it is damaged: delete it"
+                f"The weights {pinned} of {self.name} could not be loaded: {error}. {remedy}"
             ) from error
         return module
 
@@ -291,15 +302,29 @@ class Timm(Family):
         return module, self.file.load(module, self.file.read()) if self.file else None
 
     def _load_published(self) -> nn.Module:
-        import timm
+        from huggingface_hub import constants
 
         try:
-            module: nn.Module = timm.create_model(self._full_name(), pretrained=True)
-        except Exception as error:
-            raise WeightsError(
-                f"timm's weights {self._full_name()} could not be loaded: {error} Without a "
-                "network, name a checkpoint with --weights FILE"
-            ) from error
+            with _offline():
+                return self._create_pretrained()
+        except Exception as error:  # they are not in the cache
+            failure = error
+        if not constants.HF_HUB_OFFLINE and _is_reachable(constants.ENDPOINT):
+            try:
+                return self._create_pretrained()
+            except Exception as error:
+                failure = error
+        else:
+            failure = OSError(f"not in the cache, and {constants.ENDPOINT} cannot be reached.")
+        raise WeightsError(
+            f"timm's weights {self._full_name()} could not be loaded: {failure} Without a network, "
+            "name a checkpoint with --weights FILE"
+        ) from failure
+
+    def _create_pretrained(self) -> nn.Module:
+        import timm
+
+        module: nn.Module = timm.create_model(self._full_name(), pretrained=True)
         return module
 
     def _full_name(self) -> str:
@@ -312,7 +337,7 @@ class OwnModule(Family):
     Parameters
     ----------
     module : torch.nn.Module
-        Network with its weights.
+        Network with its weights. It is copied: training it further changes no features.
     preprocessing : Preprocessing
         What the network expects of images.
     name : str
@@ -338,7 +363,7 @@ class OwnModule(Family):
         self.kind = kind
         self.name = name
         self.pinned, self.file = "as given", None
-        self._module = module
+        self._module = module = _own_copy(module)
         self._preprocessing = preprocessing
         self._report = None
         if weights not in ("auto", None):
@@ -407,6 +432,30 @@ def import_callable(spec: str) -> tuple[nn.Module, Preprocessing]:
     raise BackboneError(f"{wanted}, it returned {type(result).__name__}")
 
 
+def _own_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module, in float32 on the CPU."""
+    kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BackboneError(
+            f"{kind} is TorchScript, whose layers cannot be read. Give the module that it was made "
+            "from"
+        )
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
+        raise BackboneError(
+            f"{kind} has parameters without a shape: {first_names(lazy)}. Run it once on an image "
+            "(lazy layers learn their shapes), then give it"
+        )
+    try:
+        return copy.deepcopy(module).cpu().float()
+    except Exception as error:  # one's own code may raise anything
+        raise BackboneError(
+            f"{kind} cannot be copied: {' '.join(str(error).split())}. If it has layers with the "
+            "old torch.nn.utils.weight_norm, call torch.nn.utils.remove_weight_norm on them, or "
+            "take torch.nn.utils.parametrizations.weight_norm"
+        ) from error
+
+
 class _Skeleton(TorchFunctionMode):
     """Build a network whose parameters have shapes but no numbers.
 
@@ -427,7 +476,31 @@ class _Skeleton(TorchFunctionMode):
         return func(*args, **options)
 
 
-@contextmanager
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Let the hub of timm's weights look into its cache alone."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _is_reachable(url: str) -> bool:
+    """Return whether a server answers, be it with an error."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
 def _seeded() -> Iterator[None]:
     """Draw from `RANDOM_SEED`, and give the generator back as it was."""
     with torch.random.fork_rng(devices=[]):

@@ -36,6 +36,7 @@ from featcache.errors import BackboneError, DeviceError
 from featcache.networks.backbone import Backbone
 from featcache.networks.faster import SpeedUps, faster_copy, find_speed_ups, products_pay
 from featcache.networks.taps import Tapped
+from featcache.networks.tracing import default_float32
 from featcache.system.memory import glibc
 
 __all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "default_threads", "select_device"]
@@ -377,7 +378,8 @@ class Runtime:
             for kind, _ in kinds:
                 kind.fp32_precision = "ieee"  # no TF32, and no bfloat16 on a CPU
             cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, False, True
-            yield
+            with default_float32():
+                yield
         finally:
             cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
             for kind, precision in kinds:
@@ -393,6 +395,7 @@ class Runtime:
 
     # --- choosing -------------------------------------------------------------------------------
 
+    @default_float32()
     def _prepare(self) -> None:
         """Load the network and choose the settings; the first that work and agree are taken."""
         original = self.backbone.module

@@ -9,7 +9,7 @@ A tap is written ``LAYER[#K][:input|:output][:mean|:max|:flatten|:map|:cls|:patc
 - The reduction decides what is kept of one image:
 
   =========== ================= ===================== ==========================================
-  reduction   of a vector (d,)  of a map (c, h, w)    of tokens (n, d)
+  reduction   of a vector (d,)  of a map (c, h, w)    of tokens (n, d) or channels (d, n)
   =========== ================= ===================== ==========================================
   ``flatten`` (d,)              (c * h * w,)          (n * d,)
   ``mean``                      (c,)                  (d,), over all tokens
@@ -26,8 +26,8 @@ A tap is written ``LAYER[#K][:input|:output][:mean|:max|:flatten|:map|:cls|:patc
 The *canonical* form states everything: ``avgpool`` of a ResNet is ``avgpool:output:flatten``. It
 names the dataset in a store and enters the fingerprint, so two spellings of one tap are one tap.
 
-Which axis of a map holds the channels is found by `featcache.networks.tracing.trace`; ``map`` and
-``flatten`` keep a layer's own layout.
+Which axis of a map or of tokens holds the channels is found by
+`featcache.networks.tracing.trace`; ``map`` and ``flatten`` keep a layer's own layout.
 
 Examples
 --------
@@ -40,16 +40,16 @@ Examples
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featcache.errors import TapError
+from featcache.fingerprint import Side, Tap
 from featcache.networks.tracing import Call, Trace, Value, first_argument
 
 __all__ = [
@@ -60,11 +60,6 @@ __all__ = [
     "resolve",
 ]
 
-Side = Literal["input", "output"]
-SIDES: tuple[str, ...] = ("input", "output")
-REDUCTIONS: tuple[str, ...] = ("mean", "max", "flatten", "map", "cls", "patches")
-GRAMMAR = "LAYER[#K][:input|:output][:mean|:max|:flatten|:map|:cls|:patches]"
-
 _POOLING = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _CONVOLUTION = nn.modules.conv._ConvNd
 _NORMALISATION = (
@@ -73,67 +68,6 @@ _NORMALISATION = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
-
-
-@dataclass(frozen=True)
-class Tap:
-    """One point of a network where features are read.
-
-    Parameters
-    ----------
-    layer : str
-        Name of the module; empty for the whole network.
-    call : int, optional
-        Number of the run of a module that runs several times, from 1.
-    side : {"input", "output"}, optional
-        Side of the module. Left out: the output.
-    reduce : {"mean", "max", "flatten", "map", "cls", "patches"}, optional
-        Reduction. Left out: chosen by the shape of what the layer gives.
-    """
-
-    layer: str
-    call: int | None = None
-    side: Side | None = None
-    reduce: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Tap:
-        """Read the text form; suffixes are taken from the right, names may hold dots and colons.
-
-        Parameters
-        ----------
-        text : str
-            ``LAYER[#K][:SIDE][:REDUCTION]``.
-
-        Returns
-        -------
-        Tap
-            Tap with None for what is not written.
-
-        Raises
-        ------
-        TapError
-            If the text is empty, or ``#K`` counts from 0.
-        """
-        rest, reduce = _split_suffix(text, REDUCTIONS)
-        rest, side = _split_suffix(rest, SIDES)
-        match = re.fullmatch(r"(.*)#(\d+)", rest, flags=re.DOTALL)
-        layer, call = (match[1], int(match[2])) if match else (rest, None)
-        if call == 0:
-            raise TapError(f"{text!r}: runs of a layer are counted from 1. Write {layer}#1")
-        if not layer and side is None:
-            raise TapError(f"{text!r} names no layer. A tap is written {GRAMMAR}")
-        return cls(layer, call, cast("Side | None", side), reduce)
-
-    def __str__(self) -> str:
-        call = "" if self.call is None else f"#{self.call}"
-        suffixes = [suffix for suffix in (self.side, self.reduce) if suffix is not None]
-        return ":".join([f"{self.layer}{call}", *suffixes])
-
-
-def _split_suffix(text: str, suffixes: Sequence[str]) -> tuple[str, str | None]:
-    head, colon, tail = text.rpartition(":")
-    return (head, tail) if colon and tail in suffixes else (text, None)
 
 
 @dataclass(frozen=True)
@@ -259,7 +193,7 @@ class _Resolver:
         if len(shape) == 2:
             return self._of_vector(tap, shape)
         if len(shape) == 3:
-            return self._of_tokens(tap, shape)
+            return self._of_tokens(tap, shape, value.channel_axis)
         if len(shape) == 4:
             return self._of_map(tap, shape, value.channel_axis)
         return self._of_other(tap, shape)
@@ -340,8 +274,15 @@ class _Resolver:
             how = "flatten"
         return _resolved(replace(tap, reduce=how or "mean"), shape, axis)
 
-    def _of_tokens(self, tap: Tap, shape: tuple[int, ...]) -> ResolvedTap:
-        prefix = self._prefix_tokens(shape[1])
+    def _of_tokens(self, tap: Tap, shape: tuple[int, ...], axis: int | None) -> ResolvedTap:
+        if axis is None:
+            return self._of_other(tap, shape)
+        if axis == 1 and tap.reduce in ("cls", "patches"):
+            raise TapError(
+                f"{str(tap)!r}: the {tap.side} of {tap.layer!r} is {shape[1]} channels of "
+                f"{shape[2]} positions, not tokens. Use :mean, :max, :flatten or :map"
+            )
+        prefix = self._prefix_tokens(shape[1]) if axis == 2 else 0
         how = tap.reduce or ("cls" if prefix else "mean")
         if how == "cls" and not prefix:
             raise TapError(
@@ -350,14 +291,14 @@ class _Resolver:
             )
         if how == "patches" and not prefix:
             how = "mean"
-        return _resolved(replace(tap, reduce=how), shape, prefix_tokens=prefix)
+        return _resolved(replace(tap, reduce=how), shape, axis, prefix_tokens=prefix)
 
     def _of_other(self, tap: Tap, shape: tuple[int, ...]) -> ResolvedTap:
         if tap.reduce not in ("flatten", "map"):
             raise TapError(
                 f"{str(tap)!r}: the {tap.side} of {tap.layer!r} has the shape {_per_image(shape)} "
-                f"per image. Write {replace(tap, reduce='flatten')} or "
-                f"{replace(tap, reduce='map')}"
+                "per image, and which axis holds the channels cannot be told. Write "
+                f"{replace(tap, reduce='flatten')} or {replace(tap, reduce='map')}"
             )
         return _resolved(tap, shape)
 

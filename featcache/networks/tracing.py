@@ -10,9 +10,10 @@ Which axis holds the channels is not visible in a shape: torchvision's Swin comp
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,18 @@ from featcache.errors import BackboneError, TapError
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Call", "LayerRow", "Trace", "Value", "first_argument", "trace"]
+__all__ = [
+    "Call",
+    "LayerRow",
+    "Trace",
+    "Value",
+    "default_float32",
+    "first_argument",
+    "trace",
+]
+
+
+_OTHER_SIZE = "Another size is chosen with --image-size N"
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class Value:
     shape : tuple of int or None
         Shape with the batch axis; None if it is no tensor.
     channel_axis : int or None
-        Axis of a map (n, c, h, w) or (n, h, w, c) that holds the channels; None if unknown.
+        Axis of a map (n, c, h, w) or (n, h, w, c), or of tokens (n, t, d) or (n, d, t), that holds
+        the channels; None if unknown.
     what : str
         Description: "a tensor", "a tuple of 2", "a dict with the keys out, aux".
     """
@@ -208,6 +221,18 @@ class Trace:
         return ", ".join(top[-6:]) or "none"
 
 
+@contextmanager
+def default_float32() -> Iterator[None]:
+    """Make new tensors float32, whatever the program has set with `torch.set_default_dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@default_float32()
 def trace(module: nn.Module, example: Tensor, *, flops: bool = False) -> Trace:
     """Run a network once and record what each layer was given and gave.
 
@@ -258,7 +283,8 @@ def trace(module: nn.Module, example: Tensor, *, flops: bool = False) -> Trace:
         size = " x ".join(str(n) for n in example.shape[1:])
         raise BackboneError(
             f"The network {type(module).__name__} cannot run on an image of {size} "
-            f"(channels x height x width): {error}. Another size is chosen with --image-size N"
+            f"(channels x height x width): {error}. "
+            + ("Call .float() on it" if "type" in str(error) else _OTHER_SIZE)
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -274,12 +300,13 @@ class _Axes(TorchFunctionMode):
     to windows), the mark ends.
     """
 
-    _FIRST = frozenset({"conv2d", "conv_transpose2d", "batch_norm", "group_norm", "instance_norm"})
+    _FIRST = frozenset(
+        {"conv1d", "conv2d", "conv_transpose2d", "batch_norm", "group_norm", "instance_norm"}
+    )
     _LAST = frozenset({"linear", "layer_norm", "rms_norm"})
     _MOVES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
-    _ENDS = frozenset(
-        {"reshape", "view", "matmul", "bmm", "einsum", "__matmul__", "unflatten", "flatten", "fold"}
-    )
+    _SHAPES = frozenset({"reshape", "view", "unflatten", "flatten"})
+    _ENDS = frozenset({"matmul", "bmm", "einsum", "__matmul__", "fold"})
 
     def __init__(self, result: Trace) -> None:
         self.count = 0
@@ -293,8 +320,8 @@ class _Axes(TorchFunctionMode):
         tensor._featcache_axis = axis  # type: ignore[attr-defined]
 
     def of(self, tensor: Tensor) -> int | None:
-        """Return the channel axis of a 4-d tensor, or None."""
-        return getattr(tensor, "_featcache_axis", None) if tensor.ndim == 4 else None
+        """Return the channel axis of maps or tokens, or None."""
+        return getattr(tensor, "_featcache_axis", None) if tensor.ndim > 2 else None
 
     def __torch_function__(
         self,
@@ -310,7 +337,7 @@ class _Axes(TorchFunctionMode):
                 self._uses.setdefault(name, self.count)
         result = func(*args, **kwargs)
         for out in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(out, Tensor) and out.ndim == 4:
+            if isinstance(out, Tensor) and out.ndim > 2:
                 axis = self._axis(getattr(func, "__name__", ""), out, args, kwargs)
                 if axis is not None:
                     self.mark(out, axis)
@@ -321,28 +348,35 @@ class _Axes(TorchFunctionMode):
     ) -> int | None:
         if name in self._FIRST:
             return 1
-        if name in self._LAST:
-            return 3
         source = self._source(args, kwargs)
-        if source is None:
+        axis = None if source is None else self.of(source)
+        if name in self._LAST and axis is None:
+            return out.ndim - 1  # where it is known to be another, these mix positions
+        if source is None or axis is None:
             return None
-        axis = self.of(source)
-        if name in self._MOVES and axis is not None:
+        if name in self._MOVES:
             return self._moved(name, source, axis, args, kwargs)
-        if name in self._ENDS and out.shape != source.shape:
+        if name in self._SHAPES:
+            # The axis is still there if it has its size, and as many numbers stand before it.
+            before = math.prod(source.shape[:axis])
+            same = (k for k in range(1, out.ndim) if math.prod(out.shape[:k]) == before)
+            return next((k for k in same if out.shape[k] == source.shape[axis]), None)
+        if out.ndim != source.ndim or (name in self._ENDS and out.shape != source.shape):
             return None
         return axis
 
     def _source(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        maps = [v for v in _flat(args, kwargs) if isinstance(v, Tensor) and v.ndim == 4]
+        maps = [v for v in _flat(args, kwargs) if isinstance(v, Tensor) and v.ndim > 2]
         return next((v for v in maps if self.of(v) is not None), maps[0] if maps else None)
 
     def _moved(
         self, name: str, source: Tensor, axis: int, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> int:
-        # A probe with sizes 1, 2, 3, 4, moved the same way, shows where each axis goes.
+        # A probe with sizes 1, 2, 3 ..., moved the same way, shows where each axis goes.
         rest = {key: value for key, value in kwargs.items() if value is not source}
-        moved = getattr(torch.empty((1, 2, 3, 4), device="meta"), name)(*args[1:], **rest)
+        moved = getattr(torch.empty(tuple(range(1, source.ndim + 1)), device="meta"), name)(
+            *args[1:], **rest
+        )
         return list(moved.shape).index(axis + 1)
 
 

@@ -34,7 +34,7 @@ from featcache.errors import (
     StoreError,
     TrainingError,
 )
-from featcache.fingerprint import FORMAT_VERSION, Fingerprint
+from featcache.fingerprint import FORMAT_VERSION, Fingerprint, Tap
 from featcache.store import checksums, disk, format
 from featcache.store.checksums import VerifyReport
 from featcache.store.file import StoreFile
@@ -548,8 +548,8 @@ class FeatureStore:
         Parameters
         ----------
         tap : str, optional
-            A name in `taps`, or an unambiguous beginning of one (``"avgpool"``). None = the only
-            one.
+            A name in `taps`, in any unambiguous spelling (``"avgpool"``, ``"layer2:mean"``). None =
+            the only one.
         dtype : {"float32", "float16", None}
             Type of X; None = as stored.
 
@@ -581,17 +581,34 @@ class FeatureStore:
             return names[0]
         if tap in names:
             return tap
-        short = [name for name in names if name.startswith(tap + ":")]
-        short = short or [name for name in names if name.split("/", 1)[-1].startswith(tap + ":")]
-        short = short or [name for name in names if name.split("/", 1)[-1] == tap]
-        if len(short) == 1:
-            return short[0]
-        near = short or get_close_matches(tap, names, cutoff=0.3) or names
+        found = self._spelled(tap)
+        if len(found) == 1:
+            return found[0]
+        near = found or get_close_matches(tap, names, cutoff=0.3) or names
         raise MissingFeatures(
             f"{', '.join(self.paths)} holds no features {tap!r}. Did you mean "
             f"{' or '.join(repr(name) for name in near)}? To add a layer, run `featcache extract` "
             f"with --layer {tap} into another file."
         )
+
+    def _spelled(self, text: str) -> list[str]:
+        """Return the full names that a spelling of a tap may mean, ``BACKBONE/`` before it or not.
+
+        As it was typed for the extraction, it means what it meant there: ``layer4`` the default
+        reduction, ``avgpool:mean`` the only number of each channel.
+        """
+        typed, fitting = [], []
+        for name, (source, tap) in self._columns.items():
+            asked = Tap.parse(text.removeprefix(name.removesuffix(tap)))
+            taps = source.fingerprint.taps
+            request = (source.files[0].meta("request") or {}).get("taps") or ()
+            given = dict(zip(taps, request, strict=True)) if len(request) == len(taps) else {}
+            if tap in given and Tap.parse(given[tap]) == asked:
+                typed.append(name)
+            elif asked.fits(tap):
+                fitting.append(name)
+        outputs = [name for name in fitting if ":output:" in name]
+        return typed or outputs or fitting
 
     def _array(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         """Return one tap's rows in a type: mapped from the file if possible."""
