@@ -802,7 +802,11 @@ def test_files_that_share_images_or_differ_in_features_are_refused(tmp_path: Pat
     stores.store(tmp_path / "b.h5", stores.images(5, start=4))
     with pytest.raises(StoreError, match=r"1 images .*first: b/0004"):
         FeatureStore.open([tmp_path / "a.h5", tmp_path / "b.h5"])
-    stores.store(tmp_path / "c.h5", stores.images(5, start=9), stores.fingerprint(weights="x.pth"))
+    stores.store(
+        tmp_path / "c.h5",
+        stores.images(5, start=9),
+        stores.fingerprint(weights="x.pth", state_sha256="cd" * 32),
+    )
     with pytest.raises(FingerprintMismatch, match=r"weights: 'none'"):
         FeatureStore.open([tmp_path / "a.h5", tmp_path / "c.h5"])
     with pytest.raises(StoreError, match="No feature file"):
