@@ -107,7 +107,7 @@ class Step:
                     f"{name} of the step {self.kind!r} is {value.dtype} {value.shape}, expected "
                     f"{' or '.join(dtypes)} ({', '.join(names)}), where {sizes}"
                 )
-            self._require(np.isfinite(value).all(), f"a {name} that is not finite")
+            self._require(np.isfinite(value).all(), f"numbers in {name!r} that are not finite")
         self._check_values()
         return sizes.get("out", width)
 

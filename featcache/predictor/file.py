@@ -41,6 +41,7 @@ from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.predictor.inputs import InputTap
 from featcache.results.json_types import check_types
+from featcache.results.leaderboard import Leaderboard
 from featcache.system.tables import first_names
 from featcache.version import __version__
 
@@ -56,9 +57,7 @@ _KINDS: dict[str, type[steps.Step]] = {
         steps.PairVotes, steps.Neighbors, steps.Trees, SuffixStep,
     )
 }  # fmt: skip
-_AS_THEY_ARE = (
-    "versions", "head", "params", "classes", "temperature", "metrics", "leaderboard", "request",
-)  # fmt: skip
+_AS_THEY_ARE = ("versions", "head", "params", "classes", "temperature", "metrics", "request")
 _TEXT = {
     "sha256": str,
     "format_version": int,
@@ -107,13 +106,14 @@ def is_predictor(path: Path) -> bool:
 
 def write(parts: Mapping[str, Any]) -> bytes:
     """Return the file of a predictor's parts, by name as `read` gives them."""
-    head, canaries = parts["estimator"], parts["canaries"]
+    head, canaries, board = parts["estimator"], parts["canaries"], parts["leaderboard"]
     _check_parts(**parts)
     text = {
         "sha256": "0" * 64,
         "format_version": FORMAT_VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **{name: parts[name] for name in _AS_THEY_ARE},
+        "leaderboard": None if board is None else board.to_dict(),
         "columns": [dataclasses.asdict(column) for column in parts["columns"]],
         "fingerprints": [one.to_dict() for one in parts["fingerprints"]],
         "canaries": canaries.names,
@@ -144,7 +144,7 @@ def write(parts: Mapping[str, Any]) -> bytes:
 
 
 def read(content: bytes) -> dict[str, Any]:
-    """Return the parts of a predictor by name: its fields, the leaderboard as JSON.
+    """Return the parts of a predictor by name: its fields.
 
     Raises
     ------
@@ -175,13 +175,14 @@ def read(content: bytes) -> dict[str, Any]:
         )
     check_types("", text, _TEXT)
     arrays = safetensors.numpy.load(content)
-    names = tuple(text["canaries"])
+    names, board = tuple(text["canaries"]), text.get("leaderboard")
     pictures = [f"canary_image_{number}" for number in range(len(names))]
     needed = {"train_sha256", "canary_x", "canary_logits", *pictures}
     if missing := needed - arrays.keys():
         raise PredictorError(f"It lacks arrays: {first_names(sorted(missing))}.")
     parts = {
         **{name: text.get(name) for name in _AS_THEY_ARE},
+        "leaderboard": None if board is None else Leaderboard.from_dict(board),
         "classes": tuple(text["classes"]),
         "columns": tuple(InputTap(**column) for column in text["columns"]),
         "fingerprints": tuple(map(_fingerprint, text["fingerprints"])),

@@ -35,9 +35,7 @@ def check_types(name: str, value: Any, kind: Any) -> None:
     >>> check_types("row", {"head": "svm", "notes": []}, {"head": str, "notes": tuple[str, ...]})
     """
     if isinstance(kind, UnionType):
-        if value is None:
-            return
-        kind = get_args(kind)[0]
+        kind = get_args(kind)[value is None]
     if is_dataclass(kind):
         kind = get_type_hints(kind)
     origin, inner = get_origin(kind), get_args(kind)
