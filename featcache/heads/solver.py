@@ -587,6 +587,9 @@ def _direction(
         Q *= torch.where(rho > 0, 1 / (rho * curved).clamp(min=1e-30), 1.0)
     for (S, Y, rho), a in zip(pairs, reversed(steps), strict=True):
         Q.addcmul_(a - rho * _dot(Y, Q, f), S)
+    if Q.shape[1] > f.shape[1]:
+        # What all classes of a softmax share only the penalty sees; it is zero at the minimum.
+        Q -= Q.mean(dim=1, keepdim=True)
     return -Q, -_dot(Q, G, f).double()
 
 
