@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -157,41 +158,30 @@ own_network = stacked(
 )
 
 
-def _suffix(name: str, help: str, *, show: str = "", **more: Any) -> Decorator:
-    """Return an option of ``--head suffix`` that shows its default."""
-    default = getattr(SuffixSettings, name.removeprefix("--").replace("-", "_"))
-    return click.option(name, help=f"suffix: {help}  [{show or default}]", **more)
+def _suffix(one: Field[Any]) -> Decorator:
+    """Return the option of one of the settings of ``--head suffix``, which shows its default."""
+    name, default = one.name, one.default
+    names = ("--from", name) if name == "first" else (f"--{name.replace('_', '-')}",)
+    kinds: dict[str, dict[str, Any]] = {
+        "first": {"metavar": "LAYER"},
+        "lr": {"type": float},
+        "schedule": {"type": click.Choice(SCHEDULES)},
+        "validation": {"type": share},
+        "device": {"metavar": "DEVICE"},
+    }
+    shown = (
+        ""
+        if default is None
+        else f"  [{default:.0%}]"
+        if name == "validation"
+        else f"  [{default}]"
+    )
+    kind = kinds[name] if name in kinds else count(one.metadata["least"])
+    return click.option(*names, help=f"suffix: {one.metadata['help']}{shown}", **kind)
 
 
 suffix_training = stacked(
-    click.option(
-        "--from",
-        "first",
-        metavar="LAYER",
-        help="suffix: first layer to train. Default: the first one behind the cut.",
-    ),
-    _suffix("--epochs", "train for at most this many epochs.", **count()),
-    _suffix("--batch-size", "number of images per step.", **count(2)),
-    _suffix("--lr", "highest learning rate of the new last layer.", type=float),
-    _suffix("--schedule", "learning rate schedule.", type=click.Choice(SCHEDULES)),
-    _suffix(
-        "--unfreeze-every",
-        "unfreeze one block more every N epochs; 0 trains all of them at once.",
-        **count(0),
-    ),
-    _suffix(
-        "--patience",
-        "stop after N epochs without a better validation loss; 0 never stops early.",
-        **count(0),
-    ),
-    _suffix(
-        "--validation",
-        "share of the images set aside to decide when to stop; with 0, train on all of them, to "
-        "the last epoch.",
-        type=share,
-        show=f"{SuffixSettings.validation:.0%}",
-    ),
-    _suffix("--device", f"{DEVICES}.", metavar="DEVICE"),
+    *(_suffix(one) for one in fields(SuffixSettings) if one.metadata),
     click.option(
         "--backbone",
         metavar="MODULE:CALLABLE",

@@ -1,9 +1,9 @@
-"""`SuffixSettings`, apart from all that trains: the command line's help shows its defaults."""
+"""`SuffixSettings`, apart from all that trains: the command line makes its options from them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from featcache.errors import TrainingError
 
@@ -13,6 +13,11 @@ Schedule = Literal["one-cycle", "cosine"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
+def _option(default: Any, help: str, **least: int) -> Any:
+    """Return a field that is also an option of the command line; a whole number has a least one."""
+    return field(default=default, metadata={"help": help, **least})
+
+
 @dataclass(frozen=True, kw_only=True)
 class SuffixSettings:
     """How the rest of a network is trained on cached features.
@@ -20,12 +25,12 @@ class SuffixSettings:
     Parameters
     ----------
     first : str, optional
-        The first layer to train, ``--from`` on the command line. What lies between the cut and it
-        stays frozen. Left out: everything behind the cut is trained.
+        The first layer to train, ``--from`` on the command line. The layers between the cut and it
+        stay frozen. Left out, everything behind the cut is trained.
     epochs : int
-        Times that each image is seen, at most.
+        How often each image is seen, at most.
     batch_size : int
-        Images a step.
+        Number of images in a step.
     lr : float
         Highest learning rate of the new last layer.
     factor : float
@@ -33,51 +38,59 @@ class SuffixSettings:
     decay : float
         Ratio of learning rates from one block to the next below.
     weight_decay : float
-        AdamW's, of weights; biases and normalisation have none.
+        AdamW's weight decay. Biases and the parameters of normalisation have none.
     schedule : {"one-cycle", "cosine"}
         One cycle rises for a quarter of the steps and then falls to zero (Smith and Topin 2018,
         https://arxiv.org/abs/1708.07120); cosine only falls (Loshchilov and Hutter 2017,
         https://arxiv.org/abs/1608.03983).
     unfreeze_every : int
         Begin with the new layer and unfreeze one block more every so many epochs, back to `first`
-        (Howard and Ruder 2018). 0: all at once.
+        (Howard and Ruder 2018). 0 trains all of them at once.
     patience : int
-        Stop after so many epochs without a better validation loss. 0: never.
+        Stop after so many epochs without a better validation loss. 0 never stops early.
     validation : float
-        Share of the training images that early stopping looks at and nothing is trained on. 0:
-        train on all images to the last epoch, whose weights are kept. Where images are few, those
-        set aside are too few to tell one epoch from another, and are missed in training.
+        Share of the training images that are set aside to decide when to stop. With 0 all images
+        are trained on to the last epoch, whose weights are kept. That is better where images are
+        few: those set aside cannot tell one epoch from another, and training lacks them.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
     """
 
-    first: str | None = None
-    epochs: int = 10
-    batch_size: int = 32
-    lr: float = 3e-3
+    first: str | None = _option(None, "first layer to train. Default: the first behind the cut.")
+    epochs: int = _option(10, "train for at most this many epochs.", least=1)
+    batch_size: int = _option(32, "number of images per step.", least=2)
+    lr: float = _option(3e-3, "highest learning rate of the new last layer.")
     factor: float = 0.1
     decay: float = 1.0
     weight_decay: float = 0.01
-    schedule: Schedule = "one-cycle"
-    unfreeze_every: int = 0
-    patience: int = 5
-    validation: float = 0.1
-    device: str = "auto"
+    schedule: Schedule = field(default="one-cycle", metadata={"help": "learning rate schedule."})
+    unfreeze_every: int = _option(
+        0, "unfreeze one block more every N epochs; 0 trains all of them at once.", least=0
+    )
+    patience: int = _option(
+        5, "stop after N epochs without a better validation loss; 0 never stops early.", least=0
+    )
+    validation: float = _option(
+        0.1,
+        "share of the images set aside to decide when to stop; with 0, train on all of them, to "
+        "the last epoch.",
+    )
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1 or mps.")
 
     def __post_init__(self) -> None:
+        values = {one.name: (getattr(self, one.name), one.metadata) for one in fields(self)}
         for right, what in (
-            (self.epochs >= 1, f"epochs counts from 1, got {self.epochs}"),
-            (self.batch_size >= 2, f"batch_size counts from 2, got {self.batch_size}"),
+            *(
+                (value >= more["least"], f"{name} counts from {more['least']}, got {value}")
+                for name, (value, more) in values.items()
+                if "least" in more
+            ),
             (self.lr > 0, f"lr must be over 0, got {self.lr}"),
             (self.factor > 0 and self.decay > 0, "factor and decay must be over 0"),
             (0 <= self.validation < 1, f"validation is a share of 1, got {self.validation}"),
             (
                 self.schedule in SCHEDULES,
                 f"schedule is {' or '.join(SCHEDULES)}, got {self.schedule!r}",
-            ),
-            (
-                self.unfreeze_every >= 0 and self.patience >= 0,
-                "unfreeze_every and patience count from 0",
             ),
         ):
             if not right:
