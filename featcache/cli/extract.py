@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,49 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
     header = ("layer", "kind", "output", "parameters", "cost")
     click.echo(text_table(header, cells, right=(3, 4)))
     click.echo(f"\nDefault tap: {', '.join(network.taps)}")
+
+
+def extracted(
+    images: featcache.ImageSet,
+    network: dict[str, Any],
+    path: Path,
+    *,
+    precision: str = "float32",
+    store_dtype: str = "float32",
+    augmentation: featcache.Augmentation | None = None,
+    accept_varying: bool = False,
+    retry_failed: bool = False,
+    **options: Any,
+) -> featcache.FeatureStore:
+    """Extract features; where the same command did so before, torch is not even imported.
+
+    The arguments are those of `featcache.extract`, and `network` those of `featcache.Backbone`.
+    """
+    from featcache.extraction import reuse
+    from featcache.networks.asked import as_asked
+
+    asked = as_asked(**network)
+    if asked is not None and not retry_failed:
+        asked |= {
+            "precision": precision,
+            "store_dtype": store_dtype,
+            "augmentation": augmentation and augmentation.to_dict(),
+            "varying": accept_varying,
+        }
+        store = reuse.up_to_date(os.path.realpath(path), images, asked=asked)
+        if store is not None:
+            return store
+    return featcache.extract(
+        images,
+        featcache.Backbone(**network),
+        path,
+        precision=precision,
+        store_dtype=store_dtype,
+        augmentation=augmentation,
+        accept_varying=accept_varying,
+        retry_failed=retry_failed,
+        **options,
+    )
 
 
 @click.command(cls=Command)
@@ -164,9 +208,9 @@ def extract(
             raise click.UsageError(
                 f"--{name.replace('_', '-')} is for a table of labels; name it with --labels."
             )
-    store = featcache.extract(
+    store = extracted(
         featcache.ImageSet.open(images, labels_csv=labels, **listing),
-        featcache.Backbone(backbone, weights=weights or "auto", **network),
+        {"network": backbone, "weights": weights or "auto", **network},
         output,
         device=devices[0] if len(devices) == 1 else (list(devices) or "auto"),
         augmentation=featcache.Augmentation(views=views) if views > 1 else None,

@@ -12,6 +12,7 @@ import click
 import featcache
 from featcache.cli import options
 from featcache.cli.command import Command
+from featcache.cli.extract import extracted
 from featcache.errors import MissingExtra
 
 __all__ = ["Study", "head_options", "network_options", "study"]
@@ -67,10 +68,12 @@ class Study:
 
     def extract(self) -> None:
         """Compute the features; nothing that has not changed is computed again."""
-        network = featcache.Backbone(
-            self.backbone, weights=self.weights or "auto", layers=self.layers
-        )
-        store = featcache.extract(self.images, network, self.path(".h5"))
+        network = {
+            "network": self.backbone,
+            "weights": self.weights or "auto",
+            "layers": self.layers,
+        }
+        store = extracted(self.images, network, self.path(".h5"))
         click.echo(f"{self.path('.h5')}: {store.extraction}")
 
     def classify(self, head: tuple[str, ...], n_jobs: int) -> None:

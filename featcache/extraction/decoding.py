@@ -31,17 +31,15 @@ from featcache.images.image_set import ImageSet, content_hash
 from featcache.pixels.decode import RawImage
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
-from featcache.store.format import DONE, FAILED, PENDING
+from featcache.store.format import DONE, ENTRY, FAILED, PENDING
 from featcache.system.processes import die_with_parent, start_processes
 
-__all__ = ["ENTRY", "PREFETCH", "Batch", "Decoder", "Loader", "make_tasks"]
+__all__ = ["PREFETCH", "Batch", "Decoder", "Loader", "make_tasks"]
 
 PREFETCH = 2  # tasks in the making for each worker process
 READ_ATTEMPTS = 3
 DEATHS = 2  # a process of its own dies so often before an image counts as failed
 
-# What is known of an image beside its features, under the names that the feature file uses.
-ENTRY = np.dtype([("status", "u1"), ("size", "<i8"), ("mtime_ns", "<i8"), ("sha256", "u1", (32,))])
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -33,7 +33,6 @@ from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.pixels.views import Augmentation
 from featcache.store.store import FeatureStore
-from featcache.store.writer import relabel
 from featcache.system.console import interruptible
 from featcache.system.memory import reuse_memory
 
@@ -236,10 +235,10 @@ def extract(
     job = Job(
         path, images, backbone, options, _request(backbone, options, store_dtype, accept_varying)
     )
-    store = None if retry_failed else reuse.complete_store(path, images, job.request)
+    store = None if retry_failed else reuse.up_to_date(path, images, request=job.request)
     if store is not None:
         job.check_code(store)
-        return _up_to_date(store, images)
+        return store
     summary = Summary(len(images))
     before = reuse.finished_store(path)
     started = time.perf_counter()
@@ -286,14 +285,3 @@ def _request(
         "augmentation": None if augmentation is None else augmentation.to_dict(),
         "varying": varying,
     }
-
-
-def _up_to_date(store: FeatureStore, images: ImageSet) -> FeatureStore:
-    """Return a store in which only the labels may have to be rewritten."""
-    summary = Summary(len(images), failed=len(store.failures), skipped=True)
-    if not reuse.same_tables(store, images):
-        store = relabel(store, images.tables)
-        summary.relabelled = True
-    summary.notes = store.fingerprint.notes
-    store.extraction = summary
-    return store

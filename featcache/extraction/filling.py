@@ -21,8 +21,8 @@ import numpy as np
 from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
 from featcache.extraction import reuse
 from featcache.extraction.canaries import check_canaries, check_same_network, usable_canaries
-from featcache.extraction.stream import Clock, Options, WriterThread, compute
-from featcache.extraction.summary import Summary
+from featcache.extraction.stream import Options, WriterThread, compute
+from featcache.extraction.summary import Clock, Summary
 from featcache.fingerprint import Fingerprint, differences
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
@@ -70,8 +70,7 @@ class Job:
 
     def from_network(self) -> reuse.StoredLayout:
         """Compute fingerprint and shapes from the network."""
-        names = ("precision", "store_dtype", "augmentation", "varying")
-        fingerprint = self.backbone.fingerprint(**{name: self.request[name] for name in names})
+        fingerprint = self.backbone.fingerprint(**reuse.of_features(self.request))
         views = (fingerprint.views,) if fingerprint.views > 1 else ()
         shapes = {tap: (*views, *shape) for tap, shape in self.backbone.shapes.items()}
         return reuse.StoredLayout(fingerprint, shapes)
@@ -127,7 +126,7 @@ def filled(
         images.tables if tables is None else tables,
         known.shapes,
         fingerprint=known.fingerprint,
-        meta=_meta(job.request),
+        meta=_meta(job),
         canaries=usable_canaries(job.backbone),
         earlier=earlier,
         retry_failed=options.retry_failed,
@@ -282,10 +281,15 @@ def _marked_as_running(writer: FeatureWriter) -> Iterator[None]:
         raise
 
 
-def _meta(request: dict[str, Any]) -> dict[str, Any]:
+def _meta(job: Job) -> dict[str, Any]:
     """Return the request, the versions of libraries and the command, to record them in the file."""
     command = Path(sys.argv[0]).name
-    meta: dict[str, Any] = {"request": request, "versions": _versions()}
+    asked = job.backbone.asked
+    meta: dict[str, Any] = {
+        "request": job.request,
+        "asked": asked and {**asked, **reuse.of_features(job.request)},
+        "versions": _versions(),
+    }
     if command == "featcache":
         meta["command"] = shlex.join([command, *sys.argv[1:]])
     return meta

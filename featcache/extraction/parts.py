@@ -50,8 +50,8 @@ from featcache.extraction import reuse
 from featcache.extraction.canaries import compare_canaries
 from featcache.extraction.filling import Job, filled
 from featcache.extraction.plan import Plan, agree, beside, plan_file, stopping
-from featcache.extraction.stream import Clock, Options
-from featcache.extraction.summary import Summary
+from featcache.extraction.stream import Options
+from featcache.extraction.summary import Clock, Summary
 from featcache.fingerprint import differences
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
@@ -440,9 +440,9 @@ def _opened(planned: str, network: str | None) -> tuple[ImageSet, Backbone]:
         layers=request["taps"],
         partial=request.get("partial", False),
         weights_key=request.get("weights_key"),
+        preprocessing=Preprocessing.from_dict(request["preprocessing"]),
     )
     backbone.recall(request)
-    backbone.preprocessing = Preprocessing.from_dict(request["preprocessing"])
     here = backbone.request
     of_plan = {key: request.get(key) for key in here}
     if different := differences(reuse.compared(of_plan), reuse.compared(here), ("plan", "here")):

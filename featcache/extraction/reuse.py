@@ -3,6 +3,8 @@
 An image is the same while the hash of its content is the same. Size and time of the last change
 only decide whether it must be read again to find out. Times are compared for equality, never for
 order, so clocks that are wrong do no harm.
+
+Nothing here imports torch, so that "nothing to do" is said at once (`up_to_date`).
 """
 
 from __future__ import annotations
@@ -16,29 +18,36 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DecodeError, StoreError
-from featcache.extraction.decoding import ENTRY
+from featcache.extraction.summary import Summary
 from featcache.fingerprint import Fingerprint
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.store.file import StoreFile
-from featcache.store.format import DONE, FAILED, PENDING
+from featcache.store.format import DONE, ENTRY, FAILED, PENDING
 from featcache.store.splitting import hash_keys
 from featcache.store.store import FeatureStore
-from featcache.store.writer import FeatureWriter
+from featcache.store.writer import FeatureWriter, relabel
 
 __all__ = [
     "StoredLayout",
     "compared",
-    "complete_store",
     "copy_unchanged",
     "count_removed",
     "finished_store",
     "mark_changed",
+    "of_features",
     "recheck_replaced_files",
     "recorded_requests",
-    "same_tables",
     "stored_layout",
     "unchanged",
+    "up_to_date",
 ]
+
+_OF_FEATURES = ("precision", "store_dtype", "augmentation", "varying")
+
+
+def of_features(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a request that says which features are asked of a network."""
+    return {name: request[name] for name in _OF_FEATURES}
 
 
 def unchanged(
@@ -53,7 +62,7 @@ def unchanged(
     rows : ndarray of int64, shape (k,)
         Numbers of the images to look at.
     entries : structured ndarray, shape (k,)
-        What was recorded, with the fields of `featcache.extraction.decoding.ENTRY`.
+        What was recorded, with the fields of `featcache.store.format.ENTRY`.
     touched : bool
         Read and hash a file that has another time but the same size; otherwise it has changed.
 
@@ -128,8 +137,8 @@ def stored_layout(path: str, request: dict[str, Any]) -> StoredLayout | None:
     return None
 
 
-def complete_store(path: str, images: ImageSet, request: dict[str, Any]) -> FeatureStore | None:
-    """Return the finished store at `path` if nothing is to be done.
+def up_to_date(path: str, images: ImageSet, **wanted: Any) -> FeatureStore | None:
+    """Return the finished store at `path` if nothing is to be computed; labels are rewritten.
 
     Parameters
     ----------
@@ -137,26 +146,33 @@ def complete_store(path: str, images: ImageSet, request: dict[str, Any]) -> Feat
         Path of the store.
     images : ImageSet
         The images. Their labels may differ from the store's.
-    request : dict
-        What is asked for.
+    **wanted
+        JSON values that the store must hold as metadata: ``request`` or ``asked``.
 
     Returns
     -------
     FeatureStore or None
-        None if something is to be done: there is no store, it has other features, or images were
-        added, removed, changed or rewritten.
+        With its `Summary`. None if something is to be done: there is no store, it has other
+        features, or images were added, removed, changed or rewritten.
     """
     if not Path(path).exists() or Path(f"{path}.partial").exists():
         return None
     store = FeatureStore.open(path)
-    if compared(store.meta.get("request")) != compared(request):
+    if any(compared(store.meta.get(key)) != compared(value) for key, value in wanted.items()):
         return None
     positions, entries = _recorded_images(store)
     theirs = _positions(images, np.arange(len(images)), positions)
     if len(entries) != len(images) or (theirs < 0).any():
         return None
-    same = unchanged(images, np.arange(len(images)), entries[theirs], touched=False)
-    return store if same.all() else None
+    if not unchanged(images, np.arange(len(images)), entries[theirs], touched=False).all():
+        return None
+    summary = Summary(len(images), failed=len(store.failures), skipped=True)
+    summary.notes = store.fingerprint.notes
+    if not _same_tables(store, images):
+        store = relabel(store, images.tables)
+        summary.relabelled = True
+    store.extraction = summary
+    return store
 
 
 def finished_store(path: str) -> FeatureStore | None:
@@ -174,7 +190,7 @@ def count_removed(before: FeatureStore, store: FeatureStore, images: ImageSet) -
     return int((~np.isin(hash_keys(before.sha256[gone]), hash_keys(store.sha256))).sum())
 
 
-def same_tables(store: FeatureStore, images: ImageSet) -> bool:
+def _same_tables(store: FeatureStore, images: ImageSet) -> bool:
     """Return whether labels, groups and splits of a store are those of the images."""
     row_of = {name: row for row, name in enumerate(images.ids.tolist())}
     rows = np.array([row_of[name] for name in store.ids.tolist()], np.int64)

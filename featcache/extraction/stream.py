@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from featcache.extraction.decoding import Batch, Decoder, Loader, make_tasks
+from featcache.extraction.summary import Clock
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Pending, Runtime, Settings
 from featcache.pixels.views import Augmentation
 from featcache.store.writer import FeatureWriter
 
-__all__ = ["Clock", "Options", "WriterThread", "compute"]
+__all__ = ["Options", "WriterThread", "compute"]
 
 MAX_QUEUED = 4  # batches that may wait for the disk
 _IMAGES_A_THREAD = 16
@@ -66,31 +67,6 @@ class Options:
             settings=settings,
             count=images * self.views,
         )
-
-
-@dataclass
-class Clock:
-    """Where the time went, in seconds.
-
-    Attributes
-    ----------
-    decode : float
-        Reading and decoding, summed over all workers.
-    waiting_for_images : float
-        The forward pass stood still for decoded images.
-    forward : float
-        Forward passes.
-    write : float
-        Writing, beside the forward pass.
-    waiting_for_writer : float
-        The forward pass stood still for the writer.
-    """
-
-    decode: float = 0.0
-    waiting_for_images: float = 0.0
-    forward: float = 0.0
-    write: float = 0.0
-    waiting_for_writer: float = 0.0
 
 
 def compute(

@@ -5,9 +5,32 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from featcache.extraction.stream import Clock
+__all__ = ["Clock", "Summary"]
 
-__all__ = ["Summary"]
+
+@dataclass
+class Clock:
+    """Where the time went, in seconds.
+
+    Attributes
+    ----------
+    decode : float
+        Reading and decoding, summed over all workers.
+    waiting_for_images : float
+        The forward pass stood still for decoded images.
+    forward : float
+        Forward passes.
+    write : float
+        Writing, beside the forward pass.
+    waiting_for_writer : float
+        The forward pass stood still for the writer.
+    """
+
+    decode: float = 0.0
+    waiting_for_images: float = 0.0
+    forward: float = 0.0
+    write: float = 0.0
+    waiting_for_writer: float = 0.0
 
 
 @dataclass

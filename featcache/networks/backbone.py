@@ -17,6 +17,7 @@ from torch import nn
 
 from featcache.errors import BackboneError
 from featcache.fingerprint import Fingerprint, state_sha256
+from featcache.networks.asked import as_asked
 from featcache.networks.checkpoints import PartialReport
 from featcache.networks.families import RANDOM_SEED, backbones, family_of
 from featcache.networks.taps import ResolvedTap, resolve
@@ -68,8 +69,9 @@ class Backbone:
 
     Attributes
     ----------
-    preprocessing : Preprocessing
-        How an image becomes what the network expects.
+    asked : dict or None
+        `featcache.networks.asked.as_asked` of the arguments; None for a module, a callable, or
+        with a `preprocessing` of one's own.
 
     Raises
     ------
@@ -102,10 +104,25 @@ class Backbone:
         name: str | None = None,
     ) -> None:
         weights = None if weights == "none" else weights
-        self._family = family_of(network, weights, partial, weights_key, preprocessing, name)
         self._asked = [layers] if isinstance(layers, str) else list(layers or ())
+        self.asked = None
+        if isinstance(network, str) and preprocessing is None:
+            self.asked = as_asked(
+                network,
+                weights=weights,
+                layers=self._asked,
+                image_size=image_size,
+                partial=partial,
+                weights_key=weights_key,
+            )
+        self._family = family_of(network, weights, partial, weights_key, preprocessing, name)
         chosen = preprocessing or self._family.preprocessing()
-        self.preprocessing = chosen if image_size is None else chosen.with_image_size(image_size)
+        self._preprocessing = chosen if image_size is None else chosen.with_image_size(image_size)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes what the network expects."""
+        return self._preprocessing
 
     @property
     def name(self) -> str:

@@ -71,9 +71,12 @@ from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from featcache.store import disk
 from featcache.store.disk import as_bytes
 
-__all__ = ["DONE", "FAILED", "PENDING", "Canaries", "Contents", "Failure"]
+__all__ = ["DONE", "ENTRY", "FAILED", "PENDING", "Canaries", "Contents", "Failure"]
 
 PENDING, DONE, FAILED = 0, 1, 2
+
+# What is known of an image beside its features.
+ENTRY = np.dtype([("status", "u1"), ("size", "<i8"), ("mtime_ns", "<i8"), ("sha256", "u1", (32,))])
 
 _ALIGNMENT = 4096
 # Metadata of the layout itself: a few kilobytes a dataset, measured; generous for reserving.
