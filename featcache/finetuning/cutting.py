@@ -5,11 +5,11 @@ flattening, adding) is done as the network does it; nothing is traced into a gra
 flow is Python's. The layers before the cut are taken out: each gives NaN of the right shape,
 without memory and without computing. At the cut the cached features are put in.
 
-That works only where the features at the cut are all that the rest is made of: the cut must be
-*true*. Inside a residual block it is not, since a path leads around the layer. NaN shows that:
+That works only where the rest is computed from the features at the cut alone: the cut must be
+*complete*. Inside a residual block it is not, since a path leads around the layer. NaN shows that:
 whatever is computed from something before the cut is NaN itself, so a network whose output stays
 finite, and equal to that of the whole network, depends on its input through the cut alone.
-`check` compares both on images of noise and refuses a cut that is not true.
+`check` compares both on images of noise and refuses a cut that is not complete.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Slot:
             raise RuntimeError("the part behind a cut runs through Suffix.forward only")
         return self.value
 
-    def nothing(self, shape: Sequence[int]) -> Tensor:
+    def placeholder(self, shape: Sequence[int]) -> Tensor:
         """Return (b, *shape), one number seen many times."""
         given = self.take()
         filled = torch.full((), self.filling, device=given.device, dtype=given.dtype)
@@ -66,7 +66,7 @@ class _Slot:
         return self.runs[layer] - 1
 
 
-class _Skipped(nn.Module):
+class _SkippedLayer(nn.Module):
     """Replacement of a layer before the cut: gives its shape and no numbers."""
 
     def __init__(self, layer: str, shapes: Sequence[Shape], slot: _Slot) -> None:
@@ -77,15 +77,15 @@ class _Skipped(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what this run gave, without its numbers."""
-        return self.slot.nothing(self.shapes[self.slot.number(self.layer)])
+        return self.slot.placeholder(self.shapes[self.slot.number(self.layer)])
 
 
-class _Later:
+@dataclass(eq=False)
+class _SkipFirstRuns:
     """The ``forward`` of a layer that runs before the cut and behind it (a shared ReLU, say)."""
 
-    def __init__(self, skipped: _Skipped, forward: Callable[..., Any]) -> None:
-        self.skipped = skipped
-        self.forward = forward
+    skipped: _SkippedLayer
+    forward: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         skipped = self.skipped
@@ -94,7 +94,7 @@ class _Later:
         return self.forward(*args, **kwargs)
 
 
-class _Cut(nn.Module):
+class _CachedOutput(nn.Module):
     """Replacement of the layer whose output was cached."""
 
     def __init__(self, slot: _Slot) -> None:
@@ -106,11 +106,11 @@ class _Cut(nn.Module):
         return self.slot.take()
 
 
-class _InputHook:
+@dataclass(eq=False)
+class _CachedInput:
     """A hook that gives a layer its cached input."""
 
-    def __init__(self, slot: _Slot) -> None:
-        self.slot = slot
+    slot: _Slot
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,21 +158,23 @@ class Suffix(nn.Module):
         self._slot = slot
         self._image_shape = tuple(image_shape)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, filling: float = _NAN) -> Tensor:
         """Return the network's output for features at the cut.
 
         Parameters
         ----------
         features : torch.Tensor, shape (b, *shape)
+        filling : float
+            What the layers before the cut give. No result depends on it.
 
         Returns
         -------
         torch.Tensor, shape (b, k)
         """
-        self._slot.value = features
+        self._slot.value, self._slot.filling = features, filling
         self._slot.runs.clear()
         try:
-            output = self.network(self._slot.nothing(self._image_shape))
+            output = self.network(self._slot.placeholder(self._image_shape))
         finally:
             self._slot.value = None
         # In training, GoogLeNet and Inception give what their auxiliary heads say as well.
@@ -189,7 +191,7 @@ class Suffix(nn.Module):
         old = self.classifier
         new = replace_head(self.network, classes, name=self.head)
         for hook in old._forward_pre_hooks.values():
-            if isinstance(hook, _InputHook):  # the cut is at this layer's input
+            if isinstance(hook, _CachedInput):  # the cut is at this layer's input
                 new.register_forward_pre_hook(hook, with_kwargs=True)
         return new
 
@@ -209,35 +211,23 @@ class Suffix(nn.Module):
         used = self._used()
         if first is None:
             return used
-        start = self._position(first)
-        ranks = {name: rank for rank, name in reversed(list(enumerate(self.order)))}
+        ranks = {name: rank for rank, name in enumerate(self.order)}
+        start = next((rank for name, rank in ranks.items() if first in _around(name)), None)
+        if start is None:
+            raise TapError(
+                f"The layer {first!r} does not run behind the cut at {self.tap}. Layers that do: "
+                f"{', '.join(self.order[:6])}"
+            )
         return [name for name in used if _rank(name, ranks) >= start]
-
-    def _position(self, first: str) -> int:
-        for rank, name in enumerate(self.order):
-            if name == first or name.startswith(f"{first}."):
-                return rank
-        raise TapError(
-            f"The layer {first!r} does not run behind the cut at {self.tap}. Layers that do: "
-            f"{', '.join(self.order[:6])}"
-        )
 
     def _used(self) -> list[str]:
         """Name the parameters that the output depends on: those that a gradient reaches."""
-        own = dict(self.network.named_parameters())
-        before = {name: p.requires_grad for name, p in own.items()}
-        modes = {part: part.training for part in self.modules()}
+        copied = copy.deepcopy(self).eval().requires_grad_(True)
+        own = dict(copied.network.named_parameters())
         device = next(iter(own.values())).device
-        try:
-            self.eval().requires_grad_(True)
-            with torch.enable_grad():
-                output = self(torch.zeros((2, *self.shape), device=device)).sum()
-            gradients = torch.autograd.grad(output, list(own.values()), allow_unused=True)
-        finally:
-            for name, parameter in own.items():
-                parameter.requires_grad_(before[name])
-            for part, training in modes.items():
-                part.training = training
+        with torch.enable_grad():
+            output = copied(torch.zeros((2, *self.shape), device=device)).sum()
+        gradients = torch.autograd.grad(output, list(own.values()), allow_unused=True)
         return [name for name, g in zip(own, gradients, strict=True) if g is not None]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -247,10 +237,7 @@ class Suffix(nn.Module):
 
 def _rank(parameter: str, ranks: dict[str, int]) -> int:
     """Return when the layer of a parameter first runs; a container's own: with the container."""
-    name = parameter.rpartition(".")[0]
-    while name and name not in ranks:
-        name = name.rpartition(".")[0]
-    return ranks.get(name, -1)
+    return next((ranks[name] for name in _around(parameter) if name in ranks), -1)
 
 
 def cut(
@@ -273,7 +260,7 @@ def cut(
     Returns
     -------
     Suffix
-        The part behind the cut; `check` tells whether the cut is true.
+        The part behind the cut; `check` tells whether the cut is complete.
 
     Raises
     ------
@@ -345,16 +332,16 @@ def _prune(network: nn.Module, traced: Trace, tap: Tap, position: int, slot: _Sl
     for name, shapes in before.items():
         if name not in behind:
             # What stands in a copy's memo is not copied: skipped layers take no memory.
-            memo[id(network.get_submodule(name))] = _Skipped(name, shapes, slot)
+            memo[id(network.get_submodule(name))] = _SkippedLayer(name, shapes, slot)
     if tap.side != "input":
-        memo[id(network.get_submodule(tap.layer))] = _Cut(slot)
+        memo[id(network.get_submodule(tap.layer))] = _CachedOutput(slot)
     copied: nn.Module = copy.deepcopy(network, memo)
     for name in before.keys() & behind:
         part = copied.get_submodule(name)
-        part.forward = _Later(_Skipped(name, before[name], slot), part.forward)
+        part.forward = _SkipFirstRuns(_SkippedLayer(name, before[name], slot), part.forward)
     if tap.side == "input":
         first = copied.get_submodule(tap.layer)
-        first.register_forward_pre_hook(_InputHook(slot), with_kwargs=True)
+        first.register_forward_pre_hook(_CachedInput(slot), with_kwargs=True)
     return copied
 
 
@@ -381,7 +368,7 @@ def _inside(name: str, others: Container[str]) -> bool:
 
 
 def check(network: nn.Module, suffix: Suffix) -> None:
-    """Refuse a cut that is not true: there is a path around it.
+    """Refuse a cut that is not complete, because a path leads around it.
 
     Parameters
     ----------
@@ -396,7 +383,7 @@ def check(network: nn.Module, suffix: Suffix) -> None:
         If the output depends on the images by another path; the message names a cut that would
         do.
     """
-    if not _is_true(network, suffix):
+    if not _is_complete(network, suffix):
         hint = suggest(network, Tap.parse(suffix.tap).layer, suffix._image_shape)
         raise TapError(
             f"The network cannot be cut at {suffix.tap}: its output also depends on the images by "
@@ -404,7 +391,7 @@ def check(network: nn.Module, suffix: Suffix) -> None:
         )
 
 
-def _is_true(network: nn.Module, suffix: Suffix) -> bool:
+def _is_complete(network: nn.Module, suffix: Suffix) -> bool:
     """Compare the whole network with its suffix on noise, with two fillings of what is skipped."""
     generator = torch.Generator().manual_seed(_SEED)
     images = torch.randn((2, *suffix._image_shape), generator=generator)
@@ -423,15 +410,11 @@ def _is_true(network: nn.Module, suffix: Suffix) -> bool:
 
 
 def _filled(suffix: Suffix, features: Tensor, filling: float) -> Tensor | None:
-    before = suffix._slot.filling
-    suffix._slot.filling = filling
     try:
-        output: Tensor = suffix(features)
+        output: Tensor = suffix(features, filling)
         return output
     except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError):
         return None  # what is skipped is needed for more than its shape
-    finally:
-        suffix._slot.filling = before
 
 
 def suggest(network: nn.Module, layer: str, image_shape: Sequence[int]) -> str:
@@ -443,7 +426,7 @@ def suggest(network: nn.Module, layer: str, image_shape: Sequence[int]) -> str:
             suffix = cut(network, tap, image_shape, traced=traced)
         except (TapError, BackboneError):
             continue
-        if _is_true(network, suffix):
+        if _is_complete(network, suffix):
             return f"Cut at {name!r}: extract with --layer {suffix.tap}"
     return "Cut between two blocks: `featcache layers BACKBONE` lists them"
 
