@@ -650,7 +650,8 @@ def minimise(
     problems : Problems
         What to solve.
     V : Tensor of shape (p, k, d + 1)
-        Where to start: weights, and the intercept in the last column.
+        Where to start: weights, and the intercept in the last column. Those of the classes of a
+        softmax sum to zero, as those of the solution do.
     tol : float
         A problem is done when half its Newton decrement, an estimate of the distance to the
         minimum, is below `tol` times its objective.
@@ -675,9 +676,6 @@ def minimise(
             if not len(state.V):
                 break
             _advance(design, state, workers)
-    if problems.loss == "log" and V.shape[1] > 1:
-        # The same constant on all classes changes nothing: settle on a sum of zero.
-        solution.V[..., -1] -= solution.V[..., -1].mean(dim=1, keepdim=True)
     return solution
 
 
