@@ -55,8 +55,8 @@ class DecodeError(FeatcacheError):
 
     Parameters
     ----------
-    stage : {"read", "decode"}
-        Where it failed.
+    stage : {"read", "decode", "system"}
+        Where it failed; "system" is a fault of the machine that may pass, and is tried again.
     reason : str
         Why, in one line.
     """

@@ -169,8 +169,12 @@ def extracted(
 @click.option(
     "--max-failures",
     type=options.share,
-    default="1%",
-    help="Fail if a larger share of the images than this cannot be read.",
+    help="Fail if a larger share of the images than this cannot be read.  "
+    "[default: 1%, at least 5 images, under half]",
+)
+@options.flag(
+    "--allow-removal",
+    "Accept that over half of the images of an earlier run are not there any more.",
 )
 @options.flag("--retry-failed", "Try the images again that failed in an earlier run.")
 @options.flag(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import get_context
 
-from featcache.errors import DecodeError
+from featcache.errors import DecodeError, ExtractionError
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.pixels.decode import RawImage
 from featcache.pixels.preprocessing import Preprocessing
@@ -38,6 +38,7 @@ __all__ = ["PREFETCH", "Batch", "Decoder", "Loader", "make_tasks"]
 
 PREFETCH = 2  # tasks in the making for each worker process
 READ_ATTEMPTS = 3
+SYSTEM_FAULTS = 20  # so many images in a row that the system could not read end a run
 DEATHS = 2  # a process of its own dies so often before an image counts as failed
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -145,10 +146,16 @@ class Decoder:
         """Read image `k` of a batch and fill in its entry; None if it cannot be read."""
         row, entry = int(batch.rows[k]), batch.entries[k]
         try:
-            for _ in range(READ_ATTEMPTS):
+            for attempt in range(READ_ATTEMPTS):
                 stat = self.images.stat(row)
                 entry["size"], entry["mtime_ns"] = stat
-                raw = self.images.read(row)
+                try:
+                    raw = self.images.read(row)
+                except DecodeError as error:
+                    if error.stage != "system" or attempt == READ_ATTEMPTS - 1:
+                        raise
+                    time.sleep(0.1)
+                    continue
                 if self.images.stat(row) == stat:
                     entry["sha256"] = np.frombuffer(content_hash(raw), np.uint8)
                     return raw
@@ -202,7 +209,21 @@ class Loader:
         self.suspects = suspects
 
     def batches(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
-        """Yield one batch for each task."""
+        """Yield one batch for each task; end where the system reads nothing any more."""
+        faults = 0
+        with contextlib.closing(self._batches(tasks)) as batches:
+            for batch in batches:
+                for row in batch.rows.tolist():
+                    error = batch.failures.get(row)
+                    faults = faults + 1 if error and error.stage == "system" else 0
+                    if faults == SYSTEM_FAULTS:
+                        raise ExtractionError(
+                            f"{faults} images in a row {error and error.reason}. What was computed "
+                            "is kept: run the same command again when the disk can be read."
+                        )
+                yield batch
+
+    def _batches(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
         if self.workers:
             yield from self._from_processes(tasks)
             return

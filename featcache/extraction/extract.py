@@ -125,9 +125,10 @@ def extract(
     compile: bool | None = None,
     augmentation: Augmentation | None = None,
     on_error: Literal["skip", "fail"] = "skip",
-    max_failures: float = 0.01,
+    max_failures: float | None = None,
     retry_failed: bool = False,
     accept_varying: bool = False,
+    allow_removal: bool = False,
     progress: bool | None = None,
 ) -> FeatureStore:
     """Compute the features of images and keep them in a file.
@@ -177,8 +178,9 @@ def extract(
     on_error : {"skip", "fail"}
         What to do with an image that cannot be read or decoded: record it and leave it out, or
         stop at once.
-    max_failures : float
-        Share of the images that may fail, from 0 to 1.
+    max_failures : float, optional
+        Share of the images that may fail, from 0 to 1. Left out: 1 %, at least 5 images, and under
+        half of them.
     retry_failed : bool
         Try images again that failed before and have not changed.
     accept_varying : bool
@@ -186,6 +188,9 @@ def extract(
         noise in its ``forward``), or with the other images of a batch (statistics of the batch,
         routing). Left out, such a network is refused before the first image; it is found by
         computing test images twice. The answer is part of the fingerprint.
+    allow_removal : bool
+        Let more than half of the rows of the earlier file go, because their images are not in the
+        image set any more. Left out, such a run is refused: it may be of another folder.
     progress : bool, optional
         Show a progress bar on standard error. Left out: only if that is a terminal.
 
@@ -204,8 +209,9 @@ def extract(
         The file cannot be written, see `featcache.store.writer.FeatureWriter.begin`.
     ExtractionError
         The network's features are not finite, or no function of the image (`accept_varying`), an
-        image failed and `on_error` is ``"fail"``, an argument is impossible, or one machine of
-        several cannot compute as the others do.
+        image failed and `on_error` is ``"fail"``, the system cannot read (too many open files, a
+        disk that fails), rows would be removed (`allow_removal`), an argument is impossible, or
+        one machine of several cannot compute as the others do.
 
     Examples
     --------
@@ -241,6 +247,8 @@ def extract(
         return store
     summary = Summary(len(images))
     before = reuse.finished_store(path)
+    if before is not None and not allow_removal:
+        reuse.check_removal(before, images)
     started = time.perf_counter()
     with interruptible(), reuse_memory():
         if executor is not None or parts or len(devices) > 1 or Plan.read(path):
@@ -264,12 +272,12 @@ def extract(
     return store
 
 
-def _check(store_dtype: str, on_error: str, max_failures: float) -> None:
+def _check(store_dtype: str, on_error: str, max_failures: float | None) -> None:
     if store_dtype not in ("float32", "float16"):
         raise ExtractionError(f"store_dtype is float32 or float16, not {store_dtype!r}")
     if on_error not in ("skip", "fail"):
         raise ExtractionError(f"on_error is 'skip' or 'fail', not {on_error!r}")
-    if not 0 <= max_failures <= 1:
+    if max_failures is not None and not 0 <= max_failures <= 1:
         raise ExtractionError(f"max_failures is a share from 0 to 1, not {max_failures}")
 
 

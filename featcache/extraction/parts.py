@@ -85,7 +85,7 @@ def in_parts(
     devices: Sequence[str],
     parts: int | None,
     executor: Executor | None,
-    max_failures: float,
+    max_failures: float | None,
 ) -> FeatureStore:
     """Have the parts computed, and merge them into the file of the job.
 

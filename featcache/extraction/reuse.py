@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.errors import DecodeError, StoreError
+from featcache.errors import DecodeError, ExtractionError, StoreError
 from featcache.extraction.summary import Summary
 from featcache.fingerprint import Fingerprint
 from featcache.images.image_set import ImageSet, content_hash
@@ -29,6 +29,7 @@ from featcache.store.writer import FeatureWriter, relabel
 
 __all__ = [
     "StoredLayout",
+    "check_removal",
     "compared",
     "copy_unchanged",
     "count_removed",
@@ -183,6 +184,31 @@ def finished_store(path: str) -> FeatureStore | None:
         return None
 
 
+def check_removal(before: FeatureStore, images: ImageSet) -> None:
+    """Refuse images that most rows of an earlier store are not among, under no name.
+
+    Raises
+    ------
+    ExtractionError
+    """
+    known, kept = set(before.ids.tolist()), set(images.ids.tolist())
+    gone = np.array([name not in kept for name in before.ids.tolist()], bool)
+    if 2 * gone.sum() <= len(before):
+        return
+    # Those that were renamed are found by their content.
+    new = np.array([row for row, name in enumerate(images.ids.tolist()) if name not in known], int)
+    sizes = set(before.sizes[gone].tolist())
+    found = {_hash(images, row) for row in new.tolist() if images.stat(row)[0] in sizes}
+    left = sum(sha256.tobytes() not in found for sha256 in before.sha256[gone])
+    if 2 * left > len(before):
+        raise ExtractionError(
+            f"{left:,} of {len(before):,} rows of {before.paths[0]} are of images that are not "
+            f"among the {len(images):,} of {images.source}: this run would remove them. If these "
+            "are other images, or not all, choose another file with -o; else type --allow-removal "
+            "(allow_removal=True)."
+        )
+
+
 def count_removed(before: FeatureStore, store: FeatureStore, images: ImageSet) -> int:
     """Count the rows of an earlier store whose image is among the images under no name."""
     kept = set(images.ids.tolist())
@@ -210,6 +236,8 @@ def _recorded_images(store: FeatureStore) -> tuple[dict[str, int], np.ndarray]:
     entries["status"][:n], entries["status"][n:] = DONE, FAILED
     entries["sha256"][:n] = store.sha256
     entries["size"] = [*store.sizes, *(failure.size for failure in failures)]
+    passing = np.array([failure.stage == "system" for failure in failures], bool)
+    entries["size"][n:][passing] = -2  # no file's size: it is tried again
     entries["mtime_ns"] = [*store.mtimes_ns, *(failure.mtime_ns for failure in failures)]
     ids = [*store.ids.tolist(), *(failure.id for failure in failures)]
     return {name: k for k, name in enumerate(ids)}, entries
@@ -224,7 +252,10 @@ def _positions(images: ImageSet, rows: np.ndarray, positions: dict[str, int]) ->
 
 
 def mark_changed(writer: FeatureWriter, images: ImageSet) -> None:
-    """Mark as pending the rows of a resumed file whose images have changed since."""
+    """Mark as pending the rows of a resumed file whose images have changed, or may be read now."""
+    failed = np.flatnonzero(writer.status == FAILED)
+    passing = np.array([failure.stage == "system" for failure in writer.failures], bool)
+    writer.mark_pending(failed[passing])
     rows = np.flatnonzero(writer.status != PENDING)
     writer.mark_pending(rows[~unchanged(images, rows, writer.entries(rows))])
 

@@ -19,6 +19,7 @@ from featcache.images.source import (
     first_few,
     id_of,
     no_images,
+    read_error,
     sorted_tables,
 )
 
@@ -50,7 +51,7 @@ class Files(Source):
                     raise DecodeError("read", "not a regular file")
                 return file.readall()
         except OSError as error:
-            raise DecodeError("read", error.strerror or str(error)) from error
+            raise read_error(error) from error
         except (MemoryError, OverflowError) as error:
             raise DecodeError("read", "the file does not fit into memory") from error
 

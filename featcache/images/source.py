@@ -7,6 +7,7 @@ text itself, and no Python objects.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.dtypes import StringDType
 
-from featcache.errors import ImageSetError
+from featcache.errors import DecodeError, ExtractionError, ImageSetError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +28,11 @@ SUFFIXES = frozenset(
     | {".webp"}
 )
 """Suffixes of the files that are taken for images, in lower case."""
+
+# What an image's own file can be blamed for, and what no image can.
+_OWN_FAULTS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP}
+_OWN_FAULTS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO, errno.ENODEV}
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 
 _TWICE = "{count} ids occur more than once (first: {first})"
 _NAMED = 3  # so many names are given in a message
@@ -141,6 +147,19 @@ def no_images(source: str, others: int, suffixes: Iterable[str] = SUFFIXES) -> I
     return ImageSetError(
         f"{source}: expected images, found none among {others} files. Known suffixes: {known}"
     )
+
+
+def read_error(error: OSError, prefix: str = "") -> DecodeError | ExtractionError:
+    """Return what reading an image raises: the image's own fault, one that may pass, or the end."""
+    reason = f"{prefix}{error.strerror or error}"
+    if error.errno in _EXHAUSTED:
+        return ExtractionError(
+            f"The system refuses to read images: {reason}. No image is to blame. Make room (ulimit "
+            "-n 65536, less --workers) and run the same command again; what was computed is kept."
+        )
+    if error.errno in _OWN_FAULTS:
+        return DecodeError("read", reason)
+    return DecodeError("system", f"could not be read now: {reason}")
 
 
 def first_few(names: Sequence[object]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images.source import SUFFIXES, Source, id_of, no_images, sorted_tables
+from featcache.images.source import SUFFIXES, Source, id_of, no_images, read_error, sorted_tables
 
 _JSON_LABELS = ("label", "cls", "class")  # keys of a sample's JSON; the first one there counts
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")
@@ -52,7 +52,7 @@ class TarMembers(Source):
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise DecodeError("read", f"{shard.path}: {error.strerror}") from error
+            raise read_error(error, f"{shard.path}: ") from error
         except (MemoryError, OverflowError) as error:
             raise DecodeError("read", "the member does not fit into memory") from error
         if (now.st_size, now.st_mtime_ns) != (shard.size, shard.mtime_ns) or len(data) != size:

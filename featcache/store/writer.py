@@ -453,13 +453,14 @@ class FeatureWriter:
         with self._keeping():
             disk.fsync(self._file.descriptor)
 
-    def finish(self, max_failures: float = 0.01) -> FeatureStore:
+    def finish(self, max_failures: float | None = None) -> FeatureStore:
         """Make the partial file the store: leave failed rows out, seal, fsync, rename.
 
         Parameters
         ----------
-        max_failures : float
-            Share of the images that may have failed, 0 to 1.
+        max_failures : float, optional
+            Share of the images that may have failed, 0 to 1. Left out: 1 %, at least 5 images,
+            and under half of them.
 
         Raises
         ------
@@ -594,7 +595,7 @@ def merge(
     parts: Sequence[str | Path],
     *,
     run: Any = None,
-    max_failures: float = 0.01,
+    max_failures: float | None = None,
     wait: float = 0,
 ) -> FeatureStore:
     """Make one store from parts that hold different rows of it.
@@ -613,8 +614,8 @@ def merge(
         by an earlier call.
     run : object, optional
         JSON value to keep under ``/meta/run``.
-    max_failures : float
-        Share of the images that may have failed, 0 to 1.
+    max_failures : float, optional
+        As for `FeatureWriter.finish`.
     wait : float
         Seconds to wait for another process that writes the store or a part.
 
@@ -649,7 +650,9 @@ def merge(
             return writer.finish(max_failures)
 
 
-def _merging(path: str, tables: Tables, parts: Sequence[str], max_failures: float) -> StoreFile:
+def _merging(
+    path: str, tables: Tables, parts: Sequence[str], max_failures: float | None
+) -> StoreFile:
     """Return the file to merge into: that of an earlier call, or a new one."""
     ids = tables["ids"]
     covered = np.zeros(len(ids), bool)
@@ -839,8 +842,12 @@ def _has_tables(file: StoreFile, tables: Tables) -> bool:
     )
 
 
-def _check_failures(path: str, failures: Sequence[Failure], n: int, max_failures: float) -> None:
-    if len(failures) <= max_failures * n and len(failures) < n:
+def _check_failures(
+    path: str, failures: Sequence[Failure], n: int, max_failures: float | None
+) -> None:
+    some_may = min(max(0.01 * n, 5), (n - 1) // 2)
+    allowed = some_may if max_failures is None else max_failures * n
+    if len(failures) <= allowed and len(failures) < n:
         return
     some = "; ".join(f"{f.id} ({f.stage}: {f.reason})" for f in failures[:3])
     if len(failures) == n:
@@ -850,7 +857,7 @@ def _check_failures(path: str, failures: Sequence[Failure], n: int, max_failures
         )
     raise TooManyFailures(
         f"{len(failures):,} of {n:,} images failed ({len(failures) / n:.1%}; "
-        f"{max_failures:.1%} are allowed): {some}. The features of the others are kept. Mend or "
+        f"{allowed / n:.1%} are allowed): {some}. The features of the others are kept. Mend or "
         "remove the images and run the same command again, or accept more with --max-failures."
     )
 

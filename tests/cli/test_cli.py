@@ -357,7 +357,7 @@ def test_too_many_failures_end_the_run_and_keep_the_good_rows(
     (images / "rose" / "zero.jpg").write_bytes(b"")
     (images / "rose" / "text.jpg").write_text("not an image")
     path = tmp_path / "s.h5"
-    message = fail("extract", images, "-o", path, *NETWORK, *FAST)
+    message = fail("extract", images, "-o", path, *NETWORK, *FAST, "--max-failures", "1%")
     assert "TooManyFailures:" in message
     assert "--max-failures" in message
     summary = json.loads(extract(images, path, "--max-failures", "10%", "--json"))

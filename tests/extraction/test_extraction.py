@@ -298,7 +298,7 @@ def test_too_many_failures_end_the_run_and_keep_the_good_rows(root: Path) -> Non
     for name in ("0000", "0002"):
         (root / "ant" / f"{name}.jpg").write_bytes(b"no image")
     with pytest.raises(TooManyFailures, match=r"2 of 22 .*ant/0000.jpg"):
-        run(root)
+        run(root, max_failures=0.01)
     photograph(root / "ant" / "0000.jpg", 0)
     photograph(root / "ant" / "0002.jpg", 2)
     summary = run(root).extraction
@@ -308,7 +308,7 @@ def test_too_many_failures_end_the_run_and_keep_the_good_rows(root: Path) -> Non
 def test_too_many_failures_can_be_accepted_afterwards(root: Path) -> None:
     (root / "ant" / "0000.jpg").write_bytes(b"no image")
     with pytest.raises(TooManyFailures):
-        run(root)
+        run(root, max_failures=0.01)
     store = run(root, max_failures=0.05)
     assert (store.extraction.computed, store.extraction.copied, len(store)) == (0, 21, 21)
 
