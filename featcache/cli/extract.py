@@ -70,6 +70,7 @@ def extracted(
     augmentation: featcache.Augmentation | None = None,
     accept_varying: bool = False,
     retry_failed: bool = False,
+    drop_labels: bool = False,
     **options: Any,
 ) -> featcache.FeatureStore:
     """Extract features; where the same command did so before, torch is not even imported.
@@ -87,7 +88,7 @@ def extracted(
             "augmentation": augmentation and augmentation.to_dict(),
             "varying": accept_varying,
         }
-        store = reuse.up_to_date(os.path.realpath(path), images, asked=asked)
+        store = reuse.up_to_date(os.path.realpath(path), images, drop_labels, asked=asked)
         if store is not None:
             return store
     return featcache.extract(
@@ -99,12 +100,13 @@ def extracted(
         augmentation=augmentation,
         accept_varying=accept_varying,
         retry_failed=retry_failed,
+        drop_labels=drop_labels,
         **options,
     )
 
 
 @click.command(cls=Command)
-@click.argument("images")
+@click.argument("images", nargs=-1, required=True)
 @options.output("STORE.h5", "Feature file to write, or to bring up to date.", required=True)
 @options.backbone
 @options.weights
@@ -134,6 +136,20 @@ def extracted(
 )
 @options.column(
     "--split-column", "Column of that table with a given split: train, validation or test."
+)
+@click.option(
+    "--label-pattern",
+    metavar="REGEX",
+    help="Take labels from file names: what the group named label matches, as in "
+    "'(?P<label>[a-z]+)[.][0-9]+' for cat.0.jpg.",
+)
+@options.flag("--drop-labels", "Remove the labels of an earlier run where IMAGES have none now.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out the images whose path below the folder matches, such as '*_mask.png', or that "
+    "lie in a folder which does. May be repeated.",
 )
 @options.path_option("--root", "FOLDER", "Folder of a torchvision data set.")
 @options.flag("--download", "Download the torchvision data set if it is not in --root.")
@@ -183,7 +199,7 @@ def extracted(
 )
 @options.json_output
 def extract(
-    images: str,
+    images: tuple[str, ...],
     output: Path,
     backbone: str,
     weights: str | None,
@@ -195,8 +211,9 @@ def extract(
 ) -> None:
     """Compute the features of IMAGES into an HDF5 file.
 
-    IMAGES is a folder (class folders give labels), a folder with --labels, a torchvision data set
-    (CIFAR10, FashionMNIST, OxfordIIITPet, Flowers102) with --root, or WebDataset tars.
+    IMAGES is a folder (class folders give labels), files, a pattern of files, tars (WebDataset's,
+    or of class folders; '{000..099}.tar' is a hundred), or a torchvision data set (CIFAR10,
+    FashionMNIST, OxfordIIITPet, Flowers102) with --root. --labels gives labels to any of these.
 
     Run the same command again to resume after an interruption, or to bring the file up to date with
     a changed folder: only new content is computed.
@@ -212,8 +229,11 @@ def extract(
             raise click.UsageError(
                 f"--{name.replace('_', '-')} is for a table of labels; name it with --labels."
             )
+    found = featcache.ImageSet.open(images, labels_csv=labels, **listing)
+    if not as_json:
+        click.echo(found)
     store = extracted(
-        featcache.ImageSet.open(images, labels_csv=labels, **listing),
+        found,
         {"network": backbone, "weights": weights or "auto", **network},
         output,
         device=devices[0] if len(devices) == 1 else (list(devices) or "auto"),
@@ -222,6 +242,7 @@ def extract(
         **settings,
     )
     if as_json:
-        print_json({"store": str(output), **store.extraction.to_dict()})
+        listed = {"classes": found.classes, "ignored": found.ignored, "notes": found.notes}
+        print_json({"store": str(output), **listed, **store.extraction.to_dict()})
     else:
         click.echo(f"{output}: {store.extraction}")

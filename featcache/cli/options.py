@@ -18,7 +18,7 @@ Decorator = Callable[[Any], Any]
 DEVICES = "auto, cpu, cuda, cuda:1 or mps"
 # Parameters of `ImageSet.open` with an option of the same name.
 OF_LABELS = ("id_column", "label_column", "group_column", "split_column", "suffix")
-LISTING = (*OF_LABELS, "root", "download")
+LISTING = (*OF_LABELS, "root", "download", "exclude", "label_pattern")
 
 
 def share(text: str) -> float:
@@ -122,9 +122,7 @@ weights_key = click.option(
 image_size = click.option(
     "--image-size", **count(), help="Side of the square crop in pixels. Default: as for WEIGHTS."
 )
-labels = path_option(
-    "--labels", "FILE.csv", "CSV or TSV table of ids and labels; IMAGES is a folder."
-)
+labels = path_option("--labels", "FILE.csv", "CSV or TSV table of ids and labels of IMAGES.")
 n_jobs = click.option(
     "--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core."
 )

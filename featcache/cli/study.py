@@ -73,6 +73,7 @@ class Study:
             "weights": self.weights or "auto",
             "layers": self.layers,
         }
+        click.echo(self.images)
         store = extracted(self.images, network, self.path(".h5"))
         click.echo(f"{self.path('.h5')}: {store.extraction}")
 

@@ -129,6 +129,7 @@ def extract(
     retry_failed: bool = False,
     accept_varying: bool = False,
     allow_removal: bool = False,
+    drop_labels: bool = False,
     progress: bool | None = None,
 ) -> FeatureStore:
     """Compute the features of images and keep them in a file.
@@ -191,6 +192,9 @@ def extract(
     allow_removal : bool
         Let more than half of the rows of the earlier file go, because their images are not in the
         image set any more. Left out, such a run is refused: it may be of another folder.
+    drop_labels : bool
+        Remove labels, groups and splits of the file that is there if `images` have no labels. Left
+        out, such images keep them, by their ids or else by their contents.
     progress : bool, optional
         Show a progress bar on standard error. Left out: only if that is a terminal.
 
@@ -238,15 +242,19 @@ def extract(
     path = os.path.realpath(path)
     for earlier in reuse.recorded_requests(path):
         backbone.recall(earlier)
+    before = reuse.finished_store(path)
+    if before is not None and not drop_labels:
+        images = reuse.with_labels(images, before)
     job = Job(
         path, images, backbone, options, _request(backbone, options, store_dtype, accept_varying)
     )
-    store = None if retry_failed else reuse.up_to_date(path, images, request=job.request)
+    store = (
+        None if retry_failed else reuse.up_to_date(path, images, drop_labels, request=job.request)
+    )
     if store is not None:
         job.check_code(store)
         return store
-    summary = Summary(len(images))
-    before = reuse.finished_store(path)
+    summary = Summary(len(images), unlabelled=images.unlabelled)
     if before is not None and not allow_removal:
         reuse.check_removal(before, images)
     started = time.perf_counter()

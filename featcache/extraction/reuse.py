@@ -41,6 +41,7 @@ __all__ = [
     "stored_layout",
     "unchanged",
     "up_to_date",
+    "with_labels",
 ]
 
 _OF_FEATURES = ("precision", "store_dtype", "augmentation", "varying")
@@ -138,7 +139,9 @@ def stored_layout(path: str, request: dict[str, Any]) -> StoredLayout | None:
     return None
 
 
-def up_to_date(path: str, images: ImageSet, **wanted: Any) -> FeatureStore | None:
+def up_to_date(
+    path: str, images: ImageSet, drop_labels: bool, **wanted: Any
+) -> FeatureStore | None:
     """Return the finished store at `path` if nothing is to be computed; labels are rewritten.
 
     Parameters
@@ -147,6 +150,8 @@ def up_to_date(path: str, images: ImageSet, **wanted: Any) -> FeatureStore | Non
         Path of the store.
     images : ImageSet
         The images. Their labels may differ from the store's.
+    drop_labels : bool
+        Whether images without labels lose those of the store.
     **wanted
         JSON values that the store must hold as metadata: ``request`` or ``asked``.
 
@@ -167,7 +172,10 @@ def up_to_date(path: str, images: ImageSet, **wanted: Any) -> FeatureStore | Non
         return None
     if not unchanged(images, np.arange(len(images)), entries[theirs], touched=False).all():
         return None
-    summary = Summary(len(images), failed=len(store.failures), skipped=True)
+    images = images if drop_labels else with_labels(images, store)
+    summary = Summary(
+        len(images), failed=len(store.failures), unlabelled=images.unlabelled, skipped=True
+    )
     summary.notes = store.fingerprint.notes
     if not _same_tables(store, images):
         store = relabel(store, images.tables)
@@ -214,6 +222,29 @@ def count_removed(before: FeatureStore, store: FeatureStore, images: ImageSet) -
     kept = set(images.ids.tolist())
     gone = np.array([name not in kept for name in before.ids.tolist()], bool)
     return int((~np.isin(hash_keys(before.sha256[gone]), hash_keys(store.sha256))).sum())
+
+
+def with_labels(images: ImageSet, store: FeatureStore) -> ImageSet:
+    """Give images without labels those of a store, and its groups and splits.
+
+    They are found by id, else by content; an image that the store does not hold has none.
+    """
+    if images.labels is not None or not (store.labels != "").any():
+        return images
+    tables = {name: getattr(store, name) for name in ("labels", "groups", "splits")}
+    positions, entries = _recorded_images(store)
+    rows = np.arange(len(images))
+    theirs = _positions(images, rows, positions)
+    same = theirs >= 0
+    if not same.all():
+        _find_by_content(images, rows, entries[: len(store)], theirs, same)
+    same &= theirs < len(store)
+    kept = {}
+    for name, table in tables.items():
+        if table is not None and name not in images.tables:
+            kept[name] = np.full(len(images), "", table.dtype)
+            kept[name][same] = table[theirs[same]]
+    return images.with_tables(kept)
 
 
 def _same_tables(store: FeatureStore, images: ImageSet) -> bool:

@@ -47,6 +47,8 @@ class Summary:
     removed : int
         Images of an earlier file that are not in the image set, under no name: their features are
         no longer in the file.
+    unlabelled : int
+        Images without a label where others have one.
     relabelled : bool
         Whether labels were rewritten.
     skipped : bool
@@ -75,6 +77,7 @@ class Summary:
     copied: int = 0
     failed: int = 0
     removed: int = 0
+    unlabelled: int = 0
     relabelled: bool = False
     skipped: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
@@ -109,6 +112,7 @@ class Summary:
 
     def _counts(self) -> str:
         labels = "; labels rewritten" if self.relabelled else ""
+        labels += f"; {self.unlabelled:,} without a label" if self.unlabelled else ""
         if self.skipped:
             failed = f", {self.failed:,} of them failed" if self.failed else ""
             return f"nothing to do: all {self.images:,} images are there{failed}{labels}"
@@ -120,6 +124,7 @@ class Summary:
             one = self.removed == 1
             gone = "1 image is" if one else f"{self.removed:,} images are"
             text += f"; {gone} no longer there: {'its' if one else 'their'} features were removed"
+        text += labels
         if self.bottleneck is None:
             return text
         rounding = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images.source import Source, numbered, sorted_tables
+from featcache.images.source import Source, label_text, numbered, sorted_tables
 from featcache.pixels import decode
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ TORCHVISION_SETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Data sets of torchvision that are known by name: for each split, the arguments that give it."""
 
+_CHANNELS = (1, 2, 3, 4)
+_TWICE_READ = 8  # so many items of a data set are read twice
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arrays(Source):
@@ -38,9 +43,27 @@ class Arrays(Source):
         """Return the image's pixels, shape (h, w) or (h, w, c)."""
         return np.asarray(self.images[self.places[row]])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Send the path of an array that is mapped from a file, not its pixels."""
+        images = base = self.images
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        if not isinstance(base, np.memmap) or base.filename is None or base.mode == "c":
+            return vars(self)
+        inside = images.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+        place = str(base.filename), base.offset + inside, images.strides
+        return vars(self) | {"images": (place, images.shape, images.dtype)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["images"], tuple):
+            (path, offset, strides), shape, dtype = state["images"]
+            mapped = np.memmap(path, np.uint8, "r")
+            state["images"] = np.ndarray(shape, dtype, mapped, offset, strides)
+        self.__dict__.update(state)
+
 
 def arrays(
-    images: NDArray[Any], labels: list[str] | None, ids: list[str] | None, source: str = ""
+    images: NDArray[Any], labels: Iterable[Any] | None, ids: list[str] | None, source: str = ""
 ) -> Arrays:
     """List the images of an array; see `ImageSet.from_arrays`."""
     source = source or f"an array {images.shape}"
@@ -49,9 +72,14 @@ def arrays(
             f"{source}: expected uint8 pixels of shape (n, h, w) or (n, h, w, c), "
             f"got {images.dtype} {images.shape}"
         )
+    if images.ndim == 4 and images.shape[3] not in _CHANNELS and images.shape[1] in _CHANNELS:
+        raise ImageSetError(
+            f"{source}: expected the channels last, as in (n, h, w, c), got {images.shape}. Give "
+            "images.transpose(0, 2, 3, 1)"
+        )
     values = {"ids": numbered(len(images)) if ids is None else ids}
     if labels is not None:
-        values["labels"] = labels
+        values["labels"] = [label_text(label) for label in labels]
     for what, texts in values.items():
         if len(texts) != len(images):
             raise ImageSetError(
@@ -70,8 +98,9 @@ def array_file(path: str) -> Arrays:
         with Path(path).open("rb") as file, np.load(file) as parts:
             if "images" not in parts:
                 raise ImageSetError(f"{path}: expected an array 'images', got {parts.files}")
-            texts = {k: parts[k].astype(str).tolist() for k in ("labels", "ids") if k in parts}
-            return arrays(parts["images"], texts.get("labels"), texts.get("ids"), path)
+            labels = parts.get("labels")
+            ids = parts["ids"].astype(str).tolist() if "ids" in parts else None
+            return arrays(parts["images"], labels, ids, path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ImageSetError(f"{path}: cannot read this array: {error}") from error
 
@@ -107,7 +136,7 @@ def datasets(parts: Mapping[str, Any], source: str) -> Datasets:
         _check_items(dataset, source)
         n = len(dataset)
         ids += [f"{split}/{name}" if split else name for name in numbered(n)]
-        labels += _labels(dataset)
+        labels += _labels(dataset, range(n), source)
         splits += [split] * n
         places += [np.stack([np.full(n, number), np.arange(n)], axis=1)]  # (n, 2)
     values = {"ids": ids, "labels": labels} | ({} if "" in parts else {"splits": splits})
@@ -154,29 +183,59 @@ def _check_items(dataset: Any, source: str) -> None:
             f"{source}: expected items (PIL image, int), got ({type(item[0]).__name__}, ...). "
             "Make the data set without transform: the backbone brings its own"
         )
+    for row in np.unique(np.linspace(0, len(dataset) - 1, _TWICE_READ, dtype=int)).tolist():
+        try:
+            once, again = (np.asarray(dataset[row][0]) for _ in range(2))
+        except Exception:  # an item that cannot be read fails by itself later
+            continue
+        if not np.array_equal(once, again):
+            raise ImageSetError(
+                f"{source}: item {row} is another image each time it is read, as with a random "
+                "transform. Make the data set without transform; for augmented views, give "
+                "extract(..., augmentation=Augmentation(views=4)) or type --views 4"
+            )
 
 
-def _labels(dataset: Any) -> list[str]:
-    """Return the labels of a data set's items, without decoding images where that is possible."""
-    names = getattr(dataset, "classes", None)
-    targets = _targets(dataset)
-    if targets is None:
-        targets = [dataset[index][1] for index in range(len(dataset))]
-    if names is None and hasattr(dataset, "dataset"):  # torch.utils.data.Subset
-        names = getattr(dataset.dataset, "classes", None)
-    return [str(target) if names is None else str(names[int(target)]) for target in targets]
+def _labels(dataset: Any, rows: Sequence[int], source: str) -> list[str]:
+    """Return the labels of items, without decoding images where that is possible."""
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch.utils.data.Subset
+        return _labels(dataset.dataset, [int(dataset.indices[row]) for row in rows], source)
+    if hasattr(dataset, "datasets") and hasattr(dataset, "cumulative_sizes"):  # ConcatDataset
+        ends, found = dataset.cumulative_sizes, []
+        for part, run in itertools.groupby(rows, lambda row: bisect_right(ends, row)):
+            start = ends[part - 1] if part else 0
+            found += _labels(dataset.datasets[part], [row - start for row in run], source)
+        return found
+    changed = getattr(dataset, "target_transform", None) is not None
+    targets = None if changed else _targets(dataset)
+    names = None if changed else getattr(dataset, "classes", None)
+    return [
+        _name(dataset[row][1] if targets is None else targets[row], names, f"{source}: item {row}")
+        for row in rows
+    ]
 
 
-def _targets(dataset: Any) -> list[Any] | None:
+def _name(target: Any, names: Sequence[Any] | None, item: str) -> str:
+    """Return the label of an item by its target."""
+    text = label_text(target)
+    if names is None or not text or isinstance(target, str | bytes):
+        return text
+    try:
+        number = float(target)
+    except (TypeError, ValueError):
+        number = len(names)
+    if number not in range(-1, len(names)):
+        raise ImageSetError(
+            f"{item} has the target {text}, and the data set has names for 0 to {len(names) - 1}, "
+            "with -1 for no label. Give labels of your own: ImageSet.from_arrays, or a table"
+        )
+    return "" if number < 0 else str(names[int(number)])
+
+
+def _targets(dataset: Any) -> Sequence[Any] | None:
     """Return the targets that a data set keeps as a list; None if only its items tell them."""
-    if getattr(dataset, "target_transform", None) is not None:
-        return None
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
-        inner = _targets(dataset.dataset)
-        return None if inner is None else [inner[index] for index in dataset.indices]
     for name in ("targets", "labels", "_labels"):
         values = getattr(dataset, name, None)
         if values is not None and len(values) == len(dataset):
-            listed: list[Any] = np.asarray(values).tolist()
-            return listed
+            return list(values)
     return None

@@ -1,67 +1,242 @@
-"""Images that a CSV table names: their ids, and labels, groups and splits beside them."""
-# ruff: noqa: PTH100, PTH110, PTH112, PTH123
+"""Labels, groups and splits that a CSV table gives to images that a source lists."""
+# ruff: noqa: PTH112, PTH119, PTH122
 
 from __future__ import annotations
 
 import csv
+import io
 import os
-from typing import Any
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from featcache.errors import ImageSetError
 from featcache.images.folders import Files
-from featcache.images.source import SUFFIXES, did_you_mean, first_few, sorted_tables
+from featcache.images.source import (
+    SUFFIXES,
+    Source,
+    did_you_mean,
+    first_few,
+    leave_out,
+    sorted_tables,
+)
+
+_SAVE = "In Excel: Save As, type CSV UTF-8"
+_REGRESSION = 0.9  # of labels that are fractions, so many must differ to be no classes
 
 
-def table(path: str, root: str, columns: dict[str, str], suffix: str) -> Files:
-    """List the images that a table names; see `ImageSet.from_csv`.
+def labelled(
+    source: Source,
+    path: str,
+    columns: dict[str, str],
+    suffix: str,
+    excluded: Callable[[str], bool],
+) -> Source:
+    """Return the images of a source that a table names; see `ImageSet.from_csv`.
 
     Parameters
     ----------
-    path, root, suffix : str
-        The table, the folder of the images, and what is added to an id to get its file.
+    source : Source
+        The images.
+    path, suffix : str
+        The table, and what is added to an id to get its file.
     columns : dict of str to str
         For each of the tables "ids", "labels", "groups", "splits" that is wanted, its column.
+    excluded : callable
+        Tells of an id whether its row is left out, too.
     """
-    values = _read(path, columns)
-    _check_ids(values["ids"], root, suffix, path)
-    # ./a.jpg is a.jpg, and must not count twice
-    values["ids"] = [os.path.normpath(id) for id in values["ids"]]
-    tables, _ = sorted_tables(values, f"{path}, column {columns['ids']!r}")
-    home = os.fsencode(os.path.abspath(root))
-    return Files(tables=tables, name=path, root=home, suffix=suffix.encode())
+    rows = _read(path, columns)
+    kept = [k for k, id in enumerate(rows["ids"]) if not excluded(os.path.normpath(id) + suffix)]
+    rows = {what: [texts[k] for k in kept] for what, texts in rows.items()}
+    listed = source.tables["ids"].tolist()
+    places = _places(rows["ids"], suffix, listed, source, path)
+    left_out = dict(source.left_out)
+    for place in sorted(set(range(len(listed))) - set(places)):
+        leave_out(left_out, f"images without a row in {os.path.basename(path)}", listed[place])
+    rows["ids"] = [listed[place] for place in places]
+    if isinstance(source, Files):
+        ending = suffix if all(id.endswith(suffix) for id in rows["ids"]) else ""
+        rows["ids"] = [id.removesuffix(ending) for id in rows["ids"]]
+        source = replace(source, suffix=ending.encode(), whole_folder=False)
+    else:  # what the source knows and the table does not tell
+        more = source.tables.keys() - rows.keys()
+        rows |= {what: source.tables[what][places].tolist() for what in more}
+    tables, order = sorted_tables(rows, f"{path}, column {columns['ids']!r}", _twice(rows))
+    at = np.array(places, np.int64)[order]
+    return replace(
+        source,
+        tables=tables,
+        name=path,
+        left_out=left_out,
+        notes=source.notes + _regression(rows.get("labels", [])),
+        places=source.places[at] if len(source.places) else source.places,
+    )
+
+
+# -- which image a row means ---------------------------------------------------------------------
+
+
+def _places(ids: list[str], suffix: str, listed: list[str], source: Source, path: str) -> list[int]:
+    """Return the number in `listed` of the image that each row names.
+
+    A row of a whole folder may also name a file that is no image by its name: it is added to
+    `listed`. Else spellings are compared, from the closest to the loosest.
+    """
+    home, homes = source.name, []
+    if isinstance(source, Files):
+        home = os.fsdecode(source.root)
+        homes = [home, os.path.realpath(home)]
+    place_of = {id: place for place, id in enumerate(listed)}
+    places, wanted, leaving = [], {}, []
+    for row, id in enumerate(ids):
+        # ./a.jpg is a.jpg
+        places.append(place_of.get(id and os.path.normpath(id) + suffix, -1))
+        if places[row] >= 0:
+            continue
+        name = _below(os.path.normpath(id.replace("\\", "/")), homes) + suffix
+        if not id or name.startswith("/") or ".." in id.replace("\\", "/").split("/"):
+            leaving.append(id)
+        elif isinstance(source, Files) and source.whole_folder and _is_file(f"{home}/{name}"):
+            places[row] = place_of.setdefault(name, len(listed))
+            if places[row] == len(listed):
+                listed.append(name)
+        else:
+            wanted[row] = _fold(name)
+    if leaving:
+        raise ImageSetError(
+            f"{path}: {len(leaving)} of {len(ids)} ids are not paths below {home} "
+            f"(first: {first_few(leaving)}). Expected relative paths without '..'"
+        )
+    for spellings in _SPELLINGS:
+        if not wanted:
+            return places
+        found: dict[str, list[int]] = {}
+        for place, id in enumerate(listed):
+            for spelling in dict.fromkeys(spellings(_fold(id))):
+                found.setdefault(spelling, []).append(place)
+        for row, name in list(wanted.items()):
+            near = found.get(name, [])
+            if len(near) > 1:
+                several = first_few([listed[place] for place in near])
+                raise ImageSetError(
+                    f"{path}: {ids[row]} may be {several}. Write the path of each image as it is, "
+                    "or give the ending of all by --suffix"
+                )
+            if near:
+                places[row] = near[0]
+                del wanted[row]
+    if wanted:
+        missing = [ids[row] for row in wanted]
+        raise ImageSetError(
+            f"{path}: {len(missing)} of {len(ids)} ids have no file "
+            f"(first: {first_few(missing)}). Expected {home}/ID{suffix}"
+        )
+    return places
+
+
+def _is_file(path: str) -> bool:
+    """Return whether something is there that is no folder, be it a link that leads nowhere."""
+    return os.path.lexists(path) and not os.path.isdir(path)
+
+
+def _below(name: str, homes: Iterable[str]) -> str:
+    """Cut off what a path repeats of the path of the folder: all of it, or its last names."""
+    for home in homes:
+        for end in (k for k, letter in enumerate(name) if letter == "/"):
+            if name[:end] == home or (end and home.endswith("/" + name[:end])):
+                return name[end + 1 :]
+    return name
+
+
+def _fold(name: str) -> str:
+    """Return a path in one case, with its accents composed."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+# Each gives the spellings of an image's id that a table may use, the closest first.
+_SPELLINGS: tuple[Callable[[str], list[str]], ...] = (
+    lambda id: [id],
+    lambda id: [os.path.splitext(id)[0]],
+    lambda id: [id.partition("/")[2], os.path.basename(id)],
+    lambda id: [os.path.splitext(name)[0] for name in _SPELLINGS[2](id)],
+)
+
+
+# -- what the table holds ------------------------------------------------------------------------
 
 
 def _read(path: str, columns: dict[str, str]) -> dict[str, list[str]]:
     """Return the wanted columns, line by line."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            file.seek(0)
-            delimiter = max(",\t;", key=header.count)  # of equal counts, the comma
-            lines = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
-            return _columns(lines, path, columns)
+        raw = Path(path).read_bytes()
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ImageSetError(f"{path}: expected UTF-8 text, got UTF-16. {_SAVE}")
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise ImageSetError(f"{path}: cannot read this table: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ImageSetError(f"{path}: expected UTF-8 text: {error.reason}") from error
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ImageSetError(f"{path}, line {line}: expected UTF-8 text. {_SAVE}") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ImageSetError(f"{path}, line {line}: not a table: it holds a NUL character. {_SAVE}")
+    limit = csv.field_size_limit(len(text) + 1)
+    try:
+        return _columns(_lines(text, path), path, columns)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _lines(text: str, path: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the lines that hold anything, and the number at which each begins."""
+    lines = list(io.StringIO(text, newline=""))
+    start = next((k for k, line in enumerate(lines) if line.strip()), 0)
+    delimiter = ""
+    if lines and lines[start].startswith("sep="):  # as Excel writes it
+        delimiter, start = lines[start][4:5], start + 1
+    header = lines[start] if start < len(lines) else ""
+    delimiter = delimiter or max(",\t;", key=header.count)  # of equal counts, the comma
+    reader = csv.reader(lines[start:], delimiter=delimiter, skipinitialspace=True, strict=True)
+    number = start + 1
+    try:
+        for fields in reader:
+            if any(field.strip() for field in fields):
+                yield number, fields
+            number = start + reader.line_num + 1
     except csv.Error as error:
-        raise ImageSetError(f"{path}: not a table: {error}") from error
+        raise ImageSetError(
+            f"{path}, line {number}: not a table: {error}. Is a quote opened here that nothing "
+            "closes?"
+        ) from error
 
 
-def _columns(lines: Any, path: str, columns: dict[str, str]) -> dict[str, list[str]]:
-    header = [name.strip() for name in next(lines, [])]
+def _columns(
+    lines: Iterator[tuple[int, list[str]]], path: str, columns: dict[str, str]
+) -> dict[str, list[str]]:
+    header = [name.strip() for name in next(lines, (0, []))[1]]
+    while header and not header[-1]:
+        header.pop()
     numbers = {what: _number(name, header, path, what) for what, name in columns.items()}
     values: dict[str, list[str]] = {what: [] for what in columns}
-    for line in lines:
-        if not line:
-            continue
+    for number, line in lines:
+        while len(line) > len(header) and not line[-1].strip():
+            line.pop()
         if len(line) != len(header):
             raise ImageSetError(
-                f"{path}, line {lines.line_num}: expected {len(header)} fields, got {len(line)}"
+                f"{path}, line {number}: expected {len(header)} fields, got {len(line)}"
             )
-        for what, number in numbers.items():
+        for what, column in numbers.items():
             # An id is the name of a file, which may end in a blank.
-            values[what].append(line[number] if what == "ids" else line[number].strip())
+            field = line[column] if what == "ids" else line[column].strip()
+            if "\n" in field or "\r" in field:
+                raise ImageSetError(
+                    f"{path}, line {number}: the {what.removesuffix('s')} goes on in the next line "
+                    f"({field[:40]!r}). A quote is opened there that should not be"
+                )
+            values[what].append(field)
     return values
 
 
@@ -72,35 +247,38 @@ def _number(name: str, header: list[str], path: str, what: str) -> int:
     if name in header:
         raise ImageSetError(f"{path}: column {name!r} occurs {header.count(name)} times")
     role = what.removesuffix("s")
+    if any(os.path.splitext(field)[1].lower() in SUFFIXES for field in header):
+        raise ImageSetError(
+            f"{path}: no column {name!r} for the {role}: the first line is no header but holds "
+            f"{', '.join(header)}. Write the names of the columns above it, such as id,label"
+        )
     raise ImageSetError(
         f"{path}: no column {name!r} for the {role}.{did_you_mean(name, header)} "
         f"Columns: {', '.join(header) or 'none'}. Name yours with --{role}-column"
     )
 
 
-def _check_ids(ids: list[str], root: str, suffix: str, source: str) -> None:
-    """Refuse ids that name no file below `root`."""
-    if not os.path.isdir(root):
-        raise ImageSetError(f"{source}: its images should be in {root}, which is not a folder")
-    leaving = [id for id in ids if not id or id.startswith("/") or ".." in id.split("/")]
-    if leaving:
-        raise ImageSetError(
-            f"{source}: {len(leaving)} of {len(ids)} ids are not paths below {root} "
-            f"(first: {first_few(leaving)}). Expected relative paths without '..'"
-        )
-    missing = [id for id in ids if not os.path.lexists(f"{root}/{id}{suffix}")]
-    if missing:
-        raise ImageSetError(
-            f"{source}: {len(missing)} of {len(ids)} ids have no file "
-            f"(first: {first_few(missing)}). Expected {root}/ID{suffix}."
-            + ("" if suffix else _suffix_hint(root, missing[0]))
-        )
+def _twice(rows: dict[str, list[str]]) -> str:
+    """Return the message for images that several rows name."""
+    text = "{count} ids occur more than once (first: {first})"
+    seen: dict[str, str] = {}
+    for id, label in zip(rows["ids"], rows.get("labels", []), strict=False):
+        if seen.setdefault(id, label) != label:
+            text += ". Their labels differ: several labels per image are out of scope"
+            break
+    return text
 
 
-def _suffix_hint(root: str, id: str) -> str:
-    """Return a hint where a file of that name has a suffix that was not given."""
-    for candidate in sorted(SUFFIXES):
-        for spelling in (candidate, candidate.upper()):
-            if os.path.exists(f"{root}/{id}{spelling}"):
-                return f" There is {id}{spelling}: type --suffix {spelling}"
-    return ""
+def _regression(labels: list[str]) -> tuple[str, ...]:
+    """Return a note where labels are measurements rather than classes."""
+    given = [label for label in labels if label]
+    try:
+        numbers = {float(label) for label in given}
+    except ValueError:
+        return ()
+    if len(numbers) < max(3, _REGRESSION * len(given)) or all(map(float.is_integer, numbers)):
+        return ()
+    return (
+        f"the labels are numbers, {len(numbers):,} different ones for {len(given):,} images: "
+        "each would be a class. Regression is out of scope",
+    )

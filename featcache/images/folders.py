@@ -1,29 +1,36 @@
 """Images that are files: those below a folder, those that a pattern matches, or a list of them."""
 # Not pathlib: there may be millions of paths, and some are not text.
-# ruff: noqa: PTH100, PTH112, PTH116, PTH118, PTH122, PTH123, PTH207, PTH208
+# ruff: noqa: PTH100, PTH110, PTH112, PTH114, PTH115, PTH116, PTH118, PTH122, PTH123, PTH207, PTH208
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from featcache.errors import DecodeError, ImageSetError
 from featcache.images.source import (
+    HIDDEN,
+    NO_IMAGES,
     SUFFIXES,
     Source,
-    column,
     did_you_mean,
     first_few,
     id_of,
+    leave_out,
     no_images,
     read_error,
     sorted_tables,
 )
 
-_SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
+# Folders that systems make: thumbnails and waste of a NAS, of Windows, of Linux, of a Mac.
+_OF_SYSTEMS = frozenset(
+    {b"@eadir", b"#recycle", b"$recycle.bin", b"system volume information", b"lost+found"}
+    | {b"__macosx"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +43,17 @@ class Files(Source):
         Absolute path of the folder. Paths are bytes, whatever the locale is.
     suffix : bytes
         What is added to an id.
+    whole_folder : bool
+        These are all images of the folder, and folders below it may be classes.
     """
 
     root: bytes
     suffix: bytes = b""
+    whole_folder: bool = False
+
+    def paths(self) -> Iterable[str] | None:
+        """Return the ids of a whole folder."""
+        return self.tables["ids"] if self.whole_folder else None
 
     def read(self, row: int) -> bytes:
         """Return the file's bytes."""
@@ -51,9 +65,17 @@ class Files(Source):
                     raise DecodeError("read", "not a regular file")
                 return file.readall()
         except OSError as error:
-            raise read_error(error) from error
+            raise read_error(error, self._end(row)) from error
         except (MemoryError, OverflowError) as error:
             raise DecodeError("read", "the file does not fit into memory") from error
+
+    def _end(self, row: int) -> str:
+        """Return where a link that leads nowhere leads, for a message; "" for all else."""
+        path = self._path(row)
+        if os.path.exists(path) or not os.path.islink(path):
+            return ""
+        end = os.readlink(path).decode(errors="backslashreplace")
+        return f"a link to {end}, which is missing: "
 
     def stat(self, row: int) -> tuple[int, int]:
         """Return size and time of the file's last change."""
@@ -73,31 +95,31 @@ class Files(Source):
 def folder(root: str, suffixes: Iterable[str]) -> Files:
     """List the images below a folder; see `ImageSet.from_folder`."""
     endings = frozenset(suffix.lower().encode() for suffix in suffixes)
-    ignored = 0
+    left_out: dict[str, tuple[int, str]] = {}
 
     def found() -> Iterator[bytes]:
-        nonlocal ignored
         for path, names, hidden in _walk(os.fsencode(root)):
-            images = [name for name in names if _is_image(name, endings)]
-            ignored += hidden + len(names) - len(images)
-            yield from (path + name for name in images)
+            for name in hidden:
+                leave_out(left_out, HIDDEN, path + name)
+            for name in names:
+                if name.startswith(b"."):
+                    leave_out(left_out, HIDDEN, path + name)
+                elif name[name.rfind(b".") :].lower() not in endings:
+                    leave_out(left_out, NO_IMAGES, path + name)
+                else:
+                    yield path + name
 
     twice = "two names are both written {first}; rename the one that is not UTF-8"
     files = _files(found(), root, root, twice=twice)
-    tables, ids = files.tables, files.tables["ids"]
-    if not len(ids):
-        raise no_images(root, ignored, suffixes)
-    if any("/" in id for id in ids):
-        # The uppermost folder; "" for an image that lies in none.
-        tables["labels"] = column((id.rpartition("/")[0].partition("/")[0] for id in ids), root)
-        if _are_splits(set(tables["labels"])) and all(id.count("/") > 1 for id in ids):
-            tables["splits"] = tables["labels"]
-            tables["labels"] = column((id.split("/", 2)[1] for id in ids), root)
-    return replace(files, ignored=ignored)
+    if not len(files.tables["ids"]):
+        raise no_images(root, sum(count for count, _ in left_out.values()), suffixes)
+    return replace(files, left_out=left_out, whole_folder=True)
 
 
-def _walk(root: bytes) -> Iterator[tuple[bytes, list[bytes], int]]:
+def _walk(root: bytes) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
     """Yield each folder's path below `root` (with a / at its end), its files, its hidden folders.
+
+    Hidden are also the folders that systems make.
 
     Links are followed. One that leads to a folder that it lies in is taken for an empty folder.
     """
@@ -114,21 +136,17 @@ def _walk(root: bytes) -> Iterator[tuple[bytes, list[bytes], int]]:
             if identity in outside:
                 folders.clear()
                 continue
-            seen = [name for name in folders if not name.startswith(b".")]
-            yield os.path.join(path[start:], b""), files, len(folders) - len(seen)
-            folders[:] = seen
-            above |= {os.path.join(path, name): (*outside, identity) for name in seen}
+            hidden = [name for name in folders if _is_hidden(name)]
+            yield os.path.join(path[start:], b""), files, hidden
+            folders[:] = [name for name in folders if not _is_hidden(name)]
+            above |= {os.path.join(path, name): (*outside, identity) for name in folders}
     except OSError as error:
         where = os.fsdecode(error.filename)
         raise ImageSetError(f"expected a folder of images at {where}: {error.strerror}") from error
 
 
-def _is_image(name: bytes, endings: frozenset[bytes]) -> bool:
-    return name[name.rfind(b".") :].lower() in endings and not name.startswith(b".")
-
-
-def _are_splits(names: set[str]) -> bool:
-    return len(names) > 1 and "train" in names and names <= _SPLIT_FOLDERS
+def _is_hidden(folder: bytes) -> bool:
+    return folder.startswith(b".") or folder.lower() in _OF_SYSTEMS
 
 
 def _files(names: Iterable[bytes], root: str, source: str, **options: str) -> Files:
@@ -141,6 +159,20 @@ def _files(names: Iterable[bytes], root: str, source: str, **options: str) -> Fi
 
 
 # -- patterns and lists --------------------------------------------------------------------------
+
+
+def expanded(name: str) -> list[str]:
+    """Return the names that braces stand for: ``{000..099}.tar``, ``{a,b}.tar``."""
+    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", name)
+    if braces is None or os.path.lexists(name):
+        return [name]
+    first, last, listed = braces.groups()
+    if listed is None:
+        words = [f"{k:0{len(first)}d}" for k in range(int(first), int(last) + 1)]
+    else:
+        words = listed.split(",")
+    start, end = name[: braces.start()], name[braces.end() :]
+    return [one for word in words for one in expanded(start + word + end)]
 
 
 def is_glob(name: str) -> bool:
@@ -164,7 +196,10 @@ def globbed(pattern: str, base: str) -> Files:
     if not images:
         raise no_images(pattern, len(found))
     names = (os.fsencode(os.path.relpath(name, root)) for name in images)
-    return replace(_files(names, root, pattern), ignored=len(found) - len(images))
+    left_out: dict[str, tuple[int, str]] = {}
+    for name in set(found) - set(images):
+        leave_out(left_out, NO_IMAGES, os.fsencode(os.path.relpath(name, root)))
+    return replace(_files(names, root, pattern), left_out=left_out)
 
 
 def files(names: list[str], root: str) -> Files:

@@ -6,7 +6,7 @@ sorted by their UTF-8 bytes, relative to what was given (``/`` between folders),
 every run. A file whose name is not UTF-8 gets an escaped id and cannot be read.
 
 Each kind of source is a subclass of `featcache.images.source.Source`, in a module with the
-functions that list it: `folders`, `csv_tables`, `tars`, `arrays`.
+functions that list it: `folders`, `tars`, `arrays`. `csv_tables` and `layout` label what is listed.
 """
 # A relative path must stay as it is written, links included: not pathlib's resolve().
 # ruff: noqa: PTH100, PTH110, PTH112, PTH118
@@ -16,15 +16,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterable
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images import arrays, csv_tables, folders, tars
+from featcache.images import arrays, csv_tables, folders, layout, tars
 from featcache.images.arrays import TORCHVISION_SETS
-from featcache.images.source import SUFFIXES, Source
+from featcache.images.source import SUFFIXES, Source, first_few, matcher
 from featcache.pixels import decode
 
 if TYPE_CHECKING:
@@ -53,7 +56,9 @@ class ImageSet:
     source : str
         Name of the folder, file or array, for messages.
     ignored : int
-        Number of files that are not images by their names.
+        Number of files that were left out.
+    notes : list of str
+        What was left out and why, images without a label, and what looks like a mistake.
     opened_with : dict or None
         Arguments of `open`, as JSON values with absolute paths, with which another process lists
         the same images: ``ImageSet.open(**images.opened_with)``. None for images in memory, for
@@ -89,8 +94,33 @@ class ImageSet:
 
     @property
     def ignored(self) -> int:
-        """Number of files that are not images by their names."""
-        return self._source.ignored
+        """Number of files that were left out."""
+        return sum(count for count, _ in self._source.left_out.values())
+
+    @property
+    def unlabelled(self) -> int:
+        """Number of images without a label; 0 where no image can have one."""
+        return 0 if self.labels is None else int((self.labels == "").sum())
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out, images without a label, and what looks like a mistake."""
+        notes = [
+            f"left out: {count:,} {reason} (first: {name})"
+            for reason, (count, name) in self._source.left_out.items()
+        ]
+        if self.labels is not None and (rows := np.flatnonzero(self.labels == "")).size:
+            notes += [f"without a label: {len(rows):,} images (first: {self.ids[rows[0]]})"]
+        alike: dict[str, list[str]] = {}
+        for name in self.classes:
+            form = unicodedata.normalize("NFC", name).casefold()
+            alike.setdefault("".join(form.split()), []).append(name)
+        notes += [
+            f"different classes with almost one name: {first_few([repr(name) for name in names])}"
+            for names in alike.values()
+            if len(names) > 1
+        ]
+        return [*notes, *self._source.notes]
 
     @property
     def ids(self) -> NDArray[Any]:
@@ -145,17 +175,52 @@ class ImageSet:
         Parameters
         ----------
         indices : array_like of int, shape (k,)
-            Numbers of images, each at most once. Ascending numbers keep the ids sorted.
+            Numbers of images from 0, each at most once; or a mask, bool of shape (n,). Ascending
+            numbers keep the ids sorted.
 
         Returns
         -------
         ImageSet
             A set of k images that reads from the same place.
+
+        Raises
+        ------
+        ImageSetError
+            If a number is negative, too large or given twice, or a mask has another length.
         """
-        chosen = copy.copy(self)
-        chosen._source = self._source.select(np.asarray(indices, np.int64))
-        chosen.opened_with = None
-        return chosen
+        rows, n = np.asarray(indices), len(self)
+        if rows.dtype == bool and rows.shape == (n,):
+            rows = np.flatnonzero(rows)
+        if rows.size and (rows.dtype.kind not in "iu" or rows.ndim != 1):
+            raise ImageSetError(
+                f"{self.source}: expected numbers of images or a mask of shape ({n},), got "
+                f"{rows.dtype} {rows.shape}"
+            )
+        rows = rows.astype(np.int64).reshape(-1)
+        if rows.size and not 0 <= rows.min() <= rows.max() < n:
+            raise ImageSetError(
+                f"{self.source}: expected numbers from 0 to {n - 1}, "
+                f"got {rows.min()} to {rows.max()}"
+            )
+        if len(np.unique(rows)) < len(rows):
+            raise ImageSetError(f"{self.source}: a number is given twice; an image is there once")
+        return self._with(self._source.select(rows))
+
+    def with_tables(self, tables: dict[str, NDArray[Any]]) -> ImageSet:
+        """Return the same images with other labels, groups or splits.
+
+        Parameters
+        ----------
+        tables : dict of str to ndarray of str, shape (n,)
+            "labels", "groups", "splits": those that are given replace the set's own.
+        """
+        text = {name: np.asarray(table, np.dtypes.StringDType()) for name, table in tables.items()}
+        return self._with(replace(self._source, tables=self.tables | text), self.opened_with)
+
+    def _with(self, source: Source, opened_with: dict[str, Any] | None = None) -> ImageSet:
+        other = copy.copy(self)
+        other._source, other.opened_with = source, opened_with
+        return other
 
     def parts(self, n: int) -> list[ImageSet]:
         """Cut the set into `n` parts of equal size (to within one image), each sorted.
@@ -181,6 +246,19 @@ class ImageSet:
             words.append(f"{self.ignored} other files ignored")
         return f"ImageSet({', '.join(words)}, from {self.source})"
 
+    def __str__(self) -> str:
+        """Return what was found, and the notes, in lines for people."""
+        found = f"{self.source}: {len(self):,} images"
+        if self.labels is not None:
+            counts = sorted(Counter(self.labels[self.labels != ""].tolist()).items())
+            first = first_few([f"{name} {count:,}" for name, count in counts])
+            found += f" in {len(counts):,} classes ({first})"
+        if self.splits is not None:
+            parts = sorted(Counter(self.splits.tolist()).items())
+            first = first_few([f"{name or 'none'} {count:,}" for name, count in parts])
+            found += f", split into {first}"
+        return "\n".join([found, *(f"  {note}" for note in self.notes)])
+
     # -- where images come from --------------------------------------------------------------
 
     @classmethod
@@ -197,18 +275,20 @@ class ImageSet:
         root: AnyPath | None = None,
         download: bool = False,
         relative_to: AnyPath = "",
+        exclude: Iterable[str] = (),
+        label_pattern: str | None = None,
     ) -> ImageSet:
-        """Make a set of whatever the command line calls IMAGES.
+        r"""Make a set of whatever the command line calls IMAGES.
 
         Parameters
         ----------
         images : str, path, or sequence of them
-            A folder; a glob, a file or several files; ``.tar`` shards; a ``.npy`` or ``.npz`` file
-            of images; the name of a torchvision data set (CIFAR10, FashionMNIST, Flowers102,
-            OxfordIIITPet), also as ``NAME:ROOT``. All splits of a data set are listed: ids begin
-            with the split, and the table "splits" holds it.
+            A folder; a glob, a file or several files; ``.tar`` shards, also ``{000..099}.tar``; a
+            ``.npy`` or ``.npz`` file of images; the name of a torchvision data set (CIFAR10,
+            FashionMNIST, Flowers102, OxfordIIITPet), also as ``NAME:ROOT``. All splits of a data
+            set are listed: ids begin with the split, and the table "splits" holds it.
         labels_csv : path, optional
-            Table for `from_csv`; `images` is then the folder of the images.
+            Table of labels, groups and splits of these images; see `from_csv`.
         id_column, label_column, group_column, split_column, suffix
             As for `from_csv`.
         root : path, optional
@@ -217,47 +297,77 @@ class ImageSet:
             Whether a torchvision data set may be downloaded into `root`.
         relative_to : path, optional
             As for `from_files`.
+        exclude : iterable of str
+            Patterns of ids to leave out, such as ``"*/thumbs"`` or ``"*_mask.png"``: of a whole id
+            or of a folder that it lies in; ``*`` stands for any text, also with ``/``.
+        label_pattern : str, optional
+            Regular expression that is looked for in each id; its group named ``label`` is the
+            label, as in ``(?P<label>[a-z]+)\.\d+\.jpg$`` for ``cat.0.jpg``.
 
         Raises
         ------
         ImageSetError
             If nothing is there, or it cannot be listed.
         """
-        names = _names(images)
-        if labels_csv is not None:
-            if len(names) != 1:
-                raise ImageSetError(f"a table of labels goes with one folder, got {len(names)}")
-            return cls.from_csv(
-                labels_csv,
-                names[0],
-                id_column=id_column,
-                label_column=label_column,
-                group_column=group_column,
-                split_column=split_column,
-                suffix=suffix,
-            )
-        first = names[0] if names else ""
-        match _kind(names, os.fspath(relative_to)):
-            case "torchvision":
-                name, _, place = first.partition(":")
-                found = arrays.torchvision_set(name, place or root, download)
-                return cls(found, {"images": name, "root": os.path.abspath(place or root or "")})
-            case "folder":
-                return cls.from_folder(first)
-            case "tars":
-                return cls.from_tar(folders.matches(first) if len(names) == 1 else names)
-            case "array file":
-                return cls(arrays.array_file(first), {"images": os.path.abspath(first)})
-            case _:
-                return cls.from_files(names, relative_to=relative_to)
+        names, globs = _names(images), [exclude] if isinstance(exclude, str) else list(exclude)
+        place = os.fspath(relative_to)
+        if labels_csv is not None and label_pattern is not None:
+            raise ImageSetError("labels come from a table or from a pattern of the names, not both")
+        found, again = _listed(names, place, root, download)
+        if labels_csv is None:
+            return cls._labelled(found, again, globs, label_pattern)
+        columns = {
+            "ids": id_column,
+            "labels": label_column,
+            "groups": group_column,
+            "splits": split_column,
+        }
+        again |= {
+            "labels_csv": os.path.abspath(labels_csv),
+            **{f"{table[:-1]}_column": column for table, column in columns.items()},
+            "suffix": suffix,
+        }
+        named = {table: column for table, column in columns.items() if column is not None}
+        excluded = matcher(globs)
+        found = found.without(excluded)
+        found = csv_tables.labelled(found, os.fspath(labels_csv), named, suffix, excluded)
+        return cls(found, again | ({"exclude": globs} if globs else {}))
 
     @classmethod
-    def from_folder(cls, root: AnyPath, *, suffixes: Iterable[str] = SUFFIXES) -> ImageSet:
+    def _labelled(
+        cls,
+        found: Source,
+        again: dict[str, Any] | None,
+        exclude: Sequence[str] = (),
+        label_pattern: str | None = None,
+    ) -> ImageSet:
+        """Make a set of what was listed, with the labels that its paths give."""
+        more: dict[str, Any] = {"exclude": list(exclude)} if exclude else {}
+        found = found.without(matcher(exclude)) if exclude else found
+        if label_pattern is not None:
+            found = layout.by_pattern(found, label_pattern)
+            more["label_pattern"] = label_pattern
+        elif (paths := found.paths()) is not None:
+            found = layout.by_folders(found, paths)
+        return cls(found, None if again is None else again | more)
+
+    @classmethod
+    def from_folder(
+        cls,
+        root: AnyPath,
+        *,
+        suffixes: Iterable[str] = SUFFIXES,
+        exclude: Iterable[str] = (),
+        label_pattern: str | None = None,
+    ) -> ImageSet:
         """List the images below a folder; the first folder below it is the label.
 
-        A folder without folders gives no labels. Folders named like splits (train, val, test)
-        that hold class folders give both: split and label. Links are followed. Files with another
-        suffix and hidden files are ignored and counted.
+        A folder without folders gives no labels. Two or more folders named like the parts of a
+        data set (train, training, val, valid, validation, dev, test, testing, in any case), of
+        which those for training hold class folders, give both split and label: one of them that
+        holds no class folders is a part without labels, and what lies beside them is left out.
+        Links are followed. Files with another suffix, hidden files, and folders that systems make
+        (``@eaDir``, ``lost+found``) are left out and counted; see `notes`.
 
         Parameters
         ----------
@@ -265,6 +375,8 @@ class ImageSet:
             The folder.
         suffixes : iterable of str
             Suffixes of image files, in lower case.
+        exclude, label_pattern
+            As for `open`.
 
         Raises
         ------
@@ -272,8 +384,9 @@ class ImageSet:
             If the folder is missing, cannot be read, or holds no image.
         """
         found = folders.folder(os.fspath(root), suffixes)
-        again = {"images": os.path.abspath(root)}
-        return cls(found, again if suffixes is SUFFIXES else None)
+        again = {"images": os.path.abspath(root)} if suffixes is SUFFIXES else None
+        globs = [exclude] if isinstance(exclude, str) else list(exclude)
+        return cls._labelled(found, again, globs, label_pattern)
 
     @classmethod
     def from_csv(
@@ -288,6 +401,11 @@ class ImageSet:
         suffix: str = "",
     ) -> ImageSet:
         """List the images that a table names.
+
+        An id need not be spelt as the file is where only one file can be meant: it may be absolute,
+        begin with the folder's name, have backslashes, another case, accents of another form, no
+        folder or no suffix. The image has the id of its file. Files without a row are left out and
+        counted; see `notes`.
 
         Parameters
         ----------
@@ -306,23 +424,20 @@ class ImageSet:
         ------
         ImageSetError
             If the table cannot be read, a column is missing, a line has too many or too few
-            fields, an id is empty, occurs twice, has no file, or leaves the folder: by ".."
-            or as an absolute path.
+            fields, a label or group holds a line break, an id is empty, occurs twice, has no file
+            or more than one, or leaves the folder.
         """
-        columns = {
-            "ids": id_column,
-            "labels": label_column,
-            "groups": group_column,
-            "splits": split_column,
-        }
-        named = {table: column for table, column in columns.items() if column is not None}
-        again = {
-            "images": os.path.abspath(root),
-            "labels_csv": os.path.abspath(csv),
-            **{f"{table[:-1]}_column": column for table, column in columns.items()},
-            "suffix": suffix,
-        }
-        return cls(csv_tables.table(os.fspath(csv), os.fspath(root), named, suffix), again)
+        if not os.path.isdir(root):
+            raise ImageSetError(f"{csv}: its images should be in {root}, which is not a folder")
+        return cls.open(
+            root,
+            labels_csv=csv,
+            id_column=id_column,
+            label_column=label_column,
+            group_column=group_column,
+            split_column=split_column,
+            suffix=suffix,
+        )
 
     @classmethod
     def from_files(
@@ -347,20 +462,19 @@ class ImageSet:
         ImageSetError
             If a file is missing or is a folder, or a glob matches no image.
         """
-        names, root = _names(paths), os.path.abspath(relative_to)
-        alike = _kind(names, root) == "files"
-        opened_with = {"images": names, "relative_to": root} if alike else None
-        if len(names) == 1 and folders.is_glob(os.path.join(root, names[0])):
-            return cls(folders.globbed(names[0], root), opened_with)
-        return cls(folders.files(names, root), opened_with)
+        names = _names(paths)
+        found, again = _files(names, os.fspath(relative_to))
+        alike = _kind(names, os.path.abspath(relative_to)) == "files"
+        return cls(found, again if alike else None)
 
     @classmethod
     def from_tar(cls, paths: AnyPaths) -> ImageSet:
         """List the images in WebDataset shards; they are read in place, nothing is extracted.
 
-        Members that share their path up to the first dot are one sample; its label is the text of
-        its ``.cls``, else "label", "cls" or "class" of its ``.json``. Ids are
-        ``SHARD.tar/MEMBER``. Only regular members are read.
+        The label of an image is the text of the ``.cls`` with its name, else "label", "cls" or
+        "class" of the ``.json``, whether they share the name up to the last dot or to the first.
+        Where no image has a label, folders in the tars are classes, as in `from_folder`. Ids are
+        ``SHARD.tar/MEMBER``. Only regular members and hard links to them are read.
 
         Parameters
         ----------
@@ -374,7 +488,7 @@ class ImageSet:
         """
         names = _names(paths)
         again = {"images": [os.path.abspath(name) for name in names]}
-        return cls(tars.tars(names), again if tars.are_tars(names) else None)
+        return cls._labelled(tars.tars(names), again if tars.are_tars(names) else None)
 
     @classmethod
     def from_arrays(
@@ -390,7 +504,7 @@ class ImageSet:
         images : array_like of uint8, shape (n, h, w) or (n, h, w, c)
             The pixels; also bool, uint16, or a memory map.
         labels : iterable, optional
-            A label an image; numbers become text.
+            A label an image; numbers become text, None and NaN are no label.
         ids : iterable of str, optional
             An id an image; left out, its number with eight digits.
 
@@ -402,7 +516,7 @@ class ImageSet:
         return cls(
             arrays.arrays(
                 images if isinstance(images, np.ndarray) else np.asarray(images),
-                None if labels is None else [str(label) for label in labels],
+                labels,
                 None if ids is None else list(ids),
             )
         )
@@ -414,14 +528,16 @@ class ImageSet:
         Parameters
         ----------
         dataset : Dataset
-            A data set without transform. Labels are its ``classes`` where it has them, else
-            numbers as text. They are taken from its ``targets`` (or ``labels``) where it has
-            these, else from all its items.
+            A data set without transform, or ``Subset`` and ``ConcatDataset`` of such. Labels are
+            its ``classes`` where it has them, else numbers as text; None, NaN and -1 among
+            ``classes`` are no label. They are taken from its ``targets`` (or ``labels``) where it
+            has these, else from all its items. With a ``target_transform`` they are what it gives.
 
         Raises
         ------
         ImageSetError
-            If it is empty, or holds other items.
+            If it is empty, holds other items, an item is another image each time it is read, or a
+            target has no name among the ``classes``.
         """
         return cls(arrays.datasets({"": dataset}, type(dataset).__name__))
 
@@ -456,20 +572,49 @@ def content_hash(raw: RawImage) -> bytes:
 
 def _names(paths: AnyPaths) -> list[str]:
     several = [paths] if isinstance(paths, str | os.PathLike) else paths
-    return [os.fspath(path) for path in several]
+    return [name for path in several for name in folders.expanded(os.fspath(path))]
+
+
+def _listed(
+    names: list[str], place: str, root: AnyPath | None, download: bool
+) -> tuple[Source, dict[str, Any]]:
+    """List what `ImageSet.open` was given; return it and the arguments that list it again."""
+    first = names[0] if names else ""
+    match _kind(names, place):
+        case "torchvision":
+            name, _, folder = first.partition(":")
+            again = {"images": name, "root": os.path.abspath(folder or root or "")}
+            return arrays.torchvision_set(name, folder or root, download), again
+        case "folder":
+            return folders.folder(first, SUFFIXES), {"images": os.path.abspath(first)}
+        case "tars":
+            shards = [shard for name in names for shard in folders.matches(name)]
+            return tars.tars(shards), {"images": [os.path.abspath(shard) for shard in shards]}
+        case "array file":
+            return arrays.array_file(first), {"images": os.path.abspath(first)}
+        case _:
+            return _files(names, place)
+
+
+def _files(names: list[str], relative_to: str) -> tuple[Source, dict[str, Any]]:
+    root = os.path.abspath(relative_to)
+    again = {"images": names, "relative_to": root}
+    if len(names) == 1 and folders.is_glob(os.path.join(root, names[0])):
+        return folders.globbed(names[0], root), again
+    return folders.files(names, root), again
 
 
 def _kind(names: list[str], root: str) -> str:
     """Return the kind of source that `open` takes names for, some relative to `root`."""
+    if tars.are_tars(folders.matches(names[0]) if len(names) == 1 else names):
+        return "tars"
     if len(names) != 1:
-        return "tars" if tars.are_tars(names) else "files"
+        return "files"
     name = os.path.join(root, names[0])
     if names[0].partition(":")[0] in TORCHVISION_SETS and not os.path.exists(name):
         return "torchvision"
     if os.path.isdir(name):
         return "folder"
-    if tars.are_tars(folders.matches(name)):
-        return "tars"
     if name.lower().endswith((".npy", ".npz")) and not folders.is_glob(name):
         return "array file"
     return "files"

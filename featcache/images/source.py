@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.dtypes import StringDType
@@ -33,6 +36,10 @@ SUFFIXES = frozenset(
 _OWN_FAULTS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP}
 _OWN_FAULTS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO, errno.ENODEV}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
+NO_IMAGES = "files that are no images by their names"
+HIDDEN = "hidden files and folders, or of the system"
+EXCLUDED = "excluded images"
+"""Reasons to leave files out."""
 
 _TWICE = "{count} ids occur more than once (first: {first})"
 _NAMED = 3  # so many names are given in a message
@@ -51,8 +58,10 @@ class Source:
         "ids", sorted and unique, and "labels", "groups" and "splits" where the source has them.
     name : str
         Name of the folder, file or array, for messages.
-    ignored : int
-        Number of files that are not images by their names.
+    left_out : dict of str to (int, str)
+        For each reason why files were left out: how many, and the first of them.
+    notes : tuple of str
+        What else the user should know about this source.
     places : ndarray of int64, shape (n,) or (n, k)
         Position of each image in the source; empty if images are found by their ids.
     unreadable : frozenset of str
@@ -61,10 +70,15 @@ class Source:
 
     tables: dict[str, NDArray[Any]]
     name: str
-    ignored: int = 0
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     places: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     unreadable: frozenset[str] = frozenset()
+
+    def paths(self) -> Iterable[str] | None:
+        """Return the images' paths if their folders may be classes; None if they say nothing."""
+        return None
 
     def read(self, row: int) -> RawImage:
         """Return one image as it is stored; raise `DecodeError` with stage "read"."""
@@ -81,6 +95,18 @@ class Source:
             tables={name: table[rows] for name, table in self.tables.items()},
             places=self.places[rows] if len(self.places) else self.places,
         )
+
+    def without(self, excluded: Callable[[str], bool]) -> Self:
+        """Return the images whose ids are not `excluded`; the others are counted."""
+        left_out, keep = dict(self.left_out), np.ones(len(self.tables["ids"]), bool)
+        for row, id in enumerate(self.tables["ids"]):
+            if excluded(id):
+                keep[row] = False
+                leave_out(left_out, EXCLUDED, id)
+        return replace(self.select(np.flatnonzero(keep)), left_out=left_out)
+
+
+AnySource = TypeVar("AnySource", bound=Source)
 
 
 def column(texts: Iterable[str], source: str) -> NDArray[Any]:
@@ -124,6 +150,44 @@ def sorted_tables(
         what = twice.format(count=len(same), first=first_few(same))
         raise ImageSetError(f"{source}: {what}")
     return tables, order
+
+
+def leave_out(left_out: dict[str, tuple[int, str]], reason: str, name: str | bytes) -> None:
+    """Count a file that is left out, and keep the first name."""
+    name = name if isinstance(name, str) else name.decode(errors="backslashreplace")
+    count, first = left_out.get(reason, (0, name))
+    left_out[reason] = count + 1, min(first, name)
+
+
+def matcher(globs: Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that tells whether a path, or a folder it lies in, matches a pattern."""
+    patterns = [part for glob in globs for part in (glob, f"{glob.rstrip('/')}/*")]
+    found = re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)")
+    return lambda path: found.match(path) is not None
+
+
+def label_text(value: Any) -> str:
+    """Return a label as text; "" for None and NaN.
+
+    Raises
+    ------
+    ImageSetError
+        If it is several values: scores, coordinates, a one-hot row.
+    """
+    if hasattr(value, "item") and math.prod(value.shape) == 1:  # of numpy or torch
+        value = value.item()
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, list | tuple | dict | set) or hasattr(value, "item"):
+        raise ImageSetError(
+            f"expected one label an image, got {value!r:.60}. Several labels per image are out of "
+            "scope; of one-hot rows give rows.argmax(axis=1)"
+        )
+    try:
+        missing = value is None or bool(value != value)  # NaN is not itself
+    except TypeError:  # of pandas.NA nothing is true
+        missing = True
+    return "" if missing else str(value)
 
 
 def numbered(n: int) -> list[str]:

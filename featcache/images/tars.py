@@ -7,14 +7,28 @@ import json
 import os
 import tarfile
 from array import array
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images.source import SUFFIXES, Source, id_of, no_images, read_error, sorted_tables
+from featcache.images.source import (
+    HIDDEN,
+    NO_IMAGES,
+    SUFFIXES,
+    Source,
+    id_of,
+    label_text,
+    leave_out,
+    no_images,
+    read_error,
+    sorted_tables,
+)
 
 _JSON_LABELS = ("label", "cls", "class")  # keys of a sample's JSON; the first one there counts
+_SHOWN = 5  # so many kinds of what is not used are named
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")
 
 
@@ -39,6 +53,17 @@ class TarMembers(Source):
     """
 
     shards: tuple[Shard, ...]
+
+    def paths(self) -> Iterable[str] | None:
+        """Return the members' paths if none has a label, without a folder that all lie in."""
+        if "labels" in self.tables:
+            return None
+        paths = [id.partition("/")[2] for id in self.tables["ids"]]
+        while len(tops := {path.partition("/")[0] for path in paths}) == 1 and all(
+            path.count("/") > 1 for path in paths
+        ):
+            paths = [path[len(*tops) + 1 :] for path in paths]
+        return paths
 
     def read(self, row: int) -> bytes:
         """Return the member's bytes."""
@@ -82,13 +107,15 @@ def tars(names: list[str]) -> TarMembers:
     for shard in shards:
         index.add(shard)
     if not index.ids:
-        raise no_images(source, index.ignored)
+        raise no_images(source, sum(count for count, _ in index.left_out.values()))
     values = {"ids": index.ids} | ({"labels": index.labels} if any(index.labels) else {})
     tables, order = sorted_tables(values, source)
+    unused = [f"{count} {what}" for what, count in index.unused.most_common(_SHOWN)]
     return TarMembers(
         tables=tables,
         name=source,
-        ignored=index.ignored,
+        left_out=index.left_out,
+        notes=(f"seen beside the images and not used: {', '.join(unused)}",) if unused else (),
         places=np.array(index.places, np.int64).reshape(-1, 3)[order],  # (n, 3)
         shards=tuple(index.shards),
         unreadable=frozenset(index.unreadable),
@@ -104,7 +131,8 @@ class _Index:
     places: array[int] = field(default_factory=lambda: array("q"))
     shards: list[Shard] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
-    ignored: int = 0
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    unused: Counter[str] = field(default_factory=Counter)
 
     def add(self, path: str) -> None:
         """List the members of one shard."""
@@ -123,57 +151,67 @@ class _Index:
             raise ImageSetError(f"{path}: expected a whole tar file: {reason}") from error
 
     def _add_members(self, tar: tarfile.TarFile, shard: str) -> None:
-        labels: dict[str, str] = {}
-        images: dict[str, list[tarfile.TarInfo]] = {}
+        labels: dict[str, str] = {}  # by key; "" for a sample whose members give none
+        images: dict[str, tuple[int, int]] = {}
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-            if not member.isreg() or member.issparse():
-                self.ignored += not member.isdir()
-                continue
-            key, suffix = _sample(member.name)
-            if suffix in ("cls", "json"):
-                _note_label(labels, key, suffix, tar, member)
-            elif _is_image(member.name):
-                images.setdefault(key, []).append(member)
+            name = member.name.removeprefix("./")
+            key, suffix = os.path.splitext(name)
+            if member.islnk() and (target := member.linkname.removeprefix("./")) in images:
+                images[name] = images[target]
+            elif not member.isreg() or member.issparse():
+                if not member.isdir():
+                    self._leave_out("links, pipes and devices", shard, name)
+            elif suffix.lower() in (".cls", ".json"):
+                self._note_label(labels, key, suffix.lower(), tar, member)
+            elif os.path.basename(name).startswith("."):
+                self._leave_out(HIDDEN, shard, name)
+            elif suffix.lower() in SUFFIXES:
+                images[name] = member.offset_data, member.size
             else:
-                self.ignored += 1
-        for key, members in images.items():
-            # x.jpg beside x.mask.png: the image is the one whose suffix is nothing but a suffix.
-            plain = [m for m in members if "." not in _sample(m.name)[1]] or members
-            self.ignored += len(members) - len(plain)
-            for member in plain:
-                name = f"{shard}/{member.name.removeprefix('./')}"
-                raw = name.encode("utf-8", "surrogateescape")
-                self.ids.append(id_of(raw, self.unreadable))
-                self.labels.append(labels.get(key, ""))
-                self.places.extend((len(self.shards) - 1, member.offset_data, member.size))
+                self.unused[suffix.lower() or "files without a suffix"] += 1
+                self._leave_out(NO_IMAGES, shard, name)
+        keys = {os.path.splitext(name)[0] for name in images}
+        for name, place in images.items():
+            key, sample = os.path.splitext(name)[0], _sample(name)
+            # x.mask.png beside x.jpg and x.cls belongs to the sample x, whose image is x.jpg.
+            if key not in labels and sample in labels and key != sample and sample in keys:
+                self._leave_out("images beside the one of their sample", shard, name)
+                continue
+            raw = f"{shard}/{name}".encode("utf-8", "surrogateescape")
+            self.ids.append(id_of(raw, self.unreadable))
+            self.labels.append(labels.get(key) or labels.get(sample, ""))
+            self.places.extend((len(self.shards) - 1, *place))
 
+    def _leave_out(self, reason: str, shard: str, name: str) -> None:
+        leave_out(self.left_out, reason, f"{shard}/{name}".encode("utf-8", "surrogateescape"))
 
-def _sample(name: str) -> tuple[str, str]:
-    """Split a member's name into the key of its sample and the rest, in lower case."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
-
-
-def _is_image(name: str) -> bool:
-    base = name.rpartition("/")[2]
-    return not base.startswith(".") and os.path.splitext(base)[1].lower() in SUFFIXES
-
-
-def _note_label(
-    labels: dict[str, str], key: str, suffix: str, tar: tarfile.TarFile, member: tarfile.TarInfo
-) -> None:
-    """Keep the label that a ``.cls`` or ``.json`` member gives its sample."""
-    file = tar.extractfile(member)
-    text = b"" if file is None else file.read()
-    try:
-        if suffix == "cls":
-            labels[key] = text.decode().strip()
-        elif key not in labels:
+    def _note_label(
+        self,
+        labels: dict[str, str],
+        key: str,
+        suffix: str,
+        tar: tarfile.TarFile,
+        member: tarfile.TarInfo,
+    ) -> None:
+        """Keep the label that a ``.cls`` or ``.json`` member gives its sample."""
+        file = tar.extractfile(member)
+        text = b"" if file is None else file.read()
+        try:
+            if suffix == ".cls":
+                labels[key] = text.decode().strip()
+                return
             values = json.loads(text)
-            found = [values[name] for name in _JSON_LABELS if name in values]
-            labels.update({key: str(found[0])} if found else {})
-    except (ValueError, TypeError) as error:
-        where = os.fsdecode(tar.name or "")
-        raise ImageSetError(f"{where}: {member.name} is not a label: {error}") from error
+            values = values if isinstance(values, dict) else {"(no object)": values}
+            found = [label_text(values[name]) for name in _JSON_LABELS if name in values]
+            labels[key] = labels.get(key) or next(filter(None, found), "")
+            self.unused.update(f"JSON key {name}" for name in values.keys() - set(_JSON_LABELS))
+        except (ValueError, TypeError, ImageSetError) as error:
+            where = os.fsdecode(tar.name or "")
+            raise ImageSetError(f"{where}: {member.name} is not a label: {error}") from error
+
+
+def _sample(name: str) -> str:
+    """Return the key of a member's sample: its path up to the first dot of the name."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]

@@ -262,7 +262,6 @@ def test_table_without_labels(tmp_path: Path, photos: Path) -> None:
         ),
         ("id,label\n,x\n", "1 of 1 ids are not paths below"),
         ("id,label\na.jpg,x\nmissing.jpg,y\n", r"1 of 2 ids have no file \(first: missing.jpg\)"),
-        ("id,label\na,x\n", "There is a.jpg: type --suffix .jpg"),
         ("id,label\na\0.jpg,x\n", "have no file|not a table"),
         ('id,label\n"a.jpg,x\n', "line 2|not a table|expected 2 fields"),
     ],
@@ -773,11 +772,6 @@ def test_text_that_is_not_unicode_is_refused(label: str) -> None:
     pixels = np.zeros((2, 3, 4), np.uint8)
     with pytest.raises(ImageSetError, match="is not valid Unicode"):
         ImageSet.from_arrays(pixels, labels=["a", label])
-
-
-def test_open_needs_one_folder_for_a_table(tmp_path: Path) -> None:
-    with pytest.raises(ImageSetError, match="a table of labels goes with one folder, got 2"):
-        ImageSet.open(["a", "b"], labels_csv="labels.csv")
 
 
 # -- content hashes ------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""Labels and splits that paths give: by class folders, or by a pattern of the names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from featcache.errors import ImageSetError
+from featcache.images.source import AnySource, column, first_few, leave_out
+
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+"""Names of folders that hold a part of a data set, in lower case."""
+
+
+def by_folders(source: AnySource, paths: Iterable[str]) -> AnySource:
+    """Label images by the uppermost folder of their paths; see `ImageSet.from_folder`.
+
+    Folders are the parts of a divided data set where two or more are named like such parts, those
+    for training hold class folders, and so does at least one. What lies beside them is left out.
+    """
+    paths = list(paths)
+    names, inner = set(), set()
+    for path in paths:
+        names.add(_cut(path)[0])
+        if path.count("/") > 1:
+            inner.add(_cut(path)[0])
+    if names <= {""}:
+        return source
+    splits = {name for name in names if name.lower() in SPLITS}
+    training = {name for name in splits if name.lower().startswith("train")}
+    if len(splits) > 1 and splits & inner and training <= inner:
+        return _by_splits(source, paths, splits, inner)
+    labels = column((_cut(path)[0] for path in paths), source.name)
+    notes = source.notes
+    if len(names) == 1 and inner:
+        (only,) = names
+        below = sorted({_cut(_cut(path)[1])[0] for path in paths} - {""})
+        notes += (
+            f"the only class is {only}, a folder that holds folders ({first_few(below)}): if these "
+            f"are the classes, give the folder {only}",
+        )
+    elif names == splits:
+        notes += (
+            f"the classes are named like parts of a data set ({first_few(sorted(names))}), but "
+            "hold no class folders",
+        )
+    return replace(source, tables=source.tables | {"labels": labels}, notes=notes)
+
+
+def _by_splits(source: AnySource, paths: list[str], splits: set[str], inner: set[str]) -> AnySource:
+    """Take the folders for splits; one without class folders is a part without labels."""
+    left_out = dict(source.left_out)
+    keep = np.ones(len(paths), bool)
+    for row, path in enumerate(paths):
+        split, rest = _cut(path)
+        if split not in splits or ("/" not in rest and split in inner):
+            keep[row] = False
+            leave_out(left_out, "images outside the class folders of the splits", path)
+    kept = [path for path, kept in zip(paths, keep, strict=True) if kept]
+    tables = {
+        "labels": column((_cut(_cut(path)[1])[0] for path in kept), source.name),
+        "splits": column((_cut(path)[0] for path in kept), source.name),
+    }
+    found = source.select(np.flatnonzero(keep))
+    return replace(found, tables=found.tables | tables, left_out=left_out)
+
+
+def _cut(path: str) -> tuple[str, str]:
+    """Cut a path behind its uppermost folder, which is "" for a name alone."""
+    folder, slash, rest = path.partition("/")
+    return (folder, rest) if slash else ("", path)
+
+
+def by_pattern(source: AnySource, pattern: str) -> AnySource:
+    """Label each image by the group named ``label`` of a pattern found in its id."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ImageSetError(f"the label pattern {pattern!r} is not regular: {error}") from error
+    if "label" not in compiled.groupindex:
+        raise ImageSetError(
+            f"the label pattern {pattern!r} has no group named label. For names such as "
+            r"cat.0.jpg, write (?P<label>[^/.]+)\.\d+\.jpg$"
+        )
+    found = (compiled.search(id) for id in source.tables["ids"])
+    labels = column(((match and match["label"]) or "" for match in found), source.name)
+    return replace(source, tables=source.tables | {"labels": labels})
