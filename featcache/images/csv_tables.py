@@ -55,7 +55,7 @@ def labelled(
     places = _places(rows["ids"], suffix, listed, source, path)
     left_out = dict(source.left_out)
     for place in sorted(set(range(len(listed))) - set(places)):
-        leave_out(left_out, f"images without a row in {os.path.basename(path)}", listed[place])
+        leave_out(left_out, f"without a row in {os.path.basename(path)}", listed[place])
     rows["ids"] = [listed[place] for place in places]
     if isinstance(source, Files):
         ending = suffix if all(id.endswith(suffix) for id in rows["ids"]) else ""

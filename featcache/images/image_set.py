@@ -106,11 +106,11 @@ class ImageSet:
     def notes(self) -> list[str]:
         """What was left out, images without a label, and what looks like a mistake."""
         notes = [
-            f"left out: {count:,} {reason} (first: {name})"
+            f"{count:,} left out: {reason} (first: {name})"
             for reason, (count, name) in self._source.left_out.items()
         ]
         if self.labels is not None and (rows := np.flatnonzero(self.labels == "")).size:
-            notes += [f"without a label: {len(rows):,} images (first: {self.ids[rows[0]]})"]
+            notes += [f"{len(rows):,} without a label (first: {self.ids[rows[0]]})"]
         alike: dict[str, list[str]] = {}
         for name in self.classes:
             form = unicodedata.normalize("NFC", name).casefold()

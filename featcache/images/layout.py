@@ -58,7 +58,7 @@ def _by_splits(source: AnySource, paths: list[str], splits: set[str], inner: set
         split, rest = _cut(path)
         if split not in splits or ("/" not in rest and split in inner):
             keep[row] = False
-            leave_out(left_out, "images outside the class folders of the splits", path)
+            leave_out(left_out, "outside the class folders of the splits", path)
     kept = [path for path, kept in zip(paths, keep, strict=True) if kept]
     tables = {
         "labels": column((_cut(_cut(path)[1])[0] for path in kept), source.name),

@@ -36,9 +36,10 @@ SUFFIXES = frozenset(
 _OWN_FAULTS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP}
 _OWN_FAULTS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO, errno.ENODEV}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
-NO_IMAGES = "files that are no images by their names"
-HIDDEN = "hidden files and folders, or of the system"
-EXCLUDED = "excluded images"
+
+NO_IMAGES = "no image by its name"
+HIDDEN = "hidden, or a folder of the system"
+EXCLUDED = "excluded"
 """Reasons to leave files out."""
 
 _TWICE = "{count} ids occur more than once (first: {first})"

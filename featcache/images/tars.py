@@ -161,7 +161,7 @@ class _Index:
                 images[name] = images[target]
             elif not member.isreg() or member.issparse():
                 if not member.isdir():
-                    self._leave_out("links, pipes and devices", shard, name)
+                    self._leave_out("a link, a pipe or a device", shard, name)
             elif suffix.lower() in (".cls", ".json"):
                 self._note_label(labels, key, suffix.lower(), tar, member)
             elif os.path.basename(name).startswith("."):
@@ -176,7 +176,7 @@ class _Index:
             key, sample = os.path.splitext(name)[0], _sample(name)
             # x.mask.png beside x.jpg and x.cls belongs to the sample x, whose image is x.jpg.
             if key not in labels and sample in labels and key != sample and sample in keys:
-                self._leave_out("images beside the one of their sample", shard, name)
+                self._leave_out("beside the image of its sample", shard, name)
                 continue
             raw = f"{shard}/{name}".encode("utf-8", "surrogateescape")
             self.ids.append(id_of(raw, self.unreadable))

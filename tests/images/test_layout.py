@@ -57,7 +57,7 @@ def test_folders_of_splits(
     assert (list(images.labels), list(images.splits)) == (labels, splits)
     assert images.ignored == left_out
     if left_out:
-        assert "left out: 3 images outside the class folders of the splits (first: over.png)" in (
+        assert "3 left out: outside the class folders of the splits (first: over.png)" in (
             images.notes
         )
 
@@ -88,7 +88,7 @@ def test_exclude(tmp_path: Path) -> None:
     wanted = {"exclude": ["*_mask.png", "*/thumbs", "old"]}
     images = ImageSet.open(tmp_path, **wanted)
     assert list(images.ids) == ["cat/1.png"]
-    assert images.notes == ["left out: 3 excluded images (first: cat/1_mask.png)"]
+    assert images.notes == ["3 left out: excluded (first: cat/1_mask.png)"]
     assert list(ImageSet.open(**images.opened_with).ids) == list(images.ids)
     assert list(ImageSet.from_folder(tmp_path, **wanted).ids) == list(images.ids)
     path = table(tmp_path, "id,label\ncat/1.png,a\nold/2.png,b\n")
@@ -100,9 +100,9 @@ def test_extract_prints_the_classes_and_what_was_left_out(tmp_path: Path) -> Non
     done = featcache("extract", root, "-o", tmp_path / "s.h5", *NETWORK, "--exclude", "no")
     assert done.stdout.startswith(
         f"{root}: 4 images in 2 classes (cat 1, dog 2)\n"
-        "  left out: 1 files that are no images by their names (first: x.txt)\n"
-        "  left out: 1 excluded images (first: no/5.png)\n"
-        "  without a label: 1 images (first: 4.png)\n"
+        "  1 left out: no image by its name (first: x.txt)\n"
+        "  1 left out: excluded (first: no/5.png)\n"
+        "  1 without a label (first: 4.png)\n"
     )
     told = json.loads(
         featcache("extract", root, "-o", tmp_path / "s.h5", *NETWORK, "--json").stdout
@@ -203,8 +203,8 @@ def test_files_without_a_row_and_rows_without_a_label_are_counted(
 ) -> None:
     images = ImageSet.from_csv(table(tmp_path, "id,label\nb.png,\nx/c.png,c\n"), root)
     assert images.notes == [
-        "left out: 1 images without a row in labels.csv (first: A.JPG)",
-        "without a label: 1 images (first: b.png)",
+        "1 left out: without a row in labels.csv (first: A.JPG)",
+        "1 without a label (first: b.png)",
     ]
 
 
@@ -302,7 +302,7 @@ def test_members_whose_keys_hold_dots(tmp_path: Path) -> None:
     }
     images = ImageSet.from_tar(shard(tmp_path / "s.tar", members))
     assert labelled(images) == {"s.tar/1.0.jpg": "a", "s.tar/1.5.jpg": "b", "s.tar/1.jpg": "c"}
-    assert "1 images beside the one of their sample (first: s.tar/1.mask.png)" in images.notes[0]
+    assert "1 left out: beside the image of its sample (first: s.tar/1.mask.png)" in images.notes[0]
 
 
 def test_no_label_in_json_is_none(tmp_path: Path) -> None:
