@@ -118,6 +118,17 @@ def extracted(
 )
 @options.image_size
 @click.option(
+    "--bit-depth",
+    type=click.IntRange(1, 31),
+    metavar="N",
+    help="Bits that grey images of more than 8 bits fill, such as 12. Default: as files declare.",
+)
+@click.option(
+    "--max-pixels",
+    **options.count(),
+    help="Number of pixels that an image may have. Default: 178,956,970.",
+)
+@click.option(
     "--views", **options.count(), default=1, help="Number of augmented views of each image."
 )
 @options.labels
@@ -220,7 +231,8 @@ def extract(
     """
     listing = {name: settings.pop(name) for name in options.LISTING}
     network = {
-        name: settings.pop(name) for name in ("layers", "image_size", "partial", "weights_key")
+        name: settings.pop(name)
+        for name in ("layers", "image_size", "partial", "weights_key", "bit_depth", "max_pixels")
     }
     context = click.get_current_context()
     for name in options.OF_LABELS:

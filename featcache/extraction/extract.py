@@ -11,8 +11,10 @@ unchanged folder loads no weights at all.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from featcache.errors import ExtractionError
+from featcache.errors import DecodeError, ExtractionError
 from featcache.extraction import reuse
 from featcache.extraction.canaries import of_canaries
 from featcache.extraction.decoding import Batch
@@ -31,6 +33,7 @@ from featcache.extraction.stream import Options, compute
 from featcache.extraction.summary import Summary
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
+from featcache.pixels.decode import bits_in_use
 from featcache.pixels.views import Augmentation
 from featcache.store.store import FeatureStore
 from featcache.system.console import interruptible
@@ -254,6 +257,8 @@ def extract(
     if store is not None:
         job.check_code(store)
         return store
+    if backbone.preprocessing.bit_depth is None:
+        _warn_of_dark(images)
     summary = Summary(len(images), unlabelled=images.unlabelled)
     if before is not None and not allow_removal:
         reuse.check_removal(before, images)
@@ -287,6 +292,21 @@ def _check(store_dtype: str, on_error: str, max_failures: float | None) -> None:
         raise ExtractionError(f"on_error is 'skip' or 'fail', not {on_error!r}")
     if max_failures is not None and not 0 <= max_failures <= 1:
         raise ExtractionError(f"max_failures is a share from 0 to 1, not {max_failures}")
+
+
+def _warn_of_dark(images: ImageSet) -> None:
+    """Warn where grey images use few of the 16 bits that their files declare."""
+    bits = 0
+    for row in sorted({k * (len(images) - 1) // 7 for k in range(8)}):
+        with contextlib.suppress(DecodeError):
+            bits = max(bits, bits_in_use(images.read(row)))
+    if 0 < bits <= 12:
+        warnings.warn(
+            f"Grey images of 16 bits use no more than {bits} of them (eight were looked at), and "
+            "reach the network nearly black. If they have N bits, such as 12, type --bit-depth N "
+            "(Preprocessing(bit_depth=N)).",
+            stacklevel=3,
+        )
 
 
 def _request(

@@ -20,11 +20,14 @@ def as_asked(
     image_size: int | None = None,
     partial: bool = False,
     weights_key: str | None = None,
+    bit_depth: int | None = None,
+    max_pixels: int | None = None,
 ) -> dict[str, Any] | None:
     """Return the arguments of a `Backbone` as JSON values, with all that they depend on.
 
-    Equal values ask for the same features: they hold the versions of the libraries that names are
-    looked up in, and the state of a weights file. Unequal values say nothing.
+    Equal values ask for the same features (`max_pixels` changes none): they hold the versions of
+    the libraries that names are looked up in, and the state of a weights file. Unequal values say
+    nothing.
 
     Returns
     -------
@@ -51,5 +54,6 @@ def as_asked(
         "image_size": image_size,
         "partial": partial,
         "weights_key": weights_key,
+        "bit_depth": bit_depth,
         "versions": versions,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class Backbone:
     weights_key : str, optional
         Dictionary or prefix of a weights file to take the weights from, where several fit:
         ``"teacher"``.
+    bit_depth, max_pixels : int, optional
+        As for `Preprocessing`. Left out: those of `preprocessing`.
     preprocessing : Preprocessing, optional
         What the network expects of images; needed for a module. Left out: that of the weights.
     name : str, optional
@@ -100,6 +103,8 @@ class Backbone:
         image_size: int | None = None,
         partial: bool = False,
         weights_key: str | None = None,
+        bit_depth: int | None = None,
+        max_pixels: int | None = None,
         preprocessing: Preprocessing | None = None,
         name: str | None = None,
     ) -> None:
@@ -114,10 +119,15 @@ class Backbone:
                 image_size=image_size,
                 partial=partial,
                 weights_key=weights_key,
+                bit_depth=bit_depth,
             )
         self._family = family_of(network, weights, partial, weights_key, preprocessing, name)
         chosen = preprocessing or self._family.preprocessing()
-        self._preprocessing = chosen if image_size is None else chosen.with_image_size(image_size)
+        if image_size is not None:
+            chosen = chosen.with_image_size(image_size)
+        given = {"bit_depth": bit_depth, "max_pixels": max_pixels}
+        reading: Any = {name: value for name, value in given.items() if value is not None}
+        self._preprocessing = replace(chosen, **reading)
 
     @property
     def preprocessing(self) -> Preprocessing:

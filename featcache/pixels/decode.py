@@ -8,6 +8,7 @@ EXIF data are not trusted.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import re
@@ -42,7 +43,9 @@ _TRANSPOSE = {  # by EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_BITS_PER_SAMPLE = 258  # TIFF tag
+_KIND_OF_PAGE, _BITS_PER_SAMPLE = 254, 258  # TIFF tags
+_JPEG_END = b"\xff\xd9"
+_no_limit = threading.Lock()  # of Pillow's, which is one for the whole process
 _NPY_MAGIC = b"\x93NUMPY"
 _NOT_IMAGES = {
     b"version https://git-lfs": "a Git LFS pointer, not the image itself. Type: git lfs pull",
@@ -54,12 +57,18 @@ _NOT_IMAGES = {
 }
 
 
-def decode(raw: RawImage, channels: int = 3) -> NDArray[np.uint8]:
+def decode(
+    raw: RawImage,
+    channels: int = 3,
+    *,
+    bit_depth: int | None = None,
+    max_pixels: int | None = None,
+) -> NDArray[np.uint8]:
     """Decode one image.
 
     EXIF orientation is applied; transparent pixels are laid on white; of an animation the first
-    frame is taken; 16-bit samples keep their high byte, which is what Pillow itself does to
-    16-bit colour.
+    frame is taken, of a TIFF the first page that is not marked as a smaller copy; samples keep
+    their highest eight bits, of as many as the file declares. A JPEG may lack its end marker.
 
     Parameters
     ----------
@@ -69,6 +78,11 @@ def decode(raw: RawImage, channels: int = 3) -> NDArray[np.uint8]:
     channels : int
         1 gives grey, 3 RGB, 4 RGBA with its alpha as it is, or the four pages of a TIFF. Any
         other number is taken from an image that has as many bands or (TIFF) grey pages.
+    bit_depth : int, optional
+        Bits that the samples of grey images of more than 8 bits fill, such as 12. Left out: those
+        that the file declares; 32-bit integers must then be below 256.
+    max_pixels : int, optional
+        Number of pixels that an image may have. Left out: Pillow's limit, about 179 million.
 
     Returns
     -------
@@ -78,26 +92,27 @@ def decode(raw: RawImage, channels: int = 3) -> NDArray[np.uint8]:
     Raises
     ------
     DecodeError
-        If it is not an image, is damaged, is larger than Pillow's limit for decompression bombs,
-        or holds pixels that have no known range (floating point, 32-bit) or another number of
+        If it is not an image, is damaged, has more than `max_pixels`, holds pixels that have no
+        known range (floating point, 32-bit) or more bits than `bit_depth`, or another number of
         channels. The stage is "decode".
     """
     with decode_errors():
-        found = picture(raw, channels)
+        found = picture(raw, channels, bit_depth, max_pixels)
         return to_array(found, channels) if isinstance(found, Image.Image) else found.copy()
 
 
-def picture(raw: RawImage, channels: int) -> Image.Image | NDArray[np.uint8]:
+def picture(
+    raw: RawImage, channels: int, bit_depth: int | None = None, max_pixels: int | None = None
+) -> Image.Image | NDArray[np.uint8]:
     """Decode to an image of mode "L" or "RGB" (channels 1 and 3) or an array (h, w, channels).
 
     Grey images stay "L" when 3 channels are asked for: whoever resizes them does a third of the
     work, with the same result in each channel.
     """
     if isinstance(raw, bytes):
-        npy = raw.startswith(_NPY_MAGIC)
-        raw = np.load(io.BytesIO(raw), allow_pickle=False) if npy else _opened(raw)
+        raw = _read(raw, max_pixels)
     if isinstance(raw, np.ndarray):
-        pixels = _uint8(raw)
+        pixels = _uint8(raw, bit_depth)
         if channels not in (1, 3) and pixels.shape[2] == channels:
             return pixels
         raw = _image_of(pixels, channels)
@@ -105,8 +120,8 @@ def picture(raw: RawImage, channels: int) -> Image.Image | NDArray[np.uint8]:
         kind = type(raw).__name__
         raise DecodeError("decode", f"expected bytes, an array or a PIL image, got {kind}")
     if channels not in (1, 3):
-        return _many_bands(raw, channels)
-    image = _coloured(_ranged(_upright(raw)))
+        return _many_bands(raw, channels, bit_depth)
+    image = _coloured(_ranged(_upright(raw), bit_depth))
     return image.convert("L") if channels == 1 else image
 
 
@@ -184,16 +199,92 @@ class _Quiet:
 quiet = _Quiet()
 
 
-def _opened(data: bytes) -> Image.Image:
+def bits_in_use(raw: RawImage) -> int:
+    """Return how many bits the samples of a grey image fill that declares 16; 0 for others."""
+    with decode_errors():
+        found: Any = _read(raw, None) if isinstance(raw, bytes) else raw
+        bits = None
+        if isinstance(found, np.ndarray):
+            bits = 16 if found.dtype == np.uint16 else None
+        elif found.mode.startswith("I"):
+            bits = _bits(found, None)
+        return int(np.max(np.asarray(found))).bit_length() if bits == 16 else 0
+
+
+def _read(data: bytes, max_pixels: int | None) -> Any:
+    """Return the pixels of an ``.npy`` file, or an image file, whose first whole page is chosen."""
+    if data.startswith(_NPY_MAGIC):
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    image: Any = _opened(data, max_pixels)
+    if image.format == "TIFF":
+        _to_first_whole_page(image)
+    elif image.format in ("JPEG", "MPO"):
+        return _with_end(image, data, max_pixels)
+    elif image.format == "PPM" and image.tile:
+        # Of grey images Pillow spreads the values over 16 bits, from the file's own largest one.
+        image.info["spread"] = isinstance(image.tile[0].args, tuple) and (
+            image.tile[0].args[-1] != 65535
+        )
+    return image
+
+
+def _with_end(image: Image.Image, data: bytes, max_pixels: int | None) -> Image.Image:
+    """Load a JPEG, even if it lacks its end marker and nothing else."""
+    try:
+        image.load()
+    except OSError:
+        # A progressive image is refined to the end: nothing tells whether it is whole.
+        if data.endswith(_JPEG_END) or "progressive" in image.info:
+            raise
+        # What stands behind the pixels' data does not change the pixels, if these are whole.
+        data = data.removesuffix(_JPEG_END[:1])
+        image, other = (_opened(data + more + _JPEG_END, max_pixels) for more in (b"", b"U" * 4096))
+        if not np.array_equal(np.asarray(image), np.asarray(other)):
+            raise
+    return image
+
+
+def _opened(data: bytes, max_pixels: int | None) -> Image.Image:
     if not data:
         raise DecodeError("decode", "an empty file (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = _open(data, max_pixels)
     except UnidentifiedImageError:
         raise DecodeError("decode", _what_it_is(data[:64])) from None
     if image.format == "EPS":  # Pillow would hand the file's program to Ghostscript
         raise DecodeError("decode", "a PostScript program, not pixels; convert it to PNG")
     return image
+
+
+def _open(data: bytes, max_pixels: int | None) -> Image.Image:
+    """Open an image; of more pixels than Pillow allows only where that was asked for."""
+    allowed = Image.MAX_IMAGE_PIXELS
+    limit = max_pixels or 2 * (allowed or 2**62)
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        with _no_limit:
+            allowed, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(io.BytesIO(data))
+            finally:
+                Image.MAX_IMAGE_PIXELS = allowed
+    if (pixels := image.width * image.height) > limit:
+        raise DecodeError(
+            "decode",
+            f"DecompressionBombError: {pixels:,} pixels are more than {limit:,}; to read it, type "
+            f"--max-pixels {pixels} --retry-failed (max_pixels={pixels})",
+        )
+    return image
+
+
+def _to_first_whole_page(image: Any) -> None:
+    """Go to the first page of a TIFF that is not marked as a smaller copy of another."""
+    with contextlib.suppress(EOFError):
+        while image.tag_v2.get(_KIND_OF_PAGE, 0) & 1:
+            image.seek(image.tell() + 1)
+        return
+    image.seek(0)
 
 
 def _what_it_is(start: bytes) -> str:
@@ -206,7 +297,7 @@ def _what_it_is(start: bytes) -> str:
     return f"not an image that Pillow can read, or cut short; it begins with {start[:12]!r}"
 
 
-def _uint8(array: NDArray[Any]) -> NDArray[np.uint8]:
+def _uint8(array: NDArray[Any], bit_depth: int | None) -> NDArray[np.uint8]:
     """Return pixels of shape (h, w, c) in 8 bits."""
     if array.ndim == 2:
         array = array[..., None]
@@ -217,7 +308,7 @@ def _uint8(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype == np.uint16:
-        return (array >> 8).astype(np.uint8)
+        return _eight_bits(array, bit_depth or 16)
     raise DecodeError("decode", f"expected bool, uint8 or uint16 pixels, got {array.dtype}")
 
 
@@ -236,32 +327,44 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _ranged(image: Image.Image) -> Image.Image:
-    """Bring 16-bit grey to 8 bits; refuse pixels whose range nobody knows."""
+def _ranged(image: Image.Image, bit_depth: int | None) -> Image.Image:
+    """Bring grey of more than 8 bits to 8 bits; refuse pixels whose range nobody knows."""
     if image.mode == "F":
         reason = "floating-point pixels have no known range; save them as 8- or 16-bit integers"
         raise DecodeError("decode", reason)
     if not image.mode.startswith("I"):
         return image
     pixels = np.asarray(image)
-    # Mode "I" also holds the 16-bit samples of PGM and of signed TIFF.
-    if image.mode == "I" and not (pixels.min() >= 0 and pixels.max() <= 65535):
-        reason = (
-            f"32-bit pixels from {pixels.min()} to {pixels.max()} have no known range; "
-            "save them as 8- or 16-bit integers"
-        )
-        raise DecodeError("decode", reason)
-    grey = (pixels >> (_bits(image) - 8)).astype(np.uint8)
+    grey = _eight_bits(pixels, _bits(image, bit_depth))
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[pixels == transparent] = 255
     return Image.fromarray(grey)
 
 
-def _bits(image: Image.Image) -> int:
-    """Return how many bits the samples of a grey image of more than 8 bits have."""
-    tags = getattr(image, "tag_v2", {})  # Pillow spreads the 12 bits of other formats over 16
-    return 12 if tags.get(_BITS_PER_SAMPLE) == (12,) else 16
+def _bits(image: Image.Image, bit_depth: int | None) -> int | None:
+    """Return how many bits the samples of a grey image of modes "I..." fill; None if unknown."""
+    if image.info.get("spread"):
+        return 16
+    # Mode "I" holds the 16-bit samples of PGM and of signed TIFF, and 32-bit ones.
+    known = 16 if image.mode != "I" or image.format == "PPM" else 32
+    declared = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (known,))[0]
+    return bit_depth or (declared if declared <= 16 else None)
+
+
+def _eight_bits(pixels: NDArray[Any], bits: int | None) -> NDArray[np.uint8]:
+    """Return the highest eight bits of samples that fill so many bits; None is unknown."""
+    low, high = int(pixels.min()), int(pixels.max())
+    if low < 0 or high >= 2 ** (bits or 8):
+        raise DecodeError(
+            "decode",
+            f"32-bit pixels from {low} to {high} have no known range: type --bit-depth N "
+            "(bit_depth=N) if they fill N bits, or save them as 8- or 16-bit integers"
+            if bits is None
+            else f"pixels from {low} to {high} do not fit into {bits} bits (--bit-depth)",
+        )
+    shift = (bits or 8) - 8
+    return (pixels >> shift if shift >= 0 else pixels << -shift).astype(np.uint8)
 
 
 def _coloured(image: Image.Image) -> Image.Image:
@@ -279,14 +382,14 @@ def _coloured(image: Image.Image) -> Image.Image:
     return white
 
 
-def _many_bands(image: Image.Image, channels: int) -> NDArray[np.uint8]:
+def _many_bands(image: Image.Image, channels: int, bit_depth: int | None) -> NDArray[np.uint8]:
     """Return an image's own bands, its RGBA (4 channels), or its grey TIFF pages as channels."""
     pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     if pages == channels:
-        return np.stack([_page(image, index) for index in range(pages)], axis=2)
+        return np.stack([_page(image, index, bit_depth) for index in range(pages)], axis=2)
     image = _upright(image)
     if channels == 4 and image.mode != "RGBX":
-        image = _ranged(image).convert("RGBA")
+        image = _ranged(image, bit_depth).convert("RGBA")
     bands = len(image.getbands())
     if bands != channels:
         reason = f"expected {channels} channels, got {bands}"
@@ -294,9 +397,9 @@ def _many_bands(image: Image.Image, channels: int) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def _page(image: Image.Image, index: int) -> NDArray[np.uint8]:
+def _page(image: Image.Image, index: int, bit_depth: int | None) -> NDArray[np.uint8]:
     image.seek(index)
-    page = _coloured(_ranged(_upright(image)))
+    page = _coloured(_ranged(_upright(image), bit_depth))
     if page.mode != "L":
         raise DecodeError("decode", f"page {index} is {image.mode}, not grey")
     return np.asarray(page)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
@@ -55,6 +55,8 @@ class Preprocessing(Record):
     fit : str
         What `resize` to a pair does: "stretch" gives exactly this size, "cover" the smallest
         image of the same shape that covers it.
+    bit_depth, max_pixels : int, optional
+        As for `decode`. `max_pixels` changes no pixel: it is neither compared nor recorded.
 
     Raises
     ------
@@ -75,6 +77,8 @@ class Preprocessing(Record):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     channels: int = 3
     fit: Fit = "stretch"
+    bit_depth: int | None = None
+    max_pixels: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop"):
@@ -91,10 +95,16 @@ class Preprocessing(Record):
                 f"mean and std need one value for each of {self.channels} channels, "
                 f"got {len(self.mean)} and {len(self.std)}"
             )
+        if not (self.bit_depth is None or 1 <= self.bit_depth <= 31):
+            raise ValueError(f"bit_depth is from 1 to 31, not {self.bit_depth}")
         if not all(value > 0 for value in self.std):
             raise ValueError(f"std must be positive, got {self.std}")
         if self.crop is None and not (isinstance(self.resize, tuple) and self.fit == "stretch"):
             raise ValueError("all outputs must have one size: give crop, or resize=(height, width)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what decides the pixels, as JSON values."""
+        return {name: value for name, value in super().to_dict().items() if name != "max_pixels"}
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
@@ -127,7 +137,7 @@ class Preprocessing(Record):
             As `decode` does.
         """
         with decode_errors():
-            return self._finish([self._fit(band) for band in _bands(picture(raw, self.channels))])
+            return self._finish([self._fit(band) for band in self._bands(raw)])
 
     def views(self, raw: RawImage, augmentation: Augmentation, id: str) -> NDArray[np.uint8]:
         """Decode one image and draw augmented views of it.
@@ -154,7 +164,7 @@ class Preprocessing(Record):
         """
         size, resample = self.output_shape[1:], _RESAMPLING[self.interpolation]
         with decode_errors():
-            bands = _bands(picture(raw, self.channels))
+            bands = self._bands(raw)
             whole = bands[0].height, bands[0].width
             views = []
             for index in range(augmentation.views):
@@ -162,6 +172,18 @@ class Preprocessing(Record):
                 pixels = self._finish([view(band, size, resample) for band in bands])  # (c, h, w)
                 views.append(pixels.transpose(1, 2, 0))
             return np.stack(views).transpose(0, 3, 1, 2)  # (views, h, w, c) -> (views, c, h, w)
+
+    def _bands(self, raw: RawImage) -> list[Image.Image]:
+        """Return what is resized: the image, or each channel of an array by itself.
+
+        Pillow would multiply colour by alpha before it resizes RGBA; channels that are data of
+        their own must not mix.
+        """
+        found = picture(raw, self.channels, self.bit_depth, self.max_pixels)
+        if isinstance(found, Image.Image):
+            return [found]
+        # (h, w, c) -> c times (h, w)
+        return [Image.fromarray(np.ascontiguousarray(found[..., k])) for k in range(found.shape[2])]
 
     def _fit(self, image: Image.Image) -> Image.Image:
         """Resize and crop an image, or one of its bands."""
@@ -357,15 +379,3 @@ def _check_size(name: str, size: int | tuple[int, int] | None) -> None:
     fits = all(isinstance(value, int) and value > 0 for value in values)
     if not fits or (isinstance(size, tuple) and len(size) != 2):
         raise ValueError(f"{name} is a positive int, a pair (height, width) or None, not {size!r}")
-
-
-def _bands(found: Image.Image | NDArray[np.uint8]) -> list[Image.Image]:
-    """Return what is resized: the image, or each channel of an array by itself.
-
-    Pillow would multiply colour by alpha before it resizes RGBA; channels that are data of their
-    own must not mix.
-    """
-    if isinstance(found, Image.Image):
-        return [found]
-    # (h, w, c) -> c times (h, w)
-    return [Image.fromarray(np.ascontiguousarray(found[..., k])) for k in range(found.shape[2])]
