@@ -272,8 +272,9 @@ def _open(data: bytes, max_pixels: int | None) -> Image.Image:
     if (pixels := image.width * image.height) > limit:
         raise DecodeError(
             "decode",
-            f"DecompressionBombError: {pixels:,} pixels are more than {limit:,}; to read it, type "
-            f"--max-pixels {pixels} --retry-failed (max_pixels={pixels})",
+            f"DecompressionBombError: {pixels:,} pixels are more than {limit:,}, as in a "
+            f"decompression bomb. To read it, type --max-pixels {pixels} --retry-failed "
+            f"(max_pixels={pixels})",
         )
     return image
 
