@@ -70,7 +70,7 @@ def make_store(
             dict(by_tap),
             sha256=sha256(names) if hashes is None else hashes,
             size=rows + 100,
-            mtime_ns=rows,
+            stamp=rows,
         )
         if canaries:
             writer.set_canaries({tap: array[: len(CANARIES)] for tap, array in by_tap.items()})

@@ -94,7 +94,7 @@ def fill(writer: FeatureWriter, imgs: Images, rows: np.ndarray, d: int = 8) -> N
     """Write rows with their own features."""
     ids = [imgs.ids[i] for i in rows]
     f = writer.fingerprint
-    writer.write(rows, features(ids, f, d), sha256=sha256(ids), size=rows + 100, mtime_ns=rows)
+    writer.write(rows, features(ids, f, d), sha256=sha256(ids), size=rows + 100, stamp=rows)
 
 
 def writer(

@@ -71,6 +71,7 @@ def extracted(
     accept_varying: bool = False,
     retry_failed: bool = False,
     drop_labels: bool = False,
+    rehash: bool = False,
     **options: Any,
 ) -> featcache.FeatureStore:
     """Extract features; where the same command did so before, torch is not even imported.
@@ -88,7 +89,9 @@ def extracted(
             "augmentation": augmentation and augmentation.to_dict(),
             "varying": accept_varying,
         }
-        store = reuse.up_to_date(os.path.realpath(path), images, drop_labels, asked=asked)
+        store = reuse.up_to_date(
+            os.path.realpath(path), images, drop_labels, rehash=rehash, asked=asked
+        )
         if store is not None:
             return store
     return featcache.extract(
@@ -101,6 +104,7 @@ def extracted(
         accept_varying=accept_varying,
         retry_failed=retry_failed,
         drop_labels=drop_labels,
+        rehash=rehash,
         **options,
     )
 
@@ -203,6 +207,7 @@ def extracted(
     "--allow-removal",
     "Accept that over half of the images of an earlier run are not there any more.",
 )
+@options.flag("--rehash", "Read the contents of all images, whatever their files' times say.")
 @options.flag("--retry-failed", "Try the images again that failed in an earlier run.")
 @options.flag(
     "--accept-varying",

@@ -135,7 +135,7 @@ class Decoder:
         """Return a batch of black images, none of them read."""
         rows, slots, size = task
         entries = np.zeros(len(rows), ENTRY)
-        entries["status"], entries["size"], entries["mtime_ns"] = PENDING, -1, -1
+        entries["status"], entries["size"], entries["stamp"] = PENDING, -1, -1
         channels, height, width = self.preprocessing.output_shape
         axes = (size,) if self.augmentation is None else (size, self.augmentation.views)
         # In memory (slots, [views,] h, w, c): torch then sees channels_last without a copy.
@@ -148,7 +148,7 @@ class Decoder:
         try:
             for attempt in range(READ_ATTEMPTS):
                 stat = self.images.stat(row)
-                entry["size"], entry["mtime_ns"] = stat
+                entry["size"], entry["stamp"] = stat
                 try:
                     raw = self.images.read(row)
                 except DecodeError as error:
@@ -309,7 +309,7 @@ class Loader:
                 code = min((process.exitcode or 0 for process in processes), default=0)
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended"
                 batch = self.decoder.blank(task)
-                batch.entries[["size", "mtime_ns"]] = self.decoder.images.stat(int(rows[k]))
+                batch.entries[["size", "stamp"]] = self.decoder.images.stat(int(rows[k]))
                 batch.fail(0, DecodeError("decode", f"the process that decoded it {how}, twice"))
                 k, deaths = k + 1, 0
                 yield batch

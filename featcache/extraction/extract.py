@@ -130,6 +130,7 @@ def extract(
     on_error: Literal["skip", "fail"] = "skip",
     max_failures: float | None = None,
     retry_failed: bool = False,
+    rehash: bool = False,
     accept_varying: bool = False,
     allow_removal: bool = False,
     drop_labels: bool = False,
@@ -187,6 +188,9 @@ def extract(
         half of them.
     retry_failed : bool
         Try images again that failed before and have not changed.
+    rehash : bool
+        Read the contents of all images. Left out, only of those whose file's size, times or inode
+        are not as recorded.
     accept_varying : bool
         Accept a network whose features of an image change from one run to the next (dropout or
         noise in its ``forward``), or with the other images of a batch (statistics of the batch,
@@ -239,6 +243,7 @@ def extract(
         augmentation=augmentation,
         on_error=on_error,
         retry_failed=retry_failed,
+        rehash=rehash,
         progress=progress,
     )
     _check(store_dtype, on_error, max_failures)
@@ -251,9 +256,9 @@ def extract(
     job = Job(
         path, images, backbone, options, _request(backbone, options, store_dtype, accept_varying)
     )
-    store = (
-        None if retry_failed else reuse.up_to_date(path, images, drop_labels, request=job.request)
-    )
+    store = None
+    if not retry_failed:
+        store = reuse.up_to_date(path, images, drop_labels, rehash=rehash, request=job.request)
     if store is not None:
         job.check_code(store)
         return store

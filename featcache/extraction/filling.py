@@ -137,6 +137,7 @@ def filled(
             writer,
             images,
             retry_failed=options.retry_failed,
+            rehash=options.rehash,
             by_content=options.augmentation is None,
         )
         if writer.meta.get("run") is None and len(writer.pending) < len(images):

@@ -1,7 +1,7 @@
 """Find the images that are still what an earlier run recorded; their features are copied.
 
-An image is the same while the hash of its content is the same. Size and time of the last change
-only decide whether it must be read again to find out. Times are compared for equality, never for
+An image is the same while the hash of its content is the same. Its file's size, times and inode
+only decide whether it must be read again to find out. They are compared for equality, never for
 order, so clocks that are wrong do no harm.
 
 Nothing here imports torch, so that "nothing to do" is said at once (`up_to_date`).
@@ -25,7 +25,7 @@ from featcache.store.file import StoreFile
 from featcache.store.format import DONE, ENTRY, FAILED, PENDING
 from featcache.store.splitting import hash_keys
 from featcache.store.store import FeatureStore
-from featcache.store.writer import FeatureWriter, relabel
+from featcache.store.writer import FeatureWriter, relabel, restamp
 
 __all__ = [
     "StoredLayout",
@@ -53,7 +53,12 @@ def of_features(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unchanged(
-    images: ImageSet, rows: np.ndarray, entries: np.ndarray, *, touched: bool = True
+    images: ImageSet,
+    rows: np.ndarray,
+    entries: np.ndarray,
+    *,
+    stats: np.ndarray | None = None,
+    rehash: bool = False,
 ) -> np.ndarray:
     """Return a mask of the images that are still what their entries say.
 
@@ -65,26 +70,28 @@ def unchanged(
         Numbers of the images to look at.
     entries : structured ndarray, shape (k,)
         What was recorded, with the fields of `featcache.store.format.ENTRY`.
-    touched : bool
-        Read and hash a file that has another time but the same size; otherwise it has changed.
+    stats : ndarray of int64, shape (k, 2), optional
+        Size and stamp of each image, where they are known.
+    rehash : bool
+        Read and hash every file; left out, those of another stamp and the same size.
 
     Returns
     -------
     ndarray of bool, shape (k,)
-        An image that failed counts as unchanged if size and time are those recorded.
+        An image that failed counts as unchanged if size and stamp are those recorded.
     """
-    size, mtime_ns = _stats(images, rows).T
-    same = (size == entries["size"]) & (mtime_ns == entries["mtime_ns"])
+    size, stamp = (_stats(images, rows) if stats is None else stats).T
+    same = (size == entries["size"]) & (stamp == entries["stamp"])
     # Of what is no file, such as an array, nothing but the content tells.
     unsure = (size == entries["size"]) & (entries["status"] == DONE)
-    unsure &= (size < 0) | (~same & touched)
+    unsure &= (size < 0) | ~same | rehash
     for k in np.flatnonzero(unsure).tolist():
         same[k] = _hash(images, int(rows[k])) == entries["sha256"][k].tobytes()
     return np.asarray(same)
 
 
 def _stats(images: ImageSet, rows: np.ndarray) -> np.ndarray:
-    """Return size and time of images now: int64, shape (k, 2)."""
+    """Return size and stamp of images now: int64, shape (k, 2)."""
     return np.array([images.stat(row) for row in rows.tolist()], np.int64).reshape(-1, 2)
 
 
@@ -140,7 +147,7 @@ def stored_layout(path: str, request: dict[str, Any]) -> StoredLayout | None:
 
 
 def up_to_date(
-    path: str, images: ImageSet, drop_labels: bool, **wanted: Any
+    path: str, images: ImageSet, drop_labels: bool, *, rehash: bool = False, **wanted: Any
 ) -> FeatureStore | None:
     """Return the finished store at `path` if nothing is to be computed; labels are rewritten.
 
@@ -152,6 +159,8 @@ def up_to_date(
         The images. Their labels may differ from the store's.
     drop_labels : bool
         Whether images without labels lose those of the store.
+    rehash : bool
+        Read all images, also those whose size and stamp are as recorded.
     **wanted
         JSON values that the store must hold as metadata: ``request`` or ``asked``.
 
@@ -170,8 +179,14 @@ def up_to_date(
     theirs = _positions(images, np.arange(len(images)), positions)
     if len(entries) != len(images) or (theirs < 0).any():
         return None
-    if not unchanged(images, np.arange(len(images)), entries[theirs], touched=False).all():
+    rows, entries = np.arange(len(images)), entries[theirs]
+    stats = _stats(images, rows)  # before the contents, which may change meanwhile
+    if not unchanged(images, rows, entries, stats=stats, rehash=rehash).all():
         return None
+    touched = (stats[:, 1] != entries["stamp"]) & (entries["status"] == DONE)
+    if touched.any():
+        with contextlib.suppress(StoreError):  # a file that only others may write
+            restamp(path, theirs[touched], stats[touched, 1])
     images = images if drop_labels else with_labels(images, store)
     summary = Summary(
         len(images), failed=len(store.failures), unlabelled=images.unlabelled, skipped=True
@@ -269,7 +284,7 @@ def _recorded_images(store: FeatureStore) -> tuple[dict[str, int], np.ndarray]:
     entries["size"] = [*store.sizes, *(failure.size for failure in failures)]
     passing = np.array([failure.stage == "system" for failure in failures], bool)
     entries["size"][n:][passing] = -2  # no file's size: it is tried again
-    entries["mtime_ns"] = [*store.mtimes_ns, *(failure.mtime_ns for failure in failures)]
+    entries["stamp"] = [*store.stamps, *(failure.stamp for failure in failures)]
     ids = [*store.ids.tolist(), *(failure.id for failure in failures)]
     return {name: k for k, name in enumerate(ids)}, entries
 
@@ -302,7 +317,12 @@ def recheck_replaced_files(writer: FeatureWriter, images: ImageSet, rows: np.nda
 
 
 def copy_unchanged(
-    writer: FeatureWriter, images: ImageSet, *, retry_failed: bool, by_content: bool
+    writer: FeatureWriter,
+    images: ImageSet,
+    *,
+    retry_failed: bool,
+    by_content: bool,
+    rehash: bool = False,
 ) -> None:
     """Copy features of unchanged images from earlier stores into the pending rows.
 
@@ -314,6 +334,8 @@ def copy_unchanged(
         Its images.
     retry_failed : bool
         Try images again that are recorded as failed, unchanged or not.
+    rehash : bool
+        As for `unchanged`.
     by_content : bool
         Copy the features of an image that has another id now. Views depend on the id.
     """
@@ -325,18 +347,18 @@ def copy_unchanged(
         theirs = _positions(images, rows, positions)
         there = np.flatnonzero(theirs >= 0)
         same = np.zeros(len(rows), bool)
-        same[there] = unchanged(images, rows[there], entries[theirs[there]])
+        same[there] = unchanged(images, rows[there], entries[theirs[there]], rehash=rehash)
         failed = same & (entries["status"][theirs] == FAILED)
         if not retry_failed:
             for row, k in zip(rows[failed].tolist(), theirs[failed] - len(store), strict=True):
                 failure = store.failures[k]
-                stat = {"size": failure.size, "mtime_ns": failure.mtime_ns}
+                stat = {"size": failure.size, "stamp": failure.stamp}
                 writer.fail(row, failure.stage, failure.reason, **stat)
         if by_content and not same.all():
             _find_by_content(images, rows, entries[: len(store)], theirs, same)
         same &= ~failed
-        size, mtime_ns = _stats(images, rows[same]).T
-        writer.copy_rows(store, theirs[same], rows[same], size=size, mtime_ns=mtime_ns)
+        size, stamp = _stats(images, rows[same]).T
+        writer.copy_rows(store, theirs[same], rows[same], size=size, stamp=stamp)
 
 
 def _find_by_content(

@@ -43,6 +43,7 @@ class Options:
     augmentation: Augmentation | None = None
     on_error: str = "skip"
     retry_failed: bool = False
+    rehash: bool = False
     progress: bool | None = False
 
     @property
@@ -234,10 +235,10 @@ class WriterThread:
 
     def _write(self, batch: Batch) -> None:
         started = time.perf_counter()
-        done = {name: batch.entries[name][batch.done] for name in ("sha256", "size", "mtime_ns")}
+        done = {name: batch.entries[name][batch.done] for name in ("sha256", "size", "stamp")}
         self._writer.write(batch.rows[batch.done], batch.features, **done)
         for row, entry in zip(batch.rows.tolist(), batch.entries, strict=True):
             if error := batch.failures.get(row):
-                stat = {name: int(entry[name]) for name in ("size", "mtime_ns")}
+                stat = {name: int(entry[name]) for name in ("size", "stamp")}
                 self._writer.fail(row, error.stage, error.reason, **stat)
         self._clock.write += time.perf_counter() - started

@@ -24,6 +24,7 @@ from featcache.images.source import (
     no_images,
     read_error,
     sorted_tables,
+    stamp,
 )
 
 # Folders that systems make: thumbnails and waste of a NAS, of Windows, of Linux, of a Mac.
@@ -78,12 +79,12 @@ class Files(Source):
         return f"a link to {end}, which is missing: "
 
     def stat(self, row: int) -> tuple[int, int]:
-        """Return size and time of the file's last change."""
+        """Return size and stamp of the file."""
         try:
             result = os.stat(self._path(row))
         except OSError:
             return -1, -1
-        return result.st_size, result.st_mtime_ns
+        return result.st_size, stamp(result)
 
     def _path(self, row: int) -> bytes:
         return os.path.join(self.root, self.tables["ids"][row].encode() + self.suffix)

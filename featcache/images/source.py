@@ -10,6 +10,7 @@ import difflib
 import errno
 import fnmatch
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -86,7 +87,7 @@ class Source:
         raise NotImplementedError
 
     def stat(self, row: int) -> tuple[int, int]:
-        """Return size in bytes and time of the last change in ns; (-1, -1) is unknown."""
+        """Return size in bytes and `stamp`; (-1, -1) is unknown."""
         return -1, -1
 
     def select(self, rows: NDArray[np.int64]) -> Self:
@@ -212,6 +213,11 @@ def no_images(source: str, others: int, suffixes: Iterable[str] = SUFFIXES) -> I
     return ImageSetError(
         f"{source}: expected images, found none among {others} files. Known suffixes: {known}"
     )
+
+
+def stamp(status: os.stat_result) -> int:
+    """Return a number that changes with a file's times and inode: also if its time is put back."""
+    return hash((status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
 
 
 def read_error(error: OSError, prefix: str = "") -> DecodeError | ExtractionError:

@@ -54,7 +54,7 @@ def entry_crcs(entries: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Return what the field ``entry_crc`` of rows must hold."""
     data = as_bytes(np.ascontiguousarray(entries))
     size = entries.dtype.itemsize
-    body = size - 4
+    body = entries.dtype.fields["entry_crc"][1]  # type: ignore[index]
     crc32 = _crc32
     crcs = (
         crc32(data[i * size : i * size + body], crc32(name, 0))

@@ -172,7 +172,7 @@ class StoreFile:
             The rows that failed; left out, those whose status says so.
         """
         texts = [decode_table(self.read(f"failures/{x}")) for x in ("id", "stage", "reason")]
-        numbers = [self.read(f"failures/{x}") for x in ("size", "mtime_ns")]
+        numbers = [self.read(f"failures/{x}") for x in ("size", "stamp")]
         columns = [column.tolist() for column in (*texts, *numbers)]
         found = [Failure(*values) for values in zip(*columns, strict=True)]
         if rows is None:
@@ -182,9 +182,9 @@ class StoreFile:
             return found
         entries, ids, reasons = self.read("rows"), self.read("ids"), self._reasons()
         for row in rows.tolist():
-            size, mtime_ns = entries[row]["size"].item(), entries[row]["mtime_ns"].item()
+            size, stamp = entries[row]["size"].item(), entries[row]["stamp"].item()
             stage, reason = reasons.get(row, _NO_REASON)
-            found.append(Failure(ids[row].decode(), stage, reason, size, mtime_ns))
+            found.append(Failure(ids[row].decode(), stage, reason, size, stamp))
         return found
 
     @property
@@ -267,10 +267,13 @@ class StoreFile:
             if name == "digest" or name.startswith("features/"):
                 continue
             dataset = self.datasets[name]
+            step = len(buffer) // max(dataset.row_bytes, 1) * dataset.row_bytes or len(buffer)
             digest.update(name.encode() + b"\0" + dataset.nbytes.to_bytes(8, "little"))
-            for start in range(0, dataset.nbytes, len(buffer)):
-                block = buffer[: min(len(buffer), dataset.nbytes - start)]
+            for start in range(0, dataset.nbytes, step):
+                block = buffer[: min(step, dataset.nbytes - start)]
                 disk.pread_into(self.descriptor, block, dataset.offset + start)
+                if name == "rows":
+                    np.frombuffer(block, dataset.dtype)["stamp"] = 0
                 digest.update(block)
         return digest.digest()
 

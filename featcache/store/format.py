@@ -15,7 +15,7 @@ dataset              shape, type            content
 /groups /splits      (n,) UTF-8             as scanned; may be absent
 /NAME                (n,) UTF-8             any further column of text
 /failures/FIELD      (k,) UTF-8, int64      images without features: id, stage, reason, size,
-                                            mtime_ns
+                                            stamp
 /meta/KEY            scalar UTF-8           JSON: fingerprint, request, versions, classes, ...
 /canaries/names      (k,) UTF-8             names of test images; the group may be absent
 /canaries/images/I   (bytes,) uint8         test image I = 0, 1, ..., as encoded
@@ -25,11 +25,13 @@ dataset              shape, type            content
 ==================== ====================== =======================================================
 
 A row of /rows holds, packed and little-endian: ``sha256`` (32 bytes: of the image's file),
-``size`` and ``mtime_ns`` (int64, -1 = unknown; ``size`` of a pending row with a right ``entry_crc``
+``size`` (int64, -1 = unknown; that of a pending row with a right ``entry_crc``
 is its place in the order of computing), ``crc32`` (uint32 for each tap, in the order of
 fingerprint.taps: CRC-32 of that tap's bytes as stored, seeded with the CRC-32 of ``sha256``),
 ``status`` (uint8: 0 pending, 1 done, 2 failed) and ``entry_crc`` (uint32: CRC-32 of the bytes
-before it, seeded with the CRC-32 of the row's id). The seeds make a row that was written in the
+before it, seeded with the CRC-32 of the row's id), and ``stamp`` (int64: a number that changes with
+the file's times and inode, -1 = unknown; it only says when to read the file again, may be rewritten
+in a finished file, and counts as 0 in the digest). The seeds make a row that was written in the
 place of another one fail its checksum, even if its bytes are intact.
 
 Every dataset is contiguous, allocated early, little-endian, begins at a multiple of 4,096 bytes,
@@ -76,7 +78,7 @@ __all__ = ["DONE", "ENTRY", "FAILED", "PENDING", "Canaries", "Contents", "Failur
 PENDING, DONE, FAILED = 0, 1, 2
 
 # What is known of an image beside its features.
-ENTRY = np.dtype([("status", "u1"), ("size", "<i8"), ("mtime_ns", "<i8"), ("sha256", "u1", (32,))])
+ENTRY = np.dtype([("status", "u1"), ("size", "<i8"), ("stamp", "<i8"), ("sha256", "u1", (32,))])
 
 _ALIGNMENT = 4096
 # Metadata of the layout itself: a few kilobytes a dataset, measured; generous for reserving.
@@ -93,10 +95,10 @@ def rows_dtype(n_taps: int) -> np.dtype[Any]:
         [
             ("sha256", "u1", (32,)),
             ("size", "<i8"),
-            ("mtime_ns", "<i8"),
             ("crc32", "<u4", (n_taps,)),
             ("status", "u1"),
             ("entry_crc", "<u4"),
+            ("stamp", "<i8"),
         ]
     )
 
@@ -128,7 +130,7 @@ class Failure:
     stage: str
     reason: str
     size: int = -1
-    mtime_ns: int = -1
+    stamp: int = -1
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ class Contents:
         for key in ("id", "stage", "reason"):
             texts = [getattr(failure, key) for failure in self.failures]
             add(f"failures/{key}", encode_table(texts, f"failures' {key}"))
-        for key in ("size", "mtime_ns"):
+        for key in ("size", "stamp"):
             add(f"failures/{key}", np.array([getattr(x, key) for x in self.failures], "<i8"))
         for key, value in sorted(self._all_meta().items()):
             text = canonical_json(value).encode()

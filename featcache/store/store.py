@@ -340,9 +340,9 @@ class FeatureStore:
         return np.ascontiguousarray(self._entries["size"])
 
     @property
-    def mtimes_ns(self) -> np.ndarray:
-        """Time of change of each image's file: int64 nanoseconds, shape (n,); -1 = unknown."""
-        return np.ascontiguousarray(self._entries["mtime_ns"])
+    def stamps(self) -> np.ndarray:
+        """Number that changes with each file's times and inode: int64, (n,); -1 = unknown."""
+        return np.ascontiguousarray(self._entries["stamp"])
 
     @cached_property
     def taps(self) -> dict[str, TapInfo]:

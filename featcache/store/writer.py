@@ -45,7 +45,7 @@ from featcache.store.file import StoreFile
 from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Failure
 from featcache.store.store import FeatureStore, convert
 
-__all__ = ["FeatureWriter", "merge", "relabel"]
+__all__ = ["FeatureWriter", "merge", "relabel", "restamp"]
 
 _COPY_ROWS_BYTES = 8 << 20
 
@@ -198,7 +198,7 @@ class FeatureWriter:
         Returns
         -------
         structured ndarray, shape (k,)
-            With the fields ``sha256``, ``size`` and ``mtime_ns`` among others: see
+            With the fields ``sha256``, ``size`` and ``stamp`` among others: see
             `featcache.store.format`.
         """
         return self._file.read("rows")[np.asarray(rows, np.int64)]
@@ -262,7 +262,7 @@ class FeatureWriter:
         *,
         sha256: np.ndarray,
         size: np.ndarray | int = -1,
-        mtime_ns: np.ndarray | int = -1,
+        stamp: np.ndarray | int = -1,
     ) -> np.ndarray:
         """Write features of rows.
 
@@ -274,7 +274,7 @@ class FeatureWriter:
             Features by tap.
         sha256 : ndarray of uint8, shape (k, 32)
             Hash of each image's file.
-        size, mtime_ns : array of int, shape (k,)
+        size, stamp : array of int, shape (k,)
             Size and time of change of each image's file; -1 = unknown.
 
         Returns
@@ -292,7 +292,7 @@ class FeatureWriter:
             stored[tap] = _as_stored(features[tap], (len(rows), *dataset.shape[1:]), dataset.dtype)
             finite &= _finite_rows(stored[tap])
         entries = np.zeros(len(rows), self._rows.dtype)
-        entries["sha256"], entries["size"], entries["mtime_ns"] = sha256, size, mtime_ns
+        entries["sha256"], entries["size"], entries["stamp"] = sha256, size, stamp
         entries["status"] = np.where(finite, DONE, FAILED)
         self._check_rows(rows)
         for k in np.flatnonzero(~finite).tolist():
@@ -344,13 +344,11 @@ class FeatureWriter:
         if ((rows < 0) | (rows >= self._file.n)).any():
             raise StoreError(f"{self.path}: rows go from 0 to {self._file.n - 1}.")
 
-    def fail(
-        self, row: int, stage: str, reason: str, *, size: int = -1, mtime_ns: int = -1
-    ) -> None:
+    def fail(self, row: int, stage: str, reason: str, *, size: int = -1, stamp: int = -1) -> None:
         """Record that an image has no features, and why."""
         self._check_rows(np.array([row]))
         entry = np.zeros(1, self._rows.dtype)
-        entry["size"], entry["mtime_ns"], entry["status"] = size, mtime_ns, FAILED
+        entry["size"], entry["stamp"], entry["status"] = size, stamp, FAILED
         with self._keeping():
             self._file.add_reason(row, stage, reason)
             self._write_entries(np.array([row]), entry)
@@ -381,7 +379,7 @@ class FeatureWriter:
         rows: np.ndarray | Sequence[int],
         *,
         size: np.ndarray | None = None,
-        mtime_ns: np.ndarray | None = None,
+        stamp: np.ndarray | None = None,
     ) -> np.ndarray:
         """Copy features from a store of the same fingerprint, bit for bit.
 
@@ -393,7 +391,7 @@ class FeatureWriter:
             Rows of `store`.
         rows : array of int, shape (k,)
             Rows of this file: images with the same content.
-        size, mtime_ns : array of int, shape (k,), optional
+        size, stamp : array of int, shape (k,), optional
             Size and time of change of each image's file now; None = as in `store`.
 
         Returns
@@ -414,7 +412,7 @@ class FeatureWriter:
             entries = np.zeros(len(chosen), self._rows.dtype)
             entries["status"], entries["sha256"] = DONE, chosen.sha256
             entries["size"] = chosen.sizes if size is None else size[part]
-            entries["mtime_ns"] = chosen.mtimes_ns if mtime_ns is None else mtime_ns[part]
+            entries["stamp"] = chosen.stamps if stamp is None else stamp[part]
             stored, intact = chosen.stored_rows()
             good = np.flatnonzero(intact)
             taken = {tap: np.ascontiguousarray(array[good]) for tap, array in stored.items()}
@@ -528,6 +526,15 @@ class FeatureWriter:
         for leftover in ("", ".old", ".compact", ".fresh", ".relabelled"):
             Path(f"{self.path}.partial{leftover}").unlink(missing_ok=True)
         self.close()
+
+
+def restamp(path: str, rows: np.ndarray, stamps: np.ndarray) -> None:
+    """Note in a finished file that images (k,) of new stamps (k,) were read and are unchanged."""
+    real, lock = _locked(path)
+    with lock, contextlib.closing(StoreFile(real, writable=True)) as file:
+        entries = file.read("rows")
+        entries["stamp"][rows] = stamps
+        file.write_rows(file.datasets["rows"], 0, entries)
 
 
 def relabel(store: FeatureStore, tables: Tables) -> FeatureStore:

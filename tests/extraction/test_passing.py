@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from featcache.errors import ExtractionError, TooManyFailures
 from featcache.extraction.extract import extract
+from featcache.images import folders
 from featcache.images.image_set import ImageSet
 from featcache.store.store import FeatureStore
 from tests.small import backbone, folder
@@ -71,6 +73,56 @@ def test_a_disk_that_fails_altogether_ends_the_run(
     faulty(monkeypatch, errno.EIO, ".jpg")
     with pytest.raises(ExtractionError, match="20 images in a row"):
         run(root)
+
+
+@pytest.mark.parametrize("how", ["swapped", "overwritten"])
+def test_another_picture_of_the_same_size_and_time_is_seen(root: Path, how: str) -> None:
+    one, two = root / "ant" / "0000.bmp", root / "ant" / "0001.bmp"
+    for path, colour in ((one, "red"), (two, "blue")):
+        Image.new("RGB", (8, 8), colour).save(path)
+        os.utime(path, ns=(10**18, 10**18))
+    store = run(root)
+    first = store.sha256[store.ids == "ant/0000.bmp"].copy()
+    other = store.sha256[store.ids == "ant/0001.bmp"].copy()
+    if how == "swapped":
+        one.rename(root / "aside")
+        two.rename(one)
+        (root / "aside").rename(two)
+    else:
+        one.write_bytes(two.read_bytes())
+        os.utime(one, ns=(10**18, 10**18))
+    store = run(root)
+    assert not store.extraction.skipped
+    now = store.sha256[store.ids == "ant/0000.bmp"]
+    assert (now == other).all() and not (now == first).all()
+
+
+def test_files_that_were_only_touched_cost_no_new_file(root: Path) -> None:
+    run(root)
+    path = root.parent / "f.h5"
+    before, old = path.stat().st_ino, FeatureStore.open(path).digest
+    for image in root.rglob("*.jpg"):
+        image.chmod(0o600)
+        os.utime(image)
+    store = run(root)
+    assert store.extraction.skipped
+    assert path.stat().st_ino == before
+    again = FeatureStore.open(path)
+    images = ImageSet.from_folder(root)
+    assert again.stamps.tolist() == [images.stat(row)[1] for row in range(24)]
+    assert again.verify().ok
+    assert again.digest == old
+
+
+def test_rehash_reads_what_nothing_tells_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "stamp", lambda status: 1)
+    path = root / "ant" / "0000.bmp"
+    Image.new("RGB", (8, 8), "red").save(path)
+    run(root)
+    Image.new("RGB", (8, 8), "blue").save(path)
+    assert run(root).extraction.skipped
+    summary = run(root, rehash=True).extraction
+    assert (summary.computed, summary.copied) == (1, 24)
 
 
 def test_some_broken_images_end_no_run_and_half_of_them_do(root: Path) -> None:

@@ -48,7 +48,7 @@ def fill(writer: FeatureWriter, imgs: Images, bad: tuple[int, ...] = ()) -> None
     ids = [imgs.ids[row] for row in rows]
     numbers = np.array([int(name[2:6]) for name in ids])
     values = stores.features(ids, FINGERPRINT)
-    writer.write(rows, values, sha256=stores.sha256(ids), size=numbers + 100, mtime_ns=numbers)
+    writer.write(rows, values, sha256=stores.sha256(ids), size=numbers + 100, stamp=numbers)
 
 
 def whole(path: Path, imgs: Images, bad: tuple[int, ...] = BAD) -> FeatureStore:

@@ -63,7 +63,7 @@ def test_features_come_back_bit_for_bit(path: Path) -> None:
     assert store.classes == ["a", "b", "c"]
     assert store.fingerprint == f
     assert store.sizes.tolist() == list(range(100, 112))
-    assert store.mtimes_ns.tolist() == list(range(12))
+    assert store.stamps.tolist() == list(range(12))
     np.testing.assert_array_equal(store.sha256, stores.sha256(imgs.ids))
     assert beside(path) == ["a.h5"]
 
@@ -90,7 +90,7 @@ def test_a_run_goes_on_where_it_stopped(path: Path) -> None:
         assert writer.meta["settings"] == {"batch_size": 16}
         entries = writer.entries(range(6))
         assert entries["size"].tolist() == [100, 101, 102, 103, 104, 0]
-        assert entries["mtime_ns"][:5].tolist() == [0, 1, 2, 3, 4]
+        assert entries["stamp"][:5].tolist() == [0, 1, 2, 3, 4]
         stores.fill(writer, imgs, writer.pending)
         writer.finish()
 
@@ -103,8 +103,8 @@ def test_torn_entries_count_as_pending(path: Path) -> None:
     with h5py.File(f"{path}.partial") as file:
         offset, size = file["rows"].id.get_offset(), file["rows"].dtype.itemsize
     data = bytearray(Path(f"{path}.partial").read_bytes())
-    for row, byte in ((0, 40), (2, 33), (3, size - 5), (5, size - 1), (6, 0)):
-        data[offset + row * size + byte] ^= 4  # mtime of a failure, size, status, check, sha256
+    for row, byte in ((0, 40), (2, 33), (3, size - 13), (5, size - 9), (6, 0)):
+        data[offset + row * size + byte] ^= 4  # check of a failure, size, status, check, sha256
     Path(f"{path}.partial").write_bytes(data)
     with stores.writer(path, imgs) as writer:
         assert writer.pending.tolist() == [0, 2, 3, 5, 6]
@@ -274,7 +274,7 @@ def test_failed_rows_are_left_out_and_kept_on_record(path: Path) -> None:
     imgs = stores.images(12)
     with stores.writer(path, imgs) as writer:
         writer.fail(0, "read", "gone")
-        writer.fail(5, "decode", "not an image: é", size=7, mtime_ns=8)
+        writer.fail(5, "decode", "not an image: é", size=7, stamp=8)
         writer.fail(11, "decode", "x" * 5000)
         stores.fill(writer, imgs, writer.pending)
         store = writer.finish(max_failures=0.25)
@@ -289,7 +289,7 @@ def test_failed_rows_are_left_out_and_kept_on_record(path: Path) -> None:
         (imgs.ids[11], "decode"),
     ]
     assert store.failures[1].reason == "not an image: é"
-    assert (store.failures[1].size, store.failures[1].mtime_ns) == (7, 8)
+    assert (store.failures[1].size, store.failures[1].stamp) == (7, 8)
     assert 900 < len(store.failures[2].reason) <= 1000
     assert store.verify().ok
     assert store.canaries is not None
@@ -500,7 +500,7 @@ def test_unchanged_rows_are_copied_bit_for_bit(path: Path) -> None:
     with stores.writer(path, more, f) as writer:
         [source] = writer.earlier_stores
         common, new_rows, old_rows = np.intersect1d(more.ids, source.ids, return_indices=True)
-        copied = writer.copy_rows(source, old_rows, new_rows, mtime_ns=np.full(6, 9))
+        copied = writer.copy_rows(source, old_rows, new_rows, stamp=np.full(6, 9))
         assert len(common) == len(copied) == 6
         assert writer.pending.tolist() == list(range(6, 12))
         stores.fill(writer, more, writer.pending)
@@ -508,7 +508,7 @@ def test_unchanged_rows_are_copied_bit_for_bit(path: Path) -> None:
     assert store.ids.tolist() == more.ids
     for tap in f.taps:
         np.testing.assert_array_equal(store.load(tap)[0], stores.features(more.ids, f)[tap])
-    assert store.mtimes_ns[:6].tolist() == [9] * 6
+    assert store.stamps[:6].tolist() == [9] * 6
     assert store.sizes[:6].tolist() == old.sizes[5:].tolist()
     assert store.verify().ok
     assert len(old.load(POOL)[0]) == 11  # the replaced file stays readable to those who had it
