@@ -102,6 +102,16 @@ def _float32_products() -> tuple[Any, ...]:
     return tuple(products)
 
 
+def _own_precision(kind: Any) -> str:
+    """Return what was set for a kind itself; "none" is what it takes over from all kinds."""
+    found: str = kind.fp32_precision
+    cudnn: Any = torch.backends.cudnn
+    if kind in (cudnn.conv, cudnn.rnn):
+        return found  # they have a default of their own, which "none" would not bring back
+    kind.fp32_precision = "none"
+    return "none" if kind.fp32_precision == found else found
+
+
 def default_threads() -> int:
     """Return the number of threads of a forward pass on a CPU.
 
@@ -370,7 +380,7 @@ class Runtime:
     def _configured(self, settings: Settings) -> Iterator[None]:
         """Set what torch keeps for the whole process: threads, and float32 that is float32."""
         threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
-        kinds = [(kind, kind.fp32_precision) for kind in _float32_products()]
+        kinds = [(kind, _own_precision(kind)) for kind in _float32_products()]
         flags = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
         if self.device.type == "cpu" and settings.threads != threads:
             torch.set_num_threads(settings.threads)

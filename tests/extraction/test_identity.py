@@ -118,9 +118,13 @@ PRECISIONS = (
 
 @pytest.fixture
 def restored() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
     for name in PRECISIONS:
         exec(f"{name} = 'none'")
+    torch.backends.cudnn.allow_tf32 = before[1]
+    # as before the program set anything
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -183,7 +187,8 @@ def test_features_that_are_no_function_of_the_image_are_refused(
     assert store.fingerprint.varying
     assert not extract(images, backbone(), tmp_path / "c.h5", **options).fingerprint.varying
     more = ImageSet.from_files([photograph(tmp_path / "more.jpg", 99)])
-    extract(more, backbone(kind), tmp_path / "b.h5", accept_varying=True, **options)
+    again = {"accept_varying": True, "allow_removal": True}
+    extract(more, backbone(kind), tmp_path / "b.h5", **again, **options)
 
 
 class Large(Network):

@@ -362,10 +362,8 @@ def test_recipe_9_csv_of_breeds_by_hand_and_from_the_cache(tmp_path: Path) -> No
     # From the cache of the pooling layer's input, and SVM and trees on what it pools.
     nine = SuffixSettings(first="head", epochs=9, lr=0.03, batch_size=16, patience=0)
     heads = ("suffix", "svm", "forest")
-    best = {
-        head: train(fit, validation, head=head, cv=2, suffix=nine, backbone=network)
-        for head in heads
-    }
+    given = {"suffix": {"suffix": nine, "backbone": network}}
+    best = {head: train(fit, validation, head=head, cv=2, **given.get(head, {})) for head in heads}
     rows = [row for found in best.values() for row in found.leaderboard]
     assert all(row.held_out is not None and row.cv.accuracy > 0.6 for row in rows)
     suffix = best["suffix"].estimator.steps[0].suffix
