@@ -296,18 +296,20 @@ class FeatureWriter:
         entries["status"] = np.where(finite, DONE, FAILED)
         self._check_rows(rows)
         for k in np.flatnonzero(~finite).tolist():
-            reason = f"features are not finite in {self.fingerprint.store_dtype}"
             with self._keeping():
-                hint = self._overflow_hint(features, k)
-                self._file.add_reason(int(rows[k]), "forward", reason + hint)
+                self._file.add_reason(int(rows[k]), "forward", self._overflow(features, k))
         self._store(rows, stored, entries)
         return rows[~finite]
 
-    def _overflow_hint(self, features: Mapping[str, np.ndarray], k: int) -> str:
-        """Return which flag helps if the features were finite before they were rounded."""
+    def _overflow(self, features: Mapping[str, np.ndarray], k: int) -> str:
+        """Return in which type features are not finite, and which flag helps."""
+        made_by = self.fingerprint
         if all(np.isfinite(features[tap][k]).all() for tap in self._file.features):
-            return " (larger than 65,504): use --store-dtype float32"
-        return ""
+            rounded = f"features are not finite in {made_by.store_dtype} (larger than 65,504)"
+            return f"{rounded}: use --store-dtype float32"
+        if made_by.precision == "float16":
+            return "features are not finite in a float16 forward pass: use --precision bfloat16"
+        return "features are not finite"
 
     def _store(
         self, rows: np.ndarray, stored: Mapping[str, np.ndarray], entries: np.ndarray

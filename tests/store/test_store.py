@@ -350,6 +350,16 @@ def test_features_that_are_not_finite_are_failures(path: Path) -> None:
     assert store.verify().ok
 
 
+def test_the_precision_is_named_where_the_forward_pass_overflows(path: Path) -> None:
+    imgs = stores.images(4)
+    values = np.ones((4, 8), np.float32)
+    values[2, 0] = np.inf
+    with stores.writer(path, imgs, stores.fingerprint(precision="float16")) as writer:
+        writer.write(np.arange(4), {POOL: values}, sha256=stores.sha256(imgs.ids))
+        (failure,) = writer.failures
+    assert "float16 forward pass: use --precision bfloat16" in failure.reason
+
+
 def test_reasons_lie_in_the_file_until_it_is_finished(path: Path) -> None:
     imgs = stores.images(6)
     with stores.writer(path, imgs) as writer:
