@@ -95,18 +95,16 @@ def _float32_products() -> tuple[Any, ...]:
     The older switches (``allow_tf32``, ``set_float32_matmul_precision``) raise where a program has
     used the newer ones; these can be read and set after either.
     """
-    backends = torch.backends
-    products = [backends.cuda.matmul, backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    for library in (backends.cudnn, backends.mkldnn):
-        products += [library.conv, library.rnn]
-    return tuple(products)
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    convolutions = cudnn.conv, cudnn.rnn, mkldnn.conv, mkldnn.rnn
+    return torch.backends.cuda.matmul, mkldnn.matmul, *convolutions
 
 
 def _own_precision(kind: Any) -> str:
     """Return what was set for a kind itself; "none" is what it takes over from all kinds."""
     found: str = kind.fp32_precision
-    cudnn: Any = torch.backends.cudnn
-    if kind in (cudnn.conv, cudnn.rnn):
+    if getattr(kind, "backend", "") == "cuda":
         return found  # they have a default of their own, which "none" would not bring back
     kind.fp32_precision = "none"
     return "none" if kind.fp32_precision == found else found

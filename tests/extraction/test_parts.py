@@ -226,7 +226,8 @@ def test_failures_are_left_out_and_tried_again(tmp_path: Path) -> None:
         (images / name).write_bytes(b"no image")
     path = tmp_path / "f.h5"
     with pytest.raises(TooManyFailures, match="5 of 44"):
-        run(images, path, executor=Recording(), parts=11, max_failures=0.01)  # none of part 0 can be decoded
+        # none of part 0 can be decoded
+        run(images, path, executor=Recording(), parts=11, max_failures=0.01)
     photograph(images / "ant" / "0000.jpg", 0)
     store = run(images, path, executor=Recording(), parts=11, max_failures=0.5)
     assert (len(store), len(store.failures), store.extraction.failed) == (N - 4, 4, 4)
