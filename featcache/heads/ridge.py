@@ -118,6 +118,7 @@ def _solutions(design: Design, gram: np.ndarray, fold: int, alphas: Sequence[flo
     gram = (gram[:d, :d] - weight * np.outer(mean, mean)) * np.outer(ratio, ratio)
     away = (mean - design.means[fold].double().numpy()) * ratio
     V = np.empty((len(alphas), right.shape[1], d + 1), dtype=design.sample.dtype)
+    eigen: tuple[np.ndarray, np.ndarray] | None = None
     for number, alpha in enumerate(alphas):
         penalised = gram.copy()
         penalised[np.diag_indices_from(penalised)] += alpha
@@ -125,19 +126,12 @@ def _solutions(design: Design, gram: np.ndarray, fold: int, alphas: Sequence[flo
             found = cho_solve(cho_factor(penalised, overwrite_a=True), right)
         except LinAlgError:
             # With fewer rows than columns the products' rounding makes null directions negative.
-            found = _solve_clipped(gram, alpha, right)
+            values, vectors = eigen = eigen or eigh(gram)
+            scale = (np.maximum(values, 0) + alpha)[:, None]
+            found = vectors @ ((vectors.T @ right) / scale)
         V[number, :, :-1] = found.T
         V[number, :, -1] = target - away @ found
     return torch.from_numpy(V)
-
-
-def _solve_clipped(gram: np.ndarray, alpha: float, right: np.ndarray) -> np.ndarray:
-    """Solve ``(gram + alpha I) w = right`` with the negative eigenvalues of `gram` taken as 0."""
-    values, vectors = eigh(gram)
-    solution: np.ndarray = vectors @ (
-        (vectors.T @ right) / (np.maximum(values, 0) + alpha)[:, None]
-    )
-    return solution
 
 
 @dataclass(frozen=True)
