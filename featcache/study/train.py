@@ -28,7 +28,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -264,6 +264,9 @@ class _TrainingData:
                 f"{', '.join(store.paths)} has no groups. Extract with --group-column (nothing is "
                 "computed again)."
             )
+        weights = options.class_weight if isinstance(options.class_weight, Mapping) else {}
+        if unknown := [name for name in weights if name not in fit.labels]:
+            raise TrainingError(f"class_weight names {unknown[0]!r}, which is not a class.")
         groups = fit.groups if options.group else None
         folds, text = _folds(fit, groups, options)
         chosen = set(fit.resolve(layers))

@@ -37,6 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
         ("random_state", None),
         ("class_weight", "balance"),
         ("class_weight", {"ant": -1.0}),
+        ("class_weight", {"nosuch": 2.0}),
         ("class_weight", {"ant": float("nan")}),
         ("class_weight", {"ant": float("inf")}),
         ("scoring", "acuracy"),
