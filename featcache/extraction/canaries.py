@@ -42,7 +42,12 @@ def usable_canaries(backbone: Backbone) -> list[tuple[str, bytes]]:
 
 def of_canaries(runtime: Runtime, images: Sequence[bytes]) -> dict[str, np.ndarray]:
     """Return the features of canary images by tap: (k, ...) float32."""
-    return runtime(np.stack([runtime.backbone.preprocessing(image) for image in images]))
+    return runtime(_pixels(runtime.backbone, images))
+
+
+def _pixels(backbone: Backbone, images: Sequence[bytes]) -> np.ndarray:
+    """Return images as the network takes them: uint8, (k, c, h, w)."""
+    return np.stack([backbone.preprocessing(image) for image in images])
 
 
 def check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:
@@ -59,19 +64,20 @@ def check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:
     canaries = writer.canaries
     if canaries is None:
         return None
-    found = replace(canaries, features=of_canaries(runtime, canaries.images))
+    pixels = _pixels(runtime.backbone, canaries.images)
+    found = replace(canaries, features=runtime(pixels))
     varying = writer.fingerprint.varying
     if not varying:
         for other in [canaries, *(source.canaries for source in writer.earlier_stores)]:
             check_same_network(writer.path, runtime, other, found)
     exact, plain = runtime.precision == "float32", runtime
     if not exact or runtime.settings.batch_size == 1:
-        plain = Runtime(runtime.backbone, device="cpu", batch_size=len(canaries.images) + _BESIDE)
-    expected = found.features if exact else of_canaries(plain, canaries.images)
+        plain = Runtime(runtime.backbone, device="cpu", batch_size=len(pixels) + _BESIDE)
+    expected = found.features if exact else plain(pixels)
     if not canaries.features:
         _refuse_infinite(runtime, found, expected)
         if not varying:
-            _refuse_varying(plain, canaries.images, expected)
+            _refuse_varying(plain, pixels, expected)
         writer.set_canaries(found.features)
     return None if exact else _rounding(expected, found.features)
 
@@ -158,11 +164,8 @@ def _refuse_infinite(runtime: Runtime, found: Canaries, expected: Mapping[str, n
     )
 
 
-def _refuse_varying(
-    runtime: Runtime, images: Sequence[bytes], alone: Mapping[str, np.ndarray]
-) -> None:
+def _refuse_varying(runtime: Runtime, pixels: np.ndarray, alone: Mapping[str, np.ndarray]) -> None:
     """Refuse a network whose features of an image change with the pass, or with its neighbours."""
-    pixels = np.stack([runtime.backbone.preprocessing(image) for image in images])  # (k, c, h, w)
     noise = np.random.default_rng(0).integers(0, 256, (_BESIDE, *pixels.shape[1:]), np.uint8)
     beside = runtime(np.concatenate([noise, pixels]))  # (k + 2, c, h, w)
     change = _largest_change(alone, {tap: values[_BESIDE:] for tap, values in beside.items()})

@@ -214,8 +214,7 @@ def check_removal(before: FeatureStore, images: ImageSet) -> None:
     ------
     ExtractionError
     """
-    known, kept = set(before.ids.tolist()), set(images.ids.tolist())
-    gone = np.array([name not in kept for name in before.ids.tolist()], bool)
+    known, gone = set(before.ids.tolist()), _gone(before, images)
     if 2 * gone.sum() <= len(before):
         return
     # Those that were renamed are found by their content.
@@ -232,10 +231,15 @@ def check_removal(before: FeatureStore, images: ImageSet) -> None:
         )
 
 
+def _gone(before: FeatureStore, images: ImageSet) -> np.ndarray:
+    """Return a mask (n,) of an earlier store's rows whose ids are not among the images'."""
+    kept = set(images.ids.tolist())
+    return np.array([name not in kept for name in before.ids.tolist()], bool)
+
+
 def count_removed(before: FeatureStore, store: FeatureStore, images: ImageSet) -> int:
     """Count the rows of an earlier store whose image is among the images under no name."""
-    kept = set(images.ids.tolist())
-    gone = np.array([name not in kept for name in before.ids.tolist()], bool)
+    gone = _gone(before, images)
     return int((~np.isin(hash_keys(before.sha256[gone]), hash_keys(store.sha256))).sum())
 
 

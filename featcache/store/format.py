@@ -26,7 +26,7 @@ dataset              shape, type            content
 
 A row of /rows holds, packed and little-endian: ``sha256`` (32 bytes: of the image's file),
 ``size`` (int64, -1 = unknown; that of a pending row with a right ``entry_crc``
-is its place in the order of computing), ``crc32`` (uint32 for each tap, in the order of
+is its place in the order of computing, from 1), ``crc32`` (uint32 for each tap, in the order of
 fingerprint.taps: CRC-32 of that tap's bytes as stored, seeded with the CRC-32 of ``sha256``),
 ``status`` (uint8: 0 pending, 1 done, 2 failed) and ``entry_crc`` (uint32: CRC-32 of the bytes
 before it, seeded with the CRC-32 of the row's id), and ``stamp`` (int64: a number that changes with

@@ -210,7 +210,7 @@ class FeatureWriter:
     def pack(self, rows: np.ndarray) -> None:
         """Give pending rows (k,) the places 0 to k - 1, whose order a resumed run keeps."""
         entries = np.zeros(len(rows), self._rows.dtype)
-        entries["size"] = np.arange(len(rows))
+        entries["size"] = np.arange(1, len(rows) + 1)  # 0 is a row without a place
         with self._keeping():
             self._write_entries(rows, entries)
 
@@ -222,8 +222,12 @@ class FeatureWriter:
         """
         entries = self.entries(rows)
         again = entries["status"] != PENDING
-        packed = entries["entry_crc"] == checksums.entry_crcs(entries, self._file.read("ids")[rows])
-        places = np.where(packed, entries["size"], rows)
+        places = rows.copy()
+        packed = np.flatnonzero(~again & (entries["size"] > 0))
+        if len(packed):
+            crcs = checksums.entry_crcs(entries[packed], self._file.read("ids")[rows[packed]])
+            packed = packed[crcs == entries["entry_crc"][packed]]
+            places[packed] = entries["size"][packed] - 1
         places[again] = places[~again].max(initial=-1) + 1 + np.arange(np.count_nonzero(again))
         return places
 
