@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from featcache.images.image_set import ImageSet
+from featcache.report.data import write_report
 from featcache.results.evaluation import Evaluation, Figures
 from featcache.results.intervals import Score
 from featcache.results.leaderboard import Leaderboard, LeaderboardRow
@@ -24,6 +26,18 @@ class Case:
     store: FeatureStore
     images: ImageSet
     leaderboard: Leaderboard
+
+    def report(self, path: Path, **more: Any) -> None:
+        """Write a report of all there is, with two maps."""
+        write_report(
+            self.evaluation,
+            path,
+            store=self.store,
+            images=self.images,
+            leaderboard=self.leaderboard,
+            maps=("pca", "tsne"),
+            **more,
+        )
 
 
 def case(folder: Path, n: int = 60) -> Case:

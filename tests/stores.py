@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 
 from featcache.fingerprint import Fingerprint
 from featcache.store.store import FeatureStore
@@ -141,3 +145,24 @@ class Child:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+
+
+class Stop(BaseException):
+    """It stands for a kill."""
+
+
+@contextmanager
+def stopped_at(
+    number: int, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Raise `Stop` at call `number` of a function of a module."""
+    step, calls = getattr(module, name), itertools.count(1)
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            raise Stop
+        return step(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, counted)
+        yield

@@ -172,12 +172,13 @@ def test_views_of_a_renamed_image_are_computed_anew(root: Path) -> None:
 # --- reuse ----------------------------------------------------------------------------------------
 
 
+def taken() -> Backbone:
+    return Backbone("squeezenet1_1", weights=None, image_size=64)
+
+
 def test_a_second_run_over_an_unchanged_folder_loads_no_weights(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def taken() -> Backbone:
-        return Backbone("squeezenet1_1", weights=None, image_size=64)
-
     first = run(root, backbone=taken())
     monkeypatch.setattr(networks.Torchvision, "load", _forbidden)
     inode = (root.parent / "features.h5").stat().st_ino
@@ -191,9 +192,6 @@ def test_a_second_run_over_an_unchanged_folder_loads_no_weights(
 def test_touched_deleted_and_renamed_images_load_no_weights_either(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def taken() -> Backbone:
-        return Backbone("squeezenet1_1", weights=None, image_size=64)
-
     before = run(root, backbone=taken())
     of = dict(zip(before.ids, before.load()[0].copy(), strict=True))
     monkeypatch.setattr(networks.Torchvision, "load", _forbidden)

@@ -41,14 +41,7 @@ return [view.frame.x_scale.compute(x[k]) - box.width / 2,
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     made = case(tmp_path_factory.mktemp("store"))
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_report(
-        made.evaluation,
-        path,
-        store=made.store,
-        images=made.images,
-        leaderboard=made.leaderboard,
-        maps=("pca", "tsne"),
-    )
+    made.report(path)
     return path.as_uri()
 
 

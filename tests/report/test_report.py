@@ -71,15 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.fixture(scope="module")
 def page(made: Case, tmp_path_factory: pytest.TempPathFactory) -> Page:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_report(
-        made.evaluation,
-        path,
-        store=made.store,
-        images=made.images,
-        leaderboard=made.leaderboard,
-        maps=("pca", "tsne"),
-        title="Tulips & <others>",
-    )
+    made.report(path, title="Tulips & <others>")
     return Page(path.read_text())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,12 +106,7 @@ def test_stopped_at_every_step_the_file_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, bad: int
 ) -> None:
     """Stop at every call of a step of the writer, one after the other, as a kill would."""
-
-    class Stop(BaseException):
-        pass
-
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power cuts here; it is slow
-    step: Callable[..., Any] = getattr(module, name)
     imgs = stores.images(6)
 
     def extract(path: Path) -> None:
@@ -126,24 +120,14 @@ def test_stopped_at_every_step_the_file_is_the_same(
     extract(tmp_path / "quiet.h5")
     expected = (tmp_path / "quiet.h5").read_bytes()
     for stop_at in range(1, 200):
-        calls = 0
-
-        def counted(*args: Any, stop_at: int = stop_at, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
-                raise Stop
-            return step(*args, **options)
-
         path = tmp_path / f"{stop_at}.h5"
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, counted)
-            try:
+        try:
+            with stores.stopped_at(stop_at, module, name, monkeypatch):
                 extract(path)
-            except Stop:
-                pass
-            else:
-                break
+        except stores.Stop:
+            pass
+        else:
+            break
         if path.exists():
             FeatureStore.open(path)  # a finished name means a finished file
         extract(path)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -272,31 +271,16 @@ def test_stopped_at_every_step_merging_goes_on(
     name: str,
 ) -> None:
     """Stop at the first call of a step, then at the second one of the next attempt, and so on."""
-
-    class Stop(BaseException):
-        pass
-
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power cuts here; it is slow
-    step: Callable[..., Any] = getattr(module, name)
     given = parts(tmp_path / "parts", images())
     for stop_at in range(1, 200):
-        calls = 0
-
-        def counted(*args: Any, stop_at: int = stop_at, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
-                raise Stop
-            return step(*args, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, counted)
-            try:
+        try:
+            with stores.stopped_at(stop_at, module, name, monkeypatch):
                 merge(path, images().tables, given, max_failures=1)
-            except Stop:
-                if not path.exists():
-                    continue
-            break
+        except stores.Stop:
+            if not path.exists():
+                continue
+        break
     assert stop_at > 1
     assert path.read_bytes() == expected
     assert not list((tmp_path / "parts").glob("*.h5"))
