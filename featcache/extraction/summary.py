@@ -88,7 +88,7 @@ class Summary:
 
     @property
     def images_per_second(self) -> float:
-        """Images computed per second, from the first to the last."""
+        """`computed` divided by ``seconds["loop"]``: the start and the end of the run left out."""
         seconds = self.seconds.get("loop", 0.0)
         return self.computed / seconds if seconds else 0.0
 
@@ -135,8 +135,9 @@ class Summary:
         )
         # The same words however busy the machine is; the figures say what is slow.
         return (
-            f"{text} ({self.images_per_second:.1f} images/s)\n"
-            f"forward pass {self.seconds['forward']:.1f} s, waiting for images "
+            f"{text}\nfrom the first image to the last {self.seconds['loop']:.1f} s "
+            f"({self.images_per_second:.1f} images/s): forward pass "
+            f"{self.seconds['forward']:.1f} s, waiting for images "
             f"{self.seconds['waiting_for_images']:.1f} s, waiting for the disk "
             f"{self.seconds['waiting_for_writer']:.1f} s; the longest of them limits the speed"
             f"{rounding}"

@@ -272,7 +272,7 @@ def precisions(folder: Path) -> None:
     import featcache as fc
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from pipelines.study import demo_images
+    from pipelines.demo import demo_images
 
     images = demo_images(folder)
     backbone = fc.Backbone("mobilenet_v2")

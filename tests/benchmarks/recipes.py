@@ -57,7 +57,7 @@ from featcache.networks.surgery import (
 from featcache.results.evaluation import Evaluation
 from featcache.store.splitting import holdout
 from featcache.store.store import FeatureStore
-from pipelines.study import demo_images
+from pipelines.demo import demo_images
 
 SECTIONS = ("nine", "epoch-18", "epoch-17", "epoch-14", "accuracy")
 SHAPE = (3, 224, 224)

@@ -361,6 +361,9 @@ def test_the_summary_says_what_was_done_and_what_limits_the_speed(root: Path) ->
     text = str(summary)
     assert "22 images: 22 computed, 0 reused, 0 failed" in text
     assert "limits the speed" in text
+    total, loop = (summary.seconds[name] for name in ("total", "loop"))
+    assert f"failed, in {total:.1f} s\n" in text
+    assert f"first image to the last {loop:.1f} s ({22 / loop:.1f} images/s): forward pass" in text
     recorded = FeatureStore.open(root.parent / "features.h5").meta["run"]
     assert recorded["computed"] == 22
     assert json.loads(json.dumps(summary.to_dict()))["settings"] == store.meta["settings"]
