@@ -17,7 +17,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check
 # that is a little older beats a build from source.
 INSTALL := $(PIP) install --quiet --prefer-binary
 BOUNDED := $(INSTALL) --constraint tests/constraints.txt
-EXTRAS  := dask,demo,dev,export,fast,notebook,parquet,report,timm
+EXTRAS  := dask,demo,dev,export,fast,heif,notebook,parquet,report,timm
 TESTS   := $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not campaign"
 
 # One spelling of the arguments for both stages. Empty variables leave the defaults alone.

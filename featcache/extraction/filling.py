@@ -297,7 +297,7 @@ def _meta(job: Job) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("featcache", "torch", "torchvision", "numpy", "pillow")
+    names = ("featcache", "torch", "torchvision", "numpy", "pillow", "pillow-heif")
     versions = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from featcache.errors import DecodeError
+from featcache.errors import DecodeError, MissingExtra
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +47,7 @@ _KIND_OF_PAGE, _BITS_PER_SAMPLE = 254, 258  # TIFF tags
 _JPEG_END = b"\xff\xd9"
 _no_limit = threading.Lock()  # of Pillow's, which is one for the whole process
 _NPY_MAGIC = b"\x93NUMPY"
+_HEIF = re.compile(rb".{4}ftyp(he[a-z]{2}|m[is]f1)", re.DOTALL)
 _NOT_IMAGES = {
     b"version https://git-lfs": "a Git LFS pointer, not the image itself. Type: git lfs pull",
     b"<!doctype html": "an HTML page, as servers send in place of a file",
@@ -250,10 +251,24 @@ def _opened(data: bytes, max_pixels: int | None) -> Image.Image:
     try:
         image = _open(data, max_pixels)
     except UnidentifiedImageError:
+        if _HEIF.match(data) and "HEIF" not in Image.OPEN:
+            _learn_heif()
+            return _opened(data, max_pixels)
         raise DecodeError("decode", _what_it_is(data[:64])) from None
     if image.format == "EPS":  # Pillow would hand the file's program to Ghostscript
         raise DecodeError("decode", "a PostScript program, not pixels; convert it to PNG")
     return image
+
+
+def _learn_heif() -> None:
+    """Have Pillow read HEIC images by the package that does, where it is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        needed = MissingExtra("pillow-heif", "heif", "A HEIC image")
+        again = "and then the same command with --retry-failed"
+        raise DecodeError("decode", f"{needed}, {again}") from None
+    register_heif_opener(decode_threads=1)  # each image is decoded in one thread
 
 
 def _open(data: bytes, max_pixels: int | None) -> Image.Image:
@@ -293,8 +308,6 @@ def _what_it_is(start: bytes) -> str:
     for prefix, reason in _NOT_IMAGES.items():
         if start.lstrip().lower().startswith(prefix):
             return reason
-    if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
-        return "a HEIC image, which Pillow does not read; convert it to JPEG or PNG"
     return f"not an image that Pillow can read, or cut short; it begins with {start[:12]!r}"
 
 

@@ -29,6 +29,7 @@ from featcache.errors import DecodeError
 from featcache.pixels.decode import RawImage, decode
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
+from tests.cli.test_cli import featcache, succeed
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -525,7 +526,7 @@ PHOTO = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")
         (b"\n<!DOCTYPE HTML><html><body>404</body></html>", 3, "an HTML page"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 3, "an SVG drawing"),
         (b"%PDF-1.7 ...", 3, "a PDF document"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", 3, "a HEIC image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", 3, "or cut short"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", 3, "PostScript"),
         (PHOTO[:20], 3, "cut short"),
         (PHOTO[: len(PHOTO) // 2], 3, "truncated"),
@@ -550,6 +551,49 @@ def test_bad_input_is_refused(raw: RawImage, channels: int, reason: str) -> None
     assert "\n" not in caught.value.reason
     with pytest.raises(DecodeError):
         Preprocessing(channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)(raw)
+
+
+@pytest.fixture
+def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow as it is before a HEIC image comes."""
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+
+
+def heic(picture: Image.Image, **options: Any) -> bytes:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    pillow_heif.from_pillow(picture).save(file, quality=-1, chroma=444, **options)
+    return file.getvalue()
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_heic_is_read_where_its_package_is_installed() -> None:
+    picture = Image.fromarray(noise(4, 6, 3)).resize((90, 60))
+    found = decode(heic(picture))
+    assert found.shape == (60, 90, 3)
+    np.testing.assert_allclose(found, np.asarray(picture), atol=3)
+    with pytest.raises(DecodeError):
+        decode(heic(picture)[:200])
+    assert decode(encoded(picture, "AVIF")).shape == (60, 90, 3)
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_a_folder_of_a_phone_names_the_extra_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "phone").mkdir()
+    for k in range(2):
+        photograph = heic(Image.fromarray(noise(4, 6, 3, seed=k)).resize((90, 60)))
+        (tmp_path / f"phone/{k}.HEIC").write_bytes(photograph)
+    own = ("--backbone", "tests.small:own", "--layer", "pool", "--workers", 0)
+    asked = ("extract", tmp_path / "phone", "-o", tmp_path / "a.h5", *own)
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "pillow_heif", None)
+        done = featcache(*asked)
+    assert done.exit_code == 1
+    assert "Type: pip install 'featcache[heif]'" in done.stderr and "--retry-failed" in done.stderr
+    assert "2 computed" in succeed(*asked, "--retry-failed")
 
 
 def test_pages_of_colour_or_of_other_sizes_are_no_channels() -> None:
