@@ -21,6 +21,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
+import joblib
 import numpy as np
 import torch
 from torch import Tensor
@@ -231,7 +232,7 @@ class Loader:
         yield from self._from_threads(tasks[self.suspects :])
 
     def _from_threads(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
-        decoder, threads = self.decoder, os.cpu_count() or 1
+        decoder, threads = self.decoder, joblib.cpu_count()
         with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as decoders:
 
             def read(task: Task) -> tuple[Batch, list[Future[RawImage | None]]]:
@@ -260,7 +261,7 @@ class Loader:
         while done < len(tasks):
             ahead = self.workers * PREFETCH
             futures: dict[int, Future[Batch]] = {}
-            with _worker_pool(self.decoder, self.workers) as pool:
+            with _worker_pool(self.decoder, min(self.workers, len(tasks) - done)) as pool:
                 try:
                     while done < len(tasks):
                         for number in range(done, min(done + ahead, len(tasks))):

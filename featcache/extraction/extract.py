@@ -153,7 +153,7 @@ def extract(
         Images in one forward pass. Left out: 8 on a CPU, 128 with CUDA.
     workers : int, optional
         Number of processes that decode images; 0 decodes in threads of this process. Left out: 0 on
-        a CPU; beside a GPU one for each core, at most 16.
+        a CPU; beside a GPU one for each core that this process may use, at most 16.
     device : str or sequence of str
         As for `featcache.networks.forward.select_device`. Several devices fill a part each, in a
         process of their own ("spawn": what a script does must stand below

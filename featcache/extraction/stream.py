@@ -6,7 +6,6 @@ machines, and prediction go through it.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Generator
@@ -14,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
+import joblib
 import numpy as np
 import torch
 
@@ -152,7 +152,7 @@ def _task_size(group: int, views: int, *, threads: bool) -> int:
     Threads that decode between forward passes need enough of them to end at the same time. It is
     always a multiple of what fits a batch, so that an image keeps its place in the batch.
     """
-    wanted = _IMAGES_A_THREAD * (os.cpu_count() or 1) if threads else group
+    wanted = _IMAGES_A_THREAD * joblib.cpu_count() if threads else group
     return group * max(1, -(-wanted // (group * views)))
 
 
@@ -192,7 +192,7 @@ def _default_workers(runtime: Runtime, *, crashed: bool) -> int:
     After a run that ended without a word, processes decode in any case: an image that crashes its
     decoder would take this run down as well, and so every run.
     """
-    cores = os.cpu_count() or 1
+    cores = joblib.cpu_count()  # that this process, or its container, may use
     return (cores if crashed else 0) if runtime.device.type == "cpu" else min(16, cores)
 
 
