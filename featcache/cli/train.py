@@ -17,7 +17,8 @@ from featcache.finetuning.settings import SuffixSettings
 @options.path_argument("stores", nargs=-1, required=True)
 @options.output("PREDICTOR", "Predictor file to write.", required=True)
 @options.layer(
-    "Layer of STORES to train on. May be repeated to use several side by side. Default: all."
+    "Layer of STORES to train on. May be repeated, to join several. Default: all of STORES, side "
+    "by side."
 )
 @options.heads
 @click.option(

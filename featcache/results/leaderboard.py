@@ -26,6 +26,9 @@ class LeaderboardRow:
         Name of the head.
     params : dict
         The hyper-parameters that were chosen.
+    features : str
+        What it was trained on: taps, with their files where stores are joined, and the number of
+        columns.
     cv_score : float
         Mean over the folds of the score that decided; the chosen hyper-parameters' own, or, where
         the cross-validation was nested, that of choosing anew in each outer fold.
@@ -46,6 +49,7 @@ class LeaderboardRow:
 
     head: str
     params: Mapping[str, Any]
+    features: str
     cv_score: float
     cv: Figures
     held_out: Figures | None
@@ -64,6 +68,7 @@ class LeaderboardRow:
         return {
             "head": self.head,
             "params": dict(self.params),
+            "features": self.features,
             "cv_score": self.cv_score,
             **self.cv.to_dict("cv_"),
             **(nothing if self.held_out is None else self.held_out.to_dict()),
@@ -86,7 +91,7 @@ class LeaderboardRow:
             cv=Figures.from_dict(values, "cv_"),
             held_out=Figures.from_dict(values) if scored else None,
             notes=tuple(values["notes"]),
-            **{name: values[name] for name in ("head", "params", "cv_score", *_MEASURED)},
+            **{name: values[name] for name in _GIVEN},
         )
 
     def to_flat(self) -> dict[str, Any]:
@@ -104,6 +109,7 @@ class LeaderboardRow:
 
 
 _MEASURED = ("search_seconds", "fit_seconds", "predict_us", "peak_mb")
+_GIVEN = ("head", "params", "features", "cv_score", *_MEASURED)
 
 
 @dataclass(frozen=True)
@@ -177,9 +183,9 @@ class Leaderboard(Sequence[LeaderboardRow]):
         return buffer.getvalue()
 
     def to_text(self) -> str:
-        """Return the table, the best head and how its hyper-parameters were chosen, for people."""
+        """Return the table, the best head, how it was chosen, and the features, for people."""
         header, *cells = self._cells()
-        return "\n".join([text_table(header, cells), "", self._caption(), *self.remarks])
+        return "\n".join([text_table(header, cells), "", *self._caption(), *self.remarks])
 
     @property
     def remarks(self) -> list[str]:
@@ -190,7 +196,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
             for note in row.notes
         ]
 
-    def _caption(self) -> str:
+    def _caption(self) -> list[str]:
         best = self.rows[0]
         params = ", ".join(f"{name} {_short(value)}" for name, value in best.params.items())
         counts = f"{self.n_fit:,} images to train on, {self.folds}"
@@ -198,7 +204,13 @@ class Leaderboard(Sequence[LeaderboardRow]):
             counts += f", {self.n_test:,} held out"
         if self.n_unlabelled:
             counts += f", {self.n_unlabelled:,} without a label left out"
-        return f"best by cross-validation: {best.head} ({params}); {counts}"
+        heads: dict[str, list[str]] = {}
+        for row in self.rows:
+            heads.setdefault(row.features, []).append(row.head)
+        return [f"best by cross-validation: {best.head} ({params}); {counts}"] + [
+            f"features{' of ' + ', '.join(names) if len(heads) > 1 else ''}: {features}"
+            for features, names in heads.items()
+        ]
 
     def _cells(self) -> list[list[str]]:
         score = [] if self.scoring == "accuracy" else [f"CV {self.scoring}"]
@@ -223,7 +235,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
 
     def _repr_html_(self) -> str:
         header, *cells = self._cells()
-        lines = map(html.escape, (self._caption(), *self.remarks))
+        lines = map(html.escape, (*self._caption(), *self.remarks))
         return html_table(header, cells) + "".join(f"<p>{line}</p>" for line in lines)
 
     def __str__(self) -> str:

@@ -58,6 +58,7 @@ from featcache.study.evaluate import evaluate
 from featcache.study.options import TrainingOptions
 from featcache.system.console import interruptible, progress_bar
 from featcache.system.memory import available_memory, peak_memory
+from featcache.system.tables import first_names
 
 if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone
@@ -317,6 +318,16 @@ class _TrainingData:
         return len(self.store) * self.store.views * self.store.width(self.layers) * 4
 
     @property
+    def features(self) -> str:
+        """What a head is trained on, for people."""
+        taps = []
+        for (source, _), name in source_taps(self.store).items():
+            files = [Path(path).name for path in self.store.parts[source].paths]
+            where = f" of {first_names(files)}" if len(self.store.parts) > 1 else ""
+            taps += [f"{name}{where}"] * (name in self.layers)
+        return f"{' + '.join(taps)} ({self.store.width(self.layers):,} columns)"
+
+    @property
     def in_memory(self) -> bool:
         """Whether they can be trained on in memory."""
         return self.size * COPIES <= self.memory
@@ -377,6 +388,7 @@ def _train_head(
     row = LeaderboardRow(
         head=head,
         params=dict(found.params),
+        features=data.features,
         cv_score=score,
         cv=out_of_fold.figures,
         held_out=None if held_out is None else held_out.figures,

@@ -227,6 +227,17 @@ def test_help_names_the_heads_in_the_order_of_messages() -> None:
     assert "the others take a random part of each class" in text
 
 
+def test_train_says_which_layers_it_joined(flower_folder: Path, tmp_path: Path) -> None:
+    assert "Default: all of STORES, side by side." in " ".join(succeed("train", "--help").split())
+    path = tmp_path / "s.h5"
+    extract(flower_folder, path, "--layer", "layer1", "--layer", "layer3")
+    trained = ["train", path, "-o", tmp_path / "p", "--head", "ridge", "--cv", 2]
+    joined = "features: layer1:output:mean + layer3:output:mean (320 columns)"
+    assert joined in succeed(*trained)
+    assert joined in succeed(*trained)  # nothing to do
+    assert "features: layer3:output:mean (256 columns)" in succeed(*trained, "--layer", "layer3")
+
+
 def test_help_says_what_a_network_of_ones_own_returns() -> None:
     said = " ".join(succeed("layers", "--help").split())
     assert "without arguments, that returns (torch.nn.Module, featcache.Preprocessing)" in said

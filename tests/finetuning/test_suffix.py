@@ -676,6 +676,9 @@ def test_it_is_compared_with_the_other_heads_under_the_same_folds(store: Feature
     assert rows["suffix"].params["from"] == "body"
     assert 0 <= rows["suffix"].cv.accuracy <= 1 and rows["suffix"].held_out is not None
     assert [c.tap for c in best.columns] == [{"linear": POOL, "suffix": BODY}[best.head]]
+    assert f"features of suffix: {rows['suffix'].features}" in str(board)
+    assert rows["suffix"].features.startswith(f"{BODY} (")
+    assert f"features of linear: {POOL} (" in str(board)
     assert best.temperature > 0
     assert "suffix" not in fc.train(fit, head=["knn"], layers=["pool"], cv=2).leaderboard.to_text()
 

@@ -336,6 +336,16 @@ def test_joined_stores_beat_each_alone(joined: tuple[FeatureStore, FeatureStore]
     assert [(column.source, column.tap) for column in predictor.columns] == [(0, POOL), (1, POOL)]
 
 
+def test_a_comparison_names_the_features_and_of_joined_stores_the_files(
+    joined: tuple[FeatureStore, FeatureStore],
+) -> None:
+    one, both = train(joined[0], cv=3), train(FeatureStore.join(list(joined)), cv=3)
+    assert f"\nfeatures: {POOL} (12 columns)" in str(one.leaderboard)
+    named = f"resnet18/{POOL} of one.h5 + resnet50/{POOL} of other.h5 (24 columns)"
+    assert f"\nfeatures: {named}" in str(both.leaderboard)
+    assert both.leaderboard.to_dict()["rows"][0]["features"] == named
+
+
 def test_joined_stores_may_come_in_another_order(
     joined: tuple[FeatureStore, FeatureStore],
 ) -> None:
