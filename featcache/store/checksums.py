@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.errors import CorruptStore
 from featcache.store.disk import as_bytes, runs
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, FAILED, PENDING, feature_name
@@ -178,14 +179,10 @@ def verify(files: Sequence[StoreFile]) -> VerifyReport:
     rows, bad_rows, problems = 0, [], []
     for file in files:
         rows += file.n
-        again = (
-            f"mv {file.path} {file.path}.partial, then run the same `featcache extract` command."
-        )
-        if not file.intact:
-            problems.append(
-                f"{file.path}: the tables (ids, labels, rows, metadata) do not match their digest. "
-                f"To write them again and keep the features that are intact: {again}"
-            )
+        try:
+            file.check_tables()
+        except CorruptStore as error:
+            problems.append(f"{error}")
         names: list[str] = []
         taps = dict.fromkeys(file.features, 0)
         for first, entries, ids in chunks(file):
@@ -198,7 +195,7 @@ def verify(files: Sequence[StoreFile]) -> VerifyReport:
             counts = ", ".join(f"{tap}: {count}" for tap, count in taps.items() if count)
             problems.append(
                 f"{file.path}: {len(names)} of {file.n} rows are damaged (first: {names[0]}; "
-                f"{counts or 'their entries'}). To compute only these again: {again}"
+                f"{counts or 'their entries'}). To compute only these again: {file.again}"
             )
         bad_rows += names
     return VerifyReport(rows, bad_rows, problems)

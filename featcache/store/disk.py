@@ -178,6 +178,37 @@ def is_at(descriptor: int, path: str) -> bool:
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
+def check_unlocked(descriptor: int, path: str) -> None:
+    """Refuse a file that a program has open for writing, as libhdf5 locks it.
+
+    Raises
+    ------
+    StoreLocked
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except BlockingIOError as error:
+        raise StoreLocked(
+            f"{path} is open for writing in {_locking_process(descriptor)}. Close it there (of "
+            "h5py: file.close()), or open it with mode 'r', and run the same command again."
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+
+
+def _locking_process(descriptor: int) -> str:
+    """Return a text that names the process which has locked an open file."""
+    stat = os.fstat(descriptor)
+    place = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
+    with contextlib.suppress(OSError):  # only Linux has the list
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, kind, _, mode, pid, file, *_ = line.split()
+            if (kind, mode, file) == ("FLOCK", "WRITE", place):
+                return "this process" if int(pid) == os.getpid() else f"process {pid}"
+    return "another program"
+
+
 class WriteLock:
     """The right to write one store, held until `release` or the end of the process.
 

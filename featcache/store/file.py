@@ -50,7 +50,7 @@ class StoreFile:
 
     Raises
     ------
-    MissingStore, CorruptStore, FormatVersionError
+    MissingStore, CorruptStore, FormatVersionError, StoreLocked
     """
 
     def __init__(self, path: str, *, writable: bool = False) -> None:
@@ -67,6 +67,7 @@ class StoreFile:
             raise StoreError(f"Cannot read {path}: {error.strerror}.{hint}") from error
         if Path(path).is_dir():
             raise StoreError(f"{path} is a folder, not a feature file.")
+        disk.check_unlocked(self.descriptor, path)
         self.datasets = read_datasets(path)
         if not disk.is_at(self.descriptor, path):
             raise StoreError(f"{path} was replaced while it was opened. Try again.")
@@ -281,6 +282,26 @@ class StoreFile:
     def intact(self) -> bool:
         """True if everything outside /features is what it was when the file was finished."""
         return self.digest() == self.read("digest").tobytes()
+
+    def check_tables(self) -> None:
+        """Raise `CorruptStore` if the file is finished and not intact."""
+        if not self.intact:
+            raise CorruptStore(
+                f"The tables of {self.path} (ids, labels, rows, metadata) are not what was written:"
+                " they do not match their digest. To write them again and keep the features that "
+                f"are intact: {self.again}"
+            )
+
+    @property
+    def again(self) -> str:
+        """What to type to write again what is damaged."""
+        path = self.path
+        return f"mv {path} {path}.partial, then run the same `featcache extract` command."
+
+    @property
+    def left_open(self) -> bool:
+        """True if a program that had the file open for writing ended without closing it."""
+        return bool(os.pread(self.descriptor, 1, 11)[0] & 1)  # a flag of HDF5's superblock
 
     @property
     def finished(self) -> bool:

@@ -35,8 +35,9 @@ in a finished file, and counts as 0 in the digest). The seeds make a row that wa
 place of another one fail its checksum, even if its bytes are intact.
 
 Every dataset is contiguous, allocated early, little-endian, begins at a multiple of 4,096 bytes,
-and has no filter. Files are made with ``libver=("v110", "v110")``: that version's metadata is
-checksummed and every HDF5 since 2016 reads it. Strings are of fixed width, padded with NUL, so
+and has no filter. Files are made with ``libver=("v108", "v108")``: that version's metadata is
+checksummed, every HDF5 since 2008 reads it, and none refuses to read a file that a program which
+was killed had open for writing. Strings are of fixed width, padded with NUL, so
 that the tables, too, are plain arrays at a known offset.
 
 The digest is taken over the datasets in the order of their names (without the leading ``/``),
@@ -358,7 +359,7 @@ def _write_layout(path: str, plan: Plan) -> None:
     that the same features give the same file, byte for byte.
     """
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
     access.set_alignment(1, _ALIGNMENT)
     access.set_file_locking(False, True)  # the lock is ours, see `featcache.store.disk`
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

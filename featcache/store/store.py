@@ -801,6 +801,8 @@ def _open_finished(path: str) -> StoreFile:
             f"{path} was never finished: it was renamed from a .partial file. Rename it to "
             f"{partial} and run `featcache extract` again."
         )
+    if file.left_open:
+        file.check_tables()
     return file
 
 

@@ -31,7 +31,6 @@ from typing import Any, Self
 import numpy as np
 
 from featcache.errors import (
-    CorruptStore,
     FingerprintMismatch,
     IncompleteStore,
     MissingFeatures,
@@ -580,12 +579,7 @@ def relabel(store: FeatureStore, tables: Tables) -> FeatureStore:
 
 def _relabel(file: StoreFile, tables: Tables) -> None:
     """Replace one file by one with other tables."""
-    if not file.intact:  # a new digest would cover the damage
-        raise CorruptStore(
-            f"The tables of {file.path} (ids, labels, rows, metadata) are damaged on the disk; it "
-            f"is left as it is. To write them again and keep the features that are intact: mv "
-            f"{file.path} {file.path}.partial, then run the same `featcache extract` command."
-        )
+    file.check_tables()  # a new digest would cover the damage
     ids = file.read("ids")
     rows = _positions(tables["ids"], ids)
     missing = ids[rows < 0]

@@ -71,7 +71,7 @@ def test_plain_h5py_reads_everything(path: Path) -> None:
         assert file["canaries/images/1"][:].tobytes() == b"\xff\xd8 22"
 
 
-def test_layout_is_contiguous_aligned_unfiltered_and_readable_since_hdf5_1_10(path: Path) -> None:
+def test_layout_is_contiguous_aligned_unfiltered_and_readable_since_hdf5_1_8(path: Path) -> None:
     stores.store(path, f=stores.fingerprint(taps=(POOL, MAPS)))
     names = []
 
@@ -92,7 +92,7 @@ def test_layout_is_contiguous_aligned_unfiltered_and_readable_since_hdf5_1_10(pa
         assert h5py.check_string_dtype(file["ids"].dtype).encoding == "utf-8"
     assert {name.split("/")[0] for name in names} == {*TABLES, "features", "meta", "canaries"}
     superblock = path.read_bytes()[:9]
-    assert superblock == b"\x89HDF\r\n\x1a\n\x03"  # version 3: checksummed, HDF5 1.10
+    assert superblock == b"\x89HDF\r\n\x1a\n\x02"  # version 2: checksummed, HDF5 1.8
 
 
 def without_stamps(rows: np.ndarray) -> bytes:

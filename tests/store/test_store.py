@@ -460,13 +460,56 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(
     def slow(descriptor: int, kind: int) -> None:
         if not calls:
             Path(f"{path}.partial.lock").unlink()
-        calls.append(kind)
+        if kind & disk.fcntl.LOCK_EX:
+            calls.append(kind)
         flock(descriptor, kind)
 
     monkeypatch.setattr(disk.fcntl, "flock", slow)
     with stores.writer(path, stores.images(4)), pytest.raises(StoreLocked):
         stores.writer(path, stores.images(4))
     assert len(calls) == 3
+
+
+HOLD = """
+import h5py
+file = h5py.File({!r}, "a")
+{}
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a.h5.partial"])
+def test_a_file_that_a_program_has_open_says_which(path: Path, name: str) -> None:
+    imgs = stores.images(4)
+    stores.store(path, imgs)
+    path.rename(path.with_name(name))
+    with stores.Child(HOLD.format(str(path.with_name(name)), "")) as process:
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(StoreLocked, match=f"{name} is open .* process {process.pid}\\. Close"):
+            stores.writer(path, imgs)
+    with stores.writer(path, imgs) as writer:  # it was killed, and had changed nothing
+        for earlier in writer.earlier_stores:
+            writer.copy_rows(earlier, np.arange(4), np.arange(4))
+        assert writer.finish().verify().ok
+    with h5py.File(path, "a"), pytest.raises(StoreLocked, match="in this process"):
+        FeatureStore.open(path)
+    assert FeatureStore.open(path).verify().ok
+
+
+def test_what_a_killed_program_changed_is_said_and_mended(path: Path) -> None:
+    imgs = stores.images(4)
+    stores.store(path, imgs)
+    with stores.Child(HOLD.format(str(path), "file['labels'][1] = 'c'; file.flush()")) as process:
+        assert process.stdout.readline() == "ready\n"
+    with pytest.raises(CorruptStore, match=rf"mv {path} {path}\.partial, then run") as error:
+        FeatureStore.open(path)
+    assert "delete" not in str(error.value)
+    path.rename(f"{path}.partial")  # as it says
+    with stores.writer(path, imgs) as writer:
+        [earlier] = writer.earlier_stores
+        writer.copy_rows(earlier, np.arange(4), np.arange(4))
+        assert writer.finish().labels.tolist() == imgs.labels
 
 
 def test_other_features_are_never_replaced(path: Path) -> None:
