@@ -188,6 +188,12 @@ class Fingerprint(Record):
         return found + ([self.untrained] if self.untrained else [])
 
     @property
+    def title(self) -> str:
+        """Network, weights, precision and the start of the digest, in one line."""
+        name = f"{self.source}/{self.backbone} {self.weights}, {self.precision}"
+        return f"{name}, fingerprint {self.digest[:16]}"
+
+    @property
     def notes(self) -> list[str]:
         """Sentences on the weights: what of a file was loaded, and `warnings`."""
         made = self.checkpoint

@@ -38,8 +38,8 @@ def evaluate(
 
     These are the images of STORE whose content is not among the training images.
     """
-    opened = featcache.FeatureStore.open(store)
     loaded = _load(predictor, **network)
+    opened = featcache.FeatureStore.open(store)
     evaluation = featcache.evaluate(loaded, opened)
     if report is not None:
         pictures = None if images is None else featcache.ImageSet.open(images)

@@ -1,4 +1,7 @@
-"""Feature files: ``featcache info``, ``verify``, ``audit`` and ``export``."""
+"""Feature files: ``featcache info``, ``verify``, ``audit`` and ``export``.
+
+The first two describe predictors too.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,31 @@ import click
 import featcache
 from featcache.cli import options
 from featcache.cli.command import Command, print_json
+from featcache.errors import CorruptStore
+
+
+def _opened(path: Path) -> featcache.FeatureStore | featcache.Predictor:
+    """Open a feature file, or a predictor."""
+    try:
+        return featcache.FeatureStore.open(path)
+    except CorruptStore:
+        from featcache.predictor.file import is_predictor
+
+        if not is_predictor(path):
+            raise
+        return featcache.Predictor.load(path)
 
 
 @click.command(cls=Command)
-@options.path_argument("store")
+@options.path_argument("file")
 @options.json_output
-def info(store: Path, as_json: bool) -> None:
-    """Describe STORE: its images, classes, features and network.
+def info(file: Path, as_json: bool) -> None:
+    """Describe FILE: features or a predictor.
 
-    Images that could not be read are listed with their reasons.
+    Of features these are the images, classes and network, and the images that could not be read
+    with their reasons; of a predictor the head, classes, network and figures.
     """
-    opened = featcache.FeatureStore.open(store)
+    opened = _opened(file)
     if as_json:
         print_json(opened.describe())
     else:
@@ -27,19 +44,22 @@ def info(store: Path, as_json: bool) -> None:
 
 
 @click.command(cls=Command)
-@options.path_argument("store")
+@options.path_argument("file")
 @options.json_output
-def verify(store: Path, as_json: bool) -> None:
-    """Check the features and tables of STORE by their checksums."""
-    from featcache.errors import CorruptStore
-
-    report = featcache.FeatureStore.open(store).verify()
+def verify(file: Path, as_json: bool) -> None:
+    """Check FILE, features or a predictor, by its checksums."""
+    opened = _opened(file)
+    if isinstance(opened, featcache.FeatureStore):
+        report = opened.verify()
+        found, text, problems = report.to_dict(), str(report), "\n".join(report.problems)
+    else:  # all of it was checked when it was opened
+        found, text, problems = {"ok": True}, "a predictor, intact", ""
     if as_json:
-        print_json({"store": str(store), **report.to_dict()})
-    elif report.ok:
-        click.echo(f"{store}: {report}")
-    if not report.ok:
-        raise CorruptStore(str(report))
+        print_json({"file": str(file), **found})
+    elif not problems:
+        click.echo(f"{file}: {text}")
+    if problems:
+        raise CorruptStore(problems)
 
 
 @click.command(cls=Command)

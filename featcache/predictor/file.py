@@ -26,7 +26,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -143,8 +143,8 @@ def write(parts: Mapping[str, Any]) -> bytes:
     return bytes(content)
 
 
-def read(content: bytes) -> dict[str, Any]:
-    """Return the parts of a predictor by name: its fields.
+def read(source: IO[bytes]) -> dict[str, Any]:
+    """Return the parts of a predictor by name: its fields. Of another file, only the start is read.
 
     Raises
     ------
@@ -153,13 +153,17 @@ def read(content: bytes) -> dict[str, Any]:
     ValueError and others
         What hostile bytes can make of parsing JSON and arrays.
     """
-    if content.startswith(b"PK"):
-        raise PredictorError(
-            "It is a predictor of an earlier featcache, or another zip, which this featcache "
-            f"{__version__} does not read. Train again."
-        )
-    if content[8 : _DIGITS.start] != _START:
+    start = source.read(_DIGITS.start)
+    if start[8:] != _START:
+        if start.startswith(b"PK"):
+            raise PredictorError(
+                "It is a predictor of an earlier featcache, or another zip, which this featcache "
+                f"{__version__} does not read. Train again."
+            )
+        if start.startswith(b"\x89HDF"):
+            raise PredictorError("It is an HDF5 file, as feature files are, and not a predictor.")
         raise PredictorError("It is not a featcache predictor.")
+    content = start + source.read()
     whole = memoryview(content)
     digest = hashlib.sha256(whole[: _DIGITS.start])
     digest.update(b"0" * 64)

@@ -451,17 +451,38 @@ class Predictor:
 
     # --- files ---------------------------------------------------------------------------------
 
-    def _repr_html_(self) -> str:
-        rows = [
+    def describe(self) -> dict[str, Any]:
+        """Return what the predictor is, as JSON values."""
+        return {
+            "head": self.head,
+            "params": self.params,
+            "classes": self.classes,
+            "training_images": len(self.train_sha256),
+            "columns": [vars(column) for column in self.columns],
+            "fingerprints": [one.to_dict() for one in self.fingerprints],
+            "metrics": self.metrics,
+            "versions": self.versions,
+        }
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return what people want to know, each under its name."""
+        return [
+            ("head", self.head),
             ("parameters", ", ".join(f"{k} {v}" for k, v in self.params.items())),
-            *(
-                ("backbone", f"{one.source}/{one.backbone} {one.weights}: {', '.join(one.taps)}")
-                for one in self.fingerprints
-            ),
-            ("classes", first_names(self.classes)),
+            ("classes", f"{len(self.classes):,} ({first_names(self.classes)})"),
             ("trained on", f"{len(self.train_sha256):,} images"),
+            *(("tap", f"{column.tap}  ({column.width},)") for column in self.columns),
+            *(("backbone", one.title) for one in self.fingerprints),
         ]
-        return html_table([self.head, ""], rows)
+
+    def to_text(self) -> str:
+        """Return what the predictor is and how well it did, for people."""
+        lines = [f"{name:10} {text}" for name, text in self._facts()]
+        figures = [] if self.leaderboard is None else ["", self.leaderboard.to_text()]
+        return "\n".join([*lines, *figures])
+
+    def _repr_html_(self) -> str:
+        return html_table(["predictor", ""], self._facts())
 
     def save(self, path: str | Path) -> None:
         """Write the predictor to one file, atomically.
@@ -490,14 +511,15 @@ class Predictor:
         """
         target = Path(path)
         try:
-            data = target.read_bytes()
+            opened = target.open("rb")
         except OSError as error:
             raise PredictorError(
                 f"Cannot read a predictor from {target}: {error.strerror or error}. Make one with: "
                 f"featcache train STORE.h5 -o {target}"
             ) from error
         try:
-            predictor = cls(**file.read(data))
+            with opened:
+                predictor = cls(**file.read(opened))
             predictor._check_head()
         except Exception as error:
             # What hostile bytes can make of JSON and arrays is endless; all of it is one error.

@@ -414,8 +414,13 @@ def read_datasets(path: str) -> dict[str, Dataset]:
         with h5py.File(path, "r", locking=False) as file:
             file.visititems(visit)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
+        if not h5py.is_hdf5(path):
+            raise CorruptStore(
+                f"{path} is not a feature file: it does not begin as HDF5 does. If it was one, "
+                "restore it from a copy."
+            ) from error
         raise CorruptStore(
-            f"{path} is damaged or not an HDF5 file: {error}. If it was complete once, restore "
-            "it from a copy; else move it away and run `featcache extract` again."
+            f"{path} is damaged: {error}. If it was complete once, restore it from a copy; else "
+            "move it away and run `featcache extract` again."
         ) from error
     return found

@@ -443,9 +443,7 @@ class FeatureStore:
         facts = [("classes", first_names(sorted(classes)))]
         facts += [("tap", f"{name}  {tap.shape} {tap.dtype}") for name, tap in self.taps.items()]
         for one in self.fingerprints:
-            name = f"{one.source}/{one.backbone} {one.weights}, {one.precision}"
-            facts.append(("backbone", f"{name}, fingerprint {one.digest[:16]}"))
-            facts += [("weights", note) for note in one.notes]
+            facts += [("backbone", one.title), *(("weights", note) for note in one.notes)]
         if self.failures:
             first = self.failures[0]
             reason = f"{first.id}: {first.stage}: {first.reason}"
@@ -787,15 +785,19 @@ class FeatureStore:
 
 def _open_finished(path: str) -> StoreFile:
     """Open a finished file; the error says what is missing and what to type."""
-    partial = Path(f"{path}.partial")
+    final = path.removesuffix(".partial")
+    partial = Path(f"{final}.partial")
     try:
         file = StoreFile(path)
     except MissingStore as error:
-        if not partial.exists():
+        if not (partial.exists() or Path(f"{partial}.plan").exists()):
             raise MissingStore(
-                f"There is no feature file {path}. Make it with: featcache extract IMAGES -o {path}"
+                f"There is no feature file {final}. Make it with: featcache extract IMAGES -o "
+                f"{final}"
             ) from error
-        raise IncompleteStore(_incomplete(path, str(partial))) from error
+        raise _incomplete(final, partial) from error
+    if not file.finished and path != final:
+        raise _incomplete(final, partial)
     if not file.finished:
         raise IncompleteStore(
             f"{path} was never finished: it was renamed from a .partial file. Rename it to "
@@ -806,18 +808,21 @@ def _open_finished(path: str) -> StoreFile:
     return file
 
 
-def _incomplete(path: str, partial: str) -> str:
-    """Return the message for a store of which there is only the partial file."""
+def _incomplete(path: str, partial: Path) -> IncompleteStore:
+    """Return the error for a store that a run has not finished."""
+    command = f"featcache extract IMAGES -o {path} ..."
     try:
-        file = StoreFile(partial)
+        file = StoreFile(str(partial))
         done = int(np.count_nonzero(file.read("rows")["status"] == DONE))
-        command = file.meta("command") or f"featcache extract IMAGES -o {path} ..."
-        state = f"{done:,} of {file.n:,} images are done"
+        command = file.meta("command") or command
+        state = f"{done:,} of {file.n:,} images are done in {partial}"
+    except MissingStore:
+        state = "it is computed in parts, which are kept beside it"
     except StoreError as error:
-        command, state = f"featcache extract IMAGES -o {path} ...", str(error)
-    return (
-        f"{path} is not finished: {state} in {partial}. To resume, run the same command again: "
-        f"{command}"
+        state = str(error)
+    return IncompleteStore(
+        f"The run that writes {path} is not finished: {state}. To resume, run the same command "
+        f"again: {command}"
     )
 
 

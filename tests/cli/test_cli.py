@@ -179,6 +179,57 @@ def test_info_is_readable_at_a_glance(store: Path) -> None:
         assert part in text
 
 
+def test_info_and_verify_describe_a_predictor(predictor: Path, tmp_path: Path) -> None:
+    text = succeed("info", predictor)
+    for part in [
+        "svm", "3 (daisy, rose, tulip)", "resnet18", "avgpool:output:flatten", "fingerprint",
+        "27 images", "held out", "cross-validation",
+    ]:  # fmt: skip
+        assert part in text, part
+    described = json.loads(succeed("info", predictor, "--json"))
+    assert described["classes"] == ["daisy", "rose", "tulip"]
+    assert described["metrics"]["held_out"]["images"] == 9
+    assert described["fingerprints"][0]["backbone"] == "resnet18"
+    assert "intact" in succeed("verify", predictor)
+    assert json.loads(succeed("verify", predictor, "--json"))["ok"] is True
+
+    damaged = tmp_path / "damaged.featcache"
+    content = bytearray(predictor.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    for command in ("info", "verify"):
+        assert "It is damaged: its SHA-256" in fail(command, damaged)
+
+
+def test_a_feature_file_and_a_predictor_are_told_apart(store: Path, predictor: Path) -> None:
+    for command in (["predict", store, "x.jpg"], ["evaluate", store, predictor]):
+        message = fail(*command)
+        assert f"{store} is not a usable predictor: It is an HDF5 file, as feature files" in message
+    message = fail("audit", predictor, "-o", "-")
+    assert f"{predictor} is not a feature file" in message and "move it away" not in message
+
+
+def test_info_of_a_partial_file_names_the_command_that_goes_on(
+    flower_folder: Path, tmp_path: Path
+) -> None:
+    images, path = tmp_path / "images", tmp_path / "s.h5"
+    shutil.copytree(flower_folder, images)
+    for name in "ab":
+        (images / "rose" / f"{name}.jpg").write_bytes(b"")
+    fail("extract", images, "-o", path, *NETWORK, *FAST, "--max-failures", "1%")
+    for name in (path, f"{path}.partial"):
+        for command in ("info", "verify"):
+            message = fail(command, name)
+            assert f"{path} is not finished: 36 of 38 images are done in {path}.partial" in message
+            assert "run the same command again: featcache extract" in message
+    assert "featcache extract IMAGES -o x.h5\n" in fail("info", "x.h5.partial")
+    Path(f"{path}.partial").unlink()
+    Path(f"{path}.partial.plan").touch()
+    for name in (path, f"{path}.partial"):
+        message = fail("info", name)
+        assert f"{path} is not finished: it is computed in parts" in message
+
+
 def test_train_predict_and_evaluate(predictor: Path, store: Path, flower_folder: Path) -> None:
     out = succeed("predict", predictor, flower_folder / "rose", "--top-k", "2", *FAST[:4])
     rows = list(csv.DictReader(out.splitlines()))
