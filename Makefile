@@ -9,6 +9,7 @@ LABELS   ?=
 LAYER    ?=
 HEAD     ?=
 OUT      ?= out
+ARGS     ?=
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -23,7 +24,10 @@ TESTS   := $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not campaign"
 # One spelling of the arguments for both stages. Empty variables leave the defaults alone.
 STUDY = $(if $(IMAGES),--images "$(IMAGES)") $(if $(LABELS),--labels "$(LABELS)") \
         --backbone "$(BACKBONE)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
-        $(foreach tap,$(LAYER),--layer "$(tap)") --out "$(OUT)"
+        $(foreach tap,$(LAYER),--layer "$(tap)") $(foreach head,$(HEAD),--head "$(head)") \
+        --out "$(OUT)" $(ARGS)
+RUN = $(BIN)/python pipelines/$(1).py $(STUDY) || { status=$$?; \
+      echo 'Give options to make like this: make $@ ARGS="--cv 3"' >&2; exit $$status; }
 
 .DEFAULT_GOAL := help
 .PHONY: help install features classify notebook test campaign benchmark check format constraints clean
@@ -33,15 +37,17 @@ help: ## List the targets
 	@echo
 	@echo "  Your own images: make classify IMAGES=~/flowers BACKBONE=resnet50 LAYER=avgpool"
 	@echo "  (IMAGES: a folder with one sub-folder per class, or any folder with LABELS=labels.csv)"
+	@echo "  Variables: IMAGES, LABELS, BACKBONE, WEIGHTS, LAYER, HEAD, OUT (the folder of the results), and"
+	@echo "  ARGS for all other options of \"featcache study\": ARGS=\"--group-column site --group --cv 3\""
 
 install: $(VENV)/.installed ## Create .venv and install featcache with the demo's data and weights
 
 features: $(VENV)/.installed ## Stage one: images -> frozen backbone -> HDF5
-	@$(BIN)/python pipelines/features.py $(STUDY)
+	@$(call RUN,features)
 
 classify: $(VENV)/.installed ## Stage two: train and compare classifiers on the cached features
-	@$(BIN)/python pipelines/features.py $(STUDY)
-	@$(BIN)/python pipelines/classify.py $(STUDY) $(foreach head,$(HEAD),--head "$(head)")
+	@$(call RUN,features)
+	@$(call RUN,classify)
 
 notebook: $(VENV)/.notebook ## Explore the cached features in Jupyter
 	$(BIN)/jupyter lab notebooks

@@ -12,16 +12,14 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from featcache.cli.command import Command
-from featcache.cli.study import head_options
 from pipelines.demo import open_study, study_options
 
 
 @click.command(cls=Command)
 @study_options
-@head_options
-def classify(head: tuple[str, ...], n_jobs: int, **options: Any) -> None:
+def classify(**options: Any) -> None:
     """Train and compare heads; keep the best by cross-validation as a predictor."""
-    open_study(**options).classify(head, n_jobs)
+    open_study(**options).classify()
 
 
 if __name__ == "__main__":

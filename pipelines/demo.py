@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featcache.cli import options
-from featcache.cli.study import Study, network_options
+from featcache.cli.study import Study, both_stages
 from featcache.errors import ImageSetError
 from featcache.images.image_set import ImageSet
 
@@ -18,20 +18,26 @@ DEMO = "elpv"
 
 study_options = options.stacked(
     click.option("--images", help="Default: the demo's photographs of solar cells."),
-    network_options,
+    both_stages,
     options.path_option("--out", "FOLDER", "Folder of the results.", default="out"),
 )
 
 
-def open_study(images: str | None, labels: Path | None, out: Path, **settings: Any) -> Study:
+def open_study(images: str | None, out: Path, **settings: Any) -> Study:
     """Return the study of the user's images, or of the demo."""
-    if images is None:
-        return Study(demo_images(out), DEMO, out, **settings)
-    return Study.of(images, labels, out=out, **settings)
+    if images is not None:
+        return Study(images, out, **settings)
+    table, root = demo_table(out)
+    return Study(str(root), out, title=DEMO, **settings | {"labels": settings["labels"] or table})
 
 
 def demo_images(out: Path) -> ImageSet:
-    """List the demo: 2,624 photographs of solar cells, labelled defective or functional.
+    """List the demo's images with their labels; see `demo_table`."""
+    return ImageSet.from_csv(*demo_table(out))
+
+
+def demo_table(out: Path) -> tuple[Path, Path]:
+    """Write the table of the demo: 2,624 photographs of solar cells, defective or functional.
 
     The package ``elpv-dataset`` has a table of path, defect probability (0, 1/3, 2/3 or 1) and cell
     type, separated by blanks and without a header. A cell is *defective* where the probability is
@@ -42,6 +48,11 @@ def demo_images(out: Path) -> ImageSet:
     ----------
     out : Path
         Folder for the table of labels, ``elpv-labels.csv``.
+
+    Returns
+    -------
+    table, root : Path
+        The table, and the folder of the photographs.
 
     Raises
     ------
@@ -64,4 +75,4 @@ def demo_images(out: Path) -> ImageSet:
         for path, probability, kind in rows:
             label = "defective" if float(probability) > 0.5 else "functional"
             writer.writerow([path, label, probability, kind])
-    return ImageSet.from_csv(table, root)
+    return table, root

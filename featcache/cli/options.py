@@ -16,9 +16,7 @@ from featcache.system.files import check_folder
 Decorator = Callable[[Any], Any]
 
 DEVICES = "auto, cpu, cuda, cuda:1 or mps"
-# Parameters of `ImageSet.open` with an option of the same name.
 OF_LABELS = ("id_column", "label_column", "group_column", "split_column", "suffix")
-LISTING = (*OF_LABELS, "root", "download", "exclude", "label_pattern")
 
 
 def share(text: str) -> float:
@@ -56,6 +54,15 @@ def stacked(*options: Decorator) -> Decorator:
         return function
 
     return apply
+
+
+def taken(settings: dict[str, Any], stack: Decorator) -> dict[str, Any]:
+    """Take the values of a stack's options out of the settings of a command."""
+
+    def command() -> None: ...
+
+    options = stack(command).__click_params__
+    return {option.name: settings.pop(option.name) for option in options}
 
 
 def path_argument(name: str, **more: Any) -> Decorator:
@@ -122,10 +129,6 @@ weights_key = click.option(
 image_size = click.option(
     "--image-size", **count(), help="Side of the square crop in pixels. Default: as for WEIGHTS."
 )
-labels = path_option("--labels", "FILE.csv", "CSV or TSV table of ids and labels of IMAGES.")
-n_jobs = click.option(
-    "--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core."
-)
 batch_size = click.option(
     "--batch-size", **count(), help="Images per forward pass. Default: 8 on a CPU, 128 with CUDA."
 )
@@ -134,13 +137,150 @@ workers = click.option(
     **count(0),
     help="Number of processes that decode images; 0 decodes in this one. Default: by processor.",
 )
-heads = click.option(
-    "--head",
-    "head",
-    multiple=True,
-    metavar="HEAD",
-    help="linear, svm, rbf-svm, forest, boosting, ridge, knn, mlp, all, or suffix (the rest of the "
-    "network). May be repeated.  [default: linear, svm, rbf-svm, forest]",
+# Arguments of `Backbone`, but for the name.
+network = stacked(
+    weights,
+    weights_key,
+    flag("--partial", "Accept a checkpoint that leaves layers before TAP at random."),
+    layer(
+        'Layer to read features from, such as layer4:max; see "featcache layers --help". May be '
+        "repeated. Default: the pooling layer, or the input of the network's head."
+    ),
+    image_size,
+    click.option(
+        "--bit-depth",
+        type=click.IntRange(1, 31),
+        metavar="N",
+        help="Bits that grey images of more than 8 bits fill, such as 12. Default: as files "
+        "declare.",
+    ),
+    click.option(
+        "--max-pixels",
+        **count(),
+        help="Number of pixels that an image may have. Default: 178,956,970.",
+    ),
+)
+# Arguments of `ImageSet.open`.
+listing = stacked(
+    path_option("--labels", "FILE.csv", "CSV or TSV table of ids and labels of IMAGES."),
+    column("--id-column", "Column of that table with the file name of each image.", default="id"),
+    click.option(
+        "--suffix",
+        default="",
+        show_default=False,
+        help="Ending that the file names in that table lack, such as .jpg.",
+    ),
+    column("--label-column", "Column of that table with the label.", default="label"),
+    column("--group-column", "Column of that table with the group, such as a patient or a site."),
+    column("--split-column", "Column of that table with a given split: train, validation or test."),
+    click.option(
+        "--label-pattern",
+        metavar="REGEX",
+        help="Take labels from file names: what the group named label matches, as in "
+        "'(?P<label>[a-z]+)[.][0-9]+' for cat.0.jpg.",
+    ),
+    click.option(
+        "--exclude",
+        multiple=True,
+        metavar="GLOB",
+        help="Leave out the images whose path below the folder matches, such as '*_mask.png', or "
+        "that lie in a folder which does. May be repeated.",
+    ),
+    path_option("--root", "FOLDER", "Folder of a torchvision data set."),
+    flag("--download", "Download the torchvision data set if it is not in --root."),
+)
+# Arguments of `featcache.extract`.
+extraction = stacked(
+    click.option("--views", **count(), default=1, help="Number of augmented views of each image."),
+    flag("--drop-labels", "Remove the labels of an earlier run where IMAGES have none now."),
+    batch_size,
+    workers,
+    click.option(
+        "--device",
+        "devices",
+        multiple=True,
+        metavar="DEVICE",
+        help=f"{DEVICES}. May be repeated to use several, with a process for each.  "
+        "[default: auto]",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        help="Format of the forward pass.",
+    ),
+    click.option(
+        "--store-dtype",
+        type=click.Choice(["float32", "float16"]),
+        default="float32",
+        help="Format of the stored features.",
+    ),
+    click.option("--compile/--no-compile", default=None, help="Use torch.compile.  [default: no]"),
+    click.option(
+        "--on-error",
+        type=click.Choice(["skip", "fail"]),
+        default="skip",
+        help="Leave out an image that cannot be read and record the reason, or stop at it.",
+    ),
+    click.option(
+        "--max-failures",
+        type=share,
+        help="Fail if a larger share of the images than this cannot be read.  "
+        "[default: 1%, at least 5 images, under half]",
+    ),
+    flag(
+        "--allow-removal",
+        "Accept that over half of the images of an earlier run are not there any more.",
+    ),
+    flag("--rehash", "Read the contents of all images, whatever their files' times say."),
+    flag("--retry-failed", "Try the images again that failed in an earlier run."),
+    flag(
+        "--accept-varying",
+        "Accept a network whose features of one image change from run to run or with its batch.",
+    ),
+)
+# Arguments of `train_files`, but for the layers and the suffix.
+training = stacked(
+    click.option(
+        "--head",
+        "head",
+        multiple=True,
+        metavar="HEAD",
+        help="linear, svm, rbf-svm, forest, boosting, ridge, knn, mlp, all, or suffix (the rest of "
+        "the network). May be repeated.  [default: linear, svm, rbf-svm, forest]",
+    ),
+    click.option("--cv", **count(2), default=5, help="Number of folds of the cross-validation."),
+    click.option(
+        "--test-size",
+        type=share,
+        help="Share of the images to hold out and score once. Default: as the split column says, "
+        "or 25%.",
+    ),
+    flag("--group", "Keep the images of a group on one side of every split."),
+    click.option(
+        "--scoring", metavar="NAME", default="accuracy", help="Metric, by scikit-learn's name."
+    ),
+    click.option(
+        "--class-weight",
+        type=click.Choice(["balanced"]),
+        help="Give rare classes the same total weight as frequent ones.",
+    ),
+    click.option(
+        "--memory",
+        type=size,
+        help="Memory to stay within, such as 1GB. Where features do not fit, linear, svm and ridge "
+        "read them in blocks, and the others take a random part of each class. Default: what is "
+        "free.",
+    ),
+    click.option(
+        "--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core."
+    ),
+    click.option(
+        "--random-state",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Seed of everything that is drawn.",
+    ),
 )
 own_network = stacked(
     click.option(

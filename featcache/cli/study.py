@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,76 +11,71 @@ import click
 import featcache
 from featcache.cli import options
 from featcache.cli.command import Command
-from featcache.cli.extract import extracted
+from featcache.cli.extract import extracted, listed
 from featcache.errors import MissingExtra
 
-__all__ = ["Study", "head_options", "network_options", "study"]
+__all__ = ["Study", "both_stages", "study"]
 
-network_options = options.stacked(
-    options.labels,
+both_stages = options.stacked(
     click.option(
         "--backbone", metavar="NETWORK", default="mobilenet_v2", help='As for "featcache extract".'
     ),
-    options.weights,
-    options.layer("Layer to read features from. May be repeated. Default: the pooling layer."),
+    options.network,
+    options.listing,
+    options.extraction,
+    options.training,
 )
-head_options = options.stacked(options.heads, options.n_jobs)
+# What makes other features and stands in the names of the files, unless it is as always.
+_NAMED = {
+    "weights_key": None,
+    "image_size": None,
+    "bit_depth": None,
+    "views": 1,
+    "precision": "float32",
+    "store_dtype": "float32",
+}
 
 
-@dataclass(frozen=True)
 class Study:
-    """Images, a network, and a folder for all that is made of them.
+    """Images, the options of both stages, and a folder for all that is made of them.
 
-    Attributes
+    Parameters
     ----------
-    images : ImageSet
-        The labelled images.
-    title : str
-        What the images are called in the names of the files.
+    images : str
+        What ``featcache extract`` calls IMAGES.
     out : Path
         Folder of the results.
-    backbone, weights : str, str or None
-        As for ``featcache extract``.
-    layers : tuple of str
-        Taps; empty is the default tap.
+    title : str, optional
+        What the images are called in the names of the files. Left out: as the folder.
+    **settings
+        Values of the options `both_stages`.
     """
 
-    images: featcache.ImageSet
-    title: str
-    out: Path
-    backbone: str
-    weights: str | None
-    layers: tuple[str, ...]
-
-    @classmethod
-    def of(cls, images: str, labels: Path | None, **settings: Any) -> Study:
-        """Return the study of a folder (or whatever the command line calls IMAGES)."""
+    def __init__(
+        self, images: str, out: Path, *, title: str | None = None, **settings: Any
+    ) -> None:
         place = Path(images).expanduser()
-        opened = featcache.ImageSet.open(str(place), labels_csv=labels)
-        return cls(opened, place.resolve().name, **settings)
+        self.training = options.taken(settings, options.training)
+        self.images = listed(str(place), settings)
+        self.extraction = settings
+        weights = settings["weights"] and Path(settings["weights"]).stem
+        parts = [title or place.resolve().name, settings["backbone"], weights, *settings["layers"]]
+        parts += [f"{k}_{settings[k]}" for k, usual in _NAMED.items() if settings[k] != usual]
+        self.stem = out / "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts if part)
 
     def path(self, ending: str) -> Path:
-        """Return the path of a result: images, backbone and taps in its name."""
-        weights = [] if self.weights is None else [Path(self.weights).stem]
-        parts = [self.title, self.backbone, *weights, *self.layers]
-        return self.out / ("-".join(re.sub(r"[^\w.]+", "_", part) for part in parts) + ending)
+        """Return the path of a result: images, network and taps in its name."""
+        return self.stem.with_name(self.stem.name + ending)
 
     def extract(self) -> None:
         """Compute the features; nothing that has not changed is computed again."""
-        network = {
-            "network": self.backbone,
-            "weights": self.weights or "auto",
-            "layers": self.layers,
-        }
         click.echo(self.images)
-        store = extracted(self.images, network, self.path(".h5"))
+        store = extracted(self.images, self.path(".h5"), **self.extraction)
         click.echo(f"{self.path('.h5')}: {store.extraction}")
 
-    def classify(self, head: tuple[str, ...], n_jobs: int) -> None:
+    def classify(self) -> None:
         """Compare heads, keep the best as a predictor, and write leaderboard and report."""
-        result = featcache.train_files(
-            [self.path(".h5")], self.path(".featcache"), head=list(head), n_jobs=n_jobs
-        )
+        result = featcache.train_files(self.path(".h5"), self.path(".featcache"), **self.training)
         click.echo(result.to_text())
         leaderboard, report = self.path("-leaderboard.csv"), self.path(".html")
         if not (result.up_to_date and leaderboard.exists() and report.exists()):
@@ -106,17 +100,14 @@ class Study:
 @click.command(cls=Command)
 @click.argument("images")
 @options.path_option("--output", "FOLDER", "Folder for all results.", "-o", "out", required=True)
-@network_options
-@head_options
-def study(
-    images: str, labels: Path | None, head: tuple[str, ...], n_jobs: int, **settings: Any
-) -> None:
+@both_stages
+def study(**settings: Any) -> None:
     """Run both stages on IMAGES and write a report.
 
     FOLDER then holds the features (.h5), the best predictor (.featcache), the leaderboard
     (-leaderboard.csv) and a report (.html). Run the same command again to go on after an
     interruption, or after images have changed: only what is missing is computed.
     """
-    made = Study.of(images, labels, **settings)
+    made = Study(**settings)
     made.extract()
-    made.classify(head, n_jobs)
+    made.classify()

@@ -20,38 +20,7 @@ from featcache.finetuning.settings import SuffixSettings
     "Layer of STORES to train on. May be repeated, to join several. Default: all of STORES, side "
     "by side."
 )
-@options.heads
-@click.option(
-    "--cv", **options.count(2), default=5, help="Number of folds of the cross-validation."
-)
-@click.option(
-    "--test-size",
-    type=options.share,
-    help="Share of the images to hold out and score once. Default: as the split column says, or "
-    "25%.",
-)
-@options.flag("--group", "Keep the images of a group on one side of every split.")
-@click.option(
-    "--scoring", metavar="NAME", default="accuracy", help="Metric, by scikit-learn's name."
-)
-@click.option(
-    "--class-weight",
-    type=click.Choice(["balanced"]),
-    help="Give rare classes the same total weight as frequent ones.",
-)
-@click.option(
-    "--memory",
-    type=options.size,
-    help="Memory to stay within, such as 1GB. Where features do not fit, linear, svm and ridge "
-    "read them in blocks, and the others take a random part of each class. Default: what is free.",
-)
-@options.n_jobs
-@click.option(
-    "--random-state",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Seed of everything that is drawn.",
-)
+@options.training
 @options.suffix_training
 @options.json_output
 def train(

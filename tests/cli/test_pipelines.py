@@ -1,0 +1,109 @@
+"""What can be typed after `make`: the options of both stages, and what their messages advise."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from featcache.cli.extract import extract
+from featcache.cli.main import main
+from featcache.cli.study import study
+from featcache.cli.train import train
+from pipelines.classify import classify
+from pipelines.features import features
+
+ROOT = Path(__file__).parent.parent.parent
+FAST = "--image-size 64 --head ridge --batch-size 8 --workers 0"
+
+
+def make(target: str, **variables: object) -> list[Result]:
+    """Run the stages of a target of the Makefile, up to the first that fails."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    given = [f"{name}={value}" for name, value in variables.items()]
+    shown = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", "MAKEFLAGS=", target, *given],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    results = []
+    for stage, arguments in re.findall(r"pipelines/(features|classify)\.py (.*) \|\|", shown):
+        command = {"features": features, "classify": classify}[stage]
+        results.append(CliRunner().invoke(command, shlex.split(arguments)))
+        if results[-1].exit_code:
+            break
+    return results
+
+
+def table(path: Path, flowers: Path, few: int) -> Path:
+    """Write a table with columns of other names, and `few` images of the second class."""
+    rows = [f"rose/{k:04d};red;bush{k // 2}" for k in range(12)]
+    rows += [f"daisy/{k:04d};white;meadow{k}" for k in range(few)]
+    path.write_text("\n".join(["file;colour;site", *rows]) + "\n")
+    assert (flowers / "daisy" / "0000.jpg").exists()
+    return path
+
+
+def test_every_option_of_extract_and_train_is_one_of_a_study_too() -> None:
+    own = {"output", "as_json", "stores", "images"}
+    of_suffix = {one.name for one in train.params if "suffix: " in (getattr(one, "help", "") or "")}
+    wanted = {one.name for one in (*extract.params, *train.params)} - own
+    for command in (study, features, classify):
+        missing = wanted - {one.name for one in command.params}
+        assert missing <= of_suffix
+
+
+def test_make_passes_the_options_of_both_stages_on(flower_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bokeh", reason="pip install 'featcache[report]'")
+    columns = "--id-column file --suffix .jpg --label-column colour --group-column site"
+    arguments = {
+        "IMAGES": flower_folder,
+        "LABELS": table(tmp_path / "labels.csv", flower_folder, 8),
+        "BACKBONE": "resnet18",
+        "WEIGHTS": "none",
+        "OUT": tmp_path / "out",
+        "ARGS": f"{FAST} {columns} --exclude '*/0011.jpg' --group --cv 2 --test-size 20%",
+    }
+    first, second = make("classify", **arguments)
+    assert first.exit_code == second.exit_code == 0, first.output + second.output
+    assert "19 computed" in first.output
+    assert "2 grouped folds" in second.output
+    store = tmp_path / "out" / f"{flower_folder.name}-resnet18-none-image_size_64.h5"
+    described = CliRunner().invoke(main, ["info", str(store)]).output
+    assert "red 11, white 8" in described
+    first, second = make("classify", **arguments)
+    assert "nothing to do" in first.output and "nothing to do" in second.output
+
+
+def test_what_make_advises_is_accepted_as_typed(flower_folder: Path, tmp_path: Path) -> None:
+    arguments = {
+        "IMAGES": flower_folder,
+        "LABELS": table(tmp_path / "labels.csv", flower_folder, 5),
+        "BACKBONE": "resnet18",
+        "WEIGHTS": "none",
+        "OUT": tmp_path / "out",
+    }
+    columns = f"{FAST} --id-column file --suffix .jpg --label-column colour"
+    _, refused = make("classify", **arguments, ARGS=columns)
+    assert refused.exit_code == 1
+    advised = re.search(r"use (--cv \d)", refused.output)
+    assert advised is not None
+    _, done = make("classify", **arguments, ARGS=f"{columns} {advised[1]}")
+    assert done.exit_code == 0, done.output
+    assert f"{advised[1][-1]} folds" in done.output
+
+
+def test_make_help_names_the_variables() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for name in ("IMAGES", "LABELS", "BACKBONE", "WEIGHTS", "LAYER", "HEAD", "OUT", "ARGS"):
+        assert re.search(rf"\b{name}\b", shown)
