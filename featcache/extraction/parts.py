@@ -62,7 +62,7 @@ from featcache.store import disk
 from featcache.store.file import StoreFile
 from featcache.store.format import FAILED
 from featcache.store.store import FeatureStore
-from featcache.store.writer import merge
+from featcache.store.writer import check_replaceable, merge
 from featcache.system.console import progress_bar
 from featcache.system.memory import reuse_memory
 from featcache.system.processes import die_with_parent, start_processes
@@ -121,6 +121,7 @@ def in_parts(
     )
     bar = progress_bar(options.progress, total=len(images), unit="img", desc=backbone.name)
     with disk.WriteLock(path), bar:
+        check_replaceable(path, known.fingerprint)
         plan = agree(wanted, options)
 
         def pool() -> contextlib.AbstractContextManager[Executor]:

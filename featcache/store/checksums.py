@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -155,11 +155,14 @@ class VerifyReport:
         Ids of the rows whose features, hash, or entry are not what was written.
     problems : list of str
         Sentences for people; empty when all is well.
+    notes : list of str
+        What was not checked: datasets that a user added.
     """
 
     rows: int
     bad_rows: list[str]
     problems: list[str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -171,18 +174,23 @@ class VerifyReport:
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
-        return "\n".join(self.problems) if self.problems else f"{self.rows:,} rows, all intact"
+        return "\n".join((self.problems or [f"{self.rows:,} rows, all intact"]) + self.notes)
 
 
 def verify(files: Sequence[StoreFile]) -> VerifyReport:
     """Compare features, rows and tables of finished files with their checksums."""
-    rows, bad_rows, problems = 0, [], []
+    rows, bad_rows, problems, notes = 0, [], [], []
     for file in files:
         rows += file.n
         try:
             file.check_tables()
         except CorruptStore as error:
             problems.append(f"{error}")
+        if file.foreign:
+            notes.append(
+                f"{file.path} also holds what featcache did not write, and does not check: "
+                f"{', '.join(file.foreign)}."
+            )
         names: list[str] = []
         taps = dict.fromkeys(file.features, 0)
         for first, entries, ids in chunks(file):
@@ -198,4 +206,4 @@ def verify(files: Sequence[StoreFile]) -> VerifyReport:
                 f"{counts or 'their entries'}). To compute only these again: {file.again}"
             )
         bad_rows += names
-    return VerifyReport(rows, bad_rows, problems)
+    return VerifyReport(rows, bad_rows, problems, notes)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = ["StoreFile"]
 
 _DIGEST_BYTES = 8 << 20
 _REASON_BYTES = 1000
+_NEEDED = ("rows", "ids", "failures/id", "digest", "meta/fingerprint", "meta/datasets")
 _NO_REASON = ("unknown", "the record of the reason was lost")
 
 
@@ -68,10 +70,10 @@ class StoreFile:
         if Path(path).is_dir():
             raise StoreError(f"{path} is a folder, not a feature file.")
         disk.check_unlocked(self.descriptor, path)
-        self.datasets = read_datasets(path)
+        self.datasets, others = read_datasets(path)
         if not disk.is_at(self.descriptor, path):
             raise StoreError(f"{path} was replaced while it was opened. Try again.")
-        self._check_format()
+        self._check_format(others)
         try:
             self.fingerprint = Fingerprint.from_dict(self.meta("fingerprint"))
         except CorruptStore as error:
@@ -95,11 +97,8 @@ class StoreFile:
             os.close(self.descriptor)
             self.descriptor = -1
 
-    def _check_format(self) -> None:
-        size = os.fstat(self.descriptor).st_size
-        for name, dataset in self.datasets.items():
-            if dataset.offset + dataset.nbytes > size:
-                raise CorruptStore(f"{self.path} was truncated: {name!r} reaches beyond its end.")
+    def _check_format(self, others: Sequence[str]) -> None:
+        """Leave datasets of this format in `datasets`, and the names of others in `foreign`."""
         if "meta/versions" not in self.datasets:
             raise CorruptStore(f"{self.path} is HDF5 but not a feature file of featcache.")
         version = self.meta("versions").get("format")
@@ -113,9 +112,29 @@ class StoreFile:
                     else "Run `featcache extract` into a new file."
                 )
             )
-        for name in ("rows", "ids", "failures/id", "digest", "meta/fingerprint"):
-            if name not in self.datasets:
-                raise CorruptStore(f"{self.path} is damaged: it has no /{name}.")
+        found, size = self.datasets, os.fstat(self.descriptor).st_size
+        ours = {*_NEEDED, *(self.meta("datasets") or ())}
+        for name in ours:
+            if name not in found:
+                raise CorruptStore(f"{self.path} is damaged: it has no contiguous /{name}.")
+            if found[name].offset + found[name].nbytes > size:
+                raise CorruptStore(f"{self.path} was truncated: {name!r} reaches beyond its end.")
+        self.datasets = {name: found[name] for name in found if name in ours}
+        groups = {name.split("/")[0] for name in ours}
+        top = {name: name.split("/")[0] for name in {*found, *others} - ours}
+        self.foreign = sorted({name if top[name] in groups else top[name] for name in top})
+
+    def refuse_foreign(self) -> None:
+        """Raise `StoreError` if the file holds more than a new one would that takes its place."""
+        if self.foreign:
+            own = f"{self.path}.own.h5"
+            move = f"[(a.copy(n, b, name=n), a.pop(n)) for n in {self.foreign}]"
+            code = f"import h5py; a, b = h5py.File({self.path!r}, 'a'), h5py.File({own!r}, 'a'); "
+            raise StoreError(
+                f"{self.path} holds what featcache did not write: {', '.join(self.foreign)}. A new "
+                "file is to take its place, and would not hold it. To move it to a file of its "
+                f"own, {own}, type: python -c {shlex.quote(code + move)}"
+            )
 
     def _features(self, tap: str) -> Dataset:
         try:

@@ -17,11 +17,14 @@ dataset              shape, type            content
 /failures/FIELD      (k,) UTF-8, int64      images without features: id, stage, reason, size,
                                             stamp
 /meta/KEY            scalar UTF-8           JSON: fingerprint, request, versions, classes, ...
+/meta/datasets       scalar UTF-8           JSON: names of all datasets of this format in the file,
+                                            its own among them; any others are a user's
 /canaries/names      (k,) UTF-8             names of test images; the group may be absent
 /canaries/images/I   (bytes,) uint8         test image I = 0, 1, ..., as encoded
 /canaries/features/T (k, ...) float32       their features, without views; NaN = not computed
 /digest              (32,) uint8            SHA-256 over all datasets outside /features and
-                                            itself; zeros = the file is not finished
+                                            itself, but a user's; zeros = the file is not
+                                            finished
 ==================== ====================== =======================================================
 
 A row of /rows holds, packed and little-endian: ``sha256`` (32 bytes: of the image's file),
@@ -210,10 +213,14 @@ class Contents:
             add(f"failures/{key}", encode_table(texts, f"failures' {key}"))
         for key in ("size", "stamp"):
             add(f"failures/{key}", np.array([getattr(x, key) for x in self.failures], "<i8"))
-        for key, value in sorted(self._all_meta().items()):
+
+        def add_meta(key: str, value: Any) -> None:
             text = canonical_json(value).encode()
             width = max(len(text), META_SLOTS.get(key, 1))
             add(f"meta/{key}", np.array(text, dtype=f"S{width}"))
+
+        for key, value in sorted(self._all_meta().items()):
+            add_meta(key, value)
         if self.canaries:
             add("canaries/names", encode_table(self.canaries.names, "canary names"))
             for i, image in enumerate(self.canaries.images):
@@ -224,6 +231,7 @@ class Contents:
                 values[...] = self.canaries.features.get(tap, np.nan)
                 add(f"canaries/{feature_name(tap)}", values)
         add("digest", np.zeros(32, np.uint8))
+        add_meta("datasets", sorted({*plan, "meta/datasets"}))
         return plan
 
     def _all_meta(self) -> dict[str, Any]:
@@ -334,7 +342,7 @@ def create_file(path: str, contents: Contents, *, room: int | None = None) -> No
         with Path(temporary).open("wb") as file:
             disk.reserve(file.fileno(), 0, bound, zeros=False)
         _write_layout(temporary, plan)
-        datasets = read_datasets(temporary)
+        datasets, _ = read_datasets(temporary)
         with Path(temporary).open("rb+", buffering=0) as file:
             descriptor = file.fileno()
             if room is None:
@@ -390,22 +398,24 @@ def _write_layout(path: str, plan: Plan) -> None:
     file.close()
 
 
-def read_datasets(path: str) -> dict[str, Dataset]:
-    """Return the place of each dataset of an HDF5 file.
+def read_datasets(path: str) -> tuple[dict[str, Dataset], list[str]]:
+    """Return the place of each contiguous dataset of an HDF5 file, and the names of the others.
 
     Raises
     ------
     CorruptStore
-        Not HDF5, truncated, or not laid out as the format says.
+        Not HDF5, or truncated.
     """
     found: dict[str, Dataset] = {}
+    others: list[str] = []
 
     def visit(name: str, node: Any) -> None:
         if not isinstance(node, h5py.Dataset):
             return
         offset = node.id.get_offset()
         if offset is None and node.nbytes:
-            raise CorruptStore(f"{path}: dataset {name!r} is not contiguous.")
+            others.append(name)
+            return
         # Without h5py's marks on strings; a compound type has none.
         dtype = node.dtype if node.dtype.names else np.dtype(node.dtype.str)
         found[name] = Dataset(offset or 0, node.shape, dtype)
@@ -423,4 +433,4 @@ def read_datasets(path: str) -> dict[str, Dataset]:
             f"{path} is damaged: {error}. If it was complete once, restore it from a copy; else "
             "move it away and run `featcache extract` again."
         ) from error
-    return found
+    return found, others

@@ -44,7 +44,7 @@ from featcache.store.file import StoreFile
 from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Failure
 from featcache.store.store import FeatureStore, convert
 
-__all__ = ["FeatureWriter", "merge", "relabel", "restamp"]
+__all__ = ["FeatureWriter", "check_replaceable", "merge", "relabel", "restamp"]
 
 _COPY_ROWS_BYTES = 8 << 20
 
@@ -150,6 +150,7 @@ class FeatureWriter:
         real, lock = _locked(path, wait)
         with contextlib.ExitStack() as unless_begun:
             unless_begun.enter_context(lock)
+            check_replaceable(real, fingerprint)
             names, images = zip(*canaries, strict=True) if canaries else ((), ())
             contents = Contents(
                 fingerprint=fingerprint,
@@ -474,9 +475,11 @@ class FeatureWriter:
         DiskFull
             There is no room for the file without the failed rows. Everything is kept.
         StoreError
-            A row was damaged on the disk after it was written. Run the same command again.
+            A row was damaged on the disk after it was written, or the store that is replaced got
+            datasets of a user. Run the same command again.
         """
         self._check_complete()
+        check_replaceable(self.path, self.fingerprint)
         images = self._file.n + len(self._file.read("failures/id"))
         _check_failures(self.path, self.failures, images, max_failures)
         done = np.flatnonzero(self.status == DONE)
@@ -668,7 +671,7 @@ def _merging(
     for part in parts:
         file = StoreFile(part)
         model = model or file
-        _refuse_overwrite(part, model.fingerprint)
+        check_replaceable(part, model.fingerprint)
         rows, status = _positions(ids, file.read("ids")), checksums.row_status(file, features=False)
         status[rows < 0] = PENDING
         done, failed = np.flatnonzero(status == DONE), np.flatnonzero(status == FAILED)
@@ -710,6 +713,7 @@ def _make(
 
     Returns the rows that fail their checksums. If there are any, nothing is made.
     """
+    source.refuse_foreign()
     try:
         format.create_file(working, contents)
         with FeatureWriter(path, StoreFile(working, writable=True), None, kept=kept) as target:
@@ -769,8 +773,7 @@ def _encoded(tables: Tables, path: str) -> dict[str, np.ndarray]:
 def _begun(path: str, contents: Contents, room: int | None = None) -> StoreFile:
     """Make the partial file; keep an earlier one aside, refuse to replace other features."""
     partial = f"{path}.partial"
-    for existing in (path, partial):
-        _refuse_overwrite(existing, contents.fingerprint)
+    check_replaceable(partial, contents.fingerprint)
     try:
         format.create_file(f"{partial}.fresh", contents, room=room)
     except OSError as error:
@@ -805,8 +808,8 @@ def _holds_nothing(file: StoreFile) -> bool:
     return not file.finished and not file.read("rows")["status"].any()
 
 
-def _refuse_overwrite(path: str, fingerprint: Fingerprint) -> None:
-    """Raise if `path` holds something that must not be replaced."""
+def check_replaceable(path: str, fingerprint: Fingerprint) -> None:
+    """Raise if `path` holds something that a file of such features must not replace."""
     if not Path(path).exists() or Path(path).stat().st_size == 0:
         return
     file = StoreFile(path)
@@ -818,6 +821,7 @@ def _refuse_overwrite(path: str, fingerprint: Fingerprint) -> None:
             f"{path} holds other features than are asked for:\n{difference}\nChoose another file "
             "with -o; this one is left as it is."
         )
+    file.refuse_foreign()
 
 
 def _resumed(path: str, contents: Contents) -> StoreFile | None:
@@ -825,7 +829,7 @@ def _resumed(path: str, contents: Contents) -> StoreFile | None:
     partial = f"{path}.partial"
     if not Path(partial).exists() or Path(partial).stat().st_size == 0:
         return None
-    _refuse_overwrite(partial, contents.fingerprint)
+    check_replaceable(partial, contents.fingerprint)
     file = StoreFile(partial, writable=True)
     if file.fingerprint != contents.fingerprint:  # and nothing in it
         return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -639,6 +641,50 @@ def test_relabelling_rewrites_labels_only(path: Path) -> None:
         relabel(again, stores.images(5, start=20).tables)
 
 
+def test_what_a_user_adds_is_named_and_never_dropped(path: Path) -> None:
+    imgs = stores.images(12)
+    before = stores.store(path, imgs)
+    with h5py.File(path, "a") as file:
+        file["pca"] = np.arange(24.0).reshape(12, 2)
+        file["species"] = np.array(imgs.labels, "S1")  # looks like a column of ours
+        file.create_dataset("mine/names", data=imgs.ids, chunks=(4,), compression="gzip")
+        file["features/pca"] = np.ones(3)
+    store = FeatureStore.open(path)
+    np.testing.assert_array_equal(store.load(POOL)[0], before.load(POOL)[0])
+    report = store.verify()
+    assert report.ok and report.notes == [
+        f"{path} also holds what featcache did not write, and does not check: features/pca, mine, "
+        "pca, species."
+    ]
+    assert "12 rows, all intact" in str(report) and report.notes[0] in str(report)
+    whole = path.read_bytes()
+    with pytest.raises(StoreError, match="features/pca, mine, pca, species") as error:
+        stores.writer(path, stores.images(14))
+    with pytest.raises(StoreError, match="features/pca, mine, pca, species"):
+        relabel(store, imgs.tables)
+    assert path.read_bytes() == whole
+    assert beside(path) == ["a.h5"]
+    here = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(str(error.value).split("type: ")[1], shell=True, check=True, env=here)
+    with h5py.File(f"{path}.own.h5") as file:
+        assert file["pca"].shape == (12, 2) and file["features/pca"].shape == (3,)
+        assert list(file["mine/names"].asstr()) == imgs.ids
+    assert FeatureStore.open(path).verify().notes == []
+    assert relabel(store, imgs.tables).verify().ok
+
+
+def test_what_a_user_adds_meanwhile_is_not_dropped_either(path: Path) -> None:
+    stores.store(path, stores.images(4))
+    more = stores.images(6)
+    with stores.writer(path, more) as writer:
+        stores.fill(writer, more, writer.pending)
+        with h5py.File(path, "a") as file:
+            file["pca"] = np.ones(4)
+        with pytest.raises(StoreError, match="pca"):
+            writer.finish()
+    assert beside(path) == ["a.h5", "a.h5.partial"]
+
+
 @pytest.mark.parametrize("name", ["labels", "ids", "meta/run", "canaries/images/0"])
 def test_damaged_tables_get_no_new_digest_and_are_written_again(path: Path, name: str) -> None:
     imgs = stores.images(12)
@@ -991,7 +1037,13 @@ def test_description_for_people_and_programs(path: Path) -> None:
     for text in ("11 images", "a 3", POOL, "resnet18", "not an image"):
         assert text in store.to_text()
     assert "11 images" in repr(store)
-    assert store.verify().to_dict() == {"ok": True, "rows": 11, "bad_rows": [], "problems": []}
+    assert store.verify().to_dict() == {
+        "ok": True,
+        "rows": 11,
+        "bad_rows": [],
+        "problems": [],
+        "notes": [],
+    }
 
 
 @pytest.mark.parametrize("seed", range(3))
