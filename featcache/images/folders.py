@@ -23,6 +23,7 @@ from featcache.images.source import (
     leave_out,
     no_images,
     read_error,
+    refuse_others,
     sorted_tables,
     stamp,
 )
@@ -215,6 +216,7 @@ def files(names: list[str], root: str) -> Files:
         raise ImageSetError(
             f"expected files, got {first_few(folders)}, which is a folder. Give one folder alone"
         )
+    refuse_others(names)
     source = names[0] if len(names) == 1 else f"{len(names)} files"
     return _files(map(os.fsencode, names), root, source)
 

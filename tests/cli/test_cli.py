@@ -230,6 +230,27 @@ def test_info_of_a_partial_file_names_the_command_that_goes_on(
         assert f"{path} is not finished: it is computed in parts" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (
+            "urls.txt",
+            "a text file. IMAGES are the images themselves: if it lists their files, type",
+        ),
+        ("data.csv", "a table. To label images with it, name their folder and type: --labels data"),
+        ("other.h5", "a feature file: its images are computed. To train on it, type: featcache tr"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_what_to_type(
+    predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("https://example.org/a.jpg\n")
+    for command in (["extract", name, "-o", "new.h5", *NETWORK], ["predict", predictor, name]):
+        assert f"{name} is {what}" in " ".join(fail(*command).split())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_train_predict_and_evaluate(predictor: Path, store: Path, flower_folder: Path) -> None:
     out = succeed("predict", predictor, flower_folder / "rose", "--top-k", "2", *FAST[:4])
     rows = list(csv.DictReader(out.splitlines()))
