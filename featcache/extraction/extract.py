@@ -234,6 +234,8 @@ def extract(
     from the first image to the last 70.6 s (87.1 images/s): forward pass 67.3 s, ...
     """
     devices = [device] if isinstance(device, str) else list(device)
+    if not devices:
+        raise ExtractionError("device is a name or several, not none")
     options = Options(
         batch_size=batch_size,
         workers=workers,
@@ -246,7 +248,7 @@ def extract(
         rehash=rehash,
         progress=progress,
     )
-    _check(store_dtype, on_error, max_failures)
+    _check(store_dtype, on_error, max_failures, parts)
     path = os.path.realpath(path)
     for earlier in reuse.recorded_requests(path):
         backbone.recall(earlier)
@@ -290,13 +292,15 @@ def extract(
     return store
 
 
-def _check(store_dtype: str, on_error: str, max_failures: float | None) -> None:
+def _check(store_dtype: str, on_error: str, max_failures: float | None, parts: int | None) -> None:
     if store_dtype not in ("float32", "float16"):
         raise ExtractionError(f"store_dtype is float32 or float16, not {store_dtype!r}")
     if on_error not in ("skip", "fail"):
         raise ExtractionError(f"on_error is 'skip' or 'fail', not {on_error!r}")
     if max_failures is not None and not 0 <= max_failures <= 1:
         raise ExtractionError(f"max_failures is a share from 0 to 1, not {max_failures}")
+    if parts is not None and parts < 1:
+        raise ExtractionError(f"parts is at least 1, not {parts}")
 
 
 def _warn_of_dark(images: ImageSet) -> None:

@@ -132,7 +132,7 @@ def filled(
         retry_failed=options.retry_failed,
         wait=wait,
     ) as writer:
-        reuse.mark_changed(writer, images)
+        reuse.mark_changed(writer, images, rehash=options.rehash)
         reuse.copy_unchanged(
             writer,
             images,

@@ -129,7 +129,7 @@ def in_parts(
                 return _processes(devices[: plan.parts], images, backbone)
             return contextlib.nullcontext(executor)
 
-        _recheck(plan, images, retry_failed=options.retry_failed)
+        _recheck(plan, images, options)
         loop = time.perf_counter()
         try:
             results = _fill(plan, pool, named, lambda: bar.update(plan.done - bar.n))
@@ -189,17 +189,18 @@ def _digest(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def _recheck(plan: Plan, images: ImageSet, *, retry_failed: bool) -> None:
+def _recheck(plan: Plan, images: ImageSet, options: Options) -> None:
     """Take up again the complete parts whose images changed since, or failed and are retried."""
     for k, file in enumerate(plan.files):
         if plan.merging or k in plan.missing:
             continue
         opened = StoreFile(file)
         entries = opened.read("rows")
+        failures = opened.failures(np.flatnonzero(entries["status"] == FAILED))
         opened.close()
-        retried = retry_failed and bool((entries["status"] == FAILED).any())
-        part = images.select(plan.rows(k))
-        if retried or not reuse.unchanged(part, np.arange(len(part)), entries).all():
+        retried = any(options.retry_failed or failure.stage == "system" for failure in failures)
+        part, rows = images.select(plan.rows(k)), np.arange(len(entries))
+        if retried or not reuse.unchanged(part, rows, entries, rehash=options.rehash).all():
             disk.rename(file, f"{file}.partial")
 
 

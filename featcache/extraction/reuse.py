@@ -301,13 +301,13 @@ def _positions(images: ImageSet, rows: np.ndarray, positions: dict[str, int]) ->
 # --- a file that is being filled ------------------------------------------------------------------
 
 
-def mark_changed(writer: FeatureWriter, images: ImageSet) -> None:
+def mark_changed(writer: FeatureWriter, images: ImageSet, *, rehash: bool) -> None:
     """Mark as pending the rows of a resumed file whose images have changed, or may be read now."""
     failed = np.flatnonzero(writer.status == FAILED)
     passing = np.array([failure.stage == "system" for failure in writer.failures], bool)
     writer.mark_pending(failed[passing])
     rows = np.flatnonzero(writer.status != PENDING)
-    writer.mark_pending(rows[~unchanged(images, rows, writer.entries(rows))])
+    writer.mark_pending(rows[~unchanged(images, rows, writer.entries(rows), rehash=rehash)])
 
 
 def recheck_replaced_files(writer: FeatureWriter, images: ImageSet, rows: np.ndarray) -> None:

@@ -17,6 +17,7 @@ import joblib
 import numpy as np
 import torch
 
+from featcache.errors import ExtractionError
 from featcache.extraction.decoding import Batch, Decoder, Loader, make_tasks
 from featcache.extraction.summary import Clock
 from featcache.images.image_set import ImageSet
@@ -45,6 +46,10 @@ class Options:
     retry_failed: bool = False
     rehash: bool = False
     progress: bool | None = False
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ExtractionError(f"workers is at least 0, not {self.workers}")
 
     @property
     def views(self) -> int:

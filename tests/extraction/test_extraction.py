@@ -87,6 +87,8 @@ def test_other_features_do_not_replace_those_that_are_there(
         ({"store_dtype": "float64"}, "store_dtype"),
         ({"on_error": "ignore"}, "on_error"),
         ({"max_failures": 1.5}, "max_failures"),
+        ({"workers": -1}, "workers is at least 0, not -1"),
+        ({"parts": -1}, "parts is at least 1, not -1"),
     ],
 )
 def test_impossible_arguments_are_refused(root: Path, options: Any, message: str) -> None:

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from featcache.errors import (
+    DecodeError,
     DeviceError,
     ExtractionError,
     FingerprintMismatch,
@@ -30,6 +32,7 @@ from featcache.errors import (
     TooManyFailures,
 )
 from featcache.extraction.extract import extract
+from featcache.images import folders
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime
@@ -108,7 +111,52 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_begun(
     for other in ("cuda", "quantum"):
         with pytest.raises((DeviceError, ExtractionError)):
             run(root, tmp_path / "f.h5", device=["cpu", other])
+    with pytest.raises(ExtractionError, match="device is a name or several, not none"):
+        run(root, tmp_path / "f.h5", device=[])
     assert not list(tmp_path.glob("f.h5*"))
+
+
+def test_two_devices_report_what_the_file_holds(tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", 8)
+    (root / "ant" / "bad.jpg").write_bytes(b"not an image")
+    path = tmp_path / "f.h5"
+    store = run(root, path, device=["cpu", "cpu"], max_failures=0.5)
+    said, kept = store.extraction, store.meta["run"]
+    assert (said.images, said.computed, said.copied, said.failed) == (9, 8, 0, 1)
+    assert (len(store), len(store.failures)) == (8, 1)
+    for name, count in {"images": 9, "computed": 8, "copied": 0, "failed": 1}.items():
+        assert kept[name] == count
+    assert store.meta["settings"] == said.settings  # every device computed with these
+    one = run(root, tmp_path / "one.h5", max_failures=0.5)
+    differ = {"threads", "fixed_slots"}
+    assert {k: v for k, v in said.settings.items() if k not in differ} == {
+        k: v for k, v in one.extraction.settings.items() if k not in differ
+    }
+    more = run(root, path, device=["cpu", "cpu"], max_failures=0.5, retry_failed=True)
+    assert (more.extraction.computed, more.extraction.copied, more.extraction.failed) == (0, 8, 1)
+
+
+def test_complete_parts_are_read_again_where_that_is_asked_or_a_fault_may_have_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, path, read = folder(tmp_path / "images", N), tmp_path / "f.h5", ImageSet.read
+    monkeypatch.setattr(folders, "stamp", lambda status: 1)
+    picture = images / "ant" / "0000.bmp"
+    Image.new("RGB", (8, 8), "red").save(picture)
+
+    def fault(self: ImageSet, row: int) -> bytes:
+        if self.ids[row] == "ant/0002.jpg":
+            raise DecodeError("system", "could not be read now")
+        return read(self, row)
+
+    with monkeypatch.context() as patch, pytest.raises(ExtractionError):
+        patch.setattr(ImageSet, "read", fault)
+        run(images, path, executor=Recording(lose=lambda number: number > 2), parts=2)
+    assert f"{path.name}.part-0000" in beside(path)
+    Image.new("RGB", (8, 8), "blue").save(picture)
+    store = run(images, path, executor=Recording(), parts=2, rehash=True)
+    assert not store.failures
+    assert sha256(store) == sha256(run(images, tmp_path / "fresh.h5"))
 
 
 UNGUARDED = """

@@ -569,6 +569,15 @@ def test_unchanged_rows_are_copied_bit_for_bit(path: Path) -> None:
     assert len(old.load(POOL)[0]) == 11  # the replaced file stays readable to those who had it
 
 
+def test_stores_that_rows_are_copied_from_are_closed_with_the_writer(path: Path) -> None:
+    stores.store(path)
+    with stores.writer(path, stores.images(14)) as writer:
+        [source] = writer.earlier_stores
+        assert source.verify().ok
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        source.verify()
+
+
 def test_damaged_rows_are_not_copied(path: Path) -> None:
     imgs = stores.images(12)
     stores.store(path, imgs)
