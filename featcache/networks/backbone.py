@@ -204,7 +204,18 @@ class Backbone:
     @functools.cached_property
     def points(self) -> list[ResolvedTap]:
         """The resolved taps, which `featcache.networks.taps.Tapped` takes with `module`."""
-        return resolve(self._trace(), self._asked)
+        return resolve(self.traced, self._asked)
+
+    @functools.cached_property
+    def traced(self) -> Trace:
+        """What one forward pass does, layer by layer."""
+        return self._trace()
+
+    @functools.cached_property
+    def used(self) -> set[str]:
+        """Names of the parameters, buffers and layers that the taps use."""
+        taps = [point.tap for point in self.points]
+        return set().union(*(self.traced.used_at(t.layer, t.call, t.side) for t in taps))
 
     @property
     def taps(self) -> list[str]:
@@ -291,7 +302,8 @@ class Backbone:
         return f"Backbone({self.source} {self.name}, weights {self.weights}, {size}, {taps})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_loaded"}
+        heavy = ("_loaded", "traced")
+        return {name: value for name, value in self.__dict__.items() if name not in heavy}
 
     @functools.cached_property
     @default_float32()
@@ -305,9 +317,7 @@ class Backbone:
         report = self._loaded[1]
         if report is None or report.complete or self._family.file is None:
             return []
-        traced = self._trace()
-        used = (traced.used_at(p.tap.layer, p.tap.call, p.tap.side) for p in self.points)
-        return self._family.file.check(report, set().union(*used))
+        return self._family.file.check(report, self.used)
 
     @functools.cached_property
     def _state_sha256(self) -> str:

@@ -5,10 +5,10 @@ touched. Batch normalisations are folded into the convolutions before them; weig
 the device, type and memory format of the forward pass; on processors of AMD, linear layers multiply
 by oneDNN.
 
-What can be made faster is found by watching one forward pass rather than by tracing the graph
-(`torch.fx` cannot trace every network, and renames what taps name). A convolution or normalisation
-that holds a tap is left alone, and `featcache.networks.forward` compares the features of copy and
-original before it trusts the copy.
+What can be made faster is found in the trace of one forward pass rather than in a graph (`torch.fx`
+cannot trace every network, and renames what taps name). A convolution or normalisation that holds a
+tap is left alone, and `featcache.networks.forward` compares the features of copy and original
+before it trusts the copy.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,142 +25,57 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from featcache.networks.taps import ResolvedTap, Tapped
+from featcache.networks.backbone import Backbone
 
-__all__ = ["SpeedUps", "faster_copy", "find_speed_ups", "products_pay"]
+__all__ = ["faster_copy", "find_speed_ups", "products_pay"]
 
 # Smallest matrix product, in multiplications, that gains from oneDNN.
 _SMALLEST_PRODUCT = 1_000_000
 
 
-@dataclass
-class SpeedUps:
-    """What one forward pass up to the last tap showed.
+def find_speed_ups(
+    backbone: Backbone,
+) -> tuple[list[tuple[str, str]], dict[str, tuple[int, int, int]]]:
+    """Return what can be made faster in a network up to its last tap.
 
-    Attributes
-    ----------
+    Returns
+    -------
     foldable : list of (str, str)
         Names of a convolution and of the batch normalisation that alone takes its output.
-    products : list of str
-        Linear and attention layers.
-    largest_product : (int, int, int) or None
-        Rows, inputs and outputs of the largest matrix product of a linear layer.
-    unused : set of int
-        Identities of the parameters and buffers that take no part.
-    features : dict of str to torch.Tensor
-        Features of the original, shape (b, *shape) for each tap.
+    products : dict of str to (int, int, int)
+        Linear and attention layers, with rows, inputs and outputs of their product of one image.
     """
-
-    foldable: list[tuple[str, str]]
-    products: list[str]
-    largest_product: tuple[int, int, int] | None
-    unused: set[int]
-    features: dict[str, Tensor]
-
-
-class _Watcher:
-    """Forward hooks that note which layers run, and which layer takes whose output."""
-
-    def __init__(self) -> None:
-        self.started: set[nn.Module] = set()
-        self.ended: set[nn.Module] = set()
-        self.runs: Counter[str] = Counter()
-        self.made_by: dict[int, tuple[str, Tensor]] = {}  # holding the tensor keeps its id unique
-        self.pairs: list[tuple[str, str]] = []
-        self.products: dict[str, tuple[int, int, int]] = {}
-
-    def start(self, module: nn.Module, args: Any) -> None:
-        self.started.add(module)
-
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.ended.add(module)
-
-    def product(self, name: str, module: Any, args: tuple[Any, ...]) -> None:
-        inputs = args[0].shape[-1]
-        rows = args[0].numel() // inputs
-        self.products[name] = rows, inputs, getattr(module, "out_features", inputs)
-
-    def convolution(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        self.runs[name] += 1
-        self.made_by[id(output)] = name, output
-
-    def normalisation(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.runs[name] += 1
-        if args and id(args[0]) in self.made_by:
-            self.pairs.append((self.made_by[id(args[0])][0], name))
-
-
-def find_speed_ups(module: nn.Module, points: Sequence[ResolvedTap], example: Tensor) -> SpeedUps:
-    """Run a network once up to its last tap and note what can be made faster.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The network, in evaluation mode.
-    points : sequence of ResolvedTap
-        Taps.
-    example : torch.Tensor
-        Normalised images of shape (b, c, h, w).
-    """
-    watcher = _Watcher()
-    # A layer that somebody else has hooked does more than its class says.
-    hooked = {part for part in module.modules() if part._forward_hooks or part._forward_pre_hooks}
-    with Tapped(module, points) as tapped:
-        # After the hooks of the taps: a layer at whose input the network stops does not start.
-        handles = list(_watch(module, watcher, hooked))
-        try:
-            with torch.no_grad():
-                features = tapped(example)
-        finally:
-            for handle in handles:
-                handle.remove()
-    layers = {point.tap.layer for point in points}
-    foldable = [
-        pair
-        for pair in watcher.pairs
-        if all(watcher.runs[name] == 1 and name not in layers for name in pair)
-    ]
-    largest = max(watcher.products.values(), key=math.prod, default=None)
-    unused = _unused(module, watcher)
-    return SpeedUps(foldable, list(watcher.products), largest, unused, features)
-
-
-def _watch(module: nn.Module, watcher: _Watcher, hooked: Container[nn.Module]) -> Iterator[Any]:
-    """Register the hooks of a watcher; yield their handles."""
-    for name, part in module.named_modules():
-        yield part.register_forward_pre_hook(watcher.start)
-        yield part.register_forward_hook(watcher.end)
-        if part in hooked:
+    taps = {point.tap.layer for point in backbone.points}
+    runs = Counter(call.layer for call in backbone.traced.calls)
+    foldable: list[tuple[str, str]] = []
+    products: dict[str, tuple[int, int, int]] = {}
+    for call in backbone.traced.calls:
+        name, given, source = call.layer, call.input.shape, call.source
+        part = backbone.module.get_submodule(name)
+        if name not in backbone.used or _is_hooked(part):
             continue
-        if type(part) is nn.Conv2d:
-            yield part.register_forward_hook(partial(watcher.convolution, name))
-        elif type(part) in (nn.Linear, nn.MultiheadAttention):
-            yield part.register_forward_pre_hook(partial(watcher.product, name))
-        elif isinstance(part, nn.BatchNorm2d) and _after_folding(part) is not None:
-            yield part.register_forward_pre_hook(partial(watcher.normalisation, name))
+        if type(part) in (nn.Linear, nn.MultiheadAttention) and given:
+            inputs = given[-1]
+            products[name] = math.prod(given[:-1]), inputs, getattr(part, "out_features", inputs)
+        if isinstance(part, nn.BatchNorm2d) and _after_folding(part) is not None and source:
+            before = backbone.module.get_submodule(source.layer)
+            pair = source.layer, name
+            once = all(runs[each] == 1 and each not in taps for each in pair)
+            if once and type(before) is nn.Conv2d and not _is_hooked(before):
+                foldable.append(pair)
+    return foldable, products
 
 
-def _unused(module: nn.Module, watcher: _Watcher) -> set[int]:
-    """Return the tensors of layers that never started, inside layers that were left half-way."""
-    idle = {
-        part
-        for outer in module.modules()
-        if outer not in watcher.ended
-        for child in outer.children()
-        if child not in watcher.started
-        for part in child.modules()
-    } - watcher.started
-    of_idle = {id(t) for part in idle for _, _, t in _tensors(part)}
-    others = (part for part in module.modules() if part not in idle)
-    return of_idle - {id(t) for part in others for _, _, t in _tensors(part)}
+def _is_hooked(part: nn.Module) -> bool:
+    """Return whether somebody has hooked a layer: then it does more than its class says."""
+    return bool(part._forward_hooks or part._forward_pre_hooks)
 
 
 def faster_copy(
-    module: nn.Module,
-    found: SpeedUps,
+    backbone: Backbone,
     *,
-    fold: bool,
-    pack: bool,
+    fold: Iterable[tuple[str, str]],
+    pack: Iterable[str],
     device: torch.device,
     dtype: torch.dtype,
     channels_last: bool,
@@ -171,27 +84,24 @@ def faster_copy(
 
     Parameters
     ----------
-    module : torch.nn.Module
-        The network, in evaluation mode; not changed.
-    found : SpeedUps
-        From `find_speed_ups`.
-    fold : bool
-        Fold batch normalisations into convolutions.
-    pack : bool
-        Multiply by oneDNN in linear and attention layers.
+    backbone : Backbone
+        The network, which is not changed.
+    fold : iterable of (str, str)
+        Convolutions, each with the batch normalisation to fold into it.
+    pack : iterable of str
+        Linear and attention layers that are to multiply by oneDNN.
     device, dtype : torch.device, torch.dtype
         Device and type of the forward pass. Batch normalisations keep float32 statistics.
     channels_last : bool
         Lay out the weights of convolutions as (n, h, w, c).
     """
+    module = backbone.module
     tensors = itertools.chain(module.parameters(), module.buffers())
     # What stands in a copy's memo is shared, not copied.
     copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-    if fold:
-        _fold(copied, found.foldable)
-    _convert(copied, found.unused, device, dtype, channels_last)
-    if pack:
-        _pack(copied, found.products)
+    _fold(copied, fold)
+    _convert(copied, backbone.used, device, dtype, channels_last)
+    _pack(copied, pack)
     return copied
 
 
@@ -220,17 +130,18 @@ def _after_folding(norm: Any) -> nn.Module | None:
 
 def _convert(
     module: nn.Module,
-    unused: set[int],
+    used: Set[str],
     device: torch.device,
     dtype: torch.dtype,
     channels_last: bool,
 ) -> None:
-    """Bring all tensors but the unused ones to a device, type and memory format, in place."""
+    """Bring what is used to a device, type and memory format, in place."""
     done: dict[int, Tensor] = {}  # a tensor that two layers share stays one
-    for part in module.modules():
+    for layer, part in module.named_modules():
         keep = isinstance(part, nn.modules.batchnorm._BatchNorm)
         for holder, name, tensor in list(_tensors(part)):
-            if id(tensor) in unused:
+            # A layer that runs may use its tensors in ways that no trace sees.
+            if layer and layer not in used and f"{layer}.{name}" not in used:
                 continue
             if id(tensor) not in done:
                 target = tensor.dtype if keep or not tensor.is_floating_point() else dtype
@@ -325,7 +236,7 @@ def products_pay(product: tuple[int, int, int], images: int, dtype: torch.dtype)
     Parameters
     ----------
     product : (int, int, int)
-        Rows for one image, inputs, outputs; `SpeedUps.largest_product` of one image.
+        Rows for one image, inputs, outputs; see `find_speed_ups`.
     images : int
         Images in one batch.
     dtype : torch.dtype

@@ -19,6 +19,7 @@ run or another machine repeats them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from featcache.errors import BackboneError, DeviceError
 from featcache.networks.backbone import Backbone
-from featcache.networks.faster import SpeedUps, faster_copy, find_speed_ups, products_pay
+from featcache.networks.faster import faster_copy, find_speed_ups, products_pay
 from featcache.networks.taps import Tapped
 from featcache.networks.tracing import default_float32
 from featcache.system.memory import glibc
@@ -265,16 +266,12 @@ class Runtime:
         self._compile = compile
         self._recorded = settings
         self._count = count
-        self._settings: Settings | None = None
-        self._compute: _Compute | None = None
+        self._compute: _Compute
 
-    @property
+    @functools.cached_property
     def settings(self) -> Settings:
         """Settings in use. First access loads the network."""
-        if self._settings is None:
-            self._prepare()
-        assert self._settings is not None
-        return self._settings
+        return self._prepare()
 
     def __call__(self, pixels: np.ndarray | Tensor) -> dict[str, np.ndarray]:
         """Compute features.
@@ -338,7 +335,6 @@ class Runtime:
     def _forward(self, batch: Tensor) -> dict[str, Tensor]:
         """Run one batch: pixels (k, c, h, w) to features (k, *shape) for each tap."""
         settings, k = self.settings, len(batch)
-        assert self._compute is not None
         if k < settings.batch_size:
             padding = batch.new_zeros((settings.batch_size - k, *batch.shape[1:]))
             batch = torch.cat([batch, padding])  # (k, c, h, w) -> (b, c, h, w)
@@ -396,25 +392,25 @@ class Runtime:
                 torch.set_num_threads(threads)
 
     def _halve(self) -> None:
-        assert self._settings is not None
-        self._settings = replace(self._settings, batch_size=max(1, self._settings.batch_size // 2))
+        self.settings = replace(self.settings, batch_size=max(1, self.settings.batch_size // 2))
         if self._on_cuda:
             torch.cuda.empty_cache()
 
     # --- choosing -------------------------------------------------------------------------------
 
     @default_float32()
-    def _prepare(self) -> None:
+    def _prepare(self) -> Settings:
         """Load the network and choose the settings; the first that work and agree are taken."""
-        original = self.backbone.module
-        found = find_speed_ups(original, self.backbone.points, self._example())
+        self._foldable, self._products = find_speed_ups(self.backbone)
+        with torch.no_grad():
+            self._expected = Tapped(self.backbone.module, self.backbone.points)(self._example())
         failure: Exception | None = None
-        for settings in self._attempts(self._wanted(found)):
+        for settings in self._attempts(self._wanted()):
             try:
-                if not self._is_sound(settings, found):
+                if not self._is_sound(settings):
                     continue
-                tapped = self._tapped_copy(settings, found)
-                matches = self._matches_original(tapped, settings, found)
+                tapped = self._tapped_copy(settings)
+                matches = self._matches_original(tapped, settings)
             except (RuntimeError, TypeError, ValueError, AttributeError) as error:
                 if _is_out_of_memory(error):
                     raise
@@ -422,16 +418,16 @@ class Runtime:
                 continue
             if matches or not any(getattr(settings, name) for name in _SPEED_UPS):
                 self._compute = tapped
-                self._settings = self._finish(settings, found)
+                chosen = self._finish(settings)
                 if library := glibc():
                     library.malloc_trim(0)  # what choosing took need not stay beside the batches
-                return
+                return chosen
         raise BackboneError(
             f"The network {self.backbone.name} does not run in {self.precision} on "
             f"{self.device}: {failure}. Try --precision float32 or --device cpu"
         ) from failure
 
-    def _wanted(self, found: SpeedUps) -> Settings:
+    def _wanted(self) -> Settings:
         """Return the recorded settings, else what the device, the network and the user ask for."""
         recorded = self._recorded
         if recorded and (recorded.device, recorded.precision) == (self.device.type, self.precision):
@@ -444,16 +440,15 @@ class Runtime:
         batch_size = self._batch_size or _DEFAULT_BATCH[self.device.type]
         if self._batch_size is None and self._count is not None:
             batch_size = max(1, min(batch_size, self._count))
-        largest = found.largest_product
-        pays = largest is not None and products_pay(largest, batch_size, PRECISIONS[self.precision])
+        largest = max(self._products.values(), key=math.prod, default=(0, 0, 0))
         return Settings(
             device=self.device.type,
             precision=self.precision,
             batch_size=batch_size,
             threads=default_threads() if cpu else 1,
             channels_last=True,
-            folded=bool(found.foldable),
-            packed_products=cpu and pays,
+            folded=bool(self._foldable),
+            packed_products=cpu and products_pay(largest, batch_size, PRECISIONS[self.precision]),
             autocast=False,
             compiled=bool(self._compile),
         )
@@ -475,39 +470,36 @@ class Runtime:
         )
         return self.backbone.preprocessing.normalize(torch.from_numpy(pixels))
 
-    def _is_sound(self, settings: Settings, found: SpeedUps) -> bool:
+    def _is_sound(self, settings: Settings) -> bool:
         """Check a folded or packed copy in float32, where rounding cannot hide a mistake."""
         exact = replace(settings, precision="float32", autocast=False)
         if exact == settings or not any(getattr(settings, name) for name in _SPEED_UPS):
             return True
-        return self._matches_original(self._tapped_copy(exact, found), exact, found)
+        return self._matches_original(self._tapped_copy(exact), exact)
 
-    def _tapped_copy(self, settings: Settings, found: SpeedUps) -> Tapped:
+    def _tapped_copy(self, settings: Settings) -> Tapped:
         module = faster_copy(
-            self.backbone.module,
-            found,
-            fold=settings.folded,
-            pack=settings.packed_products,
+            self.backbone,
+            fold=self._foldable if settings.folded else (),
+            pack=self._products if settings.packed_products else (),
             device=self.device,
             dtype=self._dtype(settings),
             channels_last=settings.channels_last,
         )
         return Tapped(module, self.backbone.points)
 
-    def _matches_original(
-        self, compute: _Compute, settings: Settings, found: SpeedUps, images: int = 1
-    ) -> bool:
+    def _matches_original(self, compute: _Compute, settings: Settings, images: int = 1) -> bool:
         """Run a copy on one image, or a batch of it, and compare with the original's features."""
-        features = self._run(compute, self._noise(settings, images), settings)
+        features = self._run(compute, settings, images)
         return all(
             _allclose(features[tap], expected, relative=_SAME[settings.precision])
-            for tap, expected in found.features.items()
+            for tap, expected in self._expected.items()
         )
 
-    def _finish(self, settings: Settings, found: SpeedUps) -> Settings:
+    def _finish(self, settings: Settings) -> Settings:
         """Compile where that is wanted, and find out whether the slots of a batch are alike."""
         if settings.compiled:
-            settings = self._compiled(settings, found)
+            settings = self._compiled(settings)
         if settings == self._recorded:
             return settings
         # Keeping every image's slot is always right, and costs a short run nothing.
@@ -517,27 +509,22 @@ class Runtime:
 
     def _same_bits_in_every_slot(self, settings: Settings) -> bool:
         """Fill a batch with one image and compare the features of its slots."""
-        assert self._compute is not None
-        batch = self._noise(settings, settings.batch_size)
-        features = self._run(self._compute, batch, settings)
+        features = self._run(self._compute, settings, settings.batch_size)
         return all(bool((value == value[:1]).all()) for value in features.values())
 
-    def _noise(self, settings: Settings, images: int) -> Tensor:
-        """Return a batch of one image of noise: (images, c, h, w), as the network takes it."""
+    def _run(self, compute: _Compute, settings: Settings, images: int) -> dict[str, Tensor]:
+        """Run a network on a batch of one image of noise, (images, c, h, w), as it takes it."""
         batch = self._example().expand(images, -1, -1, -1)
         batch = batch.to(self.device, self._dtype(settings))
         form = torch.channels_last if settings.channels_last else torch.contiguous_format
-        return batch.contiguous(memory_format=form)
-
-    def _run(self, compute: _Compute, batch: Tensor, settings: Settings) -> dict[str, Tensor]:
         with self._without_gradients(settings), self._configured(settings):
-            return compute(batch)
+            return compute(batch.contiguous(memory_format=form))
 
-    def _compiled(self, settings: Settings, found: SpeedUps) -> Settings:
+    def _compiled(self, settings: Settings) -> Settings:
         """Compile the network; return the settings without that if it cannot be done here."""
         # The compiler packs by itself, and does not see through layers that are packed already.
         compiled = replace(settings, compiled=True, packed_products=False)
-        tapped = self._tapped_copy(compiled, found)
+        tapped = self._tapped_copy(compiled)
         tapped.__enter__()  # hooks that come after compiling would never fire
         options: dict[str, Any] = {"freezing": True} if settings.device == "cpu" else {}
         compute = torch.compile(tapped.capture, dynamic=False, options=options)
@@ -546,7 +533,7 @@ class Runtime:
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
-            matches = self._matches_original(compute, compiled, found, compiled.batch_size)
+            matches = self._matches_original(compute, compiled, compiled.batch_size)
         except Exception:  # no compiler, an operation it does not know: hundreds of reasons
             matches = False
         finally:

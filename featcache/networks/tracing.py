@@ -78,6 +78,8 @@ class Call:
         Floating-point operations of matrix products and convolutions, those of its parts included.
     began, ended : int
         Number of torch operations before the run, and until its end.
+    source : Call or None
+        The run of a layer without parts whose output it was given.
     """
 
     layer: str
@@ -88,6 +90,7 @@ class Call:
     flops: int = 0
     began: int = 0
     ended: int = 0
+    source: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -393,9 +396,11 @@ class _Recorder:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._number[id(module)] += 1
-        given = self._value(first_argument(args, kwargs))
+        first = first_argument(args, kwargs)
+        given = self._value(first)
         call = Call(self._name[id(module)], module, self._number[id(module)], given, given)
         call.began = self.axes.count
+        call.source = getattr(first, "_featcache_source", None)
         self.result.calls.append(call)
         self._open.append((call, self._flops()))
 
@@ -404,6 +409,8 @@ class _Recorder:
         call.output = self._value(output)
         call.ended = self.axes.count
         call.flops = self._flops() - before
+        if isinstance(output, Tensor) and not module._modules:
+            output._featcache_source = call  # type: ignore[attr-defined]
 
     def _flops(self) -> int:
         return int(self.counter.get_total_flops()) if self.counter else 0
