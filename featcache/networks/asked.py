@@ -17,17 +17,19 @@ def as_asked(
     *,
     weights: str | Path | None = "auto",
     layers: Iterable[str] | None = None,
-    image_size: int | None = None,
-    partial: bool = False,
-    weights_key: str | None = None,
-    bit_depth: int | None = None,
     max_pixels: int | None = None,
+    **options: Any,
 ) -> dict[str, Any] | None:
     """Return the arguments of a `Backbone` as JSON values, with all that they depend on.
 
     Equal values ask for the same features (`max_pixels` changes none): they hold the versions of
     the libraries that names are looked up in, and the state of a weights file. Unequal values say
     nothing.
+
+    Parameters
+    ----------
+    network, weights, layers, max_pixels, options
+        As for `Backbone`; options that are left out, None or False say the same.
 
     Returns
     -------
@@ -51,9 +53,6 @@ def as_asked(
         "weights": None if weights in (None, "none") else str(weights),
         "file": state and [str(file.absolute()), *state],
         "layers": [layers] if isinstance(layers, str) else list(layers or ()),
-        "image_size": image_size,
-        "partial": partial,
-        "weights_key": weights_key,
-        "bit_depth": bit_depth,
         "versions": versions,
+        **{name: value for name, value in options.items() if value},
     }

@@ -72,6 +72,14 @@ class Backbone:
 
     Attributes
     ----------
+    preprocessing : Preprocessing
+        How an image becomes what the network expects.
+    name : str
+        Name of the network at its source.
+    source : {"torchvision", "timm", "callable", "module"}
+        Where it comes from.
+    weights : str
+        Published name of the weights, name of the weights file, or "none".
     asked : dict or None
         `featcache.networks.asked.as_asked` of the arguments; None for a module, a callable, or
         with a `preprocessing` of one's own.
@@ -121,38 +129,22 @@ class Backbone:
                 weights_key=weights_key,
                 bit_depth=bit_depth,
             )
-        self._family = family_of(network, weights, partial, weights_key, preprocessing, name)
+        self._family = family_of(
+            network, weights, preprocessing, name, partial=partial, key=weights_key
+        )
         chosen = preprocessing or self._family.preprocessing()
         if image_size is not None:
             chosen = chosen.with_image_size(image_size)
         given = {"bit_depth": bit_depth, "max_pixels": max_pixels}
         reading: Any = {name: value for name, value in given.items() if value is not None}
-        self._preprocessing = replace(chosen, **reading)
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How an image becomes what the network expects."""
-        return self._preprocessing
-
-    @property
-    def name(self) -> str:
-        """Name of the network at its source."""
-        return self._family.name
-
-    @property
-    def source(self) -> str:
-        """Where it comes from: "torchvision", "timm", "callable" or "module"."""
-        return self._family.kind
+        self.preprocessing = replace(chosen, **reading)
+        self.name, self.source = self._family.name, self._family.kind
+        self.weights = self._family.weights
 
     @property
     def is_code(self) -> bool:
         """Whether the network comes as code: its features alone tell if it is the same."""
         return self.source in ("callable", "module")
-
-    @property
-    def weights(self) -> str:
-        """Published name of the weights, name of the weights file, or "none"."""
-        return self._family.weights
 
     @property
     def request(self) -> dict[str, Any]:
@@ -238,14 +230,10 @@ class Backbone:
                 f"The weights of {self.name} are drawn at random (weights=None): its features "
                 "carry no knowledge of images"
             )
-        norms = [
-            (part.running_mean, part.running_var)
-            for part in self.module.modules()
-            if isinstance(part, nn.modules.batchnorm._BatchNorm)
-            and part.running_mean is not None
-            and part.running_var is not None
-        ]
-        if norms and all((mean == 0).all() and (var == 1).all() for mean, var in norms):
+        kind = nn.modules.batchnorm._BatchNorm
+        norms: list[Any] = [part for part in self.module.modules() if isinstance(part, kind)]
+        norms = [norm for norm in norms if norm.running_mean is not None]
+        if norms and all((n.running_mean == 0).all() and (n.running_var == 1).all() for n in norms):
             return (
                 f"The statistics of all {len(norms)} BatchNorm layers of {self.name} are at their "
                 "initial values: the network has not been trained, or its weights were not loaded"

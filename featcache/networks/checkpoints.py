@@ -292,10 +292,6 @@ class WeightsFile:
     partial: bool = False
     key: str | None = None
 
-    def read(self) -> dict[str, Tensor]:
-        """Read the weights; see `read_checkpoint`."""
-        return read_checkpoint(self.path)
-
     def load(self, module: nn.Module, state: Mapping[str, Tensor]) -> PartialReport:
         """Load what fits of the weights of the file, `state`, into `module`.
 

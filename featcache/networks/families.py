@@ -28,7 +28,12 @@ from torch.overrides import TorchFunctionMode
 
 from featcache.errors import BackboneError, MissingExtra, UnknownBackbone, WeightsError
 from featcache.fingerprint import state_sha256
-from featcache.networks.checkpoints import SUFFIXES, PartialReport, WeightsFile
+from featcache.networks.checkpoints import (
+    SUFFIXES,
+    PartialReport,
+    WeightsFile,
+    read_checkpoint,
+)
 from featcache.networks.given import import_callable, own_copy
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.system.console import is_shown
@@ -54,12 +59,11 @@ def backbones() -> list[str]:
 def family_of(
     network: str | nn.Module,
     weights: str | Path | None,
-    partial: bool,
-    key: str | None,
-    preprocessing: Preprocessing | None,
-    name: str | None,
+    preprocessing: Preprocessing | None = None,
+    name: str | None = None,
+    **options: Any,
 ) -> Family:
-    """Return the family that a network belongs to; the arguments are those of `Backbone`."""
+    """Return the family of a network; arguments as for `Backbone`, options as for `WeightsFile`."""
     if isinstance(network, nn.Module):
         if preprocessing is None:
             raise BackboneError(
@@ -67,25 +71,34 @@ def family_of(
                 "Backbone(module, preprocessing=Preprocessing(...))"
             )
         name = name or type(network).__name__
-        return OwnModule(network, preprocessing, name, "module", weights, partial, key)
+        return OwnModule(network, preprocessing, name, "module", weights, **options)
     if name is not None:
         raise BackboneError(f"name= is for a module; {network!r} has a name already")
     if network.startswith("timm/"):
-        return Timm(network.removeprefix("timm/"), weights, partial, key)
+        return Timm(network.removeprefix("timm/"), weights, **options)
     if ":" in network:
-        return OwnModule(*import_callable(network), network, "callable", weights, partial, key)
-    return Torchvision(network, weights, partial, key)
+        return OwnModule(*import_callable(network), network, "callable", weights, **options)
+    return Torchvision(network, weights, **options)
 
 
 class Family(ABC):
     """One network of a family. Cheap to make; only `load` reads weights.
 
+    Parameters
+    ----------
+    name : str
+        Name of the network in the family.
+    weights : str, Path or None
+        One of those published, a file, or None to draw them at random.
+    published : list of str
+        Names of the weights that there are of the network.
+    options : bool, str or None
+        As for `WeightsFile`.
+
     Attributes
     ----------
     kind : str
         Name of the family: "torchvision", "timm", "callable" or "module".
-    name : str
-        Name of the network in the family.
     pinned : str or None
         Published name of the weights; None if they come from `file` or are drawn at random.
     file : WeightsFile or None
@@ -93,9 +106,27 @@ class Family(ABC):
     """
 
     kind: str
-    name: str
-    pinned: str | None
-    file: WeightsFile | None
+
+    def __init__(
+        self, name: str, weights: str | Path | None, published: list[str], **options: Any
+    ) -> None:
+        self.name, self.published = name, published
+        self.pinned = str(weights) if weights in published else None
+        self.file: WeightsFile | None = None
+        if weights is not None and self.pinned is None:
+            self.file = WeightsFile(self._path(weights), **options)
+
+    def _path(self, weights: str | Path) -> Path:
+        """Return the path of a weights file that exists."""
+        path = Path(weights).expanduser()
+        if path.is_file():
+            return path
+        if isinstance(weights, Path) or path.suffix in SUFFIXES or len(path.parts) > 1:
+            raise WeightsError(f"There is no checkpoint file {path}")
+        known = f"{self.name} has the weights {', '.join(self.published) or 'none'}"
+        near = difflib.get_close_matches(weights, self.published)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise WeightsError(f"There are no weights {weights!r}: {known}.{hint}")
 
     @property
     def weights(self) -> str:
@@ -125,12 +156,33 @@ class Family(ABC):
         """Return what the network expects of images."""
 
     def skeleton(self) -> nn.Module | None:
-        """Return the network without numbers, or None where it cannot be built so."""
-        return None
+        """Return the network on the meta device, or None: some compute with their weights."""
+        with _Skeleton():
+            try:
+                return self._build({}).to("meta")
+            except (RuntimeError, TypeError, ValueError):
+                return None
 
-    @abstractmethod
     def load(self) -> tuple[nn.Module, PartialReport | None]:
-        """Return the network, and what a weights file left out of it."""
+        """Return the network, and what a weights file left out of it.
+
+        The weights are published (in the library's cache, or downloaded), read from a file, or
+        drawn at random.
+        """
+        if self.pinned is not None:
+            return self._load_published(self.pinned), None
+        with _seeded():  # what a partial file leaves out is the same in every run
+            state = read_checkpoint(self.file.path) if self.file else None
+            module = self._build(state)
+        return module, self.file.load(module, state) if self.file and state else None
+
+    def _load_published(self, pinned: str) -> nn.Module:
+        """Return the network with published weights."""
+        raise NotImplementedError
+
+    def _build(self, state: Mapping[str, Any] | None) -> nn.Module:
+        """Return the network; its weights are to stay (None), or those of a file will be loaded."""
+        raise NotImplementedError
 
 
 class Torchvision(Family):
@@ -138,9 +190,7 @@ class Torchvision(Family):
 
     kind = "torchvision"
 
-    def __init__(
-        self, name: str, weights: str | Path | None, partial: bool, key: str | None
-    ) -> None:
+    def __init__(self, name: str, weights: str | Path | None, **options: Any) -> None:
         from torchvision.models import get_model_weights
 
         if name not in backbones():
@@ -148,7 +198,6 @@ class Torchvision(Family):
             raise UnknownBackbone(_unknown(name, backbones(), "torchvision", listing))
         entries = get_model_weights(name)
         newest = entries["DEFAULT"].name
-        names = [entry.name for entry in entries]
         if weights == "DEFAULT":
             raise WeightsError(
                 f"DEFAULT means other weights in other versions of torchvision. Those of {name} "
@@ -156,12 +205,7 @@ class Torchvision(Family):
             )
         if weights == "auto":
             weights = _DEFAULT_WEIGHTS.get(name, newest)
-        self.name = name
-        self.pinned = str(weights) if weights in names else None
-        self.file = None
-        if weights is not None and self.pinned is None:
-            known = f"{name} has the weights {', '.join(names)}"
-            self.file = WeightsFile(_weights_path(weights, known, names), partial, key)
+        super().__init__(name, weights, [entry.name for entry in entries], **options)
         # Weights from elsewhere were mostly trained on images prepared as for torchvision's own.
         like = entries[self.pinned or newest]
         self._transforms: Callable[[], Any] = like.transforms
@@ -170,23 +214,6 @@ class Torchvision(Family):
     def preprocessing(self) -> Preprocessing:
         """Return the weights' own, or that of the newest weights for others."""
         return Preprocessing.from_torchvision(self._transforms())
-
-    def skeleton(self) -> nn.Module | None:
-        """Return the network on the meta device."""
-        with _Skeleton():
-            return self._build().to("meta")
-
-    def load(self) -> tuple[nn.Module, PartialReport | None]:
-        """Load from a file or torchvision's cache and download; or draw at random."""
-        if self.pinned is not None:
-            return self._load_published(self.pinned), None
-        with _seeded():  # what a partial file leaves out is the same in every run
-            if self.file is None:
-                return self._build(draw=True), None
-            state = self.file.read()
-            aux_logits = any(re.search(r"(^|[./])[aA]ux", key) for key in state)
-            module = self._build(aux_logits=aux_logits)
-        return module, self.file.load(module, state)
 
     def _load_published(self, pinned: str) -> nn.Module:
         # The builder knows what goes with its weights (inception's transform_input).
@@ -211,14 +238,15 @@ class Torchvision(Family):
             ) from error
         return module
 
-    def _build(self, *, draw: bool = False, aux_logits: bool = True) -> nn.Module:
+    def _build(self, state: Mapping[str, Any] | None) -> nn.Module:
         from torchvision.models import get_model
 
         options: dict[str, Any] = {}
         if self.name in ("googlenet", "inception_v3"):
+            aux_logits = not state or any(re.search(r"(^|[./])[aA]ux", key) for key in state)
             # Trained networks of these two expect inputs that torchvision rescales inside.
-            options = {"init_weights": draw, "transform_input": not self.random}
-            options["aux_logits"] = aux_logits
+            options = {"aux_logits": aux_logits, "transform_input": not self.random}
+            options["init_weights"] = state is None
         if self.name.startswith("vit_"):
             options = {"image_size": self._image_size}  # its position embedding has one size
         module: nn.Module = get_model(self.name, weights=None, **options)
@@ -230,9 +258,7 @@ class Timm(Family):
 
     kind = "timm"
 
-    def __init__(
-        self, name: str, weights: str | Path | None, partial: bool, key: str | None
-    ) -> None:
+    def __init__(self, name: str, weights: str | Path | None, **options: Any) -> None:
         if importlib.util.find_spec("timm") is None:
             raise MissingExtra("timm", "timm", f"The backbone timm/{name}")
         import timm
@@ -243,25 +269,14 @@ class Timm(Family):
             raise UnknownBackbone(_unknown(name, timm.list_models(), "timm", listing))
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
         if weights == "auto":
-            weights = tag or self._default_tag(name, tags)
-        self.name = name
-        self.pinned = str(weights) if weights in tags else None
-        self.file = None
-        if weights is not None and self.pinned is None:
-            known = f"timm's {name} has the weights {', '.join(tags) or 'none'}"
-            self.file = WeightsFile(_weights_path(weights, known, tags), partial, key)
-
-    @staticmethod
-    def _default_tag(name: str, tags: list[str]) -> str:
-        import timm
-
-        config = timm.models.get_pretrained_cfg(name)
-        if config is None or not tags:
-            raise WeightsError(
-                f"timm has no weights for {name}. Name a checkpoint with --weights FILE, or draw "
-                "them at random with --weights none"
-            )
-        return config.tag or tags[0]
+            config: Any = timm.models.get_pretrained_cfg(name)
+            if not tag and (config is None or not tags):
+                raise WeightsError(
+                    f"timm has no weights for {name}. Name a checkpoint with --weights FILE, or "
+                    "draw them at random with --weights none"
+                )
+            weights = tag or config.tag or tags[0]
+        super().__init__(name, weights, tags, **options)
 
     def preprocessing(self) -> Preprocessing:
         """Return timm's own for these weights."""
@@ -275,52 +290,28 @@ class Timm(Family):
         except ValueError as error:
             raise BackboneError(f"timm/{self.name}: {error}") from error
 
-    def skeleton(self) -> nn.Module | None:
-        """Return the network on the meta device, or None: some compute with their weights."""
+    def _build(self, state: Mapping[str, Any] | None) -> nn.Module:
         import timm
 
-        with _Skeleton():
-            try:
-                module: nn.Module = timm.create_model(self.name).to("meta")
-            except (RuntimeError, TypeError, ValueError):
-                return None
-            return module
+        module: nn.Module = timm.create_model(self.name)
+        return module
 
-    def load(self) -> tuple[nn.Module, PartialReport | None]:
-        """Load from a file or timm's cache and download; or draw at random."""
+    def _load_published(self, pinned: str) -> nn.Module:
         import timm
-
-        if self.pinned is not None:
-            return self._load_published(), None
-        with _seeded():  # what a partial file leaves out is the same in every run
-            module: nn.Module = timm.create_model(self.name)
-        return module, self.file.load(module, self.file.read()) if self.file else None
-
-    def _load_published(self) -> nn.Module:
         from huggingface_hub import constants
 
+        create = functools.partial(timm.create_model, self._full_name(), pretrained=True)
+        with contextlib.suppress(Exception), _offline():  # from the cache
+            return create()
         try:
-            with _offline():
-                return self._create_pretrained()
-        except Exception as error:  # they are not in the cache
-            failure = error
-        if not constants.HF_HUB_OFFLINE and _is_reachable(constants.ENDPOINT):
-            try:
-                return self._create_pretrained()
-            except Exception as error:
-                failure = error
-        else:
-            failure = OSError(f"not in the cache, and {constants.ENDPOINT} cannot be reached.")
-        raise WeightsError(
-            f"timm's weights {self._full_name()} could not be loaded: {failure} Without a network, "
-            "name a checkpoint with --weights FILE"
-        ) from failure
-
-    def _create_pretrained(self) -> nn.Module:
-        import timm
-
-        module: nn.Module = timm.create_model(self._full_name(), pretrained=True)
-        return module
+            if constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT):
+                raise OSError(f"not in the cache, and {constants.ENDPOINT} cannot be reached.")
+            return create()
+        except Exception as error:
+            raise WeightsError(
+                f"timm's weights {self._full_name()} could not be loaded: {error} Without a "
+                "network, name a checkpoint with --weights FILE"
+            ) from error
 
     def _full_name(self) -> str:
         return f"{self.name}.{self.pinned}" if self.pinned else self.name
@@ -341,7 +332,7 @@ class OwnModule(Family):
         Name of the family.
     weights : str, Path or None
         File to load into the module; "auto" or None leave it as it is.
-    partial, key
+    options : bool, str or None
         As for `WeightsFile`.
     """
 
@@ -352,19 +343,17 @@ class OwnModule(Family):
         name: str,
         kind: str,
         weights: str | Path | None,
-        partial: bool,
-        key: str | None,
+        **options: Any,
     ) -> None:
         self.kind = kind
-        self.name = name
-        self.pinned, self.file = "as given", None
-        self._module = module = own_copy(module)
+        super().__init__(
+            name, "as given" if weights in ("auto", None) else weights, ["as given"], **options
+        )
+        self._module = own_copy(module)
         self._preprocessing = preprocessing
-        self._report = None
-        if weights not in ("auto", None):
-            path = _weights_path(str(weights), f"{name} takes its weights from a file", [])
-            self.pinned, self.file = None, WeightsFile(path, partial, key)
-            self._report = self.file.load(module, self.file.read())
+        self._report: PartialReport | None = None
+        if self.file:
+            self._report = self.file.load(self._module, read_checkpoint(self.file.path))
 
     def preprocessing(self) -> Preprocessing:
         """Return what was given."""
@@ -378,6 +367,10 @@ class OwnModule(Family):
     def _state_sha256(self) -> str:
         return state_sha256(self._module.state_dict())
 
+    def skeleton(self) -> nn.Module | None:
+        """Return None: what was given has its weights anyway."""
+        return None
+
     def load(self) -> tuple[nn.Module, PartialReport | None]:
         """Return what was given."""
         return self._module, self._report
@@ -390,13 +383,7 @@ class _Skeleton(TorchFunctionMode):
     builders compute with numbers (widths of RegNets, drop rates) needs real ones.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         if func is torch.empty and options.get("device") is None:
             options["device"] = "meta"
@@ -433,18 +420,6 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(RANDOM_SEED)
         yield
-
-
-def _weights_path(weights: str | Path, known: str, names: list[str]) -> Path:
-    """Return the path of a weights file that exists; `names` are published weights, for a hint."""
-    path = Path(weights).expanduser()
-    if path.is_file():
-        return path
-    if isinstance(weights, Path) or path.suffix in SUFFIXES or len(path.parts) > 1:
-        raise WeightsError(f"There is no checkpoint file {path}")
-    near = difflib.get_close_matches(str(weights), names, n=3)
-    hint = f" Did you mean {', '.join(near)}?" if near else ""
-    raise WeightsError(f"There are no weights {str(weights)!r}: {known}.{hint}")
 
 
 def _unknown(name: str, names: list[str], source: str, listing: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.errors import FingerprintMismatch, PredictorError
+from featcache.errors import FingerprintMismatch, MissingExtra, PredictorError, UnknownBackbone
 from featcache.fingerprint import Fingerprint
 
 if TYPE_CHECKING:  # torch is imported by who builds a network: to compare takes no torch
@@ -51,31 +51,16 @@ def public_weights(fingerprint: Fingerprint) -> str | None:
     What a predictor file says is only compared with the published names; it is never taken for
     the path of a file.
     """
-    name, weights = fingerprint.backbone, fingerprint.weights
-    if fingerprint.checkpoint is not None:
+    spec = spec_of(fingerprint)
+    if fingerprint.checkpoint is not None or fingerprint.source not in ("torchvision", "timm"):
         return None
-    if fingerprint.source == "torchvision":
-        from torchvision.models import get_model_weights
+    from featcache.networks.families import family_of
 
-        from featcache.networks.backbone import backbones
-
-        known = {"none", *(w.name for w in get_model_weights(name))} if name in backbones() else ()
-    elif fingerprint.source == "timm":
-        known = {"none", *_timm_weights(name)}
-    else:
-        known = ()
-    return weights if weights in known else None
-
-
-def _timm_weights(name: str) -> set[str]:
-    """Return the names of the weights that timm has for a network."""
     try:
-        import timm
-    except ImportError:
-        return set()
-    if not timm.is_model(name):
-        return set()
-    return {full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")}
+        known = ["none", *family_of(spec, None).published] if ":" not in spec else []
+    except (UnknownBackbone, MissingExtra):
+        return None
+    return fingerprint.weights if fingerprint.weights in known else None
 
 
 def rebuild(

@@ -383,7 +383,12 @@ def replace_head(module: nn.Module, classes: int, *, name: str | None = None) ->
         raise ValueError(f"a head needs at least one class, got {classes}; see remove_head")
     name = head_name(module) if name is None else name
     old = _layer(module, name)
-    outputs = _outputs(old, name)
+    if not isinstance(old, nn.Linear | nn.Conv2d):
+        raise BackboneError(
+            f"The layer {name!r} is a {type(old).__name__}. Only a Linear or a Conv2d can be made "
+            "anew for another number of classes; use replace_layer"
+        )
+    outputs = len(old.weight)
     twins = [
         other
         for other, part in module.named_modules()
@@ -450,37 +455,15 @@ def replace_layer(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return old
 
 
-def _outputs(layer: nn.Module, name: str) -> int:
+def _like(layer: Any, classes: int) -> nn.Module:
+    """Return a new layer of the old one's kind for another number of classes."""
+    options: dict[str, Any] = {"bias": layer.bias is not None}
+    options |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
     if isinstance(layer, nn.Linear):
-        return layer.out_features
-    if isinstance(layer, nn.Conv2d):
-        return layer.out_channels
-    raise BackboneError(
-        f"The layer {name!r} is a {type(layer).__name__}. Only a Linear or a Conv2d can be made "
-        "anew for another number of classes; use replace_layer"
-    )
-
-
-def _like(layer: nn.Module, classes: int) -> nn.Module:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    where: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, classes, bias=bias, **where)
-    assert isinstance(layer, nn.Conv2d)
-    return nn.Conv2d(
-        layer.in_channels,
-        classes,
-        layer.kernel_size,  # type: ignore[arg-type]
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.groups,
-        bias,
-        layer.padding_mode,
-        **where,
-    )
+        return nn.Linear(layer.in_features, classes, **options)
+    same = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    options |= {name: getattr(layer, name) for name in same}
+    return nn.Conv2d(layer.in_channels, classes, **options)
 
 
 def adapt_input(
