@@ -206,8 +206,7 @@ class Backbone:
     @functools.cached_property
     def used(self) -> set[str]:
         """Names of the parameters, buffers and layers that the taps use."""
-        taps = [point.tap for point in self.points]
-        return set().union(*(self.traced.used_at(t.layer, t.call, t.side) for t in taps))
+        return set().union(*(self.traced.used_at(point.tap) for point in self.points))
 
     @property
     def taps(self) -> list[str]:

@@ -89,13 +89,12 @@ class PartialReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} of {self.parameters} parameters loaded"]
-        if self.missing:
-            lines.append(f"missing in the checkpoint: {first_names(self.missing)}")
-        if self.unexpected:
-            lines.append(f"unexpected in the checkpoint: {first_names(self.unexpected)}")
-        if self.mismatched:
-            shapes = [f"{name} {a} instead of {b}" for name, a, b in self.mismatched]
-            lines.append(f"wrongly shaped: {first_names(shapes)}")
+        found = {
+            "missing in the checkpoint": self.missing,
+            "unexpected in the checkpoint": self.unexpected,
+            "wrongly shaped": [f"{name} {a} instead of {b}" for name, a, b in self.mismatched],
+        }
+        lines += [f"{what}: {first_names(names)}" for what, names in found.items() if names]
         return "\n".join(lines)
 
 

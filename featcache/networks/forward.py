@@ -261,6 +261,7 @@ class Runtime:
             raise DeviceError(f"batch_size is at least 1, not {batch_size}")
         self.backbone = backbone
         self.device = select_device(device)
+        self._on_cuda = self.device.type == "cuda"
         self.precision = precision
         self._batch_size = batch_size
         self._compile = compile
@@ -321,10 +322,6 @@ class Runtime:
                 start = end
         return Pending(parts, self._event())
 
-    @property
-    def _on_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
     def _event(self) -> torch.cuda.Event | None:
         if not self._on_cuda:
             return None
@@ -338,41 +335,32 @@ class Runtime:
         if k < settings.batch_size:
             padding = batch.new_zeros((settings.batch_size - k, *batch.shape[1:]))
             batch = torch.cat([batch, padding])  # (k, c, h, w) -> (b, c, h, w)
-        with self._without_gradients(settings):
-            features = self._compute(self._input(batch, settings))  # (b, c, h, w) -> (b, *shape)
-            # CUDA copies into pinned memory, and `Pending` waits for the event. Elsewhere nothing
-            # would wait for a copy that does not block.
-            return {
-                tap: value[:k].to("cpu", torch.float32, non_blocking=self._on_cuda, copy=True)
-                for tap, value in features.items()
-            }
-
-    def _input(self, batch: Tensor, settings: Settings) -> Tensor:
-        """Send pixels to the device as bytes, a quarter of their size as numbers; normalise."""
+        # As bytes they are a quarter of their size as numbers.
         batch = batch.to(self.device, non_blocking=self._on_cuda)
         if settings.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        return self.backbone.preprocessing.normalize(batch, self._dtype(settings))
+        batch = self.backbone.preprocessing.normalize(batch, self._dtype(settings))
+        # CUDA copies into pinned memory, and `Pending` waits for the event. Elsewhere nothing would
+        # wait for a copy that does not block.
+        return {  # (b, c, h, w) -> (b, *shape) -> (k, *shape)
+            tap: value[:k].to("cpu", torch.float32, non_blocking=self._on_cuda, copy=True)
+            for tap, value in self._compute(batch).items()
+        }
 
     def _dtype(self, settings: Settings) -> torch.dtype:
         """Return the type of the network and of what goes into it."""
         return torch.float32 if settings.autocast else PRECISIONS[settings.precision]
 
     @contextlib.contextmanager
-    def _without_gradients(self, settings: Settings) -> Iterator[None]:
+    def _configured(self, settings: Settings) -> Iterator[None]:
+        """Set what torch keeps for the whole process: threads, and float32 that is float32.
+
+        No gradients are computed, and types are chosen operation by operation where it is asked
+        for.
+        """
         # torch.compile's freezing knows no_grad, not inference_mode.
         mode = torch.no_grad() if settings.compiled else torch.inference_mode()
-        with (
-            mode,
-            torch.autocast(
-                self.device.type, PRECISIONS[settings.precision], enabled=settings.autocast
-            ),
-        ):
-            yield
-
-    @contextlib.contextmanager
-    def _configured(self, settings: Settings) -> Iterator[None]:
-        """Set what torch keeps for the whole process: threads, and float32 that is float32."""
+        dtype, mixed = PRECISIONS[settings.precision], settings.autocast
         threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
         kinds = [(kind, _own_precision(kind)) for kind in _float32_products()]
         flags = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
@@ -382,7 +370,7 @@ class Runtime:
             for kind, _ in kinds:
                 kind.fp32_precision = "ieee"  # no TF32, and no bfloat16 on a CPU
             cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, False, True
-            with default_float32():
+            with default_float32(), mode, torch.autocast(self.device.type, dtype, enabled=mixed):
                 yield
         finally:
             cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
@@ -517,7 +505,7 @@ class Runtime:
         batch = self._example().expand(images, -1, -1, -1)
         batch = batch.to(self.device, self._dtype(settings))
         form = torch.channels_last if settings.channels_last else torch.contiguous_format
-        with self._without_gradients(settings), self._configured(settings):
+        with self._configured(settings):
             return compute(batch.contiguous(memory_format=form))
 
     def _compiled(self, settings: Settings) -> Settings:

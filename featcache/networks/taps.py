@@ -50,24 +50,14 @@ from torch import Tensor, nn
 
 from featcache.errors import TapError
 from featcache.fingerprint import Side, Tap
-from featcache.networks.tracing import Call, Trace, Value, first_argument
+from featcache.networks.tracing import Call, Trace, Value, described, first_argument
 
-__all__ = [
-    "ResolvedTap",
-    "StopForward",
-    "Tap",
-    "Tapped",
-    "resolve",
-]
+__all__ = ["ResolvedTap", "StopForward", "Tap", "Tapped", "resolve"]
 
 _POOLING = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_NO_TOKENS = "not tokens. Use :mean, :max, :flatten or :map"
 _CONVOLUTION = nn.modules.conv._ConvNd
-_NORMALISATION = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
+_NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -140,26 +130,23 @@ class _Resolver:
         """Return the tap used when none is named; the rule is in `resolve`."""
         if callable(getattr(self.module, "get_classifier", None)):
             return self._default_of_classifier()
-        order = [(i, call) for i, call in enumerate(self.calls)]
-        convolutions = [i for i, call in order if isinstance(call.module, _CONVOLUTION)]
-        linears = [i for i, call in order if isinstance(call.module, nn.Linear)]
-        if not convolutions and not linears:
+        convolution, head = self._last(_CONVOLUTION), self._last(_CONVOLUTION, nn.Linear)
+        if head < 0:
             raise TapError(
                 "The network runs no convolution and no Linear, so there is no default tap. "
                 f"Name a layer: {self.trace.some_names()}"
             )
-        head = max(convolutions + linears)
-        last_convolution = max(convolutions, default=-1)
-        if any(isinstance(call.module, _NORMALISATION) for i, call in order if i > head):
+        if self._last(*_NORMALISATION) > head:
             return Tap("", side="output")
-        pools = [
-            i
-            for i, call in order
-            if last_convolution < i < head and isinstance(call.module, _POOLING)
-        ]
-        if pools:
-            return self._tap(self.calls[pools[-1]], "output")
+        between = self.calls[convolution + 1 : head]
+        if pools := [call for call in between if isinstance(call.module, _POOLING)]:
+            return self._tap(pools[-1], "output")
         return self._tap(self.calls[head], "input")
+
+    def _last(self, *kinds: type[nn.Module]) -> int:
+        """Return the position of the last run of a layer of these kinds, or -1."""
+        found = [i for i, call in enumerate(self.calls) if isinstance(call.module, kinds)]
+        return max(found, default=-1)
 
     def resolve(self, texts: Iterable[str] | None) -> list[ResolvedTap]:
         """Return the canonical taps, each once."""
@@ -171,9 +158,8 @@ class _Resolver:
         classifier = self.module.get_classifier()  # type: ignore[operator]
         if not isinstance(classifier, nn.Module):
             raise TapError(
-                f"The network has several heads ({type(classifier).__name__} of "
-                f"{len(classifier) if hasattr(classifier, '__len__') else 'unknown length'}), so "
-                f"there is no default tap. Name a layer: {self.trace.some_names()}"
+                f"The network has several heads ({described(classifier)}), so there is no default "
+                f"tap. Name a layer: {self.trace.some_names()}"
             )
         calls = [call for call in self.calls if call.module is classifier]
         if not calls:
@@ -213,9 +199,7 @@ class _Resolver:
                 )
             return calls[tap.call - 1]
         if len(calls) > 1:
-            runs = "; ".join(
-                f"{tap.layer}#{c.number} {_text(c.input)} -> {_text(c.output)}" for c in calls
-            )
+            runs = "; ".join(f"{tap.layer}#{c.number} {c.input} -> {c.output}" for c in calls)
             raise TapError(
                 f"The layer {tap.layer!r} runs {len(calls)} times in one forward pass. "
                 f"Choose a run: {runs}"
@@ -225,16 +209,12 @@ class _Resolver:
     def _checked_shape(self, tap: Tap, call: Call, value: Value) -> tuple[int, ...]:
         batch = self.calls[0].input.shape
         if value.shape is None:
-            raise TapError(
-                f"{str(tap)!r} is {value.what}, not a tensor, and cannot be stored. "
-                + self._instead(call)
-            )
-        if len(value.shape) < 2 or batch is None or value.shape[0] != batch[0]:
-            raise TapError(
-                f"{str(tap)!r} has the shape {_text(value)}: its first axis is not the images of "
-                f"the batch. " + self._instead(call)
-            )
-        return value.shape
+            wrong = f"is {value.what}, not a tensor, and cannot be stored"
+        elif len(value.shape) < 2 or batch is None or value.shape[0] != batch[0]:
+            wrong = f"has the shape {value}: its first axis is not the images of the batch"
+        else:
+            return value.shape
+        raise TapError(f"{str(tap)!r} {wrong}. {self._instead(call)}")
 
     def _instead(self, call: Call) -> str:
         """Name layers inside and after `call` that give a tensor with one row per image."""
@@ -248,25 +228,18 @@ class _Resolver:
 
     def _of_vector(self, tap: Tap, shape: tuple[int, ...]) -> ResolvedTap:
         if tap.reduce not in (None, "flatten"):
-            raise TapError(
-                f"{str(tap)!r}: the {tap.side} of {tap.layer!r} is a vector of {shape[1]} numbers "
-                f"and needs no reduction. Write {replace(tap, reduce=None)}"
+            raise _refused(
+                tap,
+                f"is a vector of {shape[1]} numbers and needs no reduction. "
+                f"Write {replace(tap, reduce=None)}",
             )
         return _resolved(replace(tap, reduce="flatten"), shape)
 
     def _of_map(self, tap: Tap, shape: tuple[int, ...], known_axis: int | None) -> ResolvedTap:
         how = tap.reduce
         if how in ("cls", "patches"):
-            raise TapError(
-                f"{str(tap)!r}: the {tap.side} of {tap.layer!r} is a map of shape "
-                f"{_per_image(shape)}, not tokens. Use :mean, :max, :flatten or :map"
-            )
+            raise _refused(tap, f"is a map of shape {shape[1:]}, {_NO_TOKENS}")
         axis = known_axis if known_axis is not None else _guess_channel_axis(shape)
-        if axis is None and how in (None, "mean", "max"):
-            raise TapError(
-                f"{str(tap)!r}: which axis of {_per_image(shape)} holds the channels cannot be "
-                f"told. Write {replace(tap, reduce='flatten')} or {replace(tap, reduce='map')}"
-            )
         if axis is None:
             return self._of_other(tap, shape)
         pixels = math.prod(shape[1:]) // shape[axis]
@@ -278,27 +251,24 @@ class _Resolver:
         if axis is None:
             return self._of_other(tap, shape)
         if axis == 1 and tap.reduce in ("cls", "patches"):
-            raise TapError(
-                f"{str(tap)!r}: the {tap.side} of {tap.layer!r} is {shape[1]} channels of "
-                f"{shape[2]} positions, not tokens. Use :mean, :max, :flatten or :map"
-            )
+            of = f"{shape[1]} channels of {shape[2]} positions"
+            raise _refused(tap, f"is {of}, {_NO_TOKENS}")
         prefix = self._prefix_tokens(shape[1]) if axis == 2 else 0
         how = tap.reduce or ("cls" if prefix else "mean")
         if how == "cls" and not prefix:
-            raise TapError(
-                f"{str(tap)!r}: the {shape[1]} tokens of {tap.layer!r} hold no class token. "
-                f"Write {replace(tap, reduce='mean')}"
-            )
+            instead = replace(tap, reduce="mean")
+            raise _refused(tap, f"is {shape[1]} tokens that hold no class token. Write {instead}")
         if how == "patches" and not prefix:
             how = "mean"
         return _resolved(replace(tap, reduce=how), shape, axis, prefix_tokens=prefix)
 
     def _of_other(self, tap: Tap, shape: tuple[int, ...]) -> ResolvedTap:
         if tap.reduce not in ("flatten", "map"):
-            raise TapError(
-                f"{str(tap)!r}: the {tap.side} of {tap.layer!r} has the shape {_per_image(shape)} "
-                "per image, and which axis holds the channels cannot be told. Write "
-                f"{replace(tap, reduce='flatten')} or {replace(tap, reduce='map')}"
+            raise _refused(
+                tap,
+                f"has the shape {shape[1:]} per image, and which axis holds the channels "
+                f"cannot be told. Write {replace(tap, reduce='flatten')} or "
+                f"{replace(tap, reduce='map')}",
             )
         return _resolved(tap, shape)
 
@@ -317,6 +287,10 @@ class _Resolver:
         }
         without = tokens in grids and tokens - prefix not in grids
         return 0 if without or tokens <= prefix else prefix
+
+
+def _refused(tap: Tap, why: str) -> TapError:
+    return TapError(f"{str(tap)!r}: the {tap.side} of {tap.layer!r} {why}")
 
 
 def _resolved(
@@ -497,14 +471,6 @@ class Tapped:
             name = str(tap)
             if name in self._captured and tap.tap.reduce in ("flatten", "map", "cls"):
                 self._captured[name] = self._captured[name].clone()
-
-
-def _text(value: Value) -> str:
-    return value.what if value.shape is None else f"({', '.join(map(str, value.shape))})"
-
-
-def _per_image(shape: tuple[int, ...]) -> str:
-    return f"({', '.join(map(str, shape[1:]))})"
 
 
 def _guess_channel_axis(shape: tuple[int, ...]) -> int | None:

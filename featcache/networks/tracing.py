@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,22 +22,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from featcache.errors import BackboneError, TapError
+from featcache.fingerprint import Tap
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = [
-    "Call",
-    "LayerRow",
-    "Trace",
-    "Value",
-    "default_float32",
-    "first_argument",
-    "trace",
-]
-
-
-_OTHER_SIZE = "Another size is chosen with --image-size N"
+__all__ = ["Call", "LayerRow", "Trace", "Value", "default_float32", "first_argument", "trace"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +48,9 @@ class Value:
     shape: tuple[int, ...] | None
     channel_axis: int | None
     what: str
+
+    def __str__(self) -> str:
+        return str(self.shape or self.what)
 
 
 @dataclass
@@ -139,7 +132,9 @@ class Trace:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.names = _names(module)
+        first = {id(part): name for name, part in module.named_modules()}
+        every = module.named_modules(remove_duplicate=False)
+        self.names = {name: first[id(part)] for name, part in every}
         self.calls: list[Call] = []
         self.uses: dict[str, int] = {}
 
@@ -155,21 +150,13 @@ class Trace:
             raise TapError(self._unknown(layer))
         return [call for call in self.calls if call.layer == self.names[layer]]
 
-    def used_at(self, layer: str, number: int | None, side: str | None) -> set[str]:
-        """Return the names of the parameters, buffers and layers that a value depends on.
+    def used_at(self, tap: Tap) -> set[str]:
+        """Return the names of the parameters, buffers and layers that a tap depends on.
 
-        Parameters
-        ----------
-        layer, number, side
-            The layer, its run from 1, and the side of it that the value is read at.
-
-        Returns
-        -------
-        set of str
-            What has been used until then; without the whole network, whose name is empty.
+        These are what has been used until then, without the whole network, whose name is empty.
         """
-        call = self.runs(layer)[(number or 1) - 1]
-        now = call.began if side == "input" else call.ended
+        call = self.runs(tap.layer)[(tap.call or 1) - 1]
+        now = call.began if tap.side == "input" else call.ended
         layers = {each.layer for each in self.calls if each.began < now or each.ended <= now}
         return {name for name, first in self.uses.items() if first <= now} | layers - {""}
 
@@ -278,7 +265,8 @@ def trace(module: nn.Module, example: Tensor, *, flops: bool = False) -> Trace:
     try:
         # The fused attention of inference mode is one opaque operation without a count.
         torch.backends.mha.set_fastpath_enabled(False)
-        example = example.to(_device(module))
+        tensors: list[Tensor] = [*module.parameters(), *module.buffers(), example]
+        example = example.to(tensors[0].device)
         with torch.no_grad(), counter or nullcontext(), recorder.axes:
             recorder.axes.mark(example, 1)
             module(example)
@@ -287,7 +275,11 @@ def trace(module: nn.Module, example: Tensor, *, flops: bool = False) -> Trace:
         raise BackboneError(
             f"The network {type(module).__name__} cannot run on an image of {size} "
             f"(channels x height x width): {error}. "
-            + ("Call .float() on it" if "type" in str(error) else _OTHER_SIZE)
+            + (
+                "Call .float() on it"
+                if "type" in str(error)
+                else "Another size is chosen with --image-size N"
+            )
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -326,13 +318,7 @@ class _Axes(TorchFunctionMode):
         """Return the channel axis of maps or tokens, or None."""
         return getattr(tensor, "_featcache_axis", None) if tensor.ndim > 2 else None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.count += 1
         for value in _flat(args, kwargs):
@@ -418,18 +404,16 @@ class _Recorder:
     def _value(self, value: Any) -> Value:
         if isinstance(value, Tensor):
             return Value(tuple(value.shape), self.axes.of(value), "a tensor")
-        if isinstance(value, Mapping):
-            return Value(None, None, f"a dict with the keys {', '.join(map(str, value))}")
-        if isinstance(value, (tuple, list)):
-            return Value(None, None, f"a {type(value).__name__} of {len(value)}")
-        return Value(None, None, "nothing" if value is None else f"a {type(value).__name__}")
+        return Value(None, None, described(value))
 
 
-def _names(module: nn.Module) -> dict[str, str]:
-    """Return every name of every part, and the name that `Module.named_modules` gives it."""
-    first = {id(part): name for name, part in module.named_modules()}
-    every = module.named_modules(remove_duplicate=False)
-    return {name: first[id(part)] for name, part in every}
+def described(value: Any) -> str:
+    """Return what a layer gives that is no tensor: "a tuple of 2", "a dict with the keys out"."""
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(str, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -445,9 +429,3 @@ def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _device(module: nn.Module) -> torch.device:
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
