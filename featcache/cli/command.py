@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,12 +33,21 @@ class Message(click.ClickException):
 
 
 class Command(click.Command):
-    """A command that turns what featcache raises into messages."""
+    """A command that turns what featcache raises into messages, and that can be quiet."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        quiet = "Print no progress, notes and warnings; errors are still printed."
+        self.params.append(click.Option(["-q", "--quiet"], is_flag=True, help=quiet))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a `FeatcacheError` becomes a `Message`, SIGTERM click's "Aborted!"."""
         try:
-            with sigterm_as_ctrl_c():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(sigterm_as_ctrl_c())
+                if ctx.params.pop("quiet"):  # errors are printed after this
+                    nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                    stack.enter_context(contextlib.redirect_stderr(nowhere))
                 return super().invoke(ctx)
         except FeatcacheError as error:
             raise Message(error) from error

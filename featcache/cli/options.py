@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from featcache.finetuning.settings import SCHEDULES, SuffixSettings
-from featcache.system.files import check_folder
+from featcache.system.files import STDOUT, check_folder
 
 Decorator = Callable[[Any], Any]
 
@@ -76,17 +76,19 @@ def path_option(name: str, metavar: str, help: str, *names: str, **more: Any) ->
     return click.option(name, *names, type=path, metavar=metavar, help=help, **more)
 
 
-def output(metavar: str, help: str, *names: str, **more: Any) -> Decorator:
-    """Return an option that names a file to write, whose folder is there."""
+def output(metavar: str, help: str, *names: str, text: bool = False, **more: Any) -> Decorator:
+    """Return an option that names a file to write, whose folder is there, or - for text."""
+
+    def check(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+        """Refuse a folder that is missing before anything is computed: it may be a mistyped one."""
+        if path == STDOUT and not text:
+            raise click.BadParameter("standard output takes only text; name a file.")
+        if path is not None:
+            check_folder(path)
+        return path
+
     names = names or ("-o", "--output")
-    return path_option(names[0], metavar, help, *names[1:], callback=_in_a_folder, **more)
-
-
-def _in_a_folder(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a folder that is missing before anything is computed: it may be a typing error."""
-    if path is not None:
-        check_folder(path)
-    return path
+    return path_option(names[0], metavar, help, *names[1:], callback=check, **more)
 
 
 def flag(name: str, help: str) -> Decorator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 import featcache
 from featcache.cli import options
 from featcache.cli.command import Command, print_json
+from featcache.system.files import STDOUT
 
 
 def _load(predictor: Path, **network: Any) -> featcache.Predictor:
@@ -57,7 +59,9 @@ def evaluate(
 @click.command(cls=Command)
 @options.path_argument("predictor")
 @click.argument("images", nargs=-1, required=True)
-@options.output("FILE", "File to write. Default: standard output.")
+@options.output(
+    "FILE", "File to write. Default: standard output.", text=True, default="-", show_default=False
+)
 @click.option(
     "--format",
     "file_format",
@@ -72,38 +76,50 @@ def evaluate(
 @options.batch_size
 @options.workers
 @click.option("--device", metavar="DEVICE", default="auto", help=f"{options.DEVICES}.")
+@options.json_output
 def predict(
     predictor: Path,
     images: tuple[str, ...],
-    output: Path | None,
+    output: Path,
     file_format: str,
     top_k: int,
     backbone: str | None,
     weights: str | None,
+    as_json: bool,
     **settings: Any,
 ) -> None:
     """Label new IMAGES (files or folders) with PREDICTOR.
 
     An image that cannot be read has an empty label, and the reason in the column 'error'.
     """
-    from featcache.predictor.predictions import write_predictions
+    from featcache.predictor.predictions import Prediction, write_predictions
 
-    predictions = _load(predictor, backbone=backbone, weights=weights).stream(
+    predictions: Iterable[Prediction] = _load(predictor, backbone=backbone, weights=weights).stream(
         list(images),
         top_k=top_k,
-        progress=output is not None,  # not between predictions that go to the terminal
+        progress=as_json or output != STDOUT,  # not between predictions that go to the terminal
         **settings,
     )
-    write_predictions(predictions, output, file_format=file_format, top_k=top_k)
+    predictions = list(predictions) if as_json else predictions
+    if not as_json or output != STDOUT:
+        write_predictions(predictions, output, file_format=file_format, top_k=top_k)
+    if as_json:
+        found = [one.to_dict() for one in predictions]
+        print_json({"predictor": str(predictor), "output": str(output), "predictions": found})
 
 
 @click.command("export-model", cls=Command)
 @options.path_argument("predictor")
 @options.output("FILE", "File to write: .onnx, or .pt2 for torch.export.load.", required=True)
 @options.own_network
-def export_model(predictor: Path, output: Path, **network: Any) -> None:
+@options.json_output
+def export_model(predictor: Path, output: Path, as_json: bool, **network: Any) -> None:
     """Write network and head as one model: .onnx or .pt2."""
     from featcache.predictor.export import export_model as export_predictor
 
     export_predictor(_load(predictor, **network), output)
-    click.echo(str(output))
+    size = output.stat().st_size
+    if as_json:
+        print_json({"predictor": str(predictor), "output": str(output), "bytes": size})
+    else:
+        click.echo(f"{output}: network and head, {size / 1e6:,.1f} MB")

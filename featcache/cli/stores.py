@@ -13,6 +13,7 @@ import featcache
 from featcache.cli import options
 from featcache.cli.command import Command, print_json
 from featcache.errors import CorruptStore
+from featcache.system.files import STDOUT
 
 
 def _opened(path: Path) -> featcache.FeatureStore | featcache.Predictor:
@@ -64,22 +65,45 @@ def verify(file: Path, as_json: bool) -> None:
 
 @click.command(cls=Command)
 @options.path_argument("store")
-@options.output("FILE.csv", "Table of findings to write.", required=True)
-def audit(store: Path, output: Path) -> None:
+@options.output(
+    "FILE.csv", "Table of findings to write; - is standard output.", text=True, required=True
+)
+@options.json_output
+def audit(store: Path, output: Path, as_json: bool) -> None:
     """List images whose label, copies or features look wrong."""
     from featcache.study.audit import audit as audit_store
 
     findings = audit_store(featcache.FeatureStore.open(store))
-    findings.to_csv(output)
-    click.echo(f"{output}: {findings}")
+    if not as_json or output != STDOUT:
+        findings.to_csv(output)
+    if as_json:
+        found = [vars(one) for one in findings]
+        counts = {"images": findings.n_images, "findings": found, "notes": findings.notes}
+        print_json({"store": str(store), "output": str(output), **counts})
+    else:
+        click.echo(f"{output}: {findings}", err=output == STDOUT)
 
 
 @click.command(cls=Command)
 @options.path_argument("store")
-@options.output("FILE", "File to write; its ending decides the format.", required=True)
-def export(store: Path, output: Path) -> None:
+@options.output(
+    "FILE",
+    "File to write; its ending decides the format. - is CSV on standard output.",
+    text=True,
+    required=True,
+)
+@options.json_output
+def export(store: Path, output: Path, as_json: bool) -> None:
     """Write the features of STORE as .npz, .npy, .parquet or .csv."""
     from featcache.store.export import export_store
 
-    export_store(featcache.FeatureStore.open(store), output)
-    click.echo(str(output))
+    if as_json and output == STDOUT:
+        raise click.UsageError("--json and -o - both write to standard output; name a file.")
+    opened = featcache.FeatureStore.open(store)
+    export_store(opened, output)
+    images, columns = len(opened), opened.width()
+    if as_json:
+        written = {"store": str(store), "output": str(output)}
+        print_json({**written, "images": images, "columns": columns})
+    else:
+        click.echo(f"{output}: {images:,} images, {columns:,} columns", err=output == STDOUT)

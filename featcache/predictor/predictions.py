@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,7 @@ class Prediction:
 
 def write_predictions(
     predictions: Iterable[Prediction],
-    output: Path | None,
+    output: Path,
     *,
     file_format: str = "csv",
     top_k: int = 1,
@@ -76,9 +75,9 @@ def write_predictions(
     ----------
     predictions : iterable of Prediction
         For instance from `Predictor.stream`; nothing but the current one is kept.
-    output : Path or None
-        None: standard output. A file is replaced when all is written, and only if it is a file of
-        predictions.
+    output : Path
+        ``-`` is standard output. A file is replaced when all is written, and only if it is a file
+        of predictions.
     file_format : {"csv", "json"}
         CSV has the columns ``id,label,probability[,label_2,probability_2...],error``, JSON is one
         list of objects.
@@ -96,8 +95,6 @@ def write_predictions(
         The output is a file of another kind, or cannot be written.
     """
     write = _write_csv if file_format == "csv" else _write_json
-    if output is None:
-        return write(predictions, sys.stdout, top_k)
     check_overwrite(output, _is_predictions, "a file of predictions")
     with atomic_write(output, text=True) as file:
         return write(predictions, file, top_k)

@@ -18,7 +18,7 @@ import numpy as np
 from featcache.errors import MissingExtra, StoreError
 from featcache.fingerprint import canonical_json
 from featcache.store.store import FeatureStore
-from featcache.system.files import atomic_write, check_overwrite
+from featcache.system.files import STDOUT, atomic_write, check_overwrite
 
 __all__ = ["export_store"]
 
@@ -41,7 +41,8 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
     store : FeatureStore
         What to write; also a selection or a join.
     path : path
-        The file to make. A file of the same kind is replaced, another is not.
+        The file to make. A file of the same kind is replaced, another is not. ``-`` is CSV on
+        standard output.
 
     Returns
     -------
@@ -58,19 +59,20 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
         ``.parquet`` without pyarrow.
     """
     target = Path(path)
-    if target.suffix not in _KINDS:
+    suffix = ".csv" if target == STDOUT else target.suffix
+    if suffix not in _KINDS:
         raise StoreError(
             f"Cannot export to {target}: a name ending in {', '.join(_KINDS)} is needed."
         )
-    magic, write = _KINDS[target.suffix]
+    magic, write = _KINDS[suffix]
 
     def is_own(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(len(magic)) == magic
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    check_overwrite(target, is_own, f"a {target.suffix} file of this kind")
-    with atomic_write(target) as file:
+    check_overwrite(target, is_own, f"a {suffix} file of this kind")
+    with atomic_write(target, text=suffix == ".csv") as file:
         write(store, file)
     return target
 
@@ -131,23 +133,21 @@ def _write_npy(store: FeatureStore, file: IO[bytes]) -> None:
         file.write(np.ascontiguousarray(block, "<f4").data)
 
 
-def _write_csv(store: FeatureStore, file: IO[bytes]) -> None:
+def _write_csv(store: FeatureStore, file: IO[str]) -> None:
     views = store.views
     tables = {name: table.tolist() for name, table in _tables(store).items()}
     columns = [
         f"{name}[{column}]" for name, info in store.taps.items() for column in range(info.width)
     ]
-    # newline="": the csv module writes its own line ends
-    with open(file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as text:
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*tables, *(["view"] if views > 1 else []), *columns])
-        for part, block in store.blocks():
-            # numpy writes the shortest text that reads back as the same float32
-            values = block.reshape(-1, block.shape[-1]).astype(str).tolist()
-            for k, row in enumerate(values):
-                image, view = part.start + k // views, k % views
-                known = [table[image] for table in tables.values()]
-                writer.writerow([*known, *([view] if views > 1 else []), *row])
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*tables, *(["view"] if views > 1 else []), *columns])
+    for part, block in store.blocks():
+        # numpy writes the shortest text that reads back as the same float32
+        values = block.reshape(-1, block.shape[-1]).astype(str).tolist()
+        for k, row in enumerate(values):
+            image, view = part.start + k // views, k % views
+            known = [table[image] for table in tables.values()]
+            writer.writerow([*known, *([view] if views > 1 else []), *row])
 
 
 def _write_parquet(store: FeatureStore, file: IO[bytes]) -> None:
@@ -178,7 +178,7 @@ def _write_parquet(store: FeatureStore, file: IO[bytes]) -> None:
 
 
 # By suffix: the first bytes of such a file, and who writes it.
-_KINDS: dict[str, tuple[bytes, Callable[[FeatureStore, IO[bytes]], None]]] = {
+_KINDS: dict[str, tuple[bytes, Callable[[FeatureStore, IO[Any]], None]]] = {
     ".npz": (b"PK\x03\x04", _write_npz),
     ".npy": (b"\x93NUMPY", _write_npy),
     ".parquet": (b"PAR1", _write_parquet),

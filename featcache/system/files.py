@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import IO, Any
 
 from featcache.errors import OutputError
 
-__all__ = ["atomic_write", "check_folder", "check_overwrite"]
+__all__ = ["STDOUT", "atomic_write", "check_folder", "check_overwrite"]
+
+STDOUT = Path("-")
+"""The path that means standard output wherever text is written."""
 
 
 def check_folder(path: Path) -> None:
@@ -39,6 +43,8 @@ def check_overwrite(path: Path, is_own: Callable[[Path], bool], what: str) -> No
     ------
     OutputError
     """
+    if path == STDOUT:
+        return
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file in it.")
     check_folder(path)
@@ -62,13 +68,16 @@ def atomic_write(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
     path : Path
         A link keeps pointing at the file that is replaced.
     text : bool
-        Write UTF-8 text instead of bytes.
+        Write UTF-8 text instead of bytes, to standard output if `path` is `STDOUT`.
 
     Raises
     ------
     OutputError
         The file cannot be written; an earlier one is unchanged.
     """
+    if text and path == STDOUT:
+        yield sys.stdout
+        return
     target = path.resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

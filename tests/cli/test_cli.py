@@ -479,6 +479,86 @@ def test_an_interrupted_run_exits_with_75(
     assert "resume" in message
 
 
+def test_a_dash_is_standard_output_wherever_text_is_written(
+    store: Path,
+    predictor: Path,
+    flower_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-").write_text("a file of this name is left alone")
+    for command, ending in (
+        (["audit", store], ".csv"),
+        (["export", store], ".csv"),
+        (["predict", predictor, flower_folder / "rose", *FAST[:4]], ".csv"),
+        (["predict", predictor, flower_folder / "rose", *FAST[:4], "--format", "json"], ".json"),
+    ):
+        written = Path(command[0] + ending)
+        succeed(*command, "-o", written)
+        assert succeed(*command, "-o", "-") == written.read_text()
+    for command in (
+        ["extract", flower_folder, *NETWORK],
+        ["train", store],
+        ["export-model", predictor],
+        ["export", store, "--json"],
+    ):
+        assert "name a file" in fail(*command, "-o", "-", status=2)
+    assert Path("-").read_text() == "a file of this name is left alone"
+
+
+def test_json_is_one_object_for_every_command_that_writes_a_file(
+    store: Path, predictor: Path, flower_folder: Path, tmp_path: Path
+) -> None:
+    predict = ["predict", predictor, flower_folder / "rose", *FAST[:4], "--json"]
+    found = json.loads(succeed(*predict))
+    assert found["predictor"] == str(predictor) and len(found["predictions"]) == 12
+    assert found["predictions"][0]["id"] == "0000.jpg"
+    assert found["predictions"][0]["label"] == "rose"
+    written = json.loads(succeed(*predict, "-o", tmp_path / "p.csv"))
+    assert written == found | {"output": str(tmp_path / "p.csv")}
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 13
+
+    found = json.loads(succeed("audit", store, "-o", tmp_path / "a.csv", "--json"))
+    assert found["images"] == 36
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [one["id"] for one in found["findings"]] == [row["id"] for row in rows]
+
+    found = json.loads(succeed("export", store, "-o", tmp_path / "f.npy", "--json"))
+    assert found["output"] == str(tmp_path / "f.npy")
+    assert (found["images"], found["columns"]) == (36, 512)
+    assert "36 images, 512 columns" in succeed("export", store, "-o", tmp_path / "f.npy")
+
+    found = json.loads(succeed("export-model", predictor, "-o", tmp_path / "m.pt2", "--json"))
+    assert found["output"] == str(tmp_path / "m.pt2")
+    assert found["bytes"] == (tmp_path / "m.pt2").stat().st_size
+
+
+def test_quiet_leaves_errors_alone_on_standard_error(
+    flower_folder: Path, predictor: Path, tmp_path: Path
+) -> None:
+    assert all(
+        "quiet" in {one.name for one in command.params} for command in main.commands.values()
+    )
+    images = tmp_path / "images"
+    shutil.copytree(flower_folder, images / "train")
+    for name in ("daisy", "rose", "tulip"):
+        (images / "test" / name).mkdir(parents=True)
+        shutil.copy(flower_folder / name / "0003.jpg", images / "test" / name)
+    for command in (
+        ["extract", images, "-o", tmp_path / "s.h5", *NETWORK, *FAST],
+        ["train", tmp_path / "s.h5", "-o", tmp_path / "p", "--head", "svm", "--cv", "3"],
+        ["predict", predictor, flower_folder / "rose", "-o", tmp_path / "p.csv"],
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            result = featcache(*command, "--quiet")
+        assert (result.exit_code, result.stderr) == (0, ""), result.exception
+    assert featcache(*command).stderr  # the bar
+    assert "There is no feature file nowhere.h5" in fail("info", "nowhere.h5", "--quiet")
+    assert "No such option" in fail("--quiet", "info", "--nothing", status=2)
+
+
 @pytest.fixture
 def foreground() -> Iterator[None]:
     """Let Ctrl-C work: a job in the background of a script inherits that it is ignored."""

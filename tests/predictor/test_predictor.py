@@ -587,7 +587,7 @@ def test_predictions_as_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         '"a, b.jpg",rose,0.750000,tulip,0.250000,\n'
         "é.jpg,,,,,decode: not an image\n"
     )
-    write_predictions(FOUND, None)
+    write_predictions(FOUND, Path("-"))
     lines = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert lines[0] == ["id", "label", "probability", "error"]
     assert lines[1] == ["a, b.jpg", "rose", "0.750000", ""]
