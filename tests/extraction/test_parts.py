@@ -187,6 +187,30 @@ def test_a_script_without_its_guard_is_told_so(root: Path, tmp_path: Path) -> No
     assert beside(tmp_path / "f.h5") == []
 
 
+# What pip makes of the entry in pyproject.toml.
+SCRIPT = """
+import sys
+from featcache.cli.main import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("how", [["featcache"], ["-m", "featcache.cli"]], ids=["script", "module"])
+def test_the_command_line_computes_on_two_devices(
+    root: Path, whole: str, tmp_path: Path, how: list[str]
+) -> None:
+    (tmp_path / "featcache").write_text(SCRIPT)
+    command = f"extract {root} -o f.h5 --backbone {OWN} --layer pool --batch-size 4 --workers 0"
+    subprocess.run(
+        [sys.executable, *how, *command.split(), "--device", "cpu", "--device", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+    )
+    assert sha256(FeatureStore.open(tmp_path / "f.h5")) == whole
+
+
 def test_a_task_is_small(tmp_path: Path) -> None:
     root = folder(tmp_path / "images", 300)
     executor = Recording()
