@@ -594,7 +594,7 @@ def _relabel(file: StoreFile, tables: Tables) -> None:
     new = {name: table[rows] for name, table in tables.items()}
     contents = file.contents(new, file.failures())
     working = f"{file.path}.partial.relabelled"
-    kept = f"{file.path} is as it was."
+    kept = f"{file.path} is as it was; what takes its place is written beside it."
     refused = _make(file, np.arange(file.n), contents, working, file.path, kept=kept)
     _check_copied(file.path, file, refused)
 
@@ -777,13 +777,13 @@ def _begun(path: str, contents: Contents, room: int | None = None) -> StoreFile:
     try:
         format.create_file(f"{partial}.fresh", contents, room=room)
     except OSError as error:
-        disk.raise_for(
-            error,
-            path,
-            needed=contents.feature_bytes if room is None else room,
-            so_far="Nothing was computed." if room is None else "The parts are kept.",
-            advice="; --store-dtype float16 needs half the space" if room is None else "",
-        )
+        so_far, advice = "Nothing was computed.", "; --store-dtype float16 needs half the space"
+        if Path(path).exists():
+            so_far, advice = f"{path} is as it was; what takes its place is written beside it.", ""
+        if room is not None:
+            so_far, advice = "The parts are kept.", ""
+        needed = contents.feature_bytes if room is None else room
+        disk.raise_for(error, path, needed=needed, so_far=so_far, advice=advice)
     if Path(partial).exists():
         _keep_earlier_partial(partial)
     disk.rename(f"{partial}.fresh", partial)

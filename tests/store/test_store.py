@@ -650,6 +650,22 @@ def test_relabelling_rewrites_labels_only(path: Path) -> None:
         relabel(again, stores.images(5, start=20).tables)
 
 
+@pytest.mark.parametrize("how", ["grow", "remove", "relabel"])
+def test_room_for_the_file_that_takes_the_place_is_asked_for_first(
+    path: Path, full_disk: Callable[..., AbstractContextManager[None]], how: str
+) -> None:
+    store = stores.store(path, stores.images(12), stores.fingerprint(), failed=[3])
+    whole, other = path.read_bytes(), stores.images(16 if how == "grow" else 8)
+    with full_disk(), pytest.raises(DiskFull, match=r"needs [0-9.]+ MB and [0-9,.]+ MB") as error:
+        if how == "relabel":
+            relabel(store, stores.images(12).tables)
+        else:
+            stores.writer(path, other)
+    assert f"{path} is as it was" in str(error.value) and "float16" not in str(error.value)
+    assert path.read_bytes() == whole
+    assert beside(path) == ["a.h5"]
+
+
 def test_what_a_user_adds_is_named_and_never_dropped(path: Path) -> None:
     imgs = stores.images(12)
     before = stores.store(path, imgs)
