@@ -25,10 +25,15 @@ _import_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
+    from featcache.system.console import doing
+
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _import_name(name)
+        with doing(
+            None if name in __all__ else False, f"loading the libraries of featcache.{name}"
+        ):
+            return _import_name(name)
     finally:
         if collecting:
             gc.enable()

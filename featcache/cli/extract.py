@@ -11,6 +11,7 @@ import click
 import featcache
 from featcache.cli import options
 from featcache.cli.command import Command, print_json
+from featcache.system.console import doing
 from featcache.system.tables import text_table
 
 
@@ -71,7 +72,9 @@ def listed(images: str | tuple[str, ...], settings: dict[str, Any]) -> featcache
             raise click.UsageError(
                 f"--{name.replace('_', '-')} is for a table of labels; name it with --labels."
             )
-    return featcache.ImageSet.open(images, labels_csv=labels, **listing)
+    opened = featcache.ImageSet.open
+    with doing(None, "listing the images"):
+        return opened(images, labels_csv=labels, **listing)
 
 
 def extracted(

@@ -203,7 +203,7 @@ def extract(
         Remove labels, groups and splits of the file that is there if `images` have no labels. Left
         out, such images keep them, by their ids or else by their contents.
     progress : bool, optional
-        Show a progress bar on standard error. Left out: only if that is a terminal.
+        Show a progress bar on standard error. Left out: only in a terminal or a notebook.
 
     Returns
     -------

@@ -30,7 +30,7 @@ from featcache.networks.forward import Runtime, Settings
 from featcache.store.format import DONE, FAILED
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
-from featcache.system.console import progress_bar
+from featcache.system.console import doing, progress_bar
 
 __all__ = ["Job", "filled"]
 
@@ -70,9 +70,10 @@ class Job:
 
     def from_network(self) -> reuse.StoredLayout:
         """Compute fingerprint and shapes from the network."""
-        fingerprint = self.backbone.fingerprint(**reuse.of_features(self.request))
-        views = (fingerprint.views,) if fingerprint.views > 1 else ()
-        shapes = {tap: (*views, *shape) for tap, shape in self.backbone.shapes.items()}
+        with doing(self.options.progress, "loading the network"):
+            fingerprint = self.backbone.fingerprint(**reuse.of_features(self.request))
+            views = (fingerprint.views,) if fingerprint.views > 1 else ()
+            shapes = {tap: (*views, *shape) for tap, shape in self.backbone.shapes.items()}
         return reuse.StoredLayout(fingerprint, shapes)
 
     def check_code(self, store: FeatureStore) -> None:
@@ -146,22 +147,7 @@ def filled(
         summary.failed = int(np.count_nonzero(writer.status == FAILED))
         if len(writer.pending):
             _check_network(writer, job.from_network().fingerprint)
-            bar = progress_bar(
-                options.progress,
-                total=len(images),
-                initial=len(images) - len(writer.pending),
-                unit="img",
-                desc=job.backbone.name,
-            )
-
-            def advance(rows: int, failures: Mapping[int, DecodeError]) -> None:
-                bar.update(min(rows, len(images) - bar.n))  # a replaced image counts once
-                if failures and options.on_error == "fail":
-                    raise _first_failure(job, failures)
-                check()
-
-            with bar:
-                _compute(job, writer, settings, summary, advance)
+            _compute(job, writer, settings, summary, check)
         else:
             for source in writer.earlier_stores:
                 job.check_code(source)
@@ -182,21 +168,36 @@ def _compute(
     writer: FeatureWriter,
     settings: Settings | None,
     summary: Summary,
-    advance: Callable[[int, Mapping[int, DecodeError]], None],
+    check: Callable[[], None],
 ) -> None:
     """Compute the pending rows."""
-    pending, clock = writer.pending, Clock()
+    pending, clock, images = writer.pending, Clock(), job.images
     recorded = _recorded(writer, settings)
-    runtime = job.options.runtime(job.backbone, len(pending), settings=recorded)
     asked = settings and recorded  # what every part repeats
-    _check_settings(writer.path, asked, runtime.settings)
-    summary.rounding = check_canaries(writer, runtime)
+    with doing(job.options.progress, "checking the network"):
+        runtime = job.options.runtime(job.backbone, len(pending), settings=recorded)
+        _check_settings(writer.path, asked, runtime.settings)
+        summary.rounding = check_canaries(writer, runtime)
+    bar = progress_bar(
+        job.options.progress,
+        total=len(images),
+        initial=len(images) - len(pending),
+        unit="img",
+        desc=job.backbone.name,
+    )
+
+    def advance(rows: int, failures: Mapping[int, DecodeError]) -> None:
+        bar.update(min(rows, len(images) - bar.n))  # a replaced image counts once
+        if failures and job.options.on_error == "fail":
+            raise _first_failure(job, failures)
+        check()
+
     crashed = (writer.meta.get("run") or {}).get("state") == "running"
     started = time.perf_counter()
-    with _marked_as_running(writer):
+    with bar, _marked_as_running(writer):
         _fill(job, writer, runtime, asked, pending, clock, advance, crashed=crashed)
         for _ in range(_ROUNDS):
-            reuse.recheck_replaced_files(writer, job.images, pending)
+            reuse.recheck_replaced_files(writer, images, pending)
             if not len(again := writer.pending):
                 break
             _fill(job, writer, runtime, asked, again, clock, advance, crashed=crashed)

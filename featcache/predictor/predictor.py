@@ -34,7 +34,7 @@ from featcache.predictor.inputs import InputTap
 from featcache.predictor.predictions import Prediction
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
-from featcache.system.console import progress_bar
+from featcache.system.console import doing, progress_bar
 from featcache.system.files import atomic_write, check_overwrite
 from featcache.system.tables import first_names, html_table
 
@@ -231,14 +231,15 @@ class Predictor:
         batch_size, workers, device
             As for `extract`.
         progress : bool, optional
-            Show a progress bar on standard error; left out, if that is a terminal.
+            Show a progress bar on standard error; left out, in a terminal or a notebook.
         """
         if top_k < 1:
             raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
         image_sets = list(_image_sets(images))
-        networks = self._backbones()
-        self._bind(networks, device)
-        self._check_networks(networks, device)
+        with doing(progress, "loading the network"):
+            networks = self._backbones()
+            self._bind(networks, device)
+            self._check_networks(networks, device)
         settings = {"batch_size": batch_size, "workers": workers, "device": device}
         return itertools.chain.from_iterable(
             self._stream_set(image_set, networks, top_k, progress=progress, **settings)

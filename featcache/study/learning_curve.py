@@ -109,7 +109,7 @@ def learning_curve(
     random_state : int
         Seed.
     progress : bool, optional
-        Show a progress bar on standard error; left out, if that is a terminal.
+        Show a progress bar on standard error; left out, in a terminal or a notebook.
 
     Raises
     ------

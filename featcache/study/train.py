@@ -135,7 +135,7 @@ def train(
         Folder that the head ``suffix`` writes to after every epoch, and resumes from: with one,
         SIGINT and SIGTERM become `Interrupted`.
     progress : bool, optional
-        Show a progress bar on standard error; left out, if that is a terminal.
+        Show a progress bar on standard error; left out, in a terminal or a notebook.
 
     Returns
     -------
@@ -217,7 +217,7 @@ def _train_heads(
     found = []
     with progress_bar(progress, unit=" fits", leave=False) as bar:
         for number, name in enumerate(names, 1):
-            bar.set_description(f"{name} (head {number} of {len(names)})")
+            bar.set_description_str(f"{name} (head {number} of {len(names)})")
             found.append(_train_head(data.of_head(name), name, test, bar.update))
     return found
 
@@ -381,7 +381,7 @@ def _train_head(
         found = data.search(head, progress)
     logits, score = found.logits.astype(np.float64) / found.temperature, found.score
     if data.options.nested and head != SUFFIX:  # the folds of a suffix choose nothing
-        logits, score = _nested(data, head)
+        logits, score = _nested(data, head, progress)
     out_of_fold = _evaluation(data, logits)
     predictor = _predictor(data, found)
     held_out = None if test is None else evaluate(predictor, test)
@@ -418,7 +418,9 @@ def _evaluation(data: _TrainingData, logits: npt.NDArray[np.float64]) -> Evaluat
     )
 
 
-def _nested(data: _TrainingData, head: str) -> tuple[npt.NDArray[np.float64], float]:
+def _nested(
+    data: _TrainingData, head: str, progress: Progress
+) -> tuple[npt.NDArray[np.float64], float]:
     """Search inside every fold's training part: calibrated scores of the folds, and their score.
 
     Varma and Simon, Bias in error estimation when using cross-validation for model selection
@@ -428,7 +430,8 @@ def _nested(data: _TrainingData, head: str) -> tuple[npt.NDArray[np.float64], fl
     logits = np.full((len(data.y), len(classes)), np.nan)
     for train, valid in data.folds:
         rows = TrainingRows.check(data.X[train], data.y[train], _inner_folds(data, train))
-        found = search(HEADS[head](replace(data.options, memory=None)), rows)
+        options = replace(data.options, memory=None, progress=progress)
+        found = search(HEADS[head](options), rows)
         scores = found.estimator.logits(data.X[valid]).astype(np.float64)
         logits[valid] = log_softmax(scores / found.temperature, axis=1)
     judged = score_folds(logits, codes, classes, data.folds, data.options.scoring)

@@ -1,8 +1,9 @@
 """What a command shows while it runs, and what SIGINT (Ctrl-C) and SIGTERM do to it.
 
 One rule says whether there is a progress bar: every function that takes `progress` takes True,
-False or None, and None, the default, means "if standard error is a terminal". A bar that goes to a
-file is a line every half minute. Signals stop the computing, never the writing.
+False or None, and None, the default, means "if a person looks at standard error": in a terminal or
+a notebook. A bar that goes to a file is a line every half minute. Signals stop the computing,
+never the writing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import Any
 
 from featcache.errors import Interrupted
 
-__all__ = ["deferred_signals", "interruptible", "is_shown", "progress_bar", "sigterm_as_ctrl_c"]
+__all__ = [
+    "deferred_signals",
+    "doing",
+    "interruptible",
+    "is_shown",
+    "progress_bar",
+    "sigterm_as_ctrl_c",
+]
 
 _LOG_INTERVAL = 30.0  # seconds between two lines of progress that go to a file, not to a terminal
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -24,7 +32,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def is_shown(progress: bool | None) -> bool:
     """Return whether an argument `progress` asks for a bar."""
-    return sys.stderr.isatty() if progress is None else progress
+    return _is_watched() if progress is None else progress
+
+
+def _is_watched() -> bool:
+    """Return whether standard error is a terminal or a notebook, whose kernel says it is none."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
 
 
 def progress_bar(progress: bool | None, steps: Iterable[Any] | None = None, **options: Any) -> Any:
@@ -33,7 +46,7 @@ def progress_bar(progress: bool | None, steps: Iterable[Any] | None = None, **op
     Parameters
     ----------
     progress : bool or None
-        Show it; None: if standard error is a terminal.
+        Show it; None: in a terminal or a notebook.
     steps : iterable, optional
         Steps to count; left out, the bar is moved by ``update``.
     **options
@@ -45,9 +58,27 @@ def progress_bar(progress: bool | None, steps: Iterable[Any] | None = None, **op
         steps,
         disable=not is_shown(progress),
         file=sys.stderr,
-        mininterval=0.1 if sys.stderr.isatty() else _LOG_INTERVAL,
+        mininterval=0.1 if _is_watched() else _LOG_INTERVAL,
         **options,
     )
+
+
+@contextlib.contextmanager
+def doing(progress: bool | None, what: str) -> Iterator[None]:
+    """Say what is being done, until the block ends, where a person would see a bar.
+
+    Parameters
+    ----------
+    progress : bool or None
+        False says nothing.
+    what : str
+        Such as ``"loading the network"``.
+    """
+    if progress is False or not _is_watched():
+        yield
+        return
+    with progress_bar(True, desc=f"{what} ...", bar_format="{desc}", leave=False):
+        yield
 
 
 class _Stopped(BaseException):

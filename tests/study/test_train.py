@@ -528,6 +528,19 @@ def test_progress_is_shown_on_a_terminal_or_as_asked(
     assert captured.out == ""
 
 
+def test_the_bar_moves_with_the_fits_of_nested_folds_too(
+    store: FeatureStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fits(**options: bool) -> int:
+        moved: list[int] = []
+        monkeypatch.setattr("tqdm.tqdm.update", lambda bar, n=1: moved.append(n))
+        train(store, head="ridge", cv=3, progress=True, **options)
+        return sum(moved)
+
+    assert fits(nested=True) > 3 * fits()
+    assert "ridge (head 1 of 1): " in capsys.readouterr().err
+
+
 def test_the_study_shows_progress_on_a_terminal(
     store: FeatureStore,
     tmp_path: Path,
