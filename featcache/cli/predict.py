@@ -90,7 +90,8 @@ def predict(
 ) -> None:
     """Label new IMAGES (files or folders) with PREDICTOR.
 
-    An image that cannot be read has an empty label, and the reason in the column 'error'.
+    An image that cannot be read has an empty label, and the reason in the column 'error'. The ids
+    are paths below IMAGES; where several are named, the paths as typed.
     """
     from featcache.predictor.predictions import Prediction, write_predictions
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import itertools
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import FingerprintMismatch
+from featcache.errors import FingerprintMismatch, PredictorError
 from featcache.fingerprint import Fingerprint
+from featcache.images.folders import expanded, matches
+from featcache.images.tars import are_tars
 from featcache.networks.identity import difference
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from featcache.extraction.decoding import Batch
     from featcache.images.image_set import ImageSet
     from featcache.networks.backbone import Backbone
@@ -82,6 +89,72 @@ def layers_of(
         numbers.append(fitting[0] if k not in fitting else k)
     names = source_taps(store)
     return [names[numbers[column.source], column.tap] for column in columns]
+
+
+def image_sets(images: Any) -> list[tuple[str, ImageSet]]:
+    """Return image sets of whatever `Predictor.stream` was given, in that order.
+
+    Each with the path that its ids are below; of a single source, that is nothing.
+    """
+    from featcache.images.image_set import ImageSet
+
+    if isinstance(images, ImageSet):
+        return [("", images)]
+    if isinstance(images, np.ndarray) and not (images.ndim == 3 and images.shape[2] in (3, 4)):
+        return [("", ImageSet.from_arrays(images))]
+    listed = isinstance(images, Iterable) and not isinstance(images, str | np.ndarray)
+    items = list(images) if listed else [images]
+    if not items:
+        raise PredictorError("There is no image to predict: the list is empty.")
+    paths = [os.fspath(item) for item in items if isinstance(item, str | os.PathLike)]
+    if len(paths) < len(items):
+        return [("", ImageSet.from_dataset([(_picture(item), 0) for item in items]))]
+    if len(paths) == 1:
+        return [("", ImageSet.open(paths[0]))]
+    matched = [one for path in paths for name in expanded(path) for one in matches(name) or [name]]
+    names = {os.path.normpath(name): name for name in matched}  # each once
+    found = []
+    for is_file, run in itertools.groupby(names, lambda name: _is_image(names[name])):
+        if is_file:
+            found.append(("", _in_order(ImageSet.from_files(files := list(run)), files)))
+            continue
+        for name in run:  # ids in a tar begin with the name of the tar
+            place = Path(name).parent if are_tars([name]) else name
+            found.append((str(place), ImageSet.open(names[name])))
+    return found
+
+
+def _picture(item: Any) -> Image:
+    """Return an image in memory as a PIL image."""
+    from PIL import Image
+
+    if isinstance(item, Image.Image):
+        return item
+    if (
+        isinstance(item, np.ndarray)
+        and item.dtype == np.uint8
+        and item.size
+        and (item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4)))
+    ):
+        return Image.fromarray(item)
+    came = f"{item.dtype} {item.shape}" if hasattr(item, "dtype") else repr(item)[:60]
+    raise PredictorError(
+        "Expected paths, or PIL images and arrays of uint8 (h, w, 3) or (h, w); got "
+        f"{type(item).__name__} {came}."
+    )
+
+
+def _is_image(path: str) -> bool:
+    """Return whether a path is a file that holds one image, by its suffix."""
+    return Path(path).is_file() and not path.lower().endswith((".tar", ".npz"))
+
+
+def _in_order(images: ImageSet, files: Sequence[str]) -> ImageSet:
+    """Undo the sorting of an image set made of files."""
+    row_of = {name: row for row, name in enumerate(images.ids)}
+    if row_of.keys() != set(files):
+        return images  # names that are not UTF-8
+    return images.select([row_of[name] for name in files])
 
 
 def features_of(

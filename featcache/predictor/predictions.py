@@ -20,7 +20,7 @@ class Prediction:
     Attributes
     ----------
     id : str
-        The image, relative to the folder that was given.
+        The image, relative to the folder that was given; of several, with that folder.
     label : str
         The most probable class; empty where there is an error.
     probability : float

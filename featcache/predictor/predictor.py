@@ -11,11 +11,9 @@ make these rows of the canary images (another Pillow, torch or device might not)
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -224,8 +222,10 @@ class Predictor:
 
         Parameters
         ----------
-        images : ImageSet, path, list of paths, or array of uint8 (n, h, w[, c])
-            Files, folders, or what `ImageSet` makes.
+        images : ImageSet, path, list of paths, list of images, or array of uint8 (n, h, w[, c])
+            Files, folders, tars, patterns. Of several, the ids are the paths as they were given,
+            joined with the path below them. Images in a list may differ in size: PIL images, and
+            arrays of uint8 (h, w) or (h, w, 3). One array (h, w, 3) is one image.
         top_k : int
             Classes to name, from the most probable one.
         batch_size, workers, device
@@ -235,15 +235,16 @@ class Predictor:
         """
         if top_k < 1:
             raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
-        image_sets = list(_image_sets(images))
+        image_sets = inputs.image_sets(images)
         with doing(progress, "loading the network"):
             networks = self._backbones()
             self._bind(networks, device)
             self._check_networks(networks, device)
         settings = {"batch_size": batch_size, "workers": workers, "device": device}
-        return itertools.chain.from_iterable(
-            self._stream_set(image_set, networks, top_k, progress=progress, **settings)
-            for image_set in image_sets
+        return (
+            replace(one, id=str(Path(place, one.id))) if place else one
+            for place, image_set in image_sets
+            for one in self._stream_set(image_set, networks, top_k, progress=progress, **settings)
         )
 
     def attach(
@@ -542,41 +543,3 @@ class Predictor:
                 "The head no longer computes what it did when it was saved: "
                 f"{file.then_and_now(self.versions)}. Install the former, or train again."
             )
-
-
-# --- images ------------------------------------------------------------------------------------
-
-
-def _image_sets(images: Any) -> Iterator[ImageSet]:
-    """Make image sets of whatever was given, in the order given."""
-    from PIL import Image
-
-    from featcache.images.image_set import ImageSet
-
-    if isinstance(images, ImageSet):
-        yield images
-    elif isinstance(images, np.ndarray):
-        yield ImageSet.from_arrays(images)
-    elif isinstance(images, str | Path):
-        yield ImageSet.open(images)
-    else:
-        items: list[Any] = [images] if isinstance(images, Image.Image) else list(images)
-        if not items:
-            raise PredictorError("There is no image to predict: the list is empty.")
-        if all(isinstance(item, Image.Image) for item in items):
-            yield ImageSet.from_dataset([(item, 0) for item in items])
-            return
-        for is_folder, run in itertools.groupby(items, lambda item: Path(item).is_dir()):
-            if is_folder:
-                yield from (ImageSet.open(folder) for folder in run)
-            else:
-                yield _in_order(ImageSet.open(files := list(run)), files)
-
-
-def _in_order(images: ImageSet, files: Sequence[Any]) -> ImageSet:
-    """Undo the sorting of an image set made of files: each once, in the order given."""
-    row_of = {name: row for row, name in enumerate(images.ids)}
-    names = dict.fromkeys(os.path.normpath(file) for file in files)
-    if row_of.keys() != names.keys():
-        return images  # tars, globs, or names that are not UTF-8
-    return images.select([row_of[name] for name in names])

@@ -191,6 +191,8 @@ class FeatureStore:
     """
 
     def __init__(self, sources: Sequence[FileGroup]) -> None:
+        if isinstance(sources, str | Path) or isinstance(next(iter(sources), None), str | Path):
+            raise StoreError(f"A feature file is opened. Type: FeatureStore.open({sources!r})")
         # The summary of the run that gave this store, None if it was opened. Any, because its type
         # belongs to extraction, which imports this module.
         self.extraction: Any = None

@@ -5,6 +5,8 @@ import io
 import json
 import math
 import re
+import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -128,8 +130,27 @@ def test_files_come_in_the_order_given(predictor: Predictor, flower_folder: Path
 def test_files_and_folders_can_be_mixed(predictor: Predictor, flower_folder: Path) -> None:
     given = [flower_folder / "rose/0001.jpg", flower_folder / "tulip"]
     found = predictor.attach(own()).predict(given, workers=0)
-    assert [one.id for one in found[:2]] == [str(given[0]), "0000.jpg"]
+    assert [one.id for one in found[:2]] == [str(given[0]), str(given[1] / "0000.jpg")]
     assert len(found) == 13
+
+
+def test_of_several_sources_the_ids_are_the_paths_as_they_were_given(
+    predictor: Predictor, flower_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture = flower_folder / "rose/0001.jpg"
+    for name in ("a/x.jpg", "b/x.jpg", "b/deep/x.jpg", "c/x.jpg", "d/x.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, name)
+    for folder in "cd":
+        with tarfile.open(f"{folder}/t.tar", "w") as tar:
+            tar.add(f"{folder}/x.jpg", "x.jpg")
+    given = ["a", "b/", "c/t.tar", "d/t.tar", "[cd]/*.jpg", "./a"]
+    found = predictor.attach(own()).predict(given, workers=0)
+    ids = ["a/x.jpg", "b/deep/x.jpg", "b/x.jpg", "c/t.tar/x.jpg", "d/t.tar/x.jpg"]
+    assert [one.id for one in found] == [*ids, "c/x.jpg", "d/x.jpg"]
+    assert not any(one.error for one in found)
+    assert [one.id for one in predictor.predict(["a"], workers=0)] == ["x.jpg"]
 
 
 def test_images_that_cannot_be_read_are_reported(
@@ -163,6 +184,25 @@ def test_arrays_and_pictures_in_memory(predictor: Predictor, flower_folder: Path
         found = predictor.attach(own()).predict(given, workers=0)
         assert {one.label for one in found} == {expected.label}
         assert found[0].probability == pytest.approx(expected.probability, abs=1e-6)
+
+
+def test_arrays_of_any_size_are_images(predictor: Predictor, flower_folder: Path) -> None:
+    predictor.attach(own())
+    with Image.open(flower_folder / "rose/0001.jpg") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    (expected,) = predictor.predict(picture.filename, workers=0)
+    found = predictor.predict(
+        [pixels, pixels[:20], pixels[..., 0], Image.new("L", (9, 9))], workers=0
+    )
+    assert [one.id for one in found] == [f"{number:08d}" for number in range(4)]
+    assert found[0].probability == pytest.approx(expected.probability, abs=1e-6)
+    assert len(predictor.predict(pixels, workers=0)) == 1  # no set of narrow grey images
+    for wrong in (
+        [pixels.astype(np.float32)], [pixels, flower_folder], [flower_folder, pixels],
+        [pixels[None]], [None], 5, [torch.zeros(3, 8, 8)],
+    ):  # fmt: skip
+        with pytest.raises(PredictorError, match=r"Expected paths, or .* uint8 \(h, w, 3\)"):
+            predictor.predict(wrong, workers=0)
 
 
 def test_streaming_reads_no_further_than_it_must(predictor: Predictor) -> None:

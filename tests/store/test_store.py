@@ -49,6 +49,12 @@ def beside(path: Path) -> list[str]:
     return sorted(p.name for p in path.parent.iterdir())
 
 
+def test_a_path_is_opened_with_open() -> None:
+    for path in ("x.h5", Path("x.h5"), ["x.h5"]):
+        with pytest.raises(StoreError, match=r"Type: FeatureStore.open\("):
+            FeatureStore(path)  # type: ignore[arg-type]
+
+
 # --- filling ------------------------------------------------------------------------------------
 
 
