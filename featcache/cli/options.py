@@ -139,6 +139,11 @@ workers = click.option(
     **count(0),
     help="Number of processes that decode images; 0 decodes in this one. Default: by processor.",
 )
+max_pixels = click.option(
+    "--max-pixels",
+    **count(),
+    help="Number of pixels that an image may have. Default: 178,956,970.",
+)
 # Arguments of `Backbone`, but for the name.
 network = stacked(
     weights,
@@ -157,9 +162,10 @@ network = stacked(
         "declare.",
     ),
     click.option(
-        "--max-pixels",
-        **count(),
-        help="Number of pixels that an image may have. Default: 178,956,970.",
+        "--truncated",
+        type=click.Choice(["refuse", "accept"]),
+        help="Refuse images that are cut off before their end, or read what there is of them.  "
+        "[default: refuse]",
     ),
 )
 # Arguments of `ImageSet.open`.
@@ -197,6 +203,7 @@ extraction = stacked(
     flag("--drop-labels", "Remove the labels of an earlier run where IMAGES have none now."),
     batch_size,
     workers,
+    max_pixels,
     click.option(
         "--device",
         "devices",

@@ -75,6 +75,7 @@ def evaluate(
 @options.own_network
 @options.batch_size
 @options.workers
+@options.max_pixels
 @click.option("--device", metavar="DEVICE", default="auto", help=f"{options.DEVICES}.")
 @options.json_output
 def predict(

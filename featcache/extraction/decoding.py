@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import joblib
 import numpy as np
@@ -65,6 +65,8 @@ class Batch:
         Features by tap of the m images that are `done`.
     failures : dict of int to DecodeError
         Reasons of the images that failed, by row.
+    cut_off : list of int
+        Rows of the images that are cut off before their end, and were read all the same.
     seconds : float
         Time spent on reading and decoding.
     """
@@ -75,6 +77,7 @@ class Batch:
     pixels: Tensor
     features: dict[str, np.ndarray] = field(default_factory=dict)
     failures: dict[int, DecodeError] = field(default_factory=dict)
+    cut_off: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -126,11 +129,14 @@ class Decoder:
         Resizing and cropping.
     augmentation : Augmentation, optional
         Random views instead of the central crop; the pixels then have an axis of views.
+    max_pixels : int, optional
+        As for `featcache.extract`.
     """
 
     images: ImageSet
     preprocessing: Preprocessing
     augmentation: Augmentation | None = None
+    max_pixels: int | None = None
 
     def blank(self, task: Task) -> Batch:
         """Return a batch of black images, none of them read."""
@@ -170,16 +176,25 @@ class Decoder:
         if raw is None:
             return
         try:
+            row, whole = int(batch.rows[k]), replace(self.preprocessing, truncated="refuse")
+            try:
+                pixels = self._pixels(row, raw, whole)
+            except DecodeError:
+                if self.preprocessing == whole:
+                    raise
+                pixels = self._pixels(row, raw, self.preprocessing)
+                batch.cut_off.append(row)
             # (c, h, w), or (views, c, h, w)
-            batch.pixels[int(batch.slots[k])].numpy()[...] = self._pixels(int(batch.rows[k]), raw)
+            batch.pixels[int(batch.slots[k])].numpy()[...] = pixels
             batch.entries["status"][k] = DONE
         except DecodeError as error:
             batch.fail(k, error)
 
-    def _pixels(self, row: int, raw: RawImage) -> np.ndarray:
+    def _pixels(self, row: int, raw: RawImage, preprocessing: Preprocessing) -> np.ndarray:
         if self.augmentation is None:
-            return self.preprocessing(raw)
-        return self.preprocessing.views(raw, self.augmentation, self.images.ids[row])
+            return preprocessing(raw, max_pixels=self.max_pixels)
+        id = self.images.ids[row]
+        return preprocessing.views(raw, self.augmentation, id, max_pixels=self.max_pixels)
 
 
 class Loader:
@@ -288,6 +303,7 @@ class Loader:
                     one = next(images)
                     batch.entries[k], batch.pixels[slot] = one.entries[0], one.pixels[0]
                     batch.failures |= one.failures
+                    batch.cut_off += one.cut_off
                     batch.seconds += one.seconds
                 yield batch
 

@@ -49,6 +49,7 @@ def features(
     rows: np.ndarray | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
+    max_pixels: int | None = None,
     device: str = "auto",
     precision: str = "float32",
     compile: bool | None = None,
@@ -64,7 +65,7 @@ def features(
         The network.
     rows : array of int, optional
         Numbers of the images to compute, ascending; all if left out.
-    batch_size, workers, device, precision, compile, augmentation
+    batch_size, workers, max_pixels, device, precision, compile, augmentation
         As for `extract`.
 
     Yields
@@ -75,6 +76,7 @@ def features(
     options = Options(
         batch_size=batch_size,
         workers=workers,
+        max_pixels=max_pixels,
         device=device,
         precision=precision,
         compile=compile,
@@ -120,6 +122,7 @@ def extract(
     *,
     batch_size: int | None = None,
     workers: int | None = None,
+    max_pixels: int | None = None,
     device: str | Sequence[str] = "auto",
     parts: int | None = None,
     executor: Executor | None = None,
@@ -154,6 +157,8 @@ def extract(
     workers : int, optional
         Number of processes that decode images; 0 decodes in threads of this process. Left out: 0 on
         a CPU; beside a GPU one for each core that this process may use, at most 16.
+    max_pixels : int, optional
+        As for `featcache.pixels.decode.decode`. It changes no feature and is not recorded.
     device : str or sequence of str
         As for `featcache.networks.forward.select_device`. Several devices fill a part each, in a
         process of their own ("spawn": what a script does must stand below
@@ -239,6 +244,7 @@ def extract(
     options = Options(
         batch_size=batch_size,
         workers=workers,
+        max_pixels=max_pixels,
         device=devices[0],
         precision=precision,
         compile=compile,

@@ -21,6 +21,7 @@ import numpy as np
 from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
 from featcache.extraction import reuse
 from featcache.extraction.canaries import check_canaries, check_same_network, usable_canaries
+from featcache.extraction.decoding import Batch
 from featcache.extraction.stream import Options, WriterThread, compute
 from featcache.extraction.summary import Clock, Summary
 from featcache.fingerprint import Fingerprint, differences
@@ -186,10 +187,11 @@ def _compute(
         desc=job.backbone.name,
     )
 
-    def advance(rows: int, failures: Mapping[int, DecodeError]) -> None:
-        bar.update(min(rows, len(images) - bar.n))  # a replaced image counts once
-        if failures and job.options.on_error == "fail":
-            raise _first_failure(job, failures)
+    def advance(batch: Batch) -> None:
+        bar.update(min(len(batch.rows), len(images) - bar.n))  # a replaced image counts once
+        summary.cut_off += len(batch.cut_off)
+        if batch.failures and job.options.on_error == "fail":
+            raise _first_failure(job, batch.failures)
         check()
 
     crashed = (writer.meta.get("run") or {}).get("state") == "running"
@@ -215,7 +217,7 @@ def _fill(
     asked: Settings | None,
     rows: np.ndarray,
     clock: Clock,
-    advance: Callable[[int, Mapping[int, DecodeError]], None],
+    advance: Callable[[Batch], None],
     *,
     crashed: bool,
 ) -> None:
@@ -236,7 +238,7 @@ def _fill(
                 reported = time.monotonic()  # for the process that waits for this part
                 rows_done = int(np.count_nonzero(writer.status))
                 writer.set_meta("run", {"state": "running", "rows": rows_done})
-            advance(len(batch.rows), batch.failures)
+            advance(batch)
 
 
 def _first_failure(job: Job, failures: Mapping[int, DecodeError]) -> ExtractionError:

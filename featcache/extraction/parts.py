@@ -214,6 +214,7 @@ def _summarize(
     for file in opened:
         file.close()
     summary.computed = sum(result["computed"] for result in results)
+    summary.cut_off = sum(result["cut_off"] for result in results)
     summary.failed = int(sum(failed))
     summary.copied = plan.n - summary.computed - summary.failed
     times = [result["seconds"] for result in results if "loop" in result["seconds"]]

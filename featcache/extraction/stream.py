@@ -38,6 +38,7 @@ class Options:
 
     batch_size: int | None = None
     workers: int | None = None
+    max_pixels: int | None = None
     device: str = "auto"
     precision: str = "float32"
     compile: bool | None = None
@@ -111,7 +112,8 @@ def compute(
     if not len(rows):
         return
     clock, views, workers = clock or Clock(), options.views, options.workers
-    decoder = Decoder(images, runtime.backbone.preprocessing, options.augmentation)
+    preprocessing = runtime.backbone.preprocessing
+    decoder = Decoder(images, preprocessing, options.augmentation, options.max_pixels)
     loader = Loader(
         decoder,
         workers=_default_workers(runtime, crashed=crashed) if workers is None else workers,

@@ -44,6 +44,8 @@ class Summary:
     computed, copied, failed : int
         Images that were computed by this run, that an earlier run had computed, and that are
         recorded as failed.
+    cut_off : int
+        Images computed by this run that are cut off before their end.
     removed : int
         Images of an earlier file that are not in the image set, under no name: their features are
         no longer in the file.
@@ -76,6 +78,7 @@ class Summary:
     computed: int = 0
     copied: int = 0
     failed: int = 0
+    cut_off: int = 0
     removed: int = 0
     unlabelled: int = 0
     relabelled: bool = False
@@ -120,6 +123,8 @@ class Summary:
             f"{self.images:,} images: {self.computed:,} computed, {self.copied:,} reused, "
             f"{self.failed:,} failed, in {self.seconds['total']:.1f} s"
         )
+        if self.cut_off:
+            text += f"; {self.cut_off:,} image{' is' if self.cut_off == 1 else 's are'} cut off"
         if self.removed:
             one = self.removed == 1
             gone = "1 image is" if one else f"{self.removed:,} images are"

@@ -17,18 +17,16 @@ def as_asked(
     *,
     weights: str | Path | None = "auto",
     layers: Iterable[str] | None = None,
-    max_pixels: int | None = None,
     **options: Any,
 ) -> dict[str, Any] | None:
     """Return the arguments of a `Backbone` as JSON values, with all that they depend on.
 
-    Equal values ask for the same features (`max_pixels` changes none): they hold the versions of
-    the libraries that names are looked up in, and the state of a weights file. Unequal values say
-    nothing.
+    Equal values ask for the same features: they hold the versions of the libraries that names are
+    looked up in, and the state of a weights file. Unequal values say nothing.
 
     Parameters
     ----------
-    network, weights, layers, max_pixels, options
+    network, weights, layers, options
         As for `Backbone`; options that are left out, None or False say the same.
 
     Returns

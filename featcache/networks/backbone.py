@@ -23,6 +23,7 @@ from featcache.networks.checkpoints import PartialReport
 from featcache.networks.families import RANDOM_SEED, backbones, family_of
 from featcache.networks.taps import ResolvedTap, resolve
 from featcache.networks.tracing import LayerRow, Trace, default_float32, trace
+from featcache.pixels.decode import Truncated
 from featcache.pixels.preprocessing import Preprocessing
 
 __all__ = ["RANDOM_SEED", "Backbone", "backbones"]
@@ -63,7 +64,7 @@ class Backbone:
     weights_key : str, optional
         Dictionary or prefix of a weights file to take the weights from, where several fit:
         ``"teacher"``.
-    bit_depth, max_pixels : int, optional
+    bit_depth, truncated : optional
         As for `Preprocessing`. Left out: those of `preprocessing`.
     preprocessing : Preprocessing, optional
         What the network expects of images; needed for a module. Left out: that of the weights.
@@ -112,7 +113,7 @@ class Backbone:
         partial: bool = False,
         weights_key: str | None = None,
         bit_depth: int | None = None,
-        max_pixels: int | None = None,
+        truncated: Truncated | None = None,
         preprocessing: Preprocessing | None = None,
         name: str | None = None,
     ) -> None:
@@ -128,6 +129,7 @@ class Backbone:
                 partial=partial,
                 weights_key=weights_key,
                 bit_depth=bit_depth,
+                truncated=truncated,
             )
         self._family = family_of(
             network, weights, preprocessing, name, partial=partial, key=weights_key
@@ -135,7 +137,7 @@ class Backbone:
         chosen = preprocessing or self._family.preprocessing()
         if image_size is not None:
             chosen = chosen.with_image_size(image_size)
-        given = {"bit_depth": bit_depth, "max_pixels": max_pixels}
+        given = {"bit_depth": bit_depth, "truncated": truncated}
         reading: Any = {name: value for name, value in given.items() if value is not None}
         self.preprocessing = replace(chosen, **reading)
         self.name, self.source = self._family.name, self._family.kind

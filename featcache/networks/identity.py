@@ -116,7 +116,8 @@ def rebuild(
         layers=fingerprint.taps,
         partial=True,  # what a file leaves out is compared with the rest of the weights
         weights_key=file.get("key") or None,
-        bit_depth=fingerprint.preprocessing.get("bit_depth"),  # a callable does not say it
+        bit_depth=fingerprint.preprocessing.get("bit_depth"),  # a callable does not say these
+        truncated=fingerprint.preprocessing.get("truncated"),
         preprocessing=given,
     )
 

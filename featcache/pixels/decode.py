@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     RawImage: TypeAlias = bytes | NDArray[Any] | Image.Image
 else:
     RawImage: TypeAlias = Any
+
+Truncated: TypeAlias = Literal["refuse", "accept"]
 
 # Pillow logs what it cannot decode; without any handler Python would print that.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -63,6 +65,7 @@ def decode(
     channels: int = 3,
     *,
     bit_depth: int | None = None,
+    truncated: Truncated = "refuse",
     max_pixels: int | None = None,
 ) -> NDArray[np.uint8]:
     """Decode one image.
@@ -82,6 +85,9 @@ def decode(
     bit_depth : int, optional
         Bits that the samples of grey images of more than 8 bits fill, such as 12. Left out: those
         that the file declares; 32-bit integers must then be below 256.
+    truncated : {"refuse", "accept"}
+        What to do with an image that is cut off before its end: refuse it, or read what there is
+        (JPEG, PNG, GIF, and formats that are not compressed); the rest is black, or grey.
     max_pixels : int, optional
         Number of pixels that an image may have. Left out: Pillow's limit, about 179 million.
 
@@ -98,12 +104,16 @@ def decode(
         channels. The stage is "decode".
     """
     with decode_errors():
-        found = picture(raw, channels, bit_depth, max_pixels)
+        found = picture(raw, channels, bit_depth, truncated, max_pixels)
         return to_array(found, channels) if isinstance(found, Image.Image) else found.copy()
 
 
 def picture(
-    raw: RawImage, channels: int, bit_depth: int | None = None, max_pixels: int | None = None
+    raw: RawImage,
+    channels: int,
+    bit_depth: int | None = None,
+    truncated: Truncated = "refuse",
+    max_pixels: int | None = None,
 ) -> Image.Image | NDArray[np.uint8]:
     """Decode to an image of mode "L" or "RGB" (channels 1 and 3) or an array (h, w, channels).
 
@@ -111,7 +121,7 @@ def picture(
     work, with the same result in each channel.
     """
     if isinstance(raw, bytes):
-        raw = _read(raw, max_pixels)
+        raw = _read(raw, truncated, max_pixels)
     if isinstance(raw, np.ndarray):
         pixels = _uint8(raw, bit_depth)
         if channels not in (1, 3) and pixels.shape[2] == channels:
@@ -203,7 +213,7 @@ quiet = _Quiet()
 def bits_in_use(raw: RawImage) -> int:
     """Return how many bits the samples of a grey image fill that declares 16; 0 for others."""
     with decode_errors():
-        found: Any = _read(raw, None) if isinstance(raw, bytes) else raw
+        found: Any = _read(raw) if isinstance(raw, bytes) else raw
         bits = None
         if isinstance(found, np.ndarray):
             bits = 16 if found.dtype == np.uint16 else None
@@ -212,37 +222,48 @@ def bits_in_use(raw: RawImage) -> int:
         return int(np.max(np.asarray(found))).bit_length() if bits == 16 else 0
 
 
-def _read(data: bytes, max_pixels: int | None) -> Any:
-    """Return the pixels of an ``.npy`` file, or an image file, whose first whole page is chosen."""
+def _read(data: bytes, truncated: Truncated = "refuse", max_pixels: int | None = None) -> Any:
+    """Return the pixels of an ``.npy`` file, or the first whole page of an image, loaded."""
     if data.startswith(_NPY_MAGIC):
         return np.load(io.BytesIO(data), allow_pickle=False)
     image: Any = _opened(data, max_pixels)
     if image.format == "TIFF":
         _to_first_whole_page(image)
-    elif image.format in ("JPEG", "MPO"):
-        return _with_end(image, data, max_pixels)
     elif image.format == "PPM" and image.tile:
         # Of grey images Pillow spreads the values over 16 bits, from the file's own largest one.
         image.info["spread"] = isinstance(image.tile[0].args, tuple) and (
             image.tile[0].args[-1] != 65535
         )
+    try:
+        image.load()
+    except OSError as error:
+        if "truncated" not in str(error):
+            raise
+        found = _what_there_is(image, data, truncated == "accept", max_pixels)
+        if found is None:
+            hint = "extract --truncated accept reads what there is of it"
+            raise DecodeError("decode", f"{reason(error)}; {hint}") from None
+        return found
     return image
 
 
-def _with_end(image: Image.Image, data: bytes, max_pixels: int | None) -> Image.Image:
-    """Load a JPEG, even if it lacks its end marker and nothing else."""
-    try:
-        image.load()
-    except OSError:
+def _what_there_is(image: Any, data: bytes, accepted: bool, max_pixels: int | None) -> Any:
+    """Return an image that is cut off, if that is accepted, or if only an end marker is missing."""
+    if image.format in ("JPEG", "MPO"):
         # A progressive image is refined to the end: nothing tells whether it is whole.
-        if data.endswith(_JPEG_END) or "progressive" in image.info:
-            raise
+        refused = data.endswith(_JPEG_END) or "progressive" in image.info
         # What stands behind the pixels' data does not change the pixels, if these are whole.
         data = data.removesuffix(_JPEG_END[:1])
         image, other = (_opened(data + more + _JPEG_END, max_pixels) for more in (b"", b"U" * 4096))
-        if not np.array_equal(np.asarray(image), np.asarray(other)):
-            raise
-    return image
+        with contextlib.suppress(OSError):
+            image.load()
+            if accepted or not (refused or np.any(np.asarray(image) != np.asarray(other))):
+                return image
+    if not accepted:
+        return None
+    image.tile = []  # Pillow has kept the rows that there were, and shall not read again
+    image.load_end()
+    return image if image.getbbox() else None
 
 
 def _opened(data: bytes, max_pixels: int | None) -> Image.Image:

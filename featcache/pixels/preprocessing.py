@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 from PIL import Image
 
 from featcache.fingerprint import Record
-from featcache.pixels.decode import RawImage, decode_errors, picture, to_array
+from featcache.pixels.decode import RawImage, Truncated, decode_errors, picture, to_array
 from featcache.pixels.views import Augmentation
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class Preprocessing(Record):
     fit : str
         What `resize` to a pair does: "stretch" gives exactly this size, "cover" the smallest
         image of the same shape that covers it.
-    bit_depth, max_pixels : int, optional
-        As for `decode`. `max_pixels` changes no pixel: it is neither compared nor recorded.
+    bit_depth, truncated
+        As for `decode`.
 
     Raises
     ------
@@ -78,7 +78,7 @@ class Preprocessing(Record):
     channels: int = 3
     fit: Fit = "stretch"
     bit_depth: int | None = None
-    max_pixels: int | None = field(default=None, compare=False)
+    truncated: Truncated = "refuse"
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop"):
@@ -88,6 +88,8 @@ class Preprocessing(Record):
             raise ValueError(f"interpolation is one of {expected}, not {self.interpolation!r}")
         if self.fit not in get_args(Fit):
             raise ValueError(f"fit is one of {', '.join(get_args(Fit))}, not {self.fit!r}")
+        if self.truncated not in get_args(Truncated):
+            raise ValueError(f"truncated is refuse or accept, not {self.truncated!r}")
         if self.channels < 1:
             raise ValueError(f"channels is at least 1, not {self.channels}")
         if not len(self.mean) == len(self.std) == self.channels:
@@ -102,10 +104,6 @@ class Preprocessing(Record):
         if self.crop is None and not (isinstance(self.resize, tuple) and self.fit == "stretch"):
             raise ValueError("all outputs must have one size: give crop, or resize=(height, width)")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what decides the pixels, as JSON values."""
-        return {name: value for name, value in super().to_dict().items() if name != "max_pixels"}
-
     @property
     def output_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what a call returns."""
@@ -113,12 +111,12 @@ class Preprocessing(Record):
         height, width = (size, size) if isinstance(size, int) else size or (0, 0)
         return self.channels, height, width
 
-    def __call__(self, raw: RawImage) -> NDArray[np.uint8]:
+    def __call__(self, raw: RawImage, *, max_pixels: int | None = None) -> NDArray[np.uint8]:
         """Decode, resize and crop one image.
 
         Parameters
         ----------
-        raw : bytes, ndarray or PIL.Image.Image
+        raw, max_pixels
             As for `decode`.
 
         Returns
@@ -137,14 +135,16 @@ class Preprocessing(Record):
             As `decode` does.
         """
         with decode_errors():
-            return self._finish([self._fit(band) for band in self._bands(raw)])
+            return self._finish([self._fit(band) for band in self._bands(raw, max_pixels)])
 
-    def views(self, raw: RawImage, augmentation: Augmentation, id: str) -> NDArray[np.uint8]:
+    def views(
+        self, raw: RawImage, augmentation: Augmentation, id: str, *, max_pixels: int | None = None
+    ) -> NDArray[np.uint8]:
         """Decode one image and draw augmented views of it.
 
         Parameters
         ----------
-        raw : bytes, ndarray or PIL.Image.Image
+        raw, max_pixels
             As for `decode`.
         augmentation : Augmentation
             What the views look like, and how many there are. They are cropped from the whole
@@ -164,7 +164,7 @@ class Preprocessing(Record):
         """
         size, resample = self.output_shape[1:], _RESAMPLING[self.interpolation]
         with decode_errors():
-            bands = self._bands(raw)
+            bands = self._bands(raw, max_pixels)
             whole = bands[0].height, bands[0].width
             views = []
             for index in range(augmentation.views):
@@ -173,13 +173,13 @@ class Preprocessing(Record):
                 views.append(pixels.transpose(1, 2, 0))
             return np.stack(views).transpose(0, 3, 1, 2)  # (views, h, w, c) -> (views, c, h, w)
 
-    def _bands(self, raw: RawImage) -> list[Image.Image]:
+    def _bands(self, raw: RawImage, max_pixels: int | None) -> list[Image.Image]:
         """Return what is resized: the image, or each channel of an array by itself.
 
         Pillow would multiply colour by alpha before it resizes RGBA; channels that are data of
         their own must not mix.
         """
-        found = picture(raw, self.channels, self.bit_depth, self.max_pixels)
+        found = picture(raw, self.channels, self.bit_depth, self.truncated, max_pixels)
         if isinstance(found, Image.Image):
             return [found]
         # (h, w, c) -> c times (h, w)

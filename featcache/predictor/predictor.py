@@ -212,6 +212,7 @@ class Predictor:
         top_k: int = 1,
         batch_size: int | None = None,
         workers: int | None = None,
+        max_pixels: int | None = None,
         device: str = "auto",
         progress: bool | None = None,
     ) -> Iterator[Prediction]:
@@ -228,7 +229,7 @@ class Predictor:
             arrays of uint8 (h, w) or (h, w, 3). One array (h, w, 3) is one image.
         top_k : int
             Classes to name, from the most probable one.
-        batch_size, workers, device
+        batch_size, workers, max_pixels, device
             As for `extract`.
         progress : bool, optional
             Show a progress bar on standard error; left out, in a terminal or a notebook.
@@ -240,7 +241,12 @@ class Predictor:
             networks = self._backbones()
             self._bind(networks, device)
             self._check_networks(networks, device)
-        settings = {"batch_size": batch_size, "workers": workers, "device": device}
+        settings = {
+            "batch_size": batch_size,
+            "workers": workers,
+            "max_pixels": max_pixels,
+            "device": device,
+        }
         return (
             replace(one, id=str(Path(place, one.id))) if place else one
             for place, image_set in image_sets

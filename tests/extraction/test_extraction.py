@@ -323,9 +323,9 @@ def test_failed_images_are_tried_again_when_asked_or_changed(
     tried: list[int] = []
     original = Preprocessing.__call__
 
-    def counting(self: Preprocessing, raw: Any) -> Any:
+    def counting(self: Preprocessing, raw: Any, **options: Any) -> Any:
         tried.append(len(raw))
-        return original(self, raw)
+        return original(self, raw, **options)
 
     monkeypatch.setattr(Preprocessing, "__call__", counting)
     run(root, max_failures=0.1, retry_failed=True, workers=0)
@@ -406,7 +406,7 @@ def test_features_of_a_machine_that_decodes_otherwise_are_not_mixed_in(
     run(root)
     photograph(root / "bee" / "new.jpg", 77)
     original = Preprocessing.__call__
-    monkeypatch.setattr(Preprocessing, "__call__", lambda self, raw: original(self, raw) // 2)
+    monkeypatch.setattr(Preprocessing, "__call__", lambda *args, **kw: original(*args, **kw) // 2)
     with pytest.raises(FingerprintMismatch, match="test images"):
         run(root)
 

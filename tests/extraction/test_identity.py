@@ -85,7 +85,7 @@ def test_a_store_does_not_grow_with_another_decoder(
         drawn = canary.images()[::-1]
         monkeypatch.setattr(canary, "images", lambda: drawn)
     right = Preprocessing.__call__
-    monkeypatch.setattr(Preprocessing, "__call__", lambda *args: 255 - right(*args))
+    monkeypatch.setattr(Preprocessing, "__call__", lambda *args, **more: 255 - right(*args, **more))
     with pytest.raises(FingerprintMismatch, match="decodes"):
         extract(images, backbone(), path, device="cpu")
 

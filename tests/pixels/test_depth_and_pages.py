@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,9 +140,7 @@ def test_the_first_page_that_is_no_preview_is_read(channels: int) -> None:
         np.testing.assert_array_equal(found[..., 0], expected)
 
 
-def test_larger_images_are_read_if_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_larger_images_are_read_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     large = encoded(Image.new("RGB", (60, 50), "red"), "PNG")
     with pytest.raises(DecodeError, match=r"3,000 pixels.*--max-pixels 3000 --retry-failed"):
@@ -149,9 +149,7 @@ def test_larger_images_are_read_if_asked_for(
     with pytest.raises(DecodeError, match="more than 2,999"):
         decode(large, max_pixels=2999)
     assert Image.MAX_IMAGE_PIXELS == 1000
-    plain, more = (Preprocessing(resize=8, crop=8, max_pixels=limit) for limit in (None, 3000))
-    assert plain == more and plain.to_dict() == more.to_dict()
-    assert more(large).shape == (3, 8, 8)
+    assert Preprocessing(resize=8, crop=8)(large, max_pixels=3000).shape == (3, 8, 8)
 
 
 def test_a_failed_image_is_read_with_the_flags_of_its_message(
@@ -165,6 +163,23 @@ def test_a_failed_image_is_read_with_the_flags_of_its_message(
     assert "1 failed" in succeed(*asked)
     assert "--max-pixels 3000 --retry-failed" in succeed("info", tmp_path / "a.h5")
     assert "0 failed" in succeed(*asked, "--max-pixels", 3000, "--retry-failed")
+
+
+def test_tasks_of_an_executor_and_predictors_read_larger_images_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = folder(tmp_path / "images", 12)
+    large = root / "ant" / "large.png"
+    Image.new("RGB", (60, 50), "red").save(large)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    images, network = ImageSet.open(root), Backbone("squeezenet1_1", weights=None, image_size=32)
+    asked: dict[str, Any] = {"device": "cpu", "max_pixels": 3000}
+    with ThreadPoolExecutor(2) as threads:
+        told = extract(images, network, tmp_path / "a.h5", parts=2, executor=threads, **asked)
+    assert told.extraction.failed == 0
+    succeed("train", tmp_path / "a.h5", "-o", tmp_path / "p", "--head", "ridge", "--cv", 2)
+    assert "more than 2,000" in succeed("predict", tmp_path / "p", large)
+    assert "more than" not in succeed("predict", tmp_path / "p", large, "--max-pixels", 3000)
 
 
 def photograph(progressive: bool = False) -> bytes:
@@ -185,6 +200,61 @@ def test_a_jpeg_that_lacks_pixels_is_refused(missing: int) -> None:
         decode(photograph()[:-missing])
     with pytest.raises(DecodeError, match="truncated"):
         decode(photograph(progressive=True)[:-missing])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_of_an_image_that_is_cut_off_what_there_is_is_read(format: str, channels: int) -> None:
+    options = {"interlace": 0} if format == "GIF" else {}
+    data = encoded(Image.open(io.BytesIO(photograph())), format, **options)
+    cut = data[: len(data) // 2]
+    with pytest.raises(DecodeError, match=r"truncated.* extract --truncated accept reads what"):
+        decode(cut, channels)
+    found, whole = decode(cut, channels, truncated="accept"), decode(data, channels)
+    assert found.shape == whole.shape
+    same = (found == whole).reshape(len(whole), -1).all(axis=1)  # rows
+    assert (same[110:] if format == "BMP" else same[:50]).all() and not same.all()
+    np.testing.assert_array_equal(decode(data, channels, truncated="accept"), whole)
+
+
+def test_a_progressive_jpeg_that_is_cut_off_is_coarser() -> None:
+    data = photograph(progressive=True)
+    found = decode(data[: len(data) // 2], truncated="accept").astype(int)
+    assert 0 < np.abs(found - decode(data)).mean() < 40
+
+
+def test_an_image_of_which_no_row_is_there_is_refused() -> None:
+    data = encoded(Image.open(io.BytesIO(photograph())), "BMP")[:60]
+    with pytest.raises(DecodeError, match="truncated"):
+        decode(data, truncated="accept")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_are_cut_off_are_counted(tmp_path: Path, workers: int) -> None:
+    root = folder(tmp_path / "images", 12)
+    for k in range(2):
+        (root / "ant" / f"cut-{k}.jpg").write_bytes(photograph()[: 2000 + k])
+    own = ("--backbone", "tests.small:own", "--layer", "pool", "--workers", workers)
+    assert "2 failed" in succeed("extract", root, "-o", tmp_path / "a.h5", *own)
+    asked = ("extract", root, "-o", tmp_path / "b.h5", *own, "--truncated", "accept")
+    assert "14 computed, 0 reused, 0 failed" in (told := succeed(*asked))
+    assert "; 2 images are cut off" in told
+    assert '"cut_off": 0' in succeed(*asked, "--json")  # nothing is computed
+    plain, cut = (FeatureStore.open(tmp_path / name) for name in ("a.h5", "b.h5"))
+    assert plain.fingerprint != cut.fingerprint
+    assert cut.fingerprint.preprocessing["truncated"] == "accept"
+    shared = cut.select(np.isin(cut.ids, plain.ids))
+    np.testing.assert_allclose(shared.load()[0], plain.load()[0], rtol=1e-5)
+    again = rebuild(cut.fingerprint, backbone="tests.small:own")
+    assert again.fingerprint() == cut.fingerprint
+    images = ImageSet.open(root)
+    told = extract(images, again, tmp_path / "parts.h5", parts=2, device="cpu").extraction
+    assert (told.cut_off, told.failed) == (2, 0)
+
+
+def test_what_is_to_be_done_with_a_cut_image_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="truncated is refuse or accept"):
+        Preprocessing(truncated="perhaps")
 
 
 def test_a_depth_that_is_none_is_refused() -> None:
