@@ -25,6 +25,7 @@ from featcache.images.source import (
     no_images,
     read_error,
     sorted_tables,
+    stamp,
 )
 
 _JSON_LABELS = ("label", "cls", "class")  # keys of a sample's JSON; the first one there counts
@@ -37,8 +38,7 @@ class Shard:
     """One tar file, as it was when its members were listed."""
 
     path: str
-    size: int
-    mtime_ns: int
+    status: os.stat_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +80,23 @@ class TarMembers(Source):
             raise read_error(error, f"{shard.path}: ") from error
         except (MemoryError, OverflowError) as error:
             raise DecodeError("read", "the member does not fit into memory") from error
-        if (now.st_size, now.st_mtime_ns) != (shard.size, shard.mtime_ns) or len(data) != size:
+        if _version(now) != _version(shard.status) or len(data) != size:
             raise DecodeError("read", f"{shard.path} has changed since its members were listed")
         return data
 
     def stat(self, row: int) -> tuple[int, int]:
-        """Return the member's size, and the time of its shard's last change."""
+        """Return the member's size, and the stamp of its shard."""
         shard, _, size = self._place(row)
-        return size, shard.mtime_ns
+        return size, stamp(shard.status)
 
     def _place(self, row: int) -> tuple[Shard, int, int]:
         number, offset, size = self.places[row].tolist()
         return self.shards[number], offset, size
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """Return what another content of a shard changes, but not its permissions."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def are_tars(names: list[str]) -> bool:
@@ -137,8 +142,7 @@ class _Index:
     def add(self, path: str) -> None:
         """List the members of one shard."""
         try:
-            status = os.stat(path)
-            self.shards.append(Shard(path, status.st_size, status.st_mtime_ns))
+            self.shards.append(Shard(path, os.stat(path)))
             with tarfile.open(path, "r:") as tar:
                 self._add_members(tar, os.path.basename(path))
         except OSError as error:

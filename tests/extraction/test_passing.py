@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from featcache.extraction.extract import extract
 from featcache.images import folders
 from featcache.images.image_set import ImageSet
 from featcache.store.store import FeatureStore
+from tests.images.test_images import shard
 from tests.small import backbone, folder
 
 
@@ -95,6 +97,31 @@ def test_another_picture_of_the_same_size_and_time_is_seen(root: Path, how: str)
     assert not store.extraction.skipped
     now = store.sha256[store.ids == "ant/0000.bmp"]
     assert (now == other).all() and not (now == first).all()
+
+
+def bitmap(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "BMP")
+    return file.getvalue()
+
+
+def test_another_picture_in_a_tar_of_the_same_size_and_time_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+
+    def run(*colours: str) -> FeatureStore:
+        """Write the shard anew, with its time put back, and extract it."""
+        if colours:
+            shard(path, {f"{k}.bmp": bitmap(colour) for k, colour in enumerate(colours)})
+            os.utime(path, ns=(10**18, 10**18))
+        images = ImageSet.from_tar(path)
+        return extract(images, backbone(), tmp_path / "f.h5", workers=0, device="cpu")
+
+    assert run("red", "blue", "green").extraction.computed == 3
+    assert run().extraction.skipped
+    summary = run("red", "white", "green").extraction
+    assert (summary.computed, summary.copied) == (1, 2)
+    path.chmod(0o600)
+    assert run().extraction.skipped
 
 
 def test_files_that_were_only_touched_cost_no_new_file(root: Path) -> None:
