@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from featcache.errors import BackboneError, TapError
-from featcache.fingerprint import Tap
+from featcache.fingerprint import GRAMMAR, Tap
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -197,6 +197,9 @@ class Trace:
         return rows + idle
 
     def _unknown(self, layer: str) -> str:
+        known, _, suffix = layer.partition(":")
+        if suffix and known in self.names:
+            return f"The layer {known} is there; {suffix!r} is not what may follow: {GRAMMAR}"
         near = difflib.get_close_matches(layer, [name for name in self.names if name], n=4)
         ends = [name for name in self.names if name.endswith(f".{layer}")][:4]
         hint = list(dict.fromkeys(near + ends))

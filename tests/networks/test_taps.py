@@ -167,6 +167,8 @@ def test_layers_that_never_run_or_are_unknown_are_refused(toy: nn.Module, batch:
         resolve(toy, ["idle"], batch)
     with pytest.raises(TapError, match="Near names: conv2, conv1"):
         resolve(toy, ["conv3"], batch)
+    with pytest.raises(TapError, match=r"conv2 is there; 'foo' is not what may follow: .*:mean"):
+        resolve(toy, ["conv2:foo"], batch)
     nested = nn.Sequential(toy)
     with pytest.raises(TapError, match=r"0\.fc"):
         resolve(nested, ["fc"], batch)
