@@ -76,12 +76,12 @@ class StoreFile:
         self._check_format(others)
         try:
             self.fingerprint = Fingerprint.from_dict(self.meta("fingerprint"))
-        except CorruptStore as error:
+            self.features = {tap: self.datasets[feature_name(tap)] for tap in self.fingerprint.taps}
+        except (CorruptStore, KeyError) as error:
             raise CorruptStore(
                 f"{path} is damaged, nothing tells which network its features are of: {error}. "
                 "Compute them again, into another file"
             ) from error
-        self.features = {tap: self._features(tap) for tap in self.fingerprint.taps}
         self.n = self.datasets["ids"].shape[0]
 
     def __del__(self) -> None:
@@ -136,21 +136,19 @@ class StoreFile:
                 f"own, {own}, type: python -c {shlex.quote(code + move)}"
             )
 
-    def _features(self, tap: str) -> Dataset:
-        try:
-            return self.datasets[feature_name(tap)]
-        except KeyError as error:
-            raise CorruptStore(f"{self.path} is damaged: it has no features {tap!r}.") from error
-
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return a dataset, or its rows from `start` to `stop`."""
         dataset = self.datasets[name]
         shape = dataset.shape if stop is None else (stop - start, *dataset.shape[1:])
         array = np.empty(shape, dataset.dtype)
-        if array.nbytes:
-            offset = dataset.offset + start * dataset.row_bytes
-            disk.pread_into(self.descriptor, as_bytes(array), offset)
+        self.read_into(dataset, start, array)
         return array
+
+    def read_into(self, dataset: Dataset, start: int, out: np.ndarray) -> None:
+        """Fill a contiguous array of the dataset's type with its rows from `start` on."""
+        if out.nbytes:
+            offset = dataset.offset + start * dataset.row_bytes
+            disk.pread_into(self.descriptor, as_bytes(out), offset)
 
     def write_rows(self, dataset: Dataset, start: int, array: np.ndarray) -> None:
         """Write rows from `start` on; the array has the dataset's type and is contiguous."""

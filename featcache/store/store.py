@@ -146,10 +146,7 @@ class FileGroup:
         while done < len(out):
             file, dataset, row = self.locate(tap, start + done)
             count = min(len(out) - done, file.n - row)
-            part = out[done : done + count]
-            if part.nbytes:
-                offset = dataset.offset + row * dataset.row_bytes
-                disk.pread_into(file.descriptor, disk.as_bytes(part), offset)
+            file.read_into(dataset, row, out[done : done + count])
             done += count
 
 

@@ -445,7 +445,7 @@ class FeatureWriter:
                         end = start + count * dataset.row_bytes
                         disk.reserve(self._file.descriptor, start, end, zeros=True)
             copied = self.copy_rows(FeatureStore.of_file(file), theirs, ours)
-            _check_copied(part, file, theirs[~np.isin(ours, copied)])
+            _check_copied(file, theirs[~np.isin(ours, copied)])
             file.close()
             self.commit()
             Path(part).unlink()
@@ -517,17 +517,12 @@ class FeatureWriter:
         """Make the store from the rows that are done."""
         partial, failures = f"{self.path}.partial", self.failures
         tables = {name: self._file.read(name)[done] for name in self._file.tables}
-        refused = _make(
-            self._file,
-            done,
-            self._file.contents(tables, failures),
-            f"{partial}.compact",
-            self.path,
-            kept=f"All features are kept in {partial}; only leaving out the {len(failures)} "
-            "failed images needs the room.",
+        kept = (
+            f"All features are kept in {partial}; only leaving out the {len(failures)} failed "
+            "images needs the room."
         )
-        self.mark_pending(refused)
-        _check_copied(partial, self._file, refused)
+        contents = self._file.contents(tables, failures)
+        _make(self._file, done, contents, f"{partial}.compact", self.path, kept=kept)
 
     def _clean_up(self) -> None:
         """Remove what only an unfinished file needs, and close."""
@@ -595,8 +590,7 @@ def _relabel(file: StoreFile, tables: Tables) -> None:
     contents = file.contents(new, file.failures())
     working = f"{file.path}.partial.relabelled"
     kept = f"{file.path} is as it was; what takes its place is written beside it."
-    refused = _make(file, np.arange(file.n), contents, working, file.path, kept=kept)
-    _check_copied(file.path, file, refused)
+    _make(file, np.arange(file.n), contents, working, file.path, kept=kept)
 
 
 def merge(
@@ -708,10 +702,13 @@ def _make(
     path: str,
     *,
     kept: str,
-) -> np.ndarray:
+) -> None:
     """Make the finished file `path`, by way of `working`, from some rows of another file.
 
-    Returns the rows that fail their checksums. If there are any, nothing is made.
+    Raises
+    ------
+    StoreError
+        Rows fail their checksums. Nothing is made.
     """
     source.refuse_foreign()
     try:
@@ -719,20 +716,19 @@ def _make(
         with FeatureWriter(path, StoreFile(working, writable=True), None, kept=kept) as target:
             store, numbers = FeatureStore.of_file(source, rows), np.arange(len(rows))
             copied = target.copy_rows(store, numbers, numbers)
-            if len(copied) == len(rows):
-                target._file.seal()
-                disk.rename(working, path)
-            return np.delete(rows, copied)
+            _check_copied(source, np.delete(rows, copied))
+            target._file.seal()
+            disk.rename(working, path)
     except OSError as error:
         disk.raise_for(error, path, needed=contents.feature_bytes, so_far=kept)
     finally:
         Path(working).unlink(missing_ok=True)
 
 
-def _check_copied(path: str, file: StoreFile, refused: np.ndarray) -> None:
+def _check_copied(file: StoreFile, refused: np.ndarray) -> None:
     """Raise if rows of a file could not be copied because they are damaged."""
     if len(refused):
-        first = file.read("ids")[refused[0]].decode()
+        path, first = file.path, file.read("ids")[refused[0]].decode()
         raise StoreError(
             f"{len(refused):,} rows of {path} are damaged on the disk and cannot be copied (first: "
             f"{first}). Nothing else is lost. To compute them again, run `featcache extract` with "
