@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import click
 from featcache.errors import FeatcacheError
 from featcache.system.console import sigterm_as_ctrl_c
 
-__all__ = ["Command", "Commands", "Message", "print_json"]
+__all__ = ["Command", "Commands", "Message", "print_json", "show"]
 
 
 class Message(click.ClickException):
@@ -74,6 +75,14 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _colour(stream: Any) -> bool:
     return "NO_COLOR" not in os.environ and stream.isatty()
+
+
+def show(as_json: bool, values: Mapping[str, Any], text: str, *, err: bool = False) -> None:
+    """Print a result: one JSON object on standard output, or text, perhaps on standard error."""
+    if as_json:
+        print_json(values)
+    else:
+        click.echo(text, err=err)
 
 
 def print_json(value: Any) -> None:

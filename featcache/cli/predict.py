@@ -10,7 +10,7 @@ import click
 
 import featcache
 from featcache.cli import options
-from featcache.cli.command import Command, print_json
+from featcache.cli.command import Command, print_json, show
 from featcache.system.files import STDOUT
 
 
@@ -48,12 +48,8 @@ def evaluate(
         featcache.write_report(
             evaluation, report, store=opened, images=pictures, leaderboard=loaded.leaderboard
         )
-    if as_json:
-        print_json(evaluation.to_dict())
-    else:
-        click.echo(evaluation.to_text())
-        if report is not None:
-            click.echo(f"\nreport: {report}")
+    written = "" if report is None else f"\n\nreport: {report}"
+    show(as_json, evaluation.to_dict(), f"{evaluation.to_text()}{written}")
 
 
 @click.command(cls=Command)
@@ -121,7 +117,5 @@ def export_model(predictor: Path, output: Path, as_json: bool, **network: Any) -
 
     export_predictor(_load(predictor, **network), output)
     size = output.stat().st_size
-    if as_json:
-        print_json({"predictor": str(predictor), "output": str(output), "bytes": size})
-    else:
-        click.echo(f"{output}: network and head, {size / 1e6:,.1f} MB")
+    values = {"predictor": str(predictor), "output": str(output), "bytes": size}
+    show(as_json, values, f"{output}: network and head, {size / 1e6:,.1f} MB")

@@ -11,7 +11,7 @@ import click
 
 import featcache
 from featcache.cli import options
-from featcache.cli.command import Command, print_json
+from featcache.cli.command import Command, show
 from featcache.errors import CorruptStore
 from featcache.system.files import STDOUT
 
@@ -38,10 +38,7 @@ def info(file: Path, as_json: bool) -> None:
     with their reasons; of a predictor the head, classes, network and figures.
     """
     opened = _opened(file)
-    if as_json:
-        print_json(opened.describe())
-    else:
-        click.echo(opened.to_text())
+    show(as_json, opened.describe(), opened.to_text())
 
 
 @click.command(cls=Command)
@@ -50,17 +47,14 @@ def info(file: Path, as_json: bool) -> None:
 def verify(file: Path, as_json: bool) -> None:
     """Check FILE, features or a predictor, by its checksums."""
     opened = _opened(file)
+    found, text = {"ok": True}, "a predictor, intact"  # it was checked when it was opened
     if isinstance(opened, featcache.FeatureStore):
         report = opened.verify()
-        found, text, problems = report.to_dict(), str(report), "\n".join(report.problems)
-    else:  # all of it was checked when it was opened
-        found, text, problems = {"ok": True}, "a predictor, intact", ""
-    if as_json:
-        print_json({"file": str(file), **found})
-    elif not problems:
-        click.echo(f"{file}: {text}")
-    if problems:
-        raise CorruptStore(problems)
+        found, text = report.to_dict(), str(report)
+    if as_json or found["ok"]:
+        show(as_json, {"file": str(file), **found}, f"{file}: {text}")
+    if not found["ok"]:
+        raise CorruptStore(text)
 
 
 @click.command(cls=Command)
@@ -76,12 +70,9 @@ def audit(store: Path, output: Path, as_json: bool) -> None:
     findings = audit_store(featcache.FeatureStore.open(store))
     if not as_json or output != STDOUT:
         findings.to_csv(output)
-    if as_json:
-        found = [vars(one) for one in findings]
-        counts = {"images": findings.n_images, "findings": found, "notes": findings.notes}
-        print_json({"store": str(store), "output": str(output), **counts})
-    else:
-        click.echo(f"{output}: {findings}", err=output == STDOUT)
+    values = {"store": str(store), "output": str(output), "images": findings.n_images}
+    values |= {"findings": [vars(one) for one in findings], "notes": findings.notes}
+    show(as_json, values, f"{output}: {findings}", err=output == STDOUT)
 
 
 @click.command(cls=Command)
@@ -101,9 +92,6 @@ def export(store: Path, output: Path, as_json: bool) -> None:
         raise click.UsageError("--json and -o - both write to standard output; name a file.")
     opened = featcache.FeatureStore.open(store)
     export_store(opened, output)
-    images, columns = len(opened), opened.width()
-    if as_json:
-        written = {"store": str(store), "output": str(output)}
-        print_json({**written, "images": images, "columns": columns})
-    else:
-        click.echo(f"{output}: {images:,} images, {columns:,} columns", err=output == STDOUT)
+    n, d = len(opened), opened.width()
+    values = {"store": str(store), "output": str(output), "images": n, "columns": d}
+    show(as_json, values, f"{output}: {n:,} images, {d:,} columns", err=output == STDOUT)

@@ -70,7 +70,6 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
         with path.open("rb") as file:
             return file.read(len(magic)) == magic
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     check_overwrite(target, is_own, f"a {suffix} file of this kind")
     with atomic_write(target, text=suffix == ".csv") as file:
         write(store, file)
