@@ -138,8 +138,9 @@ def extract(
     """Compute the features of IMAGES into an HDF5 file.
 
     IMAGES is a folder (class folders give labels), files, a pattern of files, tars (WebDataset's,
-    or of class folders; '{000..099}.tar' is a hundred), or a torchvision data set (CIFAR10,
-    FashionMNIST, OxfordIIITPet, Flowers102) with --root. --labels gives labels to any of these.
+    or of class folders; '{000..099}.tar' is a hundred), Parquet files of images as Hugging Face
+    exports data sets, or a torchvision data set (CIFAR10, FashionMNIST, OxfordIIITPet, Flowers102)
+    with --root. --labels gives labels to any of these.
 
     Run the same command again to resume after an interruption, or to bring the file up to date with
     a changed folder: only new content is computed.

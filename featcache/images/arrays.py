@@ -209,13 +209,11 @@ def _labels(dataset: Any, rows: Sequence[int], source: str) -> list[str]:
     changed = getattr(dataset, "target_transform", None) is not None
     targets = None if changed else _targets(dataset)
     names = None if changed else getattr(dataset, "classes", None)
-    return [
-        _name(dataset[row][1] if targets is None else targets[row], names, f"{source}: item {row}")
-        for row in rows
-    ]
+    given = ((row, dataset[row][1] if targets is None else targets[row]) for row in rows)
+    return [class_name(target, names, f"{source}: item {row}") for row, target in given]
 
 
-def _name(target: Any, names: Sequence[Any] | None, item: str) -> str:
+def class_name(target: Any, names: Sequence[Any] | None, item: str) -> str:
     """Return the label of an item by its target."""
     text = label_text(target)
     if names is None or not text or isinstance(target, str | bytes):

@@ -1,12 +1,13 @@
 """Which images there are: an ordered list of ids, where their bytes come from, and their labels.
 
-An `ImageSet` is made of class folders, a table, a list of files, WebDataset shards, arrays, or a
-data set of PIL images, and reads one image at a time. One rule holds for all ids: they are unique,
-sorted by their UTF-8 bytes, relative to what was given (``/`` between folders), and the same in
-every run. A file whose name is not UTF-8 gets an escaped id and cannot be read.
+An `ImageSet` is made of class folders, a table, a list of files, WebDataset shards, Parquet files,
+arrays, or a data set of PIL images, and reads one image at a time. One rule holds for all ids: they
+are unique, sorted by their UTF-8 bytes, relative to what was given (``/`` between folders), and the
+same in every run. A file whose name is not UTF-8 gets an escaped id and cannot be read.
 
 Each kind of source is a subclass of `featcache.images.source.Source`, in a module with the
-functions that list it: `folders`, `tars`, `arrays`. `csv_tables` and `layout` label what is listed.
+functions that list it: `folders`, `tars`, `parquet`, `arrays`. `csv_tables` and `layout` label what
+is listed.
 """
 # A relative path must stay as it is written, links included: not pathlib's resolve().
 # ruff: noqa: PTH100, PTH110, PTH112, PTH118
@@ -14,6 +15,7 @@ functions that list it: `folders`, `tars`, `arrays`. `csv_tables` and `layout` l
 from __future__ import annotations
 
 import copy
+import glob
 import hashlib
 import os
 import unicodedata
@@ -25,9 +27,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images import arrays, csv_tables, folders, layout, tars
+from featcache.images import arrays, csv_tables, folders, layout, parquet, tars
 from featcache.images.arrays import TORCHVISION_SETS
-from featcache.images.source import SUFFIXES, Source, first_few, matcher
+from featcache.images.source import SHARDS, SUFFIXES, Source, first_few, matcher
 from featcache.pixels import decode
 
 if TYPE_CHECKING:
@@ -283,10 +285,14 @@ class ImageSet:
         Parameters
         ----------
         images : str, path, or sequence of them
-            A folder; a glob, a file or several files; ``.tar`` shards, also ``{000..099}.tar``; a
-            ``.npy`` or ``.npz`` file of images; the name of a torchvision data set (CIFAR10,
-            FashionMNIST, Flowers102, OxfordIIITPet), also as ``NAME:ROOT``. All splits of a data
-            set are listed: ids begin with the split, and the table "splits" holds it.
+            A folder; a glob, a file or several files; ``.tar`` shards, also ``{000..099}.tar``;
+            ``.parquet`` files with a column of image files, or a folder of such, as Hugging Face
+            exports data sets; a ``.npy`` or ``.npz`` file of images; the name of a torchvision data
+            set (CIFAR10, FashionMNIST, Flowers102, OxfordIIITPet), also as ``NAME:ROOT``. All
+            splits of a data set are listed: ids begin with the split, and the table "splits" holds
+            it. Ids of Parquet files are ``FILE.parquet/ROW/PATH``, with the path that the row names
+            if it does; the column "label" gives labels, and names such as
+            ``train-00000-of-00002.parquet`` splits.
         labels_csv : path, optional
             Table of labels, groups and splits of these images; see `from_csv`.
         id_column, label_column, group_column, split_column, suffix
@@ -488,7 +494,7 @@ class ImageSet:
         """
         names = _names(paths)
         again = {"images": [os.path.abspath(name) for name in names]}
-        return cls._labelled(tars.tars(names), again if tars.are_tars(names) else None)
+        return cls._labelled(tars.tars(names), again if _kind(names, "") == ".tar" else None)
 
     @classmethod
     def from_arrays(
@@ -586,10 +592,18 @@ def _listed(
             again = {"images": name, "root": os.path.abspath(folder or root or "")}
             return arrays.torchvision_set(name, folder or root, download), again
         case "folder":
-            return folders.folder(first, SUFFIXES), {"images": os.path.abspath(first)}
-        case "tars":
+            again = {"images": os.path.abspath(first)}
+            try:
+                return folders.folder(first, SUFFIXES), again
+            except ImageSetError:
+                shards = folders.matches(os.path.join(glob.escape(first), "**", "*.parquet"))
+                if not shards:
+                    raise
+            return parquet.parquet(shards), again
+        case ".tar" | ".parquet" as kind:
             shards = [shard for name in names for shard in folders.matches(name)]
-            return tars.tars(shards), {"images": [os.path.abspath(shard) for shard in shards]}
+            found = tars.tars(shards) if kind == ".tar" else parquet.parquet(shards)
+            return found, {"images": [os.path.abspath(shard) for shard in shards]}
         case "array file":
             return arrays.array_file(first), {"images": os.path.abspath(first)}
         case _:
@@ -606,8 +620,10 @@ def _files(names: list[str], relative_to: str) -> tuple[Source, dict[str, Any]]:
 
 def _kind(names: list[str], root: str) -> str:
     """Return the kind of source that `open` takes names for, some relative to `root`."""
-    if tars.are_tars(folders.matches(names[0]) if len(names) == 1 else names):
-        return "tars"
+    listed = folders.matches(names[0]) if len(names) == 1 else names
+    for suffix in SHARDS:
+        if listed and all(one.lower().endswith(suffix) for one in listed):
+            return suffix
     if len(names) != 1:
         return "files"
     name = os.path.join(root, names[0])

@@ -33,6 +33,9 @@ SUFFIXES = frozenset(
 )
 """Suffixes of the files that are taken for images, in lower case."""
 
+SHARDS = (".tar", ".parquet")
+"""Suffixes of the files that hold many images; their ids begin with the file's name."""
+
 # What an image's own file can be blamed for, and what no image can.
 _OWN_FAULTS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP}
 _OWN_FAULTS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO, errno.ENODEV}
@@ -120,6 +123,20 @@ class Source:
                 keep[row] = False
                 leave_out(left_out, EXCLUDED, id)
         return replace(self.select(np.flatnonzero(keep)), left_out=left_out)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of many images, as it was when they were listed."""
+
+    path: str
+    status: os.stat_result
+
+    def check(self, now: os.stat_result) -> None:
+        """Raise `DecodeError` if its content is another; its permissions may be."""
+        for one in ("st_size", "st_mtime_ns", "st_ino"):
+            if getattr(now, one) != getattr(self.status, one):
+                raise DecodeError("read", f"{self.path} has changed since its images were listed")
 
 
 AnySource = TypeVar("AnySource", bound=Source)

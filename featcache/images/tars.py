@@ -18,6 +18,7 @@ from featcache.images.source import (
     HIDDEN,
     NO_IMAGES,
     SUFFIXES,
+    Shard,
     Source,
     id_of,
     label_text,
@@ -31,14 +32,6 @@ from featcache.images.source import (
 _JSON_LABELS = ("label", "cls", "class")  # keys of a sample's JSON; the first one there counts
 _SHOWN = 5  # so many kinds of what is not used are named
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file, as it was when its members were listed."""
-
-    path: str
-    status: os.stat_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +73,9 @@ class TarMembers(Source):
             raise read_error(error, f"{shard.path}: ") from error
         except (MemoryError, OverflowError) as error:
             raise DecodeError("read", "the member does not fit into memory") from error
-        if _version(now) != _version(shard.status) or len(data) != size:
-            raise DecodeError("read", f"{shard.path} has changed since its members were listed")
+        shard.check(now)
+        if len(data) != size:
+            raise DecodeError("read", f"{shard.path} is cut short")
         return data
 
     def stat(self, row: int) -> tuple[int, int]:
@@ -92,16 +86,6 @@ class TarMembers(Source):
     def _place(self, row: int) -> tuple[Shard, int, int]:
         number, offset, size = self.places[row].tolist()
         return self.shards[number], offset, size
-
-
-def _version(status: os.stat_result) -> tuple[int, ...]:
-    """Return what another content of a shard changes, but not its permissions."""
-    return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def are_tars(names: list[str]) -> bool:
-    """Return whether all names end in .tar."""
-    return bool(names) and all(name.lower().endswith(".tar") for name in names)
 
 
 def tars(names: list[str]) -> TarMembers:

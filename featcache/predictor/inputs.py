@@ -15,7 +15,7 @@ import numpy.typing as npt
 from featcache.errors import FingerprintMismatch, PredictorError
 from featcache.fingerprint import Fingerprint
 from featcache.images.folders import expanded, matches
-from featcache.images.tars import are_tars
+from featcache.images.source import SHARDS
 from featcache.networks.identity import difference
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def image_sets(images: Any) -> list[tuple[str, ImageSet]]:
             found.append(("", _in_order(ImageSet.from_files(files := list(run)), files)))
             continue
         for name in run:  # ids in a tar begin with the name of the tar
-            place = Path(name).parent if are_tars([name]) else name
+            place = Path(name).parent if name.lower().endswith(SHARDS) else name
             found.append((str(place), ImageSet.open(names[name])))
     return found
 
@@ -146,7 +146,7 @@ def _picture(item: Any) -> Image:
 
 def _is_image(path: str) -> bool:
     """Return whether a path is a file that holds one image, by its suffix."""
-    return Path(path).is_file() and not path.lower().endswith((".tar", ".npz"))
+    return Path(path).is_file() and not path.lower().endswith((*SHARDS, ".npz"))
 
 
 def _in_order(images: ImageSet, files: Sequence[str]) -> ImageSet:
