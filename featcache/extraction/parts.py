@@ -107,6 +107,7 @@ def in_parts(
     started = time.perf_counter()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     known = job.layout
+    check_replaceable(path, known.fingerprint)
     wanted = Plan(
         path=path,
         request=job.request,
@@ -121,7 +122,6 @@ def in_parts(
     )
     bar = progress_bar(options.progress, total=len(images), unit="img", desc=backbone.name)
     with disk.WriteLock(path), bar:
-        check_replaceable(path, known.fingerprint)
         plan = agree(wanted, options)
 
         def pool() -> contextlib.AbstractContextManager[Executor]:

@@ -127,13 +127,15 @@ class StoreFile:
     def refuse_foreign(self) -> None:
         """Raise `StoreError` if the file holds more than a new one would that takes its place."""
         if self.foreign:
-            own = f"{self.path}.own.h5"
-            move = f"[(a.copy(n, b, name=n), a.pop(n)) for n in {self.foreign}]"
-            code = f"import h5py; a, b = h5py.File({self.path!r}, 'a'), h5py.File({own!r}, 'a'); "
+            own, names = f"{self.path}.own.h5", json.dumps(self.foreign)
+            code = (
+                f'import h5py; a, b = [h5py.File(p, "a") for p in {json.dumps([self.path, own])}]; '
+                f"[(a.copy(n, b, name=n), a.pop(n)) for n in {names}]"
+            )
             raise StoreError(
-                f"{self.path} holds what featcache did not write: {', '.join(self.foreign)}. A new "
-                "file is to take its place, and would not hold it. To move it to a file of its "
-                f"own, {own}, type: python -c {shlex.quote(code + move)}"
+                f"{self.path} holds what featcache did not write: {', '.join(self.foreign)}. The "
+                "file that is to take its place would not hold that. To move it to a file of its "
+                f"own, {own}, type: python -c {shlex.quote(code)}"
             )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

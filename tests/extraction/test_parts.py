@@ -18,6 +18,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -83,6 +84,11 @@ def test_parts_give_the_bits_of_one_process(root: Path, whole: str, tmp_path: Pa
     assert store.extraction.seconds["forward"] > 0
     assert beside(path) == ["f.h5"]
     assert run(root, path, device=["cpu", "cpu"]).extraction.skipped
+    with h5py.File(path, "a") as file:
+        file["mine"] = 1
+    with pytest.raises(StoreError, match="did not write: mine"):  # before any part is begun
+        run(root, path, executor=Recording(), parts=5, retry_failed=True)
+    assert beside(path) == ["f.h5"]
 
 
 class Recording(Executor):
