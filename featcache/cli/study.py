@@ -30,9 +30,11 @@ _NAMED = {
     "weights_key": None,
     "image_size": None,
     "bit_depth": None,
+    "truncated": None,
     "views": 1,
     "precision": "float32",
     "store_dtype": "float32",
+    "accept_varying": False,
 }
 
 

@@ -64,19 +64,22 @@ def test_every_option_of_extract_and_train_is_one_of_a_study_too() -> None:
 def test_make_passes_the_options_of_both_stages_on(flower_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bokeh", reason="pip install 'featcache[report]'")
     columns = "--id-column file --suffix .jpg --label-column colour --group-column site"
+    chosen = "--truncated accept --exclude '*/0011.jpg' --group --cv 2 --test-size 20%"
     arguments = {
         "IMAGES": flower_folder,
         "LABELS": table(tmp_path / "labels.csv", flower_folder, 8),
         "BACKBONE": "resnet18",
         "WEIGHTS": "none",
         "OUT": tmp_path / "out",
-        "ARGS": f"{FAST} {columns} --exclude '*/0011.jpg' --group --cv 2 --test-size 20%",
+        "ARGS": f"{FAST} {columns} {chosen}",
     }
     first, second = make("classify", **arguments)
     assert first.exit_code == second.exit_code == 0, first.output + second.output
     assert "19 computed" in first.output
     assert "2 grouped folds" in second.output
-    store = tmp_path / "out" / f"{flower_folder.name}-resnet18-none-image_size_64.h5"
+    store = (
+        tmp_path / "out" / f"{flower_folder.name}-resnet18-none-image_size_64-truncated_accept.h5"
+    )
     described = CliRunner().invoke(main, ["info", str(store)]).output
     assert "red 11, white 8" in described
     first, second = make("classify", **arguments)
