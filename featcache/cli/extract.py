@@ -18,9 +18,11 @@ from featcache.system.tables import text_table
 @click.command(cls=Command)
 @click.argument("backbone")
 @options.weights
+@options.weights_key
+@options.partial
 @options.image_size
 @options.json_output
-def layers(backbone: str, weights: str | None, image_size: int | None, as_json: bool) -> None:
+def layers(backbone: str, weights: str | None, as_json: bool, **settings: Any) -> None:
     """List the layers of BACKBONE, their shapes and their cost.
 
     BACKBONE is a torchvision name (resnet50), timm/NAME, or package.module:callable: a function of
@@ -31,7 +33,7 @@ def layers(backbone: str, weights: str | None, image_size: int | None, as_json: 
     the runs of a layer that runs several times, SIDE is input or output, and REDUCTION, which makes
     a vector of maps and tokens, is mean, max, flatten, map, cls or patches.
     """
-    network = featcache.Backbone(backbone, weights=weights or "none", image_size=image_size)
+    network = featcache.Backbone(backbone, weights=weights or "none", **settings)
     table = network.layers()
     if as_json:
         rows = [

@@ -128,6 +128,7 @@ weights_key = click.option(
     metavar="NAME",
     help="Dictionary or prefix in the checkpoint to take, where several fit, such as teacher.",
 )
+partial = flag("--partial", "Accept a checkpoint that leaves layers before TAP at random.")
 image_size = click.option(
     "--image-size", **count(), help="Side of the square crop in pixels. Default: as for WEIGHTS."
 )
@@ -148,7 +149,7 @@ max_pixels = click.option(
 network = stacked(
     weights,
     weights_key,
-    flag("--partial", "Accept a checkpoint that leaves layers before TAP at random."),
+    partial,
     layer(
         'Layer to read features from, such as layer4:max; see "featcache layers --help". May be '
         "repeated. Default: the pooling layer, or the input of the network's head."

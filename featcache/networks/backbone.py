@@ -81,6 +81,8 @@ class Backbone:
         Where it comes from.
     weights : str
         Published name of the weights, name of the weights file, or "none".
+    is_code : bool
+        Whether the network comes as code: its features alone tell if it is the same.
     asked : dict or None
         `featcache.networks.asked.as_asked` of the arguments; None for a module, a callable, or
         with a `preprocessing` of one's own.
@@ -121,16 +123,9 @@ class Backbone:
         self._asked = [layers] if isinstance(layers, str) else list(layers or ())
         self.asked = None
         if isinstance(network, str) and preprocessing is None:
-            self.asked = as_asked(
-                network,
-                weights=weights,
-                layers=self._asked,
-                image_size=image_size,
-                partial=partial,
-                weights_key=weights_key,
-                bit_depth=bit_depth,
-                truncated=truncated,
-            )
+            options: dict[str, Any] = {"image_size": image_size, "partial": partial}
+            options |= {"weights_key": weights_key, "bit_depth": bit_depth, "truncated": truncated}
+            self.asked = as_asked(network, weights=weights, layers=self._asked, **options)
         self._family = family_of(
             network, weights, preprocessing, name, partial=partial, key=weights_key
         )
@@ -142,11 +137,7 @@ class Backbone:
         self.preprocessing = replace(chosen, **reading)
         self.name, self.source = self._family.name, self._family.kind
         self.weights = self._family.weights
-
-    @property
-    def is_code(self) -> bool:
-        """Whether the network comes as code: its features alone tell if it is the same."""
-        return self.source in ("callable", "module")
+        self.is_code = self.source in ("callable", "module")
 
     @property
     def request(self) -> dict[str, Any]:
@@ -155,13 +146,21 @@ class Backbone:
         Requests that are equal but for a weights file's path, inode and time give equal features.
         Of such a file it holds the hash, of a module or a callable that of the weights.
         """
-        return {
+        file = self._family.file
+        request: dict[str, Any] = {
             "source": self.source,
             "backbone": self.name,
-            **self._family.request(),
+            "weights": str(file.path.absolute()) if file else self.weights,
             "taps": self._asked or None,
             "preprocessing": self.preprocessing.to_dict(),
         }
+        if file:
+            request |= {"weights_key": file.key, "partial": file.partial}
+        if self.is_code:  # its weights are in memory, and nothing else tells of a change
+            request["checkpoint"] = {"state_sha256": self._state_sha256}
+        elif file:
+            request["checkpoint"] = {**file.stamp(), "sha256": file.sha256}
+        return request
 
     def recall(self, request: Mapping[str, Any] | None) -> None:
         """Do not read a weights file for its hash where an earlier request tells it."""
@@ -282,7 +281,12 @@ class Backbone:
         )
 
     def layers(self) -> list[LayerRow]:
-        """List the layers; see `Trace.layers`. Loads no weights of torchvision's and timm's."""
+        """List the layers; see `Trace.layers`.
+
+        Loads no published weights; a weights file must fit.
+        """
+        if self._family.file:
+            _ = self.module
         return self._trace(flops=True).layers()
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,7 @@ class PartialReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values; it is recorded in the fingerprint."""
-        return {
-            "parameters": self.parameters,
-            "loaded": len(self.loaded),
-            "missing": list(self.missing),
-            "unexpected": list(self.unexpected),
-            "mismatched": [[name, list(a), list(b)] for name, a, b in self.mismatched],
-        }
+        return {**asdict(self), "loaded": len(self.loaded)}
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} of {self.parameters} parameters loaded"]
@@ -136,10 +130,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        state: dict[str, Tensor] = load_file(path)
+        return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read as a safetensors file: {error}") from error
-    return state
 
 
 def _read_torch(path: Path) -> Any:
@@ -328,7 +321,8 @@ class WeightsFile:
             set.
         """
         random = [name for name in report.unset if name in used]
-        foreign = [name for name in report.unexpected if not used.isdisjoint(_above(name))]
+        inside = tuple(f"{name}." for name in used)
+        foreign = [name for name in report.unexpected if name.startswith(inside)]
         if self.partial or not (random or foreign):
             return random
         what = (
@@ -362,9 +356,3 @@ class WeightsFile:
         """
         if self.stamp().items() <= record.items():
             self.__dict__["sha256"] = record["sha256"]
-
-
-def _above(name: str) -> Iterator[str]:
-    """Yield the names of the layers that hold a parameter: of ``a.b.weight`` "a" and "a.b"."""
-    parts = name.split(".")[:-1]
-    return (".".join(parts[: k + 1]) for k in range(len(parts)))

@@ -27,13 +27,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from featcache.errors import BackboneError, MissingExtra, UnknownBackbone, WeightsError
-from featcache.fingerprint import state_sha256
-from featcache.networks.checkpoints import (
-    SUFFIXES,
-    PartialReport,
-    WeightsFile,
-    read_checkpoint,
-)
+from featcache.networks.checkpoints import SUFFIXES, PartialReport, WeightsFile, read_checkpoint
 from featcache.networks.given import import_callable, own_copy
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.system.console import is_shown
@@ -103,6 +97,10 @@ class Family(ABC):
         Published name of the weights; None if they come from `file` or are drawn at random.
     file : WeightsFile or None
         A file with the weights.
+    random : bool
+        True if the weights are drawn at random.
+    weights : str
+        Published name of the weights, name of the weights file, or "none".
     """
 
     kind: str
@@ -115,6 +113,8 @@ class Family(ABC):
         self.file: WeightsFile | None = None
         if weights is not None and self.pinned is None:
             self.file = WeightsFile(self._path(weights), **options)
+        self.random = weights is None
+        self.weights = self.pinned or (self.file.path.name if self.file else "none")
 
     def _path(self, weights: str | Path) -> Path:
         """Return the path of a weights file that exists."""
@@ -127,29 +127,6 @@ class Family(ABC):
         near = difflib.get_close_matches(weights, self.published)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise WeightsError(f"There are no weights {weights!r}: {known}.{hint}")
-
-    @property
-    def weights(self) -> str:
-        """Published name of the weights, name of the weights file, or "none"."""
-        return self.pinned or (self.file.path.name if self.file else "none")
-
-    @property
-    def random(self) -> bool:
-        """True if the weights are drawn at random."""
-        return self.pinned is None and self.file is None
-
-    def request(self) -> dict[str, Any]:
-        """Return what identifies the weights without loading them, as JSON values."""
-        request: dict[str, Any] = {"weights": self.weights}
-        if self.file is not None:
-            request["weights"] = str(self.file.path.absolute())
-            request |= {"weights_key": self.file.key, "partial": self.file.partial}
-        checkpoint = self.checkpoint()
-        return {**request, "checkpoint": checkpoint} if checkpoint else request
-
-    def checkpoint(self) -> dict[str, Any]:
-        """Return hash and stamp of the weights file, if there is one."""
-        return {} if self.file is None else {**self.file.stamp(), "sha256": self.file.sha256}
 
     @abstractmethod
     def preprocessing(self) -> Preprocessing:
@@ -358,14 +335,6 @@ class OwnModule(Family):
     def preprocessing(self) -> Preprocessing:
         """Return what was given."""
         return self._preprocessing
-
-    def checkpoint(self) -> dict[str, Any]:
-        """Return the weights' hash: they are in memory, and nothing else tells of a change."""
-        return {"state_sha256": self._state_sha256}
-
-    @functools.cached_property
-    def _state_sha256(self) -> str:
-        return state_sha256(self._module.state_dict())
 
     def skeleton(self) -> nn.Module | None:
         """Return None: what was given has its weights anyway."""

@@ -17,7 +17,7 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +139,10 @@ def _convert(
     done: dict[int, Tensor] = {}  # a tensor that two layers share stays one
     for layer, part in module.named_modules():
         keep = isinstance(part, nn.modules.batchnorm._BatchNorm)
-        for holder, name, tensor in list(_tensors(part)):
+        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
             # A layer that runs may use its tensors in ways that no trace sees.
-            if layer and layer not in used and f"{layer}.{name}" not in used:
+            is_used = not layer or layer in used or f"{layer}.{name}" in used
+            if tensor is None or not is_used:
                 continue
             if id(tensor) not in done:
                 target = tensor.dtype if keep or not tensor.is_floating_point() else dtype
@@ -150,15 +151,7 @@ def _convert(
                     new = new.contiguous(memory_format=torch.channels_last)
                 done[id(tensor)] = new
             new = done[id(tensor)]
-            holder[name] = nn.Parameter(new, False) if holder is part._parameters else new
-
-
-def _tensors(part: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Yield a layer's own parameters and buffers, with the dictionary that holds them."""
-    for holder in (part._parameters, part._buffers):
-        for name, tensor in holder.items():
-            if tensor is not None:
-                yield holder, name, tensor
+            setattr(part, name, nn.Parameter(new, False) if name in part._parameters else new)
 
 
 def _pack(module: nn.Module, layers: Iterable[str]) -> None:

@@ -320,14 +320,11 @@ class Runtime:
                     self._halve()
                     continue
                 start = end
-        return Pending(parts, self._event())
-
-    def _event(self) -> torch.cuda.Event | None:
-        if not self._on_cuda:
-            return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        event = None
+        if self._on_cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.device))
+        return Pending(parts, event)
 
     def _forward(self, batch: Tensor) -> dict[str, Tensor]:
         """Run one batch: pixels (k, c, h, w) to features (k, *shape) for each tap."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import operator
 import sys
 import traceback
 from pathlib import Path
@@ -33,22 +34,19 @@ def import_callable(spec: str) -> tuple[nn.Module, Preprocessing]:
     """
     module_name, _, attribute = spec.partition(":")
     folder = str(Path.cwd())
+    sys.path.append(folder)
     try:
-        sys.path.append(folder)
-        try:
-            found: Any = importlib.import_module(module_name)
-        finally:
-            sys.path.remove(folder)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+        found: Any = operator.attrgetter(attribute)(importlib.import_module(module_name))
+    except Exception as error:  # one's own code may raise anything
         raise UnknownBackbone(
             f"{spec!r} cannot be imported: {error}. Expected package.module:callable, on the "
             "import path or in the current folder"
         ) from error
+    finally:
+        sys.path.remove(folder)
     wanted = f"{spec} must return (torch.nn.Module, featcache.Preprocessing)"
     try:
-        result = found() if callable(found) else found
+        result = found() if callable(found) and not isinstance(found, nn.Module) else found
     except Exception as error:  # one's own code may raise anything
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise BackboneError(
@@ -62,7 +60,8 @@ def import_callable(spec: str) -> tuple[nn.Module, Preprocessing]:
         and isinstance(result[1], Preprocessing)
     ):
         return result
-    raise BackboneError(f"{wanted}, it returned {type(result).__name__}")
+    did = "is" if result is found else "returned"
+    raise BackboneError(f"{wanted}, it {did} a {type(result).__name__}")
 
 
 def own_copy(module: nn.Module) -> nn.Module:

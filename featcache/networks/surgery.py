@@ -34,10 +34,8 @@ from torch import Tensor, nn
 
 from featcache.errors import BackboneError
 from featcache.networks import checkpoints
-from featcache.networks.checkpoints import PartialReport
 
 __all__ = [
-    "PartialReport",
     "adapt_input",
     "blocks",
     "children",
@@ -450,8 +448,7 @@ def replace_layer(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     old = _layer(module, name)
     if not name:
         raise BackboneError("The whole network cannot be replaced inside itself. Name a layer")
-    parent, _, child = name.rpartition(".")
-    setattr(_layer(module, parent), child, new)
+    module.set_submodule(name, new)
     return old
 
 
@@ -525,10 +522,8 @@ def adapt_input(
             "normalise images with mean 0.5 and std 0.5, which is the same"
         )
     layer = _first_convolution(module, name)
-    with torch.no_grad():
-        weight = _adapted(layer.weight.detach(), channels, rule)
-    trainable = layer.weight.requires_grad
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=trainable)
+    weight = _adapted(layer.weight.detach(), channels, rule).contiguous()
+    layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     layer.in_channels = channels
     return layer
 
@@ -556,7 +551,9 @@ def _adapted(weight: Tensor, channels: int, rule: str) -> Tensor:
     return torch.cat([weight, extra.expand(-1, channels - old, -1, -1)], 1)
 
 
-def load_partial(module: nn.Module, checkpoint: Mapping[str, Tensor] | str | Path) -> PartialReport:
+def load_partial(
+    module: nn.Module, checkpoint: Mapping[str, Tensor] | str | Path
+) -> checkpoints.PartialReport:
     """Load what fits of a checkpoint, by name and shape, and report what was left out.
 
     Parameters
@@ -599,18 +596,13 @@ def _layer(module: nn.Module, name: str) -> nn.Module:
 
 
 def _parameters(module: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
-    if not names:
-        return list(module.parameters())
     own = dict(module.named_parameters(remove_duplicate=False))
     layers = dict(module.named_modules(remove_duplicate=False))
     found: list[nn.Parameter] = []
-    for name in names:
-        if name in layers:
-            found += layers[name].parameters()
-        elif name in own:
-            found.append(own[name])
-        else:
+    for name in names or [""]:
+        if name not in layers and name not in own:
             raise BackboneError(_no_such(module, name))
+        found += layers[name].parameters() if name in layers else [own[name]]
     return found
 
 

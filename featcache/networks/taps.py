@@ -148,12 +148,6 @@ class _Resolver:
         found = [i for i, call in enumerate(self.calls) if isinstance(call.module, kinds)]
         return max(found, default=-1)
 
-    def resolve(self, texts: Iterable[str] | None) -> list[ResolvedTap]:
-        """Return the canonical taps, each once."""
-        taps = [Tap.parse(text) for text in texts or ()] or [self.default()]
-        resolved = [self._resolve(tap) for tap in taps]
-        return list({str(tap): tap for tap in resolved}.values())
-
     def _default_of_classifier(self) -> Tap:
         classifier = self.module.get_classifier()  # type: ignore[operator]
         if not isinstance(classifier, nn.Module):
@@ -170,7 +164,8 @@ class _Resolver:
         several = len(self.trace.runs(call.layer)) > 1
         return Tap(call.layer, call.number if several else None, side)
 
-    def _resolve(self, tap: Tap) -> ResolvedTap:
+    def resolve(self, tap: Tap) -> ResolvedTap:
+        """Return a tap in its canonical form."""
         call = self._run_of(tap)
         side: Side = tap.side or "output"
         tap = replace(self._tap(call, side), reduce=tap.reduce)
@@ -343,7 +338,9 @@ def resolve(traced: Trace, texts: Iterable[str] | None) -> list[ResolvedTap]:
     1:output:max (4,)
     3:input:flatten (144,)
     """
-    return _Resolver(traced).resolve(texts)
+    resolver = _Resolver(traced)
+    taps = [Tap.parse(text) for text in texts or ()] or [resolver.default()]
+    return list({str(tap): tap for tap in map(resolver.resolve, taps)}.values())
 
 
 class StopForward(Exception):

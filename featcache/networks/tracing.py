@@ -147,7 +147,15 @@ class Trace:
             If there is no layer of that name (near names are given).
         """
         if layer not in self.names:
-            raise TapError(self._unknown(layer))
+            known, _, suffix = layer.partition(":")
+            if suffix and known in self.names:
+                wrong = f"{suffix!r} is not what may follow: {GRAMMAR}"
+                raise TapError(f"The layer {known} is there; {wrong}")
+            near = difflib.get_close_matches(layer, [name for name in self.names if name], n=4)
+            near += [name for name in self.names if name.endswith(f".{layer}")][:4]
+            names = f"Near names: {', '.join(dict.fromkeys(near))}"
+            known = names if near else f"Some that it has: {self.some_names()}"
+            raise TapError(f"The network has no layer {layer!r}. {known}")
         return [call for call in self.calls if call.layer == self.names[layer]]
 
     def used_at(self, tap: Tap) -> set[str]:
@@ -195,17 +203,6 @@ class Trace:
             if id(part) not in ran
         ]
         return rows + idle
-
-    def _unknown(self, layer: str) -> str:
-        known, _, suffix = layer.partition(":")
-        if suffix and known in self.names:
-            return f"The layer {known} is there; {suffix!r} is not what may follow: {GRAMMAR}"
-        near = difflib.get_close_matches(layer, [name for name in self.names if name], n=4)
-        ends = [name for name in self.names if name.endswith(f".{layer}")][:4]
-        hint = list(dict.fromkeys(near + ends))
-        if hint:
-            return f"The network has no layer {layer!r}. Near names: {', '.join(hint)}"
-        return f"The network has no layer {layer!r}. Some that it has: {self.some_names()}"
 
     def some_names(self) -> str:
         """Return a few names of layers that run, for messages."""

@@ -408,6 +408,8 @@ def wrong():
 
 def picky(depth):
     return build()
+
+ready = torch.nn.Linear(2, 3)
 """
 
 
@@ -426,6 +428,11 @@ def test_a_callable_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         Backbone("own_networks_of_a_user:wrong")
     with pytest.raises(BackboneError, match=r"must return .* TypeError: picky\(\) missing 1"):
         Backbone("own_networks_of_a_user:picky")
+    with pytest.raises(BackboneError, match=r"must return \(torch.* it is a Linear$"):
+        Backbone("own_networks_of_a_user:ready")
+    (tmp_path / "own_networks_unfinished.py").write_text("1 / 0")
+    with pytest.raises(UnknownBackbone, match="division by zero"):
+        Backbone("own_networks_unfinished:build")
     for spec in ("own_networks_of_a_user:missing", "no_such_module_at_all:f", ":f"):
         with pytest.raises(UnknownBackbone, match=r"package\.module:callable"):
             Backbone(spec)

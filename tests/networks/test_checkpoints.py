@@ -175,6 +175,22 @@ def test_a_file_that_fits_is_counted_too(images: Path, tmp_path: Path) -> None:
     assert line in succeed("info", tmp_path / "a.h5")
 
 
+def test_layers_are_listed_of_a_network_that_the_file_fits(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    asked = ("layers", "tests.small:own", "--weights", file)
+    file.write_text("id,label\n")
+    assert "w.pth is damaged" in fail(*asked)
+    torch.save({"another.weight": torch.zeros(3)}, file)
+    assert "shares no parameter with the network" in fail(*asked)
+    values = state()
+    del values["body.weight"]
+    torch.save({"student": values, "teacher": values}, file)
+    assert "--weights-key" in fail(*asked)
+    assert "--partial" in fail(*asked, "--weights-key", "teacher")
+    found = succeed(*asked, "--weights-key", "teacher", "--partial")
+    assert found == succeed("layers", "tests.small:own")
+
+
 @pytest.mark.parametrize("lost", ["body.weight", "norm2.weight", "norm2.running_mean"])
 def test_layers_before_the_tap_are_never_left_at_random_in_silence(
     lost: str, images: Path, tmp_path: Path
