@@ -18,7 +18,7 @@ import sys
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,13 +184,11 @@ class Torchvision(Family):
             weights = _DEFAULT_WEIGHTS.get(name, newest)
         super().__init__(name, weights, [entry.name for entry in entries], **options)
         # Weights from elsewhere were mostly trained on images prepared as for torchvision's own.
-        like = entries[self.pinned or newest]
-        self._transforms: Callable[[], Any] = like.transforms
-        self._image_size: int = like.meta["min_size"][0]
+        self._like: Any = entries[self.pinned or newest]
 
     def preprocessing(self) -> Preprocessing:
         """Return the weights' own, or that of the newest weights for others."""
-        return Preprocessing.from_torchvision(self._transforms())
+        return Preprocessing.from_torchvision(self._like.transforms())
 
     def _load_published(self, pinned: str) -> nn.Module:
         # The builder knows what goes with its weights (inception's transform_input).
@@ -224,8 +222,8 @@ class Torchvision(Family):
             # Trained networks of these two expect inputs that torchvision rescales inside.
             options = {"aux_logits": aux_logits, "transform_input": not self.random}
             options["init_weights"] = state is None
-        if self.name.startswith("vit_"):
-            options = {"image_size": self._image_size}  # its position embedding has one size
+        if self.name.startswith("vit_"):  # its position embedding has one size
+            options = {"image_size": self._like.meta["min_size"][0]}
         module: nn.Module = get_model(self.name, weights=None, **options)
         return module
 

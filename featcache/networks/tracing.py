@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from featcache.errors import BackboneError, TapError
 from featcache.fingerprint import GRAMMAR, Tap
@@ -379,6 +380,7 @@ class _Recorder:
         self._name = {id(part): name for name, part in result.module.named_modules()}
         self._number: Counter[int] = Counter()
         self._open: list[tuple[Call, int]] = []
+        self._made_by: MutableMapping[Tensor, Call] = WeakTensorKeyDictionary()
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._number[id(module)] += 1
@@ -386,7 +388,7 @@ class _Recorder:
         given = self._value(first)
         call = Call(self._name[id(module)], module, self._number[id(module)], given, given)
         call.began = self.axes.count
-        call.source = getattr(first, "_featcache_source", None)
+        call.source = self._made_by.get(first) if isinstance(first, Tensor) else None
         self.result.calls.append(call)
         self._open.append((call, self._flops()))
 
@@ -396,7 +398,7 @@ class _Recorder:
         call.ended = self.axes.count
         call.flops = self._flops() - before
         if isinstance(output, Tensor) and not module._modules:
-            output._featcache_source = call  # type: ignore[attr-defined]
+            self._made_by[output] = call
 
     def _flops(self) -> int:
         return int(self.counter.get_total_flops()) if self.counter else 0

@@ -59,10 +59,9 @@ class Grafted(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features of normalised images (b, c, h, w): (b, d), as the head takes them."""
-        found = [
-            _tapped(network, points)(images)
-            for network, points in zip(self.backbones, self._points, strict=True)
-        ]
+        kind = _ToTheEnd if torch.compiler.is_exporting() else Tapped
+        pairs = zip(self.backbones, self._points, strict=True)
+        found = [kind(network, points)(images) for network, points in pairs]
         return torch.cat([found[k][tap].flatten(1) for k, tap in self._columns], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,10 +89,6 @@ class _ToTheEnd(Tapped):
         for name in {str(tap) for tap in taps} & self._captured.keys():
             # Layers still to come may write into what a view shows.
             self._captured[name] = self._captured[name].clone()
-
-
-def _tapped(network: nn.Module, points: Sequence[ResolvedTap]) -> Tapped:
-    return (_ToTheEnd if torch.compiler.is_exporting() else Tapped)(network, points)
 
 
 def graft(
