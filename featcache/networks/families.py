@@ -136,7 +136,7 @@ class Family(ABC):
         """Return the network on the meta device, or None: some compute with their weights."""
         with _Skeleton():
             try:
-                return self._build({}).to("meta")
+                return self.build({}).to("meta")
             except (RuntimeError, TypeError, ValueError):
                 return None
 
@@ -147,18 +147,21 @@ class Family(ABC):
         drawn at random.
         """
         if self.pinned is not None:
-            return self._load_published(self.pinned), None
+            return self.load_published(self.pinned), None
         with _seeded():  # what a partial file leaves out is the same in every run
             state = read_checkpoint(self.file.path) if self.file else None
-            module = self._build(state)
+            module = self.build(state)
         return module, self.file.load(module, state) if self.file and state else None
 
-    def _load_published(self, pinned: str) -> nn.Module:
+    def load_published(self, pinned: str) -> nn.Module:
         """Return the network with published weights."""
         raise NotImplementedError
 
-    def _build(self, state: Mapping[str, Any] | None) -> nn.Module:
-        """Return the network; its weights are to stay (None), or those of a file will be loaded."""
+    def build(self, state: Mapping[str, Any] | None) -> nn.Module:
+        """Return the network.
+
+        `state` will be loaded into it; it is empty for a skeleton, None where its own weights stay.
+        """
         raise NotImplementedError
 
 
@@ -190,7 +193,8 @@ class Torchvision(Family):
         """Return the weights' own, or that of the newest weights for others."""
         return Preprocessing.from_torchvision(self._like.transforms())
 
-    def _load_published(self, pinned: str) -> nn.Module:
+    def load_published(self, pinned: str) -> nn.Module:
+        """Load from torchvision's cache, or download."""
         # The builder knows what goes with its weights (inception's transform_input).
         from torchvision.models import get_model, get_model_weights
 
@@ -213,7 +217,8 @@ class Torchvision(Family):
             ) from error
         return module
 
-    def _build(self, state: Mapping[str, Any] | None) -> nn.Module:
+    def build(self, state: Mapping[str, Any] | None) -> nn.Module:
+        """Return the network, with auxiliary heads if `state` has some."""
         from torchvision.models import get_model
 
         options: dict[str, Any] = {}
@@ -265,13 +270,15 @@ class Timm(Family):
         except ValueError as error:
             raise BackboneError(f"timm/{self.name}: {error}") from error
 
-    def _build(self, state: Mapping[str, Any] | None) -> nn.Module:
+    def build(self, state: Mapping[str, Any] | None) -> nn.Module:
+        """Return timm's network of that name."""
         import timm
 
         module: nn.Module = timm.create_model(self.name)
         return module
 
-    def _load_published(self, pinned: str) -> nn.Module:
+    def load_published(self, pinned: str) -> nn.Module:
+        """Load from the hub's cache, or download."""
         import timm
         from huggingface_hub import constants
 
