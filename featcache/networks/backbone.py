@@ -295,7 +295,7 @@ class Backbone:
         return f"Backbone({self.source} {self.name}, weights {self.weights}, {size}, {taps})"
 
     def __getstate__(self) -> dict[str, Any]:
-        heavy = ("_loaded", "traced")
+        heavy = ("_loaded", "traced", "used")
         return {name: value for name, value in self.__dict__.items() if name not in heavy}
 
     @functools.cached_property

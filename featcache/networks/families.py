@@ -18,7 +18,7 @@ import sys
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +187,11 @@ class Torchvision(Family):
             weights = _DEFAULT_WEIGHTS.get(name, newest)
         super().__init__(name, weights, [entry.name for entry in entries], **options)
         # Weights from elsewhere were mostly trained on images prepared as for torchvision's own.
-        self._like: Any = entries[self.pinned or newest]
+        self._transforms: Callable[[], Any] = entries[self.pinned or newest].transforms
 
     def preprocessing(self) -> Preprocessing:
         """Return the weights' own, or that of the newest weights for others."""
-        return Preprocessing.from_torchvision(self._like.transforms())
+        return Preprocessing.from_torchvision(self._transforms())
 
     def load_published(self, pinned: str) -> nn.Module:
         """Load from torchvision's cache, or download."""
@@ -228,7 +228,7 @@ class Torchvision(Family):
             options = {"aux_logits": aux_logits, "transform_input": not self.random}
             options["init_weights"] = state is None
         if self.name.startswith("vit_"):  # its position embedding has one size
-            options = {"image_size": self._like.meta["min_size"][0]}
+            options = {"image_size": self.preprocessing().output_shape[-1]}
         module: nn.Module = get_model(self.name, weights=None, **options)
         return module
 
