@@ -193,20 +193,15 @@ class ImageSet:
         rows, n = np.asarray(indices), len(self)
         if rows.dtype == bool and rows.shape == (n,):
             rows = np.flatnonzero(rows)
-        if rows.size and (rows.dtype.kind not in "iu" or rows.ndim != 1):
+        numbers = rows.ndim == 1 and rows.dtype.kind in "iu"
+        if rows.size and not (
+            numbers and 0 <= rows.min() <= rows.max() < n and len(np.unique(rows)) == len(rows)
+        ):
             raise ImageSetError(
-                f"{self.source}: expected numbers of images or a mask of shape ({n},), got "
-                f"{rows.dtype} {rows.shape}"
+                f"{self.source}: expected numbers from 0 to {n - 1}, each once, or a mask of shape "
+                f"({n},), got {rows.dtype} {rows.shape}: {first_few(rows.reshape(-1).tolist())}"
             )
-        rows = rows.astype(np.int64).reshape(-1)
-        if rows.size and not 0 <= rows.min() <= rows.max() < n:
-            raise ImageSetError(
-                f"{self.source}: expected numbers from 0 to {n - 1}, "
-                f"got {rows.min()} to {rows.max()}"
-            )
-        if len(np.unique(rows)) < len(rows):
-            raise ImageSetError(f"{self.source}: a number is given twice; an image is there once")
-        return self._with(self._source.select(rows))
+        return self._with(self._source.select(rows.astype(np.int64).reshape(-1)))
 
     def with_tables(self, tables: dict[str, NDArray[Any]]) -> ImageSet:
         """Return the same images with other labels, groups or splits.

@@ -42,16 +42,12 @@ _OWN_FAULTS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO, errno.ENODEV}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 
 _OTHERS = {
-    (
-        ".txt",
-        ".lst",
-    ): "a text file. IMAGES are the images themselves: if it lists their files, type "
+    ".txt .lst": "a text file. IMAGES are the images themselves: if it lists their files, type "
     "$(cat {name}) in its place; if it lists addresses, fetch them first: wget -P photos -i {name}",
-    (".csv", ".tsv"): "a table. To label images with it, name their folder and type: --labels "
-    "{name}",
-    (".h5", ".hdf5", ".partial"): "a feature file: its images are computed. To train on it, type: "
+    ".csv .tsv": "a table. To label images with it, name their folder and type: --labels {name}",
+    ".h5 .hdf5 .partial": "a feature file: its images are computed. To train on it, type: "
     "featcache train {name} -o PREDICTOR",
-    (".zip",): "an archive. Unpack it (unzip {name} -d photos) and name the folder",
+    ".zip": "an archive. Unpack it (unzip {name} -d photos) and name the folder",
 }
 # By suffixes: what is named for images by mistake, and what to type.
 
@@ -267,7 +263,7 @@ def read_error(error: OSError, prefix: str = "") -> DecodeError | ExtractionErro
 def refuse_others(names: Sequence[str]) -> None:
     """Raise `ImageSetError` where all files that were named are, by their suffix, no images."""
     for suffixes, what in _OTHERS.items():
-        if names and all(name.lower().endswith(suffixes) for name in names):
+        if names and all(name.lower().endswith(tuple(suffixes.split())) for name in names):
             raise ImageSetError(f"{names[0]} is {what.format(name=names[0])}")
 
 

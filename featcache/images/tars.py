@@ -63,12 +63,8 @@ class TarMembers(Source):
         shard, offset, size = self._place(row)
         try:
             # Opening takes microseconds; keeping thousands of shards open would meet limits.
-            descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                now = os.fstat(descriptor)
-                data = os.pread(descriptor, size, offset)
-            finally:
-                os.close(descriptor)
+            with open(shard.path, "rb", buffering=0) as file:
+                now, data = os.fstat(file.fileno()), os.pread(file.fileno(), size, offset)
         except OSError as error:
             raise read_error(error, f"{shard.path}: ") from error
         except (MemoryError, OverflowError) as error:

@@ -83,13 +83,10 @@ class Preprocessing(Record):
     def __post_init__(self) -> None:
         for name in ("resize", "crop"):
             _check_size(name, getattr(self, name))
-        if self.interpolation not in _RESAMPLING:
-            expected = ", ".join(_RESAMPLING)
-            raise ValueError(f"interpolation is one of {expected}, not {self.interpolation!r}")
-        if self.fit not in get_args(Fit):
-            raise ValueError(f"fit is one of {', '.join(get_args(Fit))}, not {self.fit!r}")
-        if self.truncated not in get_args(Truncated):
-            raise ValueError(f"truncated is refuse or accept, not {self.truncated!r}")
+        words = {"interpolation": Interpolation, "fit": Fit, "truncated": Truncated}
+        for name, kind in words.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
         if self.channels < 1:
             raise ValueError(f"channels is at least 1, not {self.channels}")
         if not len(self.mean) == len(self.std) == self.channels:

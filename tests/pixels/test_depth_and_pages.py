@@ -253,7 +253,7 @@ def test_images_that_are_cut_off_are_counted(tmp_path: Path, workers: int) -> No
 
 
 def test_what_is_to_be_done_with_a_cut_image_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match="truncated is refuse or accept"):
+    with pytest.raises(ValueError, match="truncated is one of refuse, accept"):
         Preprocessing(truncated="perhaps")
 
 
