@@ -11,8 +11,8 @@ audit. Three rules hold in all of them.
 3. *A row without a label takes part in nothing.* It is in no part; `n_unlabelled` counts them.
 
 The dealing is one greedy pass: units of several rows first, the largest first, each to the part
-that lacks its classes most; then the single rows of each class fill what is missing. That is
-the rule of scikit-learn's ``StratifiedGroupKFold``, but linear in the rows (its inner loop takes
+that lacks its classes most; then the single rows of each class fill what is missing. Where that
+leaves a class in one part alone, units are moved (`_spread`). The dealing is the rule of scikit-learn's ``StratifiedGroupKFold``, but linear in the rows (its inner loop takes
 a standard deviation per unit and part: minutes for a million images) and with parts of any size,
 so that the hold-out follows the same rule as the folds.
 """
@@ -31,6 +31,10 @@ from featcache.errors import TrainingError
 IntArray = npt.NDArray[np.int64]
 Labels = Sequence[str] | npt.NDArray[Any]
 Fold = tuple[IntArray, IntArray]
+
+# Of the walk that brings each class to two parts: its steps at most, the units that a step tries,
+# and how often it takes any of them.
+_MOVES, _TRIED, _NOISE = 1000, 32, 0.2
 
 # What the words of a split column, in lower case, say of a row.
 _ROLES = {
@@ -153,7 +157,7 @@ def holdout(
             f"{len(rows)} labelled rows in {int(unit.max()) + 1} inseparable units. Add images, "
             "or choose another test size."
         )
-    _require_classes(codes, names, part == 0)
+    _require_classes(codes, names, part)
     return fit, test
 
 
@@ -190,8 +194,7 @@ def folds(
     rows, codes, names, unit = _prepare(y, groups, sha256, stratify=True)
     _require_units(codes, names, unit, cv, grouped=groups is not None, what=f"{cv} folds")
     part = _deal(codes, unit, np.full(cv, 1 / cv), random_state)
-    for k in range(cv):
-        _require_classes(codes, names, part != k)
+    _require_classes(codes, names, part)
     return [(rows[part != k], rows[part == k]) for k in range(cv)]
 
 
@@ -351,13 +354,14 @@ def _require_units(
     )
 
 
-def _require_classes(codes: IntArray, names: list[str], training: npt.NDArray[np.bool_]) -> None:
-    """Raise unless the training side holds every class."""
-    missing = np.setdiff1d(codes, codes[training])
-    if len(missing):
+def _require_classes(codes: IntArray, names: list[str], part: IntArray) -> None:
+    """Raise unless each class is in two parts, so that whatever one part lacks, the rest has."""
+    alone = np.flatnonzero(_alone(_table(codes, part, int(part.max()) + 1)))
+    if len(alone):
         raise TrainingError(
-            f"All rows of class {names[missing[0]]!r} fall on one side of a split, because they "
-            "are tied to large groups. Use fewer folds (--cv), or coarser labels."
+            f"However they are divided, all rows of class {names[alone[0]]!r} would be in one part "
+            "alone, because groups tie them to those of other classes. Use coarser labels, or "
+            "smaller groups."
         )
 
 
@@ -381,6 +385,57 @@ def _deal(codes: IntArray, unit: IntArray, shares: npt.NDArray[Any], seed: int) 
     for k in range(n_classes):
         mine = singles[ends[k] : ends[k + 1]]
         part[mine] = np.repeat(np.arange(n_parts), _fill(want[k], len(mine)))
+    return _spread(part, codes, unit, shares, rng)
+
+
+def _table(codes: IntArray, part: IntArray, n_parts: int) -> IntArray:
+    """Count the rows of each class in each part: (classes, parts)."""
+    n_classes = int(codes.max()) + 1
+    counts = np.bincount(codes * n_parts + part, minlength=n_classes * n_parts)
+    return counts.reshape(n_classes, n_parts).astype(np.int64)
+
+
+def _alone(table: IntArray) -> npt.NDArray[np.bool_]:
+    """Return which classes are in no two parts."""
+    found: npt.NDArray[np.bool_] = (table > 0).sum(axis=1) < 2
+    return found
+
+
+def _spread(
+    part: IntArray,
+    codes: IntArray,
+    unit: IntArray,
+    shares: npt.NDArray[Any],
+    rng: np.random.Generator,
+) -> IntArray:
+    """Move units until no class is in one part alone; where that fails, return what there is.
+
+    To find such a division is as hard as satisfiability, and this is its random walk (Selman,
+    Kautz and Cohen, Noise strategies for improving local search, AAAI 1994): of a class that is
+    alone, a unit is moved, mostly the one that leaves the fewest classes alone and then the parts
+    nearest to their shares, sometimes any one, to get out of dead ends.
+    """
+    n_parts = len(shares)
+    table = _table(codes, part, n_parts)
+    want = table.sum(axis=1, keepdims=True) * shares
+    for _ in range(_MOVES):
+        alone = np.flatnonzero(_alone(table))
+        if not len(alone):
+            break
+        mine = rng.permutation(np.unique(unit[codes == rng.choice(alone)]))[:_TRIED]
+        moves = []
+        for one in mine:
+            rows = np.flatnonzero(unit == one)
+            mix = np.bincount(codes[rows], minlength=len(table))
+            for other in np.flatnonzero(np.arange(n_parts) != part[rows[0]]):
+                after = table.copy()
+                after[:, part[rows[0]]] -= mix
+                after[:, other] += mix
+                faults = _alone(after).sum() + (after.sum(axis=0) == 0).sum()
+                moves.append((faults, ((after - want) ** 2).sum(), len(moves), rows, other, after))
+        chosen = moves[rng.integers(len(moves))] if rng.random() < _NOISE else min(moves)
+        *_, rows, other, table = chosen
+        part[rows] = other
     return part
 
 

@@ -470,18 +470,26 @@ class FeatureStore:
 
         Parameters
         ----------
-        indices : array of int or of bool, shape (m,) or (n,)
-            Rows of this store.
+        indices : array of int, shape (m,), or of bool, shape (n,)
+            Rows of this store, negative ones counted from its end; or a mask.
+
+        Raises
+        ------
+        IndexError
+            Neither, another length, or a row that is not there.
         """
-        chosen = np.asarray(indices)
-        if chosen.dtype == bool:
-            if chosen.shape != (len(self),):
-                raise IndexError(f"A mask of {len(self)} rows is needed, {chosen.shape} came.")
+        chosen, n = np.asarray(indices), len(self)
+        if chosen.dtype == object and all(isinstance(one, bool | np.bool_) for one in chosen.flat):
+            chosen = chosen.astype(bool)  # a mask of pandas
+        if chosen.dtype == bool and chosen.shape == (n,):
             chosen = np.flatnonzero(chosen)
-        chosen = chosen.astype(np.int64).reshape(-1)
-        chosen = np.where(chosen < 0, chosen + len(self), chosen)
-        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise IndexError(f"Rows go from 0 to {len(self) - 1}.")
+        rows = chosen.astype(np.int64) if chosen.dtype.kind in "iu" or not chosen.size else None
+        if rows is None or rows.ndim != 1 or ((rows < -n) | (rows >= n)).any():
+            raise IndexError(
+                f"Expected integers from 0 to {n - 1}, or a mask of {n} booleans, got "
+                f"{chosen.dtype} {chosen.shape}: {chosen.flat[:5].tolist()}"
+            )
+        chosen = np.where(rows < 0, rows + n, rows)
         return FeatureStore([source.select(chosen) for source in self._sources])
 
     def split(

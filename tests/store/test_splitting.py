@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import numpy as np
@@ -104,6 +105,60 @@ def test_grouped_folds_share_the_classes_evenly() -> None:
     for _, valid in folds(y, groups=groups, cv=5):
         assert abs(len(valid) - len(y) / 5) < 12
         assert abs((y[valid] == "b").mean() - share) < 0.1
+
+
+def divisions(y: np.ndarray, groups: np.ndarray) -> int:
+    """Count the divisions of groups into two sides, both of which hold every class."""
+    names, count = np.unique(groups), 0
+    for sides in itertools.product([False, True], repeat=len(names)):
+        tested = np.isin(groups, names[np.array(sides)])
+        count += set(y[tested]) == set(y[~tested]) == set(y)
+    return count
+
+
+def test_a_hold_out_has_every_class_on_both_sides_wherever_a_division_of_the_groups_does() -> None:
+    rng, kinds = np.random.default_rng(0), {"made": 0, "refused": 0}
+    for case in range(600):
+        n_groups, k = int(rng.integers(3, 9)), int(rng.integers(2, 6))
+        size = rng.integers(1, 12, n_groups)
+        groups = np.repeat([f"g{i}" for i in range(n_groups)], size)
+        mixes = rng.dirichlet(np.full(k, 0.4), n_groups)
+        y = np.array([str(rng.choice(k, p=mixes[int(g[1:])])) for g in groups])
+        if len(set(y)) < 2:
+            continue
+        share = float(rng.choice([0.1, 0.25, 0.5]))
+        possible = divisions(y, groups)
+        try:
+            fit, test = holdout(y, groups=groups, test_size=share, random_state=case)
+        except TrainingError:
+            assert not possible, (case, y, groups)
+            kinds["refused"] += 1
+            continue
+        assert set(y[fit]) == set(y[test]) == set(y), (case, possible)
+        assert not set(groups[fit]) & set(groups[test])
+        kinds["made"] += 1
+    assert min(kinds.values()) > 50
+
+
+def test_folds_of_groups_train_on_every_class_wherever_they_can() -> None:
+    # Class c is in the two largest groups alone, which the dealing puts into one fold.
+    rng = np.random.default_rng(1)
+    for case in range(200):
+        groups = np.repeat(np.arange(12).astype(str), rng.integers(1, 12, 12))
+        y = rng.choice(["a", "b"], len(groups))
+        rare = rng.choice(12, 2, replace=False).astype(str)
+        y[np.isin(groups, rare) & (rng.random(len(y)) < 0.5)] = "c"
+        if any(len(set(groups[y == name])) < 2 for name in "abc"):
+            continue
+        for train, _ in folds(y, groups=groups, cv=2, random_state=case):
+            assert set(y[train]) == {"a", "b", "c"}
+
+
+def test_what_no_division_can_give_both_sides_is_said() -> None:
+    # Three classes, each in two of three groups: two of the groups are on one side.
+    y, groups = [*"aabbcc"], ["1", "2", "2", "3", "3", "1"]
+    with pytest.raises(TrainingError, match="would be in one part alone"):
+        holdout(y, groups=groups)
 
 
 def test_unlabelled_rows_are_in_no_part() -> None:

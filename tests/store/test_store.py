@@ -896,6 +896,17 @@ def test_rows_that_are_not_there(path: Path) -> None:
             store.select(np.array(wrong))
 
 
+def test_rows_are_integers_or_a_mask_of_whatever_type(path: Path) -> None:
+    store, mask = stores.store(path), np.arange(12) % 3 == 0
+    for same in (mask, mask.astype(object), mask.tolist(), np.flatnonzero(mask)):
+        assert store.select(same).ids.tolist() == store.ids[mask].tolist()
+    assert len(store.select([])) == len(store.select(np.zeros(12, object) == 1)) == 0
+    some = [True, 0] * 6
+    for wrong in ([1.0, 2.7], ["1", "2"], np.array(some, object), [None] * 12, mask[None]):
+        with pytest.raises(IndexError, match="integers from 0 to 11, or a mask of 12"):
+            store.select(wrong)
+
+
 def test_reading_blocks_takes_the_memory_of_one(big: tuple[FeatureStore, np.ndarray]) -> None:
     store, _ = big
     next(store.blocks(rows=5))  # imports what converts types
