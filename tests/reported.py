@@ -73,13 +73,12 @@ def leaderboard() -> Leaderboard:
         return Figures(30, score, score, score, log_loss=0.3, ece=0.05)
 
     def row(head: str, cv: float, held: float, *notes: str) -> LeaderboardRow:
-        params = {"C": 10.0}
         cross, held_out = figures(cv, 0.02), figures(held, 0.05)
+        scores = cv, cross, cross.accuracy, held_out
         measured = (1.5, 0.25, 30.0, 12.0)
-        return LeaderboardRow(
-            head, params, "pool (8 columns)", cv, cross, held_out, *measured, notes
-        )
+        return LeaderboardRow(head, {"C": 10.0}, "pool (8 columns)", *scores, *measured, notes)
 
     said = ("svm was trained on <20> of 30 images.", "few images")
     rows = (row("svm", 0.9, 0.88, *said), row("linear", 0.86, 0.89))
-    return Leaderboard(rows, "accuracy", 30, 30, 0, "5 folds", ("as a whole",))
+    best = rows[0].cv_corrected
+    return Leaderboard(rows, best, "accuracy", 30, 30, 0, "5 folds", ("as a whole",))

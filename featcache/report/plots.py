@@ -197,7 +197,7 @@ def plot_learning_curve(curve: LearningCurve, *, ax: Axes | None = None) -> Axes
     for k, head in enumerate(curve.heads):
         points = curve.of(head)
         images = [point.images for point in points]
-        ends = np.array([point.accuracy.interval for point in points])
+        ends = np.array([point.accuracy.interval for point in points], dtype=float)  # NaN: none
         ax.plot(images, [p.accuracy for p in points], "o-", color=f"C{k % 10}", label=head)
         ax.fill_between(images, ends[:, 0], ends[:, 1], color=f"C{k % 10}", alpha=0.15, linewidth=0)
     ax.set_xscale("log")
@@ -253,7 +253,8 @@ def plot_leaderboard(
 
 def _whiskers(ax: Axes, scores: Sequence[Score], label: str, colour: str, shift: float) -> None:
     values = np.array(scores)
-    error = np.abs(np.array([score.interval for score in scores]).T - values)
+    ends = np.array([score.interval for score in scores], dtype=float)  # NaN where there is none
+    error = np.abs(ends.T - values)
     places = np.arange(len(values)) + shift
     ax.errorbar(values, places, xerr=error, fmt="o", color=colour, capsize=3, label=label)
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import TrainingError
-from featcache.results.intervals import Score, rate_scores
+from featcache.results.intervals import FEWEST_GROUPS, Score, rate_scores
 from featcache.system.tables import SHOWN, html_table, text_table
 
 Floats = npt.NDArray[np.float64]
@@ -113,25 +113,24 @@ class Figures:
         """Return the figures as JSON values, an interval under its figure's name."""
         values: dict[str, Any] = {}
         for name, value in vars(self).items():
-            values[prefix + name] = float(value) if isinstance(value, Score) else value
-            if isinstance(value, Score):
-                values[f"{prefix}{name}_interval"] = list(value.interval)
+            values |= (
+                value.to_dict(prefix + name) if isinstance(value, Score) else {prefix + name: value}
+            )
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], prefix: str = "") -> Figures:
         """Return the figures that `to_dict` wrote, in `values` of the types `FIGURES`."""
-        kept = {name: values[prefix + name] for name in FIGURES}
-        for name in _SCORES:
-            kept[name] = Score(kept[name], *kept.pop(f"{name}_interval"))
-        return cls(**kept)
+        kept = {name: values[prefix + name] for name in ("images", "log_loss", "ece")}
+        return cls(**kept | {name: Score.from_dict(values, prefix + name) for name in _SCORES})
 
 
 _SCORES = ("accuracy", "balanced_accuracy", "macro_f1")
 FIGURES: Mapping[str, Any] = {
-    **dict.fromkeys(("log_loss", "ece", *_SCORES), float),
-    **{f"{name}_interval": tuple[float, float] for name in _SCORES},
     "images": int,
+    "log_loss": float,
+    "ece": float,
+    **{key: kind for name in _SCORES for key, kind in Score.types(name).items()},
 }
 
 
@@ -297,6 +296,16 @@ class Evaluation:
         )
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes, and what the intervals rest on where that is not plain."""
+        said = few_groups(self.groups)
+        if not said and not self.mistakes:
+            many = len(self) if self.groups is None else len(np.unique(self.groups))
+            units = "images" if self.groups is None else "groups"
+            said = (f"no image is wrong: the intervals are what {many:,} {units} can show",)
+        return self.notes + said
+
+    @property
     def figures(self) -> Figures:
         """The figures that a leaderboard and a predictor keep."""
         return Figures(len(self), *self._scores, self.log_loss, self.ece)
@@ -317,7 +326,7 @@ class Evaluation:
             "classes": list(self.classes),
             "per_class": [vars(score) for score in self.per_class],
             "mistakes": [vars(mistake) for mistake in self.mistakes],
-            "notes": list(self.notes),
+            "notes": list(self.remarks),
         }
 
     def to_text(self) -> str:
@@ -328,7 +337,7 @@ class Evaluation:
                 f"balanced accuracy {self.balanced_accuracy}, macro F1 {self.macro_f1}",
                 f"log loss {self.log_loss:.3f}, calibration error {self.ece:.3f}"
                 + "".join(f", top-{k} {value:.3f}" for k, value in self.top_k.items() if k > 1),
-                *self.notes,
+                *self.remarks,
                 "",
                 *self._class_lines(),
                 *self._confusion_lines(),
@@ -385,14 +394,14 @@ class Evaluation:
             "macro F1": self.macro_f1,
         }
         figures = [
-            *((name, f"{s:.3f}", f"{s.low:.3f} to {s.high:.3f}") for name, s in scores.items()),
+            *((name, f"{s:.3f}", str(s).partition(" ")[2]) for name, s in scores.items()),
             ("log loss", f"{self.log_loss:.3f}", ""),
             ("calibration error", f"{self.ece:.3f}", ""),
         ]
         return (
             html_table([f"{len(self):,} images", "", "95 % interval"], figures)
             + html_table(*self._shown_classes())
-            + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+            + "".join(f"<p>{escape(note)}</p>" for note in self.remarks)
         )
 
     def __str__(self) -> str:
@@ -409,3 +418,14 @@ def with_own_groups(groups: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Give each ungrouped image a group of its own."""
     alone = np.char.add("\0", np.arange(len(groups)).astype(str))
     return np.where(groups == "", alone, groups)
+
+
+def few_groups(groups: npt.NDArray[Any] | None) -> tuple[str, ...]:
+    """Return the note that there are no intervals, where there are too few groups for them."""
+    many = FEWEST_GROUPS if groups is None else len(np.unique(groups))
+    if many >= FEWEST_GROUPS:
+        return ()
+    return (
+        f"there are no intervals, because the images are of {many} group{'s' * (many > 1)} only: "
+        f"how much groups differ can be told from {FEWEST_GROUPS} on",
+    )

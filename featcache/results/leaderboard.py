@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 from featcache.errors import PredictorError
 from featcache.results.evaluation import FIGURES, Figures
+from featcache.results.intervals import Score
 from featcache.results.json_types import check_types
 from featcache.system.tables import html_table, text_table
 
@@ -34,6 +35,9 @@ class LeaderboardRow:
         the cross-validation was nested, that of choosing anew in each outer fold.
     cv : Figures
         Of the out-of-fold predictions.
+    cv_corrected : Score
+        Accuracy of the out-of-fold predictions, without what the choice among the settings of this
+        head adds to it; see `featcache.results.selection`.
     held_out : Figures or None
         On the held-out images; None where there are none.
     search_seconds, fit_seconds : float
@@ -52,6 +56,7 @@ class LeaderboardRow:
     features: str
     cv_score: float
     cv: Figures
+    cv_corrected: Score
     held_out: Figures | None
     search_seconds: float
     fit_seconds: float
@@ -71,6 +76,7 @@ class LeaderboardRow:
             "features": self.features,
             "cv_score": self.cv_score,
             **self.cv.to_dict("cv_"),
+            **self.cv_corrected.to_dict("cv_accuracy_corrected"),
             **(nothing if self.held_out is None else self.held_out.to_dict()),
             **{name: getattr(self, name) for name in _MEASURED},
             "notes": list(self.notes),
@@ -83,12 +89,14 @@ class LeaderboardRow:
         kinds = {
             **get_type_hints(cls),
             **{f"cv_{name}": kind for name, kind in FIGURES.items()},
+            **Score.types("cv_accuracy_corrected"),
             **(FIGURES if scored else dict.fromkeys(FIGURES, type(None))),
         }
-        del kinds["cv"], kinds["held_out"]
+        del kinds["cv"], kinds["cv_corrected"], kinds["held_out"]
         check_types("leaderboard", values, kinds)
         return cls(
             cv=Figures.from_dict(values, "cv_"),
+            cv_corrected=Score.from_dict(values, "cv_accuracy_corrected"),
             held_out=Figures.from_dict(values) if scored else None,
             notes=tuple(values["notes"]),
             **{name: values[name] for name in _GIVEN},
@@ -120,6 +128,8 @@ class Leaderboard(Sequence[LeaderboardRow]):
     ----------
     rows : tuple of LeaderboardRow
         By falling `LeaderboardRow.cv_score`; equal scores in the order in which they were compared.
+    best_corrected : Score
+        Accuracy of the best of all settings of all heads, without what that choice adds to it.
     scoring : str
         What `LeaderboardRow.cv_score` is.
     n_fit, n_test, n_unlabelled : int
@@ -131,6 +141,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
     """
 
     rows: tuple[LeaderboardRow, ...]
+    best_corrected: Score
     scoring: str
     n_fit: int
     n_test: int
@@ -148,6 +159,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
         """Return the leaderboard as JSON values."""
         return {
             **vars(self),
+            **self.best_corrected.to_dict("best_corrected"),
             "notes": list(self.notes),
             "rows": [row.to_dict() for row in self.rows],
         }
@@ -161,13 +173,17 @@ class Leaderboard(Sequence[LeaderboardRow]):
         PredictorError
             It is none.
         """
-        check_types(
-            "leaderboard", values, get_type_hints(cls) | {"rows": tuple[Mapping[str, Any], ...]}
-        )
+        kinds = get_type_hints(cls) | Score.types("best_corrected")
+        check_types("leaderboard", values, kinds | {"rows": tuple[Mapping[str, Any], ...]})
         if not values["rows"]:
             raise PredictorError("Its leaderboard has no rows.")
-        rows = tuple(map(LeaderboardRow.from_dict, values["rows"]))
-        return cls(**{**values, "rows": rows, "notes": tuple(values["notes"])})
+        others = {name: values[name] for name in values if name != "best_corrected_interval"}
+        read = {
+            "rows": tuple(map(LeaderboardRow.from_dict, values["rows"])),
+            "best_corrected": Score.from_dict(values, "best_corrected"),
+            "notes": tuple(values["notes"]),
+        }
+        return cls(**others | read)
 
     def to_json(self) -> str:
         """Return the leaderboard as JSON."""
@@ -207,7 +223,10 @@ class Leaderboard(Sequence[LeaderboardRow]):
         heads: dict[str, list[str]] = {}
         for row in self.rows:
             heads.setdefault(row.features, []).append(row.head)
-        return [f"best by cross-validation: {best.head} ({params}); {counts}"] + [
+        return [
+            f"best by cross-validation: {best.head} ({params}); {counts}",
+            f"accuracy of the best, corrected for the choice among all: {self.best_corrected}",
+        ] + [
             f"features{' of ' + ', '.join(names) if len(heads) > 1 else ''}: {features}"
             for features, names in heads.items()
         ]
@@ -215,13 +234,13 @@ class Leaderboard(Sequence[LeaderboardRow]):
     def _cells(self) -> list[list[str]]:
         score = [] if self.scoring == "accuracy" else [f"CV {self.scoring}"]
         test = ["held-out accuracy", "balanced", "macro F1"] if self.n_test else []
-        header = ["head", *score, "CV accuracy", *test, "fit s", "predict us", "peak MB"]
+        header = ["head", *score, "CV accuracy", "corrected", *test, "fit s", "predict us", "peak MB"]
         rows = [header]
         for row in self.rows:
             cells = [row.head]
             if score:
                 cells.append(f"{row.cv_score:.4f}")
-            cells.append(str(row.cv.accuracy))
+            cells += [str(row.cv.accuracy), str(row.cv_corrected)]
             if row.held_out is not None:
                 balanced, f1 = row.held_out.balanced_accuracy, row.held_out.macro_f1
                 cells += [str(row.held_out.accuracy), f"{balanced:.3f}", f"{f1:.3f}"]

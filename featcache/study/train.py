@@ -50,7 +50,9 @@ from featcache.predictor.file import CanaryRows
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.predictor import Predictor
 from featcache.results.evaluation import Evaluation, with_own_groups
+from featcache.results.intervals import Score
 from featcache.results.leaderboard import Leaderboard, LeaderboardRow
+from featcache.results.selection import corrected_accuracy
 from featcache.store import splitting
 from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
@@ -68,6 +70,7 @@ __all__ = ["head_names", "train"]
 Scoring = str | Callable[..., float]
 
 Progress = Callable[[int], object]
+Predicted = Sequence[npt.NDArray[np.int32]]
 
 _CANARY_ROWS = 8  # kept where the store has no canary images
 _TIMED_ROWS = 1000
@@ -175,10 +178,11 @@ def train(
             )
         found = _train_heads(data, names, test, progress=progress)
     # The order of the heads decides between equal scores.
-    found.sort(key=lambda pair: -pair[0].cv_score)
-    first, best = found[0]
+    found.sort(key=lambda one: -one[0].cv_score)
+    first, best, _ = found[0]
     best.leaderboard = Leaderboard(
-        rows=tuple(row for row, _ in found),
+        rows=tuple(row for row, *_ in found),
+        best_corrected=_corrected(data, [one for *_, tried in found for one in tried]),
         scoring=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
         n_fit=len(data.store),
         n_test=0 if first.held_out is None else first.held_out.images,
@@ -206,7 +210,7 @@ def _train_heads(
     test: FeatureStore | None,
     *,
     progress: bool | None,
-) -> list[tuple[LeaderboardRow, Predictor]]:
+) -> list[tuple[LeaderboardRow, Predictor, Predicted]]:
     """Train each head, with a bar that moves with the fits."""
     if data.options.nested and not data.in_memory and names != [SUFFIX]:
         raise TrainingError(
@@ -375,10 +379,11 @@ def _folds(
 
 def _train_head(
     data: _TrainingData, head: str, test: FeatureStore | None, progress: Progress
-) -> tuple[LeaderboardRow, Predictor]:
-    """Search, fit and score one head."""
+) -> tuple[LeaderboardRow, Predictor, Predicted]:
+    """Search, fit and score one head; also return what its settings predicted out of fold."""
     with peak_memory() as peak:
         found = data.search(head, progress)
+    tried = [one.predicted for one in found.trials if one.predicted is not None]
     logits, score = found.logits.astype(np.float64) / found.temperature, found.score
     if data.options.nested and head != SUFFIX:  # the folds of a suffix choose nothing
         logits, score = _nested(data, head, progress)
@@ -391,6 +396,7 @@ def _train_head(
         features=data.features,
         cv_score=score,
         cv=out_of_fold.figures,
+        cv_corrected=_corrected(data, tried),
         held_out=None if held_out is None else held_out.figures,
         search_seconds=found.search_seconds,
         fit_seconds=found.fit_seconds,
@@ -402,7 +408,21 @@ def _train_head(
         "out_of_fold": out_of_fold.summary(),
         "held_out": None if held_out is None else held_out.summary(),
     }
-    return row, predictor
+    return row, predictor, tried
+
+
+def _corrected(data: _TrainingData, tried: Predicted) -> Score:
+    """Return the accuracy of the best of the settings that are scored on the most images."""
+    _, codes = np.unique(data.y, return_inverse=True)
+    judged = [predicted >= 0 for predicted in tried]
+    known = max(judged, key=np.count_nonzero)
+    whole = [one[known] for one, of in zip(tried, judged, strict=True) if (of == known).all()]
+    return corrected_accuracy(
+        codes[known],
+        whole,
+        None if data.groups is None else data.groups[known],
+        balanced=data.options.scoring == "balanced_accuracy",
+    )
 
 
 def _evaluation(data: _TrainingData, logits: npt.NDArray[np.float64]) -> Evaluation:

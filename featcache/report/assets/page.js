@@ -19,7 +19,7 @@ const draw = (parent, tag, attributes, text) => {
   return parent.appendChild(element);
 };
 const three = (value) => value.toFixed(3);
-const brackets = ([low, high]) => `[${three(low)}, ${three(high)}]`;
+const brackets = ([low, high]) => (low === null ? "" : `[${three(low)}, ${three(high)}]`);
 const addHeader = (table, names) => {
   const row = table.createTHead().insertRow();
   for (const name of names) add(row, "th", name, {scope: "col"});
@@ -53,8 +53,7 @@ for (const [name, value, small] of figures) {
   add(add(box, "dd", value), "small", small);
 }
 $("notes").textContent = [
-  `Brackets are 95 % intervals over ${found.resampled}: by the bootstrap, or Wilson's where a `
-    + "figure is 0 or 1.",
+  `Brackets are 95 % intervals over ${found.resampled}.`,
   ...found.notes.map((note) => `${note}.`)].join(" ");
 $("version").textContent = data.version;
 
@@ -66,22 +65,23 @@ if (data.leaderboard) {
   $("best").textContent = best.head;
   $("best").after(`${params && ` (${params})`}; ${say(board.n_fit)} images to train on, `
     + `${board.folds}, ${say(board.n_test)} held out.`);
-  const ends = board.rows.flatMap((row) =>
-    [...row.cv_accuracy_interval, ...(row.accuracy_interval || [])]);
+  const ends = board.rows.flatMap((row) => [row.cv_accuracy, ...row.cv_accuracy_interval,
+    row.accuracy, ...(row.accuracy_interval || [])]).filter((end) => end !== null);
   const low = Math.min(...ends), high = Math.max(...ends);
   const x = (value) => 6 + 148 * (value - low) / Math.max(high - low, 1e-9);
   const whiskers = (cell, row) => {
     const svg = draw(cell, "svg", {width: 160, height: 24, "aria-hidden": "true"});
     const mark = (kind, y, value, interval) => {
       const g = draw(svg, "g", {class: kind});
-      draw(g, "line", {x1: x(interval[0]), x2: x(interval[1]), y1: y, y2: y, "stroke-width": 2});
+      if (interval[0] !== null) draw(g, "line",
+        {x1: x(interval[0]), x2: x(interval[1]), y1: y, y2: y, "stroke-width": 2});
       draw(g, "circle", {cx: x(value), cy: y, r: 4});
     };
     mark("cv", 7, row.cv_accuracy, row.cv_accuracy_interval);
     if (row.accuracy !== null) mark("held", 17, row.accuracy, row.accuracy_interval);
   };
   addHeader($("heads"), ["head", ...(other ? [`CV ${board.scoring}`] : []), "CV accuracy",
-    ...(held ? ["held-out accuracy", "balanced", "macro F1"] : []), "fit s", "predict µs",
+    "corrected", ...(held ? ["held-out accuracy", "balanced", "macro F1"] : []), "fit s", "predict µs",
     `${low.toFixed(2)} to ${high.toFixed(2)}`]);
   const body = $("heads").createTBody();
   for (const row of board.rows) {
@@ -90,6 +90,8 @@ if (data.leaderboard) {
     add(line, "th", row.head, {scope: "row"});
     if (other) add(line, "td", row.cv_score.toFixed(4));
     add(line, "td", `${three(row.cv_accuracy)} ${brackets(row.cv_accuracy_interval)}`);
+    add(line, "td", `${three(row.cv_accuracy_corrected)} ${
+      brackets(row.cv_accuracy_corrected_interval)}`);
     if (held) {
       add(line, "td", `${three(row.accuracy)} ${brackets(row.accuracy_interval)}`);
       add(line, "td", three(row.balanced_accuracy));
