@@ -414,8 +414,10 @@ class Evaluation:
         )
 
 
-def with_own_groups(groups: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Give each ungrouped image a group of its own."""
+def with_own_groups(groups: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+    """Give each ungrouped image a group of its own; None where no image has one."""
+    if groups is None or (groups == "").all():
+        return None
     alone = np.char.add("\0", np.arange(len(groups)).astype(str))
     return np.where(groups == "", alone, groups)
 

@@ -234,7 +234,8 @@ class Leaderboard(Sequence[LeaderboardRow]):
     def _cells(self) -> list[list[str]]:
         score = [] if self.scoring == "accuracy" else [f"CV {self.scoring}"]
         test = ["held-out accuracy", "balanced", "macro F1"] if self.n_test else []
-        header = ["head", *score, "CV accuracy", "corrected", *test, "fit s", "predict us", "peak MB"]
+        measured = ["fit s", "predict us", "peak MB"]
+        header = ["head", *score, "CV accuracy", "corrected", *test, *measured]
         rows = [header]
         for row in self.rows:
             cells = [row.head]

@@ -10,8 +10,9 @@ the store's split column has a validation part, that is the one fold.
 
 The out-of-fold scores of the chosen setting give each head's accuracy with its interval and the
 temperature that calibrates its probabilities. As the same folds chose the setting, that accuracy
-is slightly flattering; ``nested=True`` chooses anew inside every fold, at `cv` times the cost, and
-is what to quote.
+flatters; beside it stands the accuracy without what the choice adds (`featcache.results.selection`),
+for each head and for the best of all, which costs no fit. ``nested=True`` chooses anew inside every
+fold, at `cv` times the cost. Intervals are over groups wherever the store has any.
 
 **Memory.** Training copies parts of the features (folds, scaled rows): about three times the
 array. Where that does not fit into `memory` (left out: most of what the machine has available),
@@ -49,7 +50,7 @@ from featcache.heads.table import CLASSICS, HEADS
 from featcache.predictor.file import CanaryRows
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.predictor import Predictor
-from featcache.results.evaluation import Evaluation, with_own_groups
+from featcache.results.evaluation import Evaluation, few_groups, with_own_groups
 from featcache.results.intervals import Score
 from featcache.results.leaderboard import Leaderboard, LeaderboardRow
 from featcache.results.selection import corrected_accuracy
@@ -251,7 +252,7 @@ class _TrainingData:
     layers: list[str]
     folds: list[Fold]
     folds_text: str
-    groups: npt.NDArray[Any] | None
+    groups: npt.NDArray[Any] | None  # which intervals are made over
     memory: int
     notes: tuple[str, ...]
     options: TrainingOptions
@@ -274,6 +275,7 @@ class _TrainingData:
             raise TrainingError(f"class_weight names {unknown[0]!r}, which is not a class.")
         groups = fit.groups if options.group else None
         folds, text = _folds(fit, groups, options)
+        own = with_own_groups(fit.groups)
         chosen = set(fit.resolve(layers))
         notes = [warning for one in fit.fingerprints for warning in one.warnings]
         if not options.group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
@@ -286,9 +288,9 @@ class _TrainingData:
             layers=[name for name in fit.taps if name in chosen],
             folds=folds,
             folds_text=text.replace("folds", "nested folds") if options.nested else text,
-            groups=None if groups is None else with_own_groups(groups),
+            groups=own,
             memory=available_memory() if options.memory is None else options.memory,
-            notes=tuple(notes),
+            notes=(*notes, *few_groups(own)),
             options=options,
         )
 
@@ -301,7 +303,7 @@ class _TrainingData:
         (`apart` is False).
         """
         suffix = SuffixHead.of(
-            self.store, layers=self.layers, settings=settings, groups=self.groups, **options
+            self.store, layers=self.layers, settings=settings, groups=self.kept_together, **options
         )
         others = [name for name in self.layers if name != suffix.maps.tap]
         return replace(self, suffix=suffix, layers=others if apart and others else self.layers)
@@ -311,6 +313,11 @@ class _TrainingData:
         if head != SUFFIX or self.suffix is None:
             return self
         return replace(self, layers=[self.suffix.maps.tap])
+
+    @property
+    def kept_together(self) -> npt.NDArray[Any] | None:
+        """Groups whose images are in one fold."""
+        return self.groups if self.options.group else None
 
     @cached_property
     def y(self) -> npt.NDArray[Any]:
@@ -461,7 +468,7 @@ def _nested(
 def _inner_folds(data: _TrainingData, train: npt.NDArray[np.int64]) -> list[Fold]:
     """Make folds of a fold's training part: as many as asked for, fewer where a class is small."""
     store = data.store.select(train)
-    groups = None if data.groups is None else data.groups[train]
+    groups = None if data.kept_together is None else data.kept_together[train]
     cv = splitting.possible_folds(data.options.cv, store.labels, groups=groups, sha256=store.sha256)
     return splitting.folds(
         store.labels,
