@@ -10,9 +10,9 @@ the store's split column has a validation part, that is the one fold.
 
 The out-of-fold scores of the chosen setting give each head's accuracy with its interval and the
 temperature that calibrates its probabilities. As the same folds chose the setting, that accuracy
-flatters; beside it stands the accuracy without what the choice adds (`featcache.results.selection`),
-for each head and for the best of all, which costs no fit. ``nested=True`` chooses anew inside every
-fold, at `cv` times the cost. Intervals are over groups wherever the store has any.
+flatters. Beside it stands the accuracy without what the choice adds, for each head and for the
+best of all, which costs no fit (`featcache.results.selection`). ``nested=True`` chooses anew inside
+every fold, at `cv` times the cost. Intervals are over groups wherever the store has any.
 
 **Memory.** Training copies parts of the features (folds, scaled rows): about three times the
 array. Where that does not fit into `memory` (left out: most of what the machine has available),
