@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.results.intervals import FEWEST_GROUPS, Score
+from featcache.results.intervals import FEWEST_GROUPS, Score, wilson
 
 _MOST, _FEWEST = 1000, 200  # resamples
 _WORK = 1 << 28  # cells that the resamples read, between these numbers of them
@@ -63,6 +63,9 @@ def corrected_accuracy(
             scores.append(right[left, best].mean())
     if not scores:  # a single image or group is always drawn
         return Score(float(right.mean(axis=0).max()), None, None)
-    ends = np.percentile(scores, [2.5, 97.5]).tolist()
-    too_few = groups is not None and units < FEWEST_GROUPS
-    return Score(float(np.mean(scores)), *((None, None) if too_few else ends))
+    value = float(np.mean(scores))
+    if groups is not None and units < FEWEST_GROUPS:
+        return Score(value, None, None)
+    if min(scores) == max(scores):  # all right, or all wrong
+        return Score(value, *wilson(value, units))
+    return Score(value, *np.percentile(scores, [2.5, 97.5]).tolist())

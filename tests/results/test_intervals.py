@@ -112,3 +112,9 @@ def test_settings_that_agree_are_left_as_they_are() -> None:
     got = corrected_accuracy(y, [predicted] * 3, groups)
     assert got == pytest.approx(0.9) and got.interval == (None, None)
     assert corrected_accuracy(y, [predicted]) == pytest.approx(0.9, abs=0.005)
+
+
+def test_settings_that_are_all_right_are_not_certain() -> None:
+    y = np.arange(60) % 2
+    got = corrected_accuracy(y, [y.astype(np.int32)] * 2)
+    assert got == 1 and got.interval == pytest.approx((0.940, 1.0), abs=1e-3)
