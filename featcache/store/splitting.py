@@ -12,9 +12,10 @@ audit. Three rules hold in all of them.
 
 The dealing is one greedy pass: units of several rows first, the largest first, each to the part
 that lacks its classes most; then the single rows of each class fill what is missing. Where that
-leaves a class in one part alone, units are moved (`_spread`). The dealing is the rule of scikit-learn's ``StratifiedGroupKFold``, but linear in the rows (its inner loop takes
-a standard deviation per unit and part: minutes for a million images) and with parts of any size,
-so that the hold-out follows the same rule as the folds.
+leaves a class in one part alone, units are moved (`_spread`). The dealing is the rule of
+scikit-learn's ``StratifiedGroupKFold``, but linear in the rows (its inner loop takes a standard
+deviation per unit and part: minutes for a million images) and with parts of any size, so that the
+hold-out follows the same rule as the folds.
 """
 
 from __future__ import annotations
@@ -423,7 +424,7 @@ def _spread(
         if not len(alone):
             break
         mine = rng.permutation(np.unique(unit[codes == rng.choice(alone)]))[:_TRIED]
-        moves = []
+        moves: list[tuple[Any, ...]] = []
         for one in mine:
             rows = np.flatnonzero(unit == one)
             mix = np.bincount(codes[rows], minlength=len(table))
