@@ -64,6 +64,7 @@ _GROUPS = 8  # of problems, whose directions are computed side by side
 _IDLE = {torch.float32: 10, torch.float64: 50}
 _ARMIJO = 1e-4
 _NOISE = 3  # relative error of an objective, in units of the scores' precision
+_STEEPEST = 10.0  # a fold's deviation is taken as no less than a tenth of that of all folds' rows
 _CONSTANT = 1e-12  # a column with less variance than this, in units of its overall one, is constant
 
 
@@ -132,7 +133,8 @@ class Design:
     codes : Tensor of shape (n,), int64
         Class of each row.
     means, ratios : Tensor of shape (folds, d)
-        Mean and inverse deviation of each fold's training rows, in these coordinates.
+        Mean and inverse deviation of each fold's training rows, in these coordinates; 0 in place of
+        the latter where a column is constant.
     sample : ndarray of shape (m, d)
         Some of the standardised rows.
     """
@@ -177,12 +179,12 @@ class Design:
         steps = [] if treatment is None else [treatment]
         with Workers.start() as workers:
             mean, variance, sample = _moments(blocks, row_weights, steps, workers)
-            deviation = np.ones_like(variance)
-            if standardize:
-                # 1 where a column is constant, as in scikit-learn's scaler.
-                constant = variance <= _CONSTANT * np.maximum(variance[-1], mean[-1] ** 2)
-                deviation = np.where(constant, 1.0, np.sqrt(variance))
-            centre, scale = mean[-1], deviation[-1]
+            constant = variance <= _CONSTANT * np.maximum(variance[-1], mean[-1] ** 2)
+            deviation = np.where(constant, 1.0, np.sqrt(variance)) if standardize else 1.0
+            centre, scale = mean[-1], np.broadcast_to(deviation, variance.shape)[-1]
+            # A column that is constant in a fold has no weight there, whatever other rows hold; the
+            # one image in which it hardly fires does not say how far it may go.
+            ratios = np.where(constant, 0.0, np.minimum(scale / deviation, _STEEPEST))[:-1]
             scaling = Scale(centre, scale)
             steps.append(scaling)
             source: Tensor | FeatureBlocks = blocks
@@ -203,7 +205,7 @@ class Design:
             weights=torch.from_numpy(loss_weights.astype(dtype, copy=False)),
             codes=torch.from_numpy(codes),
             means=torch.from_numpy(((mean[:-1] - centre) / scale).astype(dtype)),
-            ratios=torch.from_numpy((scale / deviation[:-1]).astype(dtype)),
+            ratios=torch.from_numpy(ratios.astype(dtype)),
             sample=scaling(sample),
         )
 
@@ -298,36 +300,38 @@ def _moments(
     Returns
     -------
     mean, variance : ndarray of shape (folds + 1, d), float64
-        For each set of weights; the last are those of all rows, each counted once.
+        For each set of weights; the last are those of all rows, with their largest weights.
     sample : ndarray of shape (at most 4096, d)
-        Treated rows.
+        Treated rows, of those that have a weight.
     """
     n, d = len(blocks) * blocks.views, blocks.shape[-1]
+    largest = weights.max(axis=0)  # (n,)
+    shuffled = np.random.default_rng(0).permutation(n)
     chosen = np.zeros(n, dtype=bool)
-    chosen[np.random.default_rng(0).permutation(n)[:_SAMPLE]] = True
+    chosen[shuffled[largest[shuffled] > 0][:_SAMPLE]] = True
     shifts: list[np.ndarray] = []  # the first block's mean, so that squares lose no digits
 
     def sums(images: slice, block: np.ndarray) -> tuple[np.ndarray, ...]:
         rows, treated = blocks.rows_of(images), chained(steps, block)
         if not shifts:
-            shifts.append(treated.mean(axis=0))
-        away = treated - shifts[0]
-        ones = np.ones((1, len(away)), dtype=away.dtype)
-        both = np.concatenate([weights[:, rows].astype(away.dtype), ones])
+            shifts.append(treated.mean(axis=0, dtype=np.float64))
+        # In float32 the variance of a column that is constant in a fold would be rounding noise.
+        away = np.subtract(treated, shifts[0], dtype=np.float64)
+        both = np.concatenate([weights[:, rows], largest[rows][None]], dtype=np.float64)
         kept = treated[chosen[rows]]
         return both @ away, both @ np.square(away, out=away), kept
 
     stream = blocks.blocks(max(256, _FLOATS // d))
     total, squares, kept = sums(*next(stream))
-    total, squares, sample = total.astype(np.float64), squares.astype(np.float64), [kept]
+    sample = [kept]
     for one, two, kept in workers.in_order(partial(sums, *pair) for pair in stream):
         total += one
         squares += two
         sample.append(kept)
-    size = np.append(weights.sum(axis=1, dtype=np.float64), n)[:, None]
+    size = np.append(weights.sum(axis=1, dtype=np.float64), largest.sum(dtype=np.float64))[:, None]
     total /= size
     variance = np.maximum(squares / size - total**2, 0.0)
-    return shifts[0].astype(np.float64) + total, variance, np.concatenate(sample)
+    return shifts[0] + total, variance, np.concatenate(sample)
 
 
 def _principal(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
