@@ -50,3 +50,16 @@ def fit_temperature(
 
     found = minimize_scalar(loss, bounds=(-7.0, 7.0), method="bounded", options={"xatol": 1e-4})
     return spread * float(np.exp(found.x))
+
+
+def calibrated_loss(
+    logits: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
+) -> float:
+    """Return the log loss of scores at the temperature that fits them; see `fit_temperature`."""
+    known = ~np.isnan(logits).any(axis=1)
+    values, truth = logits[known].astype(np.float64), y[known]
+    weight = None if sample_weight is None else sample_weight[known]
+    values /= fit_temperature(values, truth, weight)
+    return -float(
+        np.average(log_softmax(values, axis=1)[np.arange(len(truth)), truth], weights=weight)
+    )

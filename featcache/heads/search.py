@@ -9,9 +9,11 @@ calibration of probabilities and the audit all come from them.
 from __future__ import annotations
 
 import difflib
+import inspect
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
@@ -20,8 +22,8 @@ from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from featcache.errors import TrainingError
-from featcache.heads.base import ClassWeight, FittedHead
-from featcache.heads.calibration import fit_temperature
+from featcache.heads.base import ClassWeight, FittedHead, class_factors
+from featcache.heads.calibration import calibrated_loss, fit_temperature
 from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
 from featcache.heads.steps import Step
 
@@ -121,7 +123,7 @@ class SearchOptions:
         return self.memory or 1 << 30
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Trial:
     """One setting of the hyper-parameters and how it did.
 
@@ -129,8 +131,11 @@ class Trial:
     ----------
     params : mapping
         Name to value.
+    score : float
+        Mean over the folds, or as `FoldScorer` says where a fold lacks a class.
     fold_scores : tuple of float
-        Score on each fold's validation rows, in the order of the folds.
+        Score on each fold's validation rows, in the order of the folds; NaN in one that does not
+        count.
     seconds : float
         Wall-clock seconds since the trial before.
     predicted : ndarray of shape (n,), int32, or None
@@ -139,19 +144,23 @@ class Trial:
         Out-of-fold scores, NaN in such rows; None where they were given up to save memory.
     rough : bool
         Whether it only served to decide what to try next.
+    log_loss : float or None
+        Out of fold, calibrated; None where nothing had to be decided by it.
     """
 
     params: Params
+    score: float
     fold_scores: tuple[float, ...]
     seconds: float = 0.0
     predicted: np.ndarray | None = None
     logits: np.ndarray | None = None
     rough: bool = False
+    log_loss: float | None = None
 
     @property
-    def score(self) -> float:
-        """Mean over the folds."""
-        return float(np.mean(self.fold_scores))
+    def rank(self) -> tuple[bool, float]:
+        """What it is chosen by: scores that differ by rounding are equal, NaN is the last."""
+        return not self.rough, round(self.score, 9) if np.isfinite(self.score) else -np.inf
 
 
 class Search:
@@ -174,18 +183,35 @@ class Search:
     """
 
     def __init__(self, rows: TrainingRows, options: SearchOptions) -> None:
-        self.rows, self.options = rows, options
+        self.options = options
+        self.judge_on(rows)
         self.trials: list[Trial] = []
         self.notes: list[str] = []
         self._since = time.perf_counter()
 
+    def judge_on(self, rows: TrainingRows) -> None:
+        """Score what is tried from now on on these rows."""
+        self.rows = rows
+        scoring = self.options.scoring
+        self._scorer = FoldScorer.of(scoring, rows.codes, rows.classes, rows.folds)
+
     @property
     def best(self) -> Trial:
-        """The trial with the highest score; the earlier (simpler) one where scores tie.
+        """The trial with the highest score; where scores tie, that with the lowest log loss.
 
         Rough ones count only as long as there is no other.
         """
-        return max(self.trials, key=lambda one: (not one.rough, one.score))
+        top = max(one.rank for one in self.trials)
+        tied = [one for one in self.trials if one.rank == top]
+        return tied[0] if len(tied) == 1 else min(tied, key=self._log_loss)
+
+    def _log_loss(self, trial: Trial) -> float:
+        """Return the out-of-fold log loss of a trial, which keeps it."""
+        rows, logits = self.rows, trial.logits
+        if trial.log_loss is None and logits is not None:
+            logits = logits if rows.images is None else logits[rows.images]
+            trial.log_loss = calibrated_loss(logits, rows.codes, rows.weight)
+        return np.inf if trial.log_loss is None else trial.log_loss
 
     def fitted(self, count: int = 1) -> None:
         """Tell whoever watches that so many more fits are done."""
@@ -195,16 +221,18 @@ class Search:
     def tried(self, params: Params, logits: np.ndarray, *, rough: bool = False) -> Trial:
         """Score and keep the out-of-fold logits (images, k) of one setting; NaN if not judged."""
         rows, now = self.rows, time.perf_counter()
-        scores = score_folds(logits, rows.codes, rows.classes, rows.folds, self.options.scoring)
+        score, each = self._scorer(logits)
         values = rows.spread(logits)
         predicted = np.where(np.isnan(values).any(axis=1), -1, values.argmax(axis=1))
-        trial = Trial(params, scores, now - self._since, predicted.astype(np.int32), values, rough)
+        predicted = predicted.astype(np.int32)
+        trial = Trial(params, score, each, now - self._since, predicted, values, rough)
         self._since = now
         self.trials.append(trial)
         kept = [one.logits.nbytes for one in self.trials if one.logits is not None]
         if len(kept) > 1 and sum(kept) > self.options.room // 8:
             best = self.best
-            self.trials = [one if one is best else replace(one, logits=None) for one in self.trials]
+            for one in self.trials:
+                one.logits = one.logits if one is best else None
         return trial
 
 
@@ -299,10 +327,15 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
     Raises
     ------
     TrainingError
-        scikit-learn knows no such scoring, or it does not score classes.
+        scikit-learn knows no such scoring, it is not defined for these labels and folds, or class
+        weights are not for these classes.
     """
     options, start = head.options, time.perf_counter()
-    check_scoring(options.scoring, rows.classes)
+    FoldScorer.of(options.scoring, rows.codes, rows.classes, rows.folds)
+    try:
+        class_factors(options.class_weight, rows.classes, rows.codes, np.ones(len(rows)))
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
     kept = rows
     if isinstance(rows.X, FeatureBlocks) and not head.out_of_core:
         some = rows.images_in(options.room // COPIES)
@@ -311,12 +344,16 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
     part = kept.sample(head.enough_images(kept), options.random_state)
     found = Search(part, options)
     head.explore(part, found)
-    if found.best.rough or len(part) < len(kept):
-        params = head.final(kept, found.best.params)
-        found.trials = [replace(one, rough=True) for one in found.trials]
-        found.rows = kept.judging(part)
+    best = found.best
+    if best.rough or len(part) < len(kept) or best.logits is None:
+        params = head.final(kept, best.params)
+        for one in found.trials:
+            one.rough = True
+        found.judge_on(kept.judging(part))
         found.tried(params, refitted(head, params, found))
     best, middle = found.best, time.perf_counter()
+    if not np.isfinite(best.score):
+        raise TrainingError(f"scoring {options.scoring!r} is not a number for any setting")
     assert best.logits is not None
     estimator = FittedHead(head.fit(kept, best.params), rows.classes)
     found.fitted()
@@ -367,10 +404,17 @@ class _Scored(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     "X" is an array of row numbers.
     """
 
-    def __init__(self, logits: np.ndarray, classes: np.ndarray, codes: np.ndarray) -> None:
+    def __init__(
+        self,
+        logits: np.ndarray,
+        classes: np.ndarray,
+        codes: np.ndarray,
+        proba: np.ndarray | None = None,
+    ) -> None:
         self.logits = logits
         self.classes = classes
         self.codes = codes
+        self.proba = proba
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
@@ -384,28 +428,23 @@ class _Scored(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return chosen
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        proba: np.ndarray = softmax(self.logits[X].astype(np.float64) / self._temperature, axis=1)
+        proba: np.ndarray = self._proba[X]
         return proba
 
     @cached_property
-    def _temperature(self) -> float:
-        return fit_temperature(self.logits, self.codes)
+    def _proba(self) -> np.ndarray:
+        if self.proba is not None:
+            return self.proba
+        return np.asarray(softmax(self.logits / fit_temperature(self.logits, self.codes), axis=1))
 
 
-def check_scoring(scoring: Scoring, classes: np.ndarray | None = None) -> Callable[..., float]:
-    """Return the scorer of a name.
-
-    Parameters
-    ----------
-    scoring : str or callable
-        Name of a scorer, or a scorer.
-    classes : ndarray of shape (k,), optional
-        Labels that it is to be tried on.
+def check_scoring(scoring: Scoring) -> Callable[..., float]:
+    """Return the scorer of a name, or the scorer that was given.
 
     Raises
     ------
     TrainingError
-        scikit-learn knows no such name, or it scores something else than these labels.
+        scikit-learn knows no such name.
     """
     from sklearn.metrics import get_scorer, get_scorer_names
 
@@ -416,46 +455,138 @@ def check_scoring(scoring: Scoring, classes: np.ndarray | None = None) -> Callab
         hint = f"Did you mean {' or '.join(near)}?" if near else "Try accuracy."
         raise TrainingError(f"scikit-learn has no scoring {scoring!r}. {hint}")
     scorer: Callable[..., float] = get_scorer(scoring)
-    if classes is not None:
-        codes = np.repeat(np.arange(len(classes)), 2)  # (2k,): every class twice, and all right
-        known = _Scored(np.eye(len(classes), dtype=np.float32)[codes], classes, codes)
-        try:
-            float(scorer(known, np.arange(len(codes)), classes[codes]))
-        except (ValueError, TypeError) as error:
-            why = str(error).partition("\n")[0].rstrip(".")
-            raise TrainingError(
-                f"scoring {scoring!r} cannot score {len(classes)} classes such as "
-                f"{str(classes[0])!r}: {why}. Try balanced_accuracy, f1_macro or neg_log_loss"
-            ) from error
     return scorer
 
 
-def score_folds(
-    logits: np.ndarray, y: np.ndarray, classes: np.ndarray, folds: Folds, scoring: Scoring
-) -> tuple[float, ...]:
-    """Score out-of-fold `logits` on each fold with any of scikit-learn's scorers.
+@dataclass(frozen=True, eq=False)
+class FoldScorer:
+    """Any of scikit-learn's scorers on out-of-fold scores, also where folds lack classes.
 
-    Parameters
+    Where the validation images of a fold lack a class, scores of predictions (accuracy, F1) are
+    those of all folds' images together. Log loss, Brier score and top-k accuracy get all labels.
+    What compares images of different classes (AUC, average precision, scorers of one's own) is the
+    mean of the folds that have every class. Of two classes, the second in sorted order is the
+    positive one.
+
+    Attributes
     ----------
-    logits : ndarray of shape (n, k)
-        Out-of-fold scores.
-    y : ndarray of shape (n,), int
-        Column of the true class.
-    classes : ndarray of shape (k,)
-        Labels.
-    folds : list of (train, valid)
-        Row numbers.
     scoring : str or callable
-        Name of a scorer ("accuracy", "balanced_accuracy", "f1_macro", "neg_log_loss", ...), or
-        ``scorer(estimator, X, y)``. Scorers of probabilities see them calibrated.
+        What was asked for.
+    scorer : callable
+        ``scorer(estimator, X, y)``.
+    codes, classes : ndarray of shape (n,), ndarray of shape (k,)
+        Column of the true class, and labels.
+    folds : list of ndarray
+        Numbers of the validation images.
+    counted : list of bool
+        Which folds count.
+    together : bool
+        Whether the score is that of all folds' images together.
+    notes : list of str
+        What the user should be told of this.
     """
-    if scoring == "accuracy":  # the usual one, without sorting a million labels
-        right = logits.argmax(axis=1) == y
-        return tuple(float(right[valid].mean()) for _, valid in folds)
-    scorer = check_scoring(scoring)
-    known = _Scored(logits, classes, y)
-    labels = classes[y]
-    return tuple(float(scorer(known, valid, labels[valid])) for _, valid in folds)
+
+    scoring: Scoring
+    scorer: Callable[..., float]
+    codes: np.ndarray
+    classes: np.ndarray
+    folds: Sequence[np.ndarray]
+    counted: Sequence[bool]
+    together: bool
+    notes: Sequence[str]
+
+    @classmethod
+    def of(
+        cls, scoring: Scoring, codes: np.ndarray, classes: np.ndarray, folds: Folds
+    ) -> FoldScorer:
+        """Prepare a scorer for labels (n,), as numbers of the classes (k,), and folds.
+
+        Raises
+        ------
+        TrainingError
+            scikit-learn knows no such scoring, or it is not defined for these labels and folds.
+        """
+        from sklearn.metrics import make_scorer, roc_auc_score
+
+        scorer: Any = check_scoring(scoring)
+        function = getattr(scorer, "_score_func", None)  # no public way tells what it takes
+        takes = inspect.signature(function).parameters if function else {}
+        predicts = bool(function) and scorer._response_method == "predict"
+        options, notes = {}, []
+        if len(classes) == 2 and "pos_label" in takes and "pos_label" not in scorer._kwargs:
+            options["pos_label"] = classes[1]
+            notes.append(f"{scoring}: {str(classes[1])!r} is the positive class")
+        if "labels" in takes and not predicts and function is not roc_auc_score:
+            options["labels"] = classes
+        if options:
+            scorer = make_scorer(
+                function,
+                response_method=scorer._response_method,
+                greater_is_better=scorer._sign > 0,
+                **{**options, **scorer._kwargs},
+            )
+        valid = [np.asarray(rows) for _, rows in folds]
+        present = np.stack([np.bincount(codes[rows], minlength=len(classes)) > 0 for rows in valid])
+        whole = present.all(axis=1)
+        counted = np.logical_or(whole, predicts or "labels" in options)
+        together = predicts and not bool(whole.all())
+        if together and len(valid) > 1:
+            notes.append("a fold lacks a class: the score is that of all folds' images together")
+        if not counted.all():
+            notes.append(
+                f"the score is the mean of {counted.sum()} of {len(valid)} folds: the others lack "
+                "a class"
+            )
+        made = cls(scoring, scorer, codes, classes, valid, counted.tolist(), together, notes)
+        made._check(np.flatnonzero(present.any(axis=0)))
+        return made
+
+    def _check(self, present: np.ndarray) -> None:
+        """Refuse what cannot score even right predictions of the classes that folds validate."""
+        from sklearn.exceptions import UndefinedMetricWarning
+
+        k, why = len(self.classes), ""
+        codes = np.repeat(present, 2)  # every class twice
+        known = _Scored(np.eye(k, dtype=np.float32)[codes], self.classes, codes)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", UndefinedMetricWarning)
+                if not any(self.counted):
+                    why = "no fold has validation images of every class"
+                elif not np.isfinite(self._one(known, np.arange(len(codes)))):
+                    why = "it is not a number"
+        except (ValueError, TypeError, UndefinedMetricWarning) as error:
+            why = str(error).partition("\n")[0].rstrip(".")
+        if why:
+            raise TrainingError(
+                f"scoring {self.scoring!r} cannot score {k} classes such as "
+                f"{str(self.classes[0])!r}: {why}. Try balanced_accuracy, f1_macro or neg_log_loss"
+            )
+
+    def _one(self, known: _Scored, rows: np.ndarray) -> float:
+        if self.scoring == "accuracy":  # the usual one, without sorting a million labels
+            return float((known.logits[rows].argmax(axis=1) == known.codes[rows]).mean())
+        return float(self.scorer(known, rows, self.classes[known.codes[rows]]))
+
+    def __call__(
+        self, logits: np.ndarray, proba: np.ndarray | None = None
+    ) -> tuple[float, tuple[float, ...]]:
+        """Score out-of-fold `logits` (n, k): return the score, and that of each fold.
+
+        Scorers of probabilities see `proba` (n, k), or, left out, calibrated ones. A fold that does
+        not count has NaN.
+        """
+        known = _Scored(logits, self.classes, self.codes, proba)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classes that a fold lacks
+            each = tuple(
+                self._one(known, rows) if counts and len(rows) else np.nan
+                for rows, counts in zip(self.folds, self.counted, strict=True)
+            )
+            if self.together:
+                return self._one(known, np.unique(np.concatenate(self.folds))), each
+            return float(np.nanmean(each)), each
 
 
 def fit_estimator(estimator: Any, rows: TrainingRows) -> Any:

@@ -45,7 +45,7 @@ from featcache.finetuning.search import SUFFIX, SuffixHead
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
-from featcache.heads.search import COPIES, score_folds, search
+from featcache.heads.search import COPIES, FoldScorer, search
 from featcache.heads.table import CLASSICS, HEADS
 from featcache.predictor.file import CanaryRows
 from featcache.predictor.inputs import InputTap, source_taps
@@ -178,8 +178,8 @@ def train(
                 checkpoints=folder,
             )
         found = _train_heads(data, names, test, progress=progress)
-    # The order of the heads decides between equal scores.
-    found.sort(key=lambda one: -one[0].cv_score)
+    # Scores that differ by rounding are equal.
+    found.sort(key=lambda one: (-round(one[0].cv_score, 9), one[0].cv.log_loss))
     first, best, _ = found[0]
     best.leaderboard = Leaderboard(
         rows=tuple(row for row, *_ in found),
@@ -276,8 +276,11 @@ class _TrainingData:
         groups = fit.groups if options.group else None
         folds, text = _folds(fit, groups, options)
         own = with_own_groups(fit.groups)
+        classes, codes = np.unique(fit.labels, return_inverse=True)
+        scorer = FoldScorer.of(options.scoring, codes, classes, folds)
         chosen = set(fit.resolve(layers))
         notes = [warning for one in fit.fingerprints for warning in one.warnings]
+        notes += scorer.notes
         if not options.group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
             notes.append(
                 "images of one group may be in several folds, which flatters: give --group "
@@ -461,8 +464,8 @@ def _nested(
         found = search(HEADS[head](options), rows)
         scores = found.estimator.logits(data.X[valid]).astype(np.float64)
         logits[valid] = log_softmax(scores / found.temperature, axis=1)
-    judged = score_folds(logits, codes, classes, data.folds, data.options.scoring)
-    return logits, float(np.mean(judged))
+    score, _ = FoldScorer.of(data.options.scoring, codes, classes, data.folds)(logits)
+    return logits, score
 
 
 def _inner_folds(data: _TrainingData, train: npt.NDArray[np.int64]) -> list[Fold]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.special import softmax
+from sklearn import metrics
 
 from featcache.errors import TrainingError
 from featcache.heads import linear
@@ -158,3 +159,113 @@ def test_blocks_give_some_images(views: int) -> None:
     numbers = (some[:, None] * views + np.arange(views)).ravel()
     expected = X[some].reshape(-1, 3).astype(np.float32)
     np.testing.assert_array_equal(FeatureBlocks.of(X).take(numbers), expected)
+
+
+def of_groups() -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Rows of three classes whose folds lack one: the last has the first two, the first all."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(["ant", "bee", "wasp"], 40)
+    X = (rng.normal(size=(120, 5)) + np.eye(3, 5)[np.unique(y, return_inverse=True)[1]]).astype(
+        np.float32
+    )
+    valid = [np.r_[0:20, 40:60, 80:90], np.r_[20:30, 90:120], np.r_[30:40, 60:80]]
+    return X, y, [(np.setdiff1d(np.arange(120), some), some) for some in valid]
+
+
+def test_accuracy_and_f1_are_pooled_where_a_fold_lacks_a_class() -> None:
+    X, y, parts = of_groups()
+    for scoring in ("accuracy", "balanced_accuracy", "f1_macro"):
+        found = HEADS["ridge"].search(X, y, parts, scoring=scoring)
+        predicted = found.classes[found.logits.argmax(axis=1)]
+        score = metrics.f1_score if scoring == "f1_macro" else getattr(metrics, f"{scoring}_score")
+        options = {"average": "macro"} if scoring == "f1_macro" else {}
+        assert found.score == pytest.approx(score(y, predicted, **options), abs=1e-12)
+
+
+def test_log_loss_and_top_k_know_the_labels_that_a_fold_lacks() -> None:
+    X, y, parts = of_groups()
+    for scoring in ("neg_log_loss", "top_k_accuracy"):
+        found = HEADS["ridge"].search(X, y, parts, scoring=scoring)
+        codes = np.searchsorted(found.classes, y)
+        proba = softmax(found.logits / fit_temperature(found.logits, codes), axis=1)
+        score = getattr(metrics, scoring.replace("neg_", "").replace("accuracy", "accuracy_score"))
+        each = [score(y[rows], proba[rows], labels=found.classes) for _, rows in parts]
+        sign = -1 if scoring == "neg_log_loss" else 1
+        assert found.score == pytest.approx(sign * np.mean(each), abs=1e-6)
+
+
+@pytest.mark.parametrize("scoring", ["roc_auc_ovr", "roc_auc", "average_precision"])
+def test_auc_is_the_mean_of_the_folds_where_it_is_defined(scoring: str) -> None:
+    X, y, parts = of_groups()
+    if scoring != "roc_auc_ovr":
+        some = y != "wasp"
+        place = np.cumsum(some) - 1
+        parts = [(place[a[some[a]]], place[b[some[b]]]) for a, b in parts]
+        X, y = X[some], y[some]
+    found = HEADS["ridge"].search(X, y, parts, scoring=scoring)
+    whole = [rows for _, rows in parts if len(np.unique(y[rows])) == len(found.classes)]
+    assert len(whole) == (1 if scoring == "roc_auc_ovr" else 2)
+    scores = found.logits if scoring == "roc_auc_ovr" else np.diff(found.logits, axis=1)[:, 0]
+    if scoring == "roc_auc_ovr":
+        proba = softmax(
+            found.logits / fit_temperature(found.logits, np.searchsorted(found.classes, y)), axis=1
+        )
+        each = [metrics.roc_auc_score(y[rows], proba[rows], multi_class="ovr") for rows in whole]
+    else:
+        score = getattr(metrics, f"{scoring}_score")
+        each = [score(y[rows] == "bee", scores[rows]) for rows in whole]
+    assert found.score == pytest.approx(np.mean(each), abs=1e-6)
+    assert sum(np.isnan(found.fold_scores)) == 3 - len(whole)
+    assert found.params["alpha"] != found.trials[0].params["alpha"]  # NaN is never the best
+
+
+def test_a_scoring_that_no_fold_can_give_is_refused_before_training() -> None:
+    X, y, parts = of_groups()
+    with pytest.raises(TrainingError, match="no fold has validation images of every class"):
+        HEADS["ridge"].search(X, y, parts[1:], scoring="roc_auc_ovr")
+    two = [(np.arange(0, 80), np.arange(0, 40))]
+    with pytest.raises(TrainingError, match="ill-defined"):
+        HEADS["ridge"].search(X[:80], y[:80], two, scoring="f1")
+
+
+@pytest.mark.parametrize(
+    "scoring",
+    ["f1", "precision", "recall", "jaccard", "average_precision", "roc_auc", "neg_brier_score"],
+)
+def test_scorings_of_two_classes_take_names(scoring: str) -> None:
+    X, y, _ = of_groups()
+    X, y = X[:80], y[:80]
+    parts = folds(y, cv=4)
+    found = HEADS["ridge"].search(X, y, parts, scoring=scoring)
+    codes = np.searchsorted(found.classes, y)
+    proba = softmax(found.logits / fit_temperature(found.logits, codes), axis=1)[:, 1]
+    scorer = metrics.get_scorer(scoring)
+    score, sign = scorer._score_func, scorer._sign
+    values = found.logits.argmax(axis=1) if scorer._response_method == "predict" else proba
+    each = [sign * score(codes[rows], values[rows]) for _, rows in parts]
+    assert found.score == pytest.approx(np.mean(each), abs=1e-6)
+
+
+def test_a_misspelt_class_weight_is_one_sentence() -> None:
+    X, y, parts = of_groups()
+    for head in ("ridge", "forest", "rbf-svm"):
+        with pytest.raises(TrainingError, match="'balanced', a dict or None, got 'balancd'"):
+            HEADS[head].search(X, y, parts, class_weight="balancd")
+
+
+def test_a_tie_goes_to_the_lower_log_loss() -> None:
+    """A rare class that no penalty recalls: balanced by hand, all settings have equal scores."""
+    rng = np.random.default_rng(0)
+    y = np.r_[np.zeros(220, int), np.ones(20, int)]
+    X = rng.normal(size=(240, 4)).astype(np.float32)
+    X[220:] += 0.7
+    rows = TrainingRows.check(X, y, folds(y.astype(str), cv=4), None)
+    head = LinearHead(Cs=[1e-5, 1e-3, 1e-1], treatments=["standard"], refine=False)
+    found = search(head, rows)
+    assert {round(one.score, 9) for one in found.trials} == {round(220 / 240, 9)}
+    losses = [
+        metrics.log_loss(y, softmax(one.logits / fit_temperature(one.logits, y), axis=1))
+        for one in found.trials
+    ]
+    assert found.best is found.trials[int(np.argmin(losses))]
+    assert found.params["C"] > 1e-5

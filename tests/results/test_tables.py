@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import featcache as fc
+from featcache.errors import TrainingError
 from featcache.results.intervals import Score
 from tests.labelled import clusters, make_store
 from tests.reported import CLASSES, Case, case
@@ -57,3 +60,23 @@ def test_many_classes_are_cut_short(tmp_path: Path) -> None:
     y = [f"class {k:02d}" for k in range(25) for _ in range(2)]
     text = make_store(tmp_path / "s.h5", clusters(y), y)._repr_html_()
     assert "and 5 more" in text
+
+
+def test_a_score_that_few_folds_have_is_counted_and_json_has_no_nan(tmp_path: Path) -> None:
+    # Each class is in three groups, but no three folds keep all of them apart.
+    of_group = ["abc", "ab", "ac", "bc"]
+    y = [name for names in of_group for name in names for _ in range(8)]
+    groups = [str(k) for k, names in enumerate(of_group) for _ in range(8 * len(names))]
+    store = make_store(tmp_path / "s.h5", clusters(y, spread=4), y, groups=groups)
+    board = fc.train(store, head="ridge", group=True, cv=3, scoring="roc_auc_ovr").leaderboard
+    assert board is not None and np.isfinite(board[0].cv_score)
+    assert "the score is the mean of 2 of 3 folds: the others lack a class" in board.notes
+    assert "NaN" not in board.to_json() and json.loads(board.to_json())["rows"]
+
+
+def test_a_validation_part_of_one_class_has_no_auc(tmp_path: Path) -> None:
+    y = ["ill", "well"] * 20
+    splits = ["val" if i % 4 == 0 else "train" for i in range(40)]
+    store = make_store(tmp_path / "s.h5", clusters(y, spread=4), y, splits=splits)
+    with pytest.raises(TrainingError, match="no fold has validation images of every class"):
+        fc.train(store, head=["ridge", "linear"], scoring="roc_auc")

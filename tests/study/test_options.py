@@ -61,7 +61,7 @@ def test_a_path_is_no_store_and_no_layers_are_all(store: FeatureStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "scoring", ["f1_macro", "neg_log_loss", "roc_auc_ovr", "balanced_accuracy"]
+    "scoring", ["f1_macro", "neg_log_loss", "roc_auc_ovr", "balanced_accuracy", "top_k_accuracy"]
 )
 def test_scorings_of_classes_are_taken(store: FeatureStore, scoring: str) -> None:
     assert np.isfinite(fc.train(store, scoring=scoring).leaderboard.rows[0].cv_score)
