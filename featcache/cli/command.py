@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from featcache.errors import FeatcacheError
-from featcache.system.console import sigterm_as_ctrl_c
+from featcache.errors import FeatcacheError, Interrupted
+from featcache.system.console import signals_as_ctrl_c
 
 __all__ = ["Command", "Commands", "Message", "print_json", "show"]
 
@@ -42,16 +42,18 @@ class Command(click.Command):
         self.params.append(click.Option(["-q", "--quiet"], is_flag=True, help=quiet))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a `FeatcacheError` becomes a `Message`, SIGTERM click's "Aborted!"."""
+        """Run the command; a `FeatcacheError` becomes a `Message`, and so does a signal."""
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(sigterm_as_ctrl_c())
+                stack.enter_context(signals_as_ctrl_c())
                 if ctx.params.pop("quiet"):  # errors are printed after this
                     nowhere = stack.enter_context(Path(os.devnull).open("w"))
                     stack.enter_context(contextlib.redirect_stderr(nowhere))
                 return super().invoke(ctx)
         except FeatcacheError as error:
             raise Message(error) from error
+        except KeyboardInterrupt:
+            raise Message(Interrupted("Stopped by a signal. Run the same command again.")) from None
 
 
 class Commands(Command, click.Group):

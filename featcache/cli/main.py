@@ -4,9 +4,8 @@ Nothing is computed here. Heavy imports stand inside the commands, or happen at 
 one of featcache's public names, so that ``featcache --help`` is instant. Results go to standard
 output, progress and messages to standard error; ``--json`` prints one JSON object and nothing
 else, ``--quiet`` leaves only errors on standard error, and ``-o -`` is standard output where text
-is written. Exit status: 0 done, 1 a `FeatcacheError` or an end by Ctrl-C or SIGTERM ("Aborted!")
-where nothing is kept, 2 wrong usage, 75 interrupted with everything committed (run the same command
-again to resume).
+is written. Exit status: 0 done, 1 a `FeatcacheError`, 2 wrong usage, 75 stopped by Ctrl-C, SIGTERM
+or SIGHUP with everything committed (run the same command again).
 """
 
 from __future__ import annotations

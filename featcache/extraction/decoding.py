@@ -33,6 +33,7 @@ from featcache.pixels.decode import RawImage
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.store.format import DONE, ENTRY, FAILED, PENDING
+from featcache.system.console import check_stopped
 from featcache.system.processes import die_with_parent, start_processes
 
 __all__ = ["PREFETCH", "Batch", "Decoder", "Loader", "make_tasks"]
@@ -42,7 +43,7 @@ READ_ATTEMPTS = 3
 SYSTEM_FAULTS = 20  # so many images in a row that the system could not read end a run
 DEATHS = 2  # a process of its own dies so often before an image counts as failed
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -287,7 +288,7 @@ class Loader:
                         yield batch
                     return
                 except BrokenProcessPool:
-                    pass
+                    check_stopped()  # the signal may have been sent to all processes
             in_the_making = tasks[done : done + ahead]
             yield from self._decode_one_by_one(in_the_making)
             done += len(in_the_making)
@@ -379,13 +380,13 @@ _stop: Tensor
 def _start_worker(decoder: Decoder, stop: Tensor, parent: int) -> None:
     """Prepare a worker process.
 
-    SIGINT stays blocked: the main process stops the workers when everything is committed. The
-    kernel kills a worker whose parent has died.
+    SIGINT and SIGHUP stay blocked: the main process stops the workers when everything is committed.
+    The kernel kills a worker whose parent has died.
     """
     global _decoder, _stop
     _decoder, _stop = decoder, stop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT, signal.SIGHUP})
     torch.set_num_threads(1)
     die_with_parent(parent)
 

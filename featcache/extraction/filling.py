@@ -31,7 +31,7 @@ from featcache.networks.forward import Runtime, Settings
 from featcache.store.format import DONE, FAILED
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
-from featcache.system.console import doing, progress_bar
+from featcache.system.console import check_stopped, doing, progress_bar
 
 __all__ = ["Job", "filled"]
 
@@ -192,6 +192,7 @@ def _compute(
         summary.cut_off += len(batch.cut_off)
         if batch.failures and job.options.on_error == "fail":
             raise _first_failure(job, batch.failures)
+        check_stopped()
         check()
 
     crashed = (writer.meta.get("run") or {}).get("state") == "running"

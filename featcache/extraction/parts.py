@@ -63,7 +63,7 @@ from featcache.store.file import StoreFile
 from featcache.store.format import FAILED
 from featcache.store.store import FeatureStore
 from featcache.store.writer import check_replaceable, merge
-from featcache.system.console import progress_bar
+from featcache.system.console import check_stopped, progress_bar
 from featcache.system.memory import reuse_memory
 from featcache.system.processes import die_with_parent, start_processes
 
@@ -280,6 +280,7 @@ def _run(
                     # A worker was killed, or a task of an earlier run has not let go yet.
                     lost[futures[future]] = error
             look()
+            check_stopped()
     except BaseException:
         for future in futures:
             future.cancel()
@@ -310,7 +311,7 @@ def _processes(devices: Sequence[str], images: ImageSet, backbone: Backbone) -> 
         len(devices), context, _start_process, (names, images, backbone, os.getpid())
     )
     try:
-        start_processes(pool, len(devices), {signal.SIGINT}, "Name one device")
+        start_processes(pool, len(devices), {signal.SIGINT, signal.SIGHUP}, "Name one device")
         yield pool
     finally:
         pool.shutdown(wait=False)

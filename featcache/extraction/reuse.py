@@ -26,6 +26,7 @@ from featcache.store.format import DONE, ENTRY, FAILED, PENDING
 from featcache.store.splitting import hash_keys
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter, relabel, restamp
+from featcache.system.console import check_stopped
 
 __all__ = [
     "StoredLayout",
@@ -97,6 +98,7 @@ def _stats(images: ImageSet, rows: np.ndarray) -> np.ndarray:
 
 def _hash(images: ImageSet, row: int) -> bytes:
     """Return the hash of an image's content; b"" if the image cannot be read."""
+    check_stopped()
     try:
         return content_hash(images.read(row))
     except DecodeError:

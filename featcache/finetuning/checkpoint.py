@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from featcache.errors import TrainingError
-from featcache.system.console import deferred_signals
+from featcache.system.console import check_stopped
 from featcache.system.files import atomic_write
 
 __all__ = ["Checkpoint"]
@@ -69,6 +69,7 @@ class Checkpoint:
             raise TrainingError(
                 f"The checkpoint folder {self.path.parent} cannot be made: {error.strerror}."
             ) from error
-        with deferred_signals(), atomic_write(self.path) as file:
+        with atomic_write(self.path) as file:
             content = {"format": _FORMAT, "request": self.request, "state": dict(state)}
             torch.save(content, file)
+        check_stopped()

@@ -62,6 +62,7 @@ from featcache.networks.surgery import (
     unfreeze_gradually,
 )
 from featcache.store.store import FeatureStore
+from featcache.system.console import check_stopped
 from featcache.system.memory import reuse_memory
 
 __all__ = [
@@ -250,6 +251,7 @@ class _Training:
         total = 0.0
         batches = list(minibatches(self.fit, settings.batch_size, (self.random_state, number)))
         for step, rows in enumerate(batches, number * len(batches)):
+            check_stopped()
             relative = rate(settings.schedule, step, settings.epochs * len(batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = relative * group["highest"]

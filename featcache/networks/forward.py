@@ -38,6 +38,7 @@ from featcache.networks.backbone import Backbone
 from featcache.networks.faster import faster_copy, find_speed_ups, products_pay
 from featcache.networks.taps import Tapped
 from featcache.networks.tracing import default_float32
+from featcache.system.console import check_stopped
 from featcache.system.memory import glibc
 
 __all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "default_threads", "select_device"]
@@ -310,6 +311,7 @@ class Runtime:
         with self._configured(self.settings):
             start, group = 0, group or len(batch)
             while start < len(batch):
+                check_stopped()
                 size = self.settings.batch_size
                 end = min(start + size, start - start % group + group)
                 try:

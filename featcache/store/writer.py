@@ -43,6 +43,7 @@ from featcache.store.disk import WriteLock
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Failure
 from featcache.store.store import FeatureStore, convert
+from featcache.system.console import check_stopped
 
 __all__ = ["FeatureWriter", "check_replaceable", "merge", "relabel", "restamp"]
 
@@ -413,6 +414,7 @@ class FeatureWriter:
         step = max(1, _COPY_ROWS_BYTES // max(widest, 1))
         copied = [rows[:0]]
         for start in range(0, len(rows), step):
+            check_stopped()
             part = slice(start, start + step)
             chosen = store.select(source_rows[part])
             entries = np.zeros(len(chosen), self._rows.dtype)

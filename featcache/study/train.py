@@ -59,7 +59,7 @@ from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate
 from featcache.study.options import TrainingOptions
-from featcache.system.console import interruptible, progress_bar
+from featcache.system.console import check_stopped, interruptible, progress_bar
 from featcache.system.memory import available_memory, peak_memory
 from featcache.system.tables import first_names
 
@@ -220,10 +220,15 @@ def _train_heads(
             f"than the {tqdm.format_sizeof(data.memory, 'B')} of memory"
         )
     found = []
+
+    def fitted(count: int) -> None:
+        bar.update(count)
+        check_stopped()
+
     with progress_bar(progress, unit=" fits", leave=False) as bar:
         for number, name in enumerate(names, 1):
             bar.set_description_str(f"{name} (head {number} of {len(names)})")
-            found.append(_train_head(data.of_head(name), name, test, bar.update))
+            found.append(_train_head(data.of_head(name), name, test, fitted))
     return found
 
 

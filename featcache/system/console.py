@@ -1,4 +1,4 @@
-"""What a command shows while it runs, and what SIGINT (Ctrl-C) and SIGTERM do to it.
+"""What a command shows while it runs, and what SIGINT (Ctrl-C), SIGTERM and SIGHUP do to it.
 
 One rule says whether there is a progress bar: every function that takes `progress` takes True,
 False or None, and None, the default, means "if a person looks at standard error": in a terminal or
@@ -18,16 +18,16 @@ from typing import Any
 from featcache.errors import Interrupted
 
 __all__ = [
-    "deferred_signals",
+    "check_stopped",
     "doing",
     "interruptible",
     "is_shown",
     "progress_bar",
-    "sigterm_as_ctrl_c",
+    "signals_as_ctrl_c",
 ]
 
 _LOG_INTERVAL = 30.0  # seconds between two lines of progress that go to a file, not to a terminal
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def is_shown(progress: bool | None) -> bool:
@@ -82,15 +82,20 @@ def doing(progress: bool | None, what: str) -> Iterator[None]:
 
 
 class _Stopped(BaseException):
-    """Raised by the signal handler; no library catches it."""
+    """Raised by `check_stopped`; no library catches it."""
+
+
+_came: list[signal.Signals] | None = None  # signals of the block that is interruptible now
 
 
 @contextlib.contextmanager
 def interruptible(kept: str = "Everything computed is kept") -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted`, once the block has cleaned up.
+    """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted`, once the block has cleaned up.
 
-    The first signal raises an exception in the main thread; further ones are ignored while rows are
-    committed. In another thread Python delivers no signals, and nothing changes.
+    A handler that raises may do so inside a lock, which then stays locked for ever. So the first
+    signal is only noted, and the block ends at its next `check_stopped`; another one ends the
+    process at once, the default way. SIGHUP stays ignored where it was (nohup). In another thread
+    than the main one Python delivers no signals, and nothing changes.
 
     Parameters
     ----------
@@ -101,50 +106,53 @@ def interruptible(kept: str = "Everything computed is kept") -> Iterator[None]:
     ------
     Interrupted
     """
+    global _came
 
-    def stop(number: int, frame: object) -> None:
+    def note(number: int, frame: object) -> None:
+        came.append(signal.Signals(number))
         for each in _SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        raise _Stopped(signal.Signals(number).name)
+            if signal.getsignal(each) is note:
+                signal.signal(each, signal.SIG_DFL)
 
+    came: list[signal.Signals] = []
+    outer = _came
     try:
-        with _handled(_SIGNALS, stop):
+        with _handled(_SIGNALS, note) as watched:
+            _came = came if watched else outer
             yield
+            check_stopped()
     except _Stopped as stopped:
         raise Interrupted(
             f"Stopped by {stopped}. {kept}: run the same command again to go on."
         ) from None
+    finally:
+        _came = outer
+
+
+def check_stopped() -> None:
+    """End the block that is `interruptible`, if a signal has come since it began."""
+    if _came:
+        raise _Stopped(_came[0].name)
 
 
 @contextlib.contextmanager
-def deferred_signals() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block has ended.
-
-    For a block that must not be left half done, and for libraries that turn an exception raised by
-    a signal handler into one of their own.
-    """
-    came: list[int] = []
-    with _handled(_SIGNALS, lambda number, frame: came.append(number)):
-        yield
-    if came:
-        signal.raise_signal(came[0])
-
-
-@contextlib.contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on SIGTERM too, so that everything is cleaned up."""
-    with _handled((signal.SIGTERM,), signal.default_int_handler):
+def signals_as_ctrl_c() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` on SIGTERM and SIGHUP too, so that everything is cleaned up."""
+    with _handled(_SIGNALS[1:], signal.default_int_handler):
         yield
 
 
 @contextlib.contextmanager
-def _handled(numbers: tuple[signal.Signals, ...], handler: Callable[..., object]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, handler) for number in numbers}
+def _handled(numbers: tuple[signal.Signals, ...], handler: Callable[..., object]) -> Iterator[bool]:
+    """Handle signals in the main thread, SIGHUP unless it is ignored; yield whether it is that."""
+    main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.getsignal(number) for number in numbers if main}
+    if previous.get(signal.SIGHUP) is signal.SIG_IGN:
+        del previous[signal.SIGHUP]
+    for number in previous:
+        signal.signal(number, handler)
     try:
-        yield
+        yield main
     finally:
         for number, before in previous.items():
             signal.signal(number, before if before is not None else signal.SIG_DFL)

@@ -568,14 +568,14 @@ def foreground() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("foreground")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_where_nothing_is_kept_a_command_says_one_word(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_where_nothing_is_kept_a_command_says_one_line(
     monkeypatch: pytest.MonkeyPatch, store: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
     monkeypatch.setattr("featcache.train_files", lambda *_, **__: signal.raise_signal(number))
-    message = fail("train", store, "-o", tmp_path / "p", "--head", "forest")
-    assert message.strip() == "Aborted!"
+    message = fail("train", store, "-o", tmp_path / "p", "--head", "forest", status=75)
+    assert message.strip() == "Interrupted: Stopped by a signal. Run the same command again."
     assert signal.getsignal(number) is before
 
 

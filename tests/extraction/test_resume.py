@@ -193,7 +193,12 @@ def _broken(*_: object) -> None:
 
 @pytest.mark.parametrize(
     ("number", "workers", "everybody"),
-    [(signal.SIGTERM, 0, False), (signal.SIGINT, 2, True), (signal.SIGTERM, 2, True)],
+    [
+        (signal.SIGTERM, 0, False),
+        (signal.SIGHUP, 2, True),
+        (signal.SIGINT, 2, True),
+        (signal.SIGTERM, 2, True),
+    ],
 )
 def test_a_signal_commits_and_ends_with_status_75(
     root: Path, whole: np.ndarray, tmp_path: Path, number: int, workers: int, everybody: bool
@@ -207,6 +212,89 @@ def test_a_signal_commits_and_ends_with_status_75(
     store = run(root, path)
     assert store.extraction.copied == kept
     np.testing.assert_array_equal(store.load(TAP)[0], whole)
+
+
+def at_every_line(root: Path, path: Path) -> None:
+    """Send SIGINT at one line after the other of what queues a batch, until there is none left."""
+    submit, left = stream.WriterThread.submit, 0
+
+    def line(frame: Any, event: str, _: object) -> Any:
+        nonlocal left
+        if event == "line":
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            left -= 1
+        return line
+
+    def call(frame: Any, event: str, _: object) -> Any:
+        file = frame.f_code.co_filename
+        queues = file.endswith(("futures/thread.py", "futures/_base.py", "extraction/stream.py"))
+        return line if queues else None
+
+    def traced(self: Any, batch: Any) -> None:
+        sys.settrace(call)
+        try:
+            submit(self, batch)
+        finally:
+            sys.settrace(None)
+
+    stream.WriterThread.submit = traced  # type: ignore[method-assign]
+    for number in range(10_000):
+        left = number
+        try:
+            run(root, path.with_name(f"{number}.h5"))
+        except Interrupted:
+            continue
+        sys.exit(75 if number > 20 else 1)  # there are lines to stop at
+
+
+def test_a_signal_at_any_line_that_queues_a_batch_stops_and_hangs_nothing(
+    root: Path, whole: np.ndarray, tmp_path: Path
+) -> None:
+    few = folder(tmp_path / "few", 12)
+    process = PROCESSES.Process(target=at_every_line, args=(few, tmp_path / "f.h5"))
+    process.start()
+    process.join(240)
+    hung = process.is_alive()
+    process.kill()
+    assert not hung and process.exitcode == 75
+    for k in (0, 7, 20):
+        assert done(tmp_path / f"{k}.h5") >= 4
+        assert len(run(few, tmp_path / f"{k}.h5")) == 12
+
+
+def test_a_second_signal_ends_the_process_at_once(
+    root: Path, whole: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.h5"
+    process = PROCESSES.Process(target=stuck, args=(root, path))
+    process.start()
+    deadline = time.monotonic() + 60
+    while done(path) < 8:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.is_alive()  # it waits for the batch
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == -signal.SIGTERM
+    np.testing.assert_array_equal(run(root, path).load(TAP)[0], whole)
+
+
+def stuck(root: Path, path: Path) -> None:
+    """Run an extraction whose forward pass does not end once eight rows are done."""
+    forward = Runtime._forward
+
+    def slow(self: Runtime, batch: Any) -> Any:
+        deadline = time.monotonic() + 600 * (done(path) >= 8)
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+        return forward(self, batch)
+
+    Runtime._forward = slow  # type: ignore[method-assign]
+    run(root, path)
 
 
 def test_an_interruption_says_how_to_go_on_and_gives_the_handlers_back(
