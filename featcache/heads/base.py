@@ -69,7 +69,7 @@ def class_factors(
     Raises
     ------
     ValueError
-        Another word, or a class that there is not.
+        Another word, a class that there is not, or a factor that is negative or not finite.
     """
     if class_weight is None:
         return np.ones(len(classes))
@@ -82,7 +82,13 @@ def class_factors(
     unknown = [label for label in class_weight if label not in known]
     if unknown:
         raise ValueError(f"class_weight names {unknown[0]!r}, which is not a class.")
-    return np.array([float(class_weight.get(label, 1.0)) for label in known])
+    factors = np.array([float(class_weight.get(label, 1.0)) for label in known])
+    if not ((factors >= 0) & (factors < np.inf)).all() or not factors.any():
+        raise ValueError(
+            "class_weight is finite and not negative, and above 0 for some class, got "
+            f"{class_weight!r}."
+        )
+    return factors
 
 
 class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -131,6 +137,7 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"Expected at least two classes, got one class: {y[0]!r}.")
         if not (weight > 0).any():
             raise ValueError("Expected at least one row of positive weight, all weights are 0.")
+        class_factors(getattr(self, "class_weight", None), self.classes_, codes, weight)
         self.steps_ = self._fit(X, codes, weight)
         return self
 

@@ -6,6 +6,7 @@ is part of the model, and ends folded into `coef_`, so that prediction is one ma
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from featcache.heads.base import ClassWeight, Head, class_factors
@@ -183,6 +185,13 @@ class LinearClassifier(LinearModel):
             V = _ahead(self.loss, C, path)
             solution = minimise(design, problems, V, tol=tol, max_iter=self.max_iter)
             self.n_iter_ += solution.passes
+            if not solution.finished:
+                warnings.warn(
+                    f"LinearClassifier(C={C:g}) made {self.max_iter} passes without converging: "
+                    "scale the features, or raise max_iter.",
+                    ConvergenceWarning,
+                    stacklevel=5,
+                )
             path.append(_Start(C, solution.V))
         return path[-1].V[0]
 
@@ -415,6 +424,11 @@ class _Paths:
             problems = _problems(design, self.loss, group, self._positive)
             solution = minimise(design, problems, V, tol=tol)
             self.search.fitted(len(V))
+            if not solution.finished:
+                most = f"{int(solution.passes.max()):,} passes over the rows"
+                self.search.notes.append(
+                    f"{treatment}, C {group[-1]:g} did not converge in {most}."
+                )
             V = solution.V.view(len(group), folds, *V.shape[1:])
             for C, own, values in zip(group, V, out_of_fold(design, self.rows, V), strict=True):
                 trial = self.search.tried({"treatment": treatment, "C": C}, values)
@@ -422,8 +436,9 @@ class _Paths:
                 if self.search.best is trial:
                     self.best = path[-1]
                 scores.append(trial.score)
-            if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
-                break
+                # What was solved beside it is left out: how many are depends on the memory.
+                if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
+                    return
 
 
 def _within_a_decade(Cs: Sequence[float], centre: float) -> list[float]:

@@ -253,9 +253,10 @@ class MLPHead(HeadKind):
         estimator = self._network(dropout)
         features = preparation.on_folds(rows)
         codes, weight = rows.row_codes(), rows.weights()
+        seeds = np.random.SeedSequence(self.options.random_state).generate_state(len(rows.folds))
         trainings = [
-            _Training(estimator, X, codes, weight, rows.classes, rows.rows(train), fold)
-            for fold, (X, (train, _)) in enumerate(zip(features, rows.folds, strict=True))
+            _Training(estimator, X, codes, weight, rows.classes, rows.rows(train), seed)
+            for X, (train, _), seed in zip(features, rows.folds, seeds.tolist(), strict=True)
         ]
         done = 0
         scored: list[float] = []

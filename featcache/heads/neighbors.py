@@ -28,7 +28,7 @@ from featcache.heads.steps import (
     needed_neighbors,
 )
 
-NEIGHBORS = (10, 20, 100, 200)
+NEIGHBORS = (1, 3, 5, 10, 20, 100, 200)
 TEMPERATURES = (0.02, 0.05, 0.15)
 
 _COUNTS = (128, 256)  # of principal components
@@ -102,12 +102,12 @@ class NeighborsHead(HeadKind):
 
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Try the treatments, then components; and with each all settings of the vote."""
-        for treatment in ("l2", "power"):
-            self._try(rows, search, Preparation(treatment, scaled=False))
+        for treatment in ("l2", "power", "standard"):
+            self._try(rows, search, _prepared({"treatment": treatment}, self.options.random_state))
         treatment = search.best.params["treatment"]
         for count in component_counts(rows, _COUNTS):
-            seed = self.options.random_state
-            self._try(rows, search, Preparation(treatment, count, random_state=seed))
+            params = {"treatment": treatment, "n_components": count}
+            self._try(rows, search, _prepared(params, self.options.random_state))
 
     def _try(self, rows: TrainingRows, search: Search, preparation: Preparation) -> None:
         settings = list(itertools.product(NEIGHBORS, TEMPERATURES))
@@ -150,10 +150,12 @@ class NeighborsHead(HeadKind):
         estimator = CosineNeighbors(
             params["k"], temperature=params["temperature"], class_weight=self.options.class_weight
         )
-        preparation = Preparation.of(params, self.options.random_state, scaled=False)
-        if preparation.treatment == "l2" and preparation.n_components is None:
-            preparation = Preparation(scaled=False)  # the head scales rows to length 1 by itself
-        return preparation.fit_head(rows, estimator)
+        return _prepared(params, self.options.random_state).fit_head(rows, estimator)
+
+
+def _prepared(params: Params, random_state: int) -> Preparation:
+    """Return what comes before the head: it scales columns where it does nothing else."""
+    return Preparation.of(params, random_state, scaled=params["treatment"] == "standard")
 
 
 def nearest_in_parts(

@@ -29,6 +29,7 @@ from featcache.heads.steps import Log, Matrix, Scale, Step, Trees
 from featcache.heads.treatment import TREATMENTS
 
 _EXACT = 3000  # columns up to which the whole covariance is decomposed, in seconds
+_NULL = 1e-6  # a component of less variance than this part of the largest is rounding: left out
 _MOST_ROWS = 20_000  # that the steps are fitted on
 
 
@@ -41,7 +42,8 @@ class Preparation:
     treatment : str
         Name from `featcache.heads.treatment.TREATMENTS`.
     n_components : int or None
-        Whitened principal components that are kept; None for all columns as they are.
+        Whitened principal components that are kept, but for those of no variance; None for all
+        columns as they are.
     scaled : bool
         Whether columns are scaled to unit deviation; before components, they always are.
     random_state : int
@@ -83,8 +85,12 @@ class Preparation:
 
             solver = "covariance_eigh" if X.shape[1] <= _EXACT else "randomized"
             pca = PCA(self.n_components, svd_solver=solver, random_state=self.random_state)
-            pca.fit(transformed(steps[-1:], X))
-            weight = pca.components_ / np.sqrt(pca.explained_variance_)[:, None]
+            with np.errstate(invalid="ignore"):  # its shares of no variance at all
+                pca.fit(transformed(steps[-1:], X))
+            variance = pca.explained_variance_  # (n_components,), falling
+            known = variance > _NULL * variance[0]
+            known[0] = True
+            weight = pca.components_[known] / np.sqrt(np.maximum(variance[known], 1e-30))[:, None]
             steps.append(Matrix(weight, -weight @ pca.mean_))
         return steps
 

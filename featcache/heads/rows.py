@@ -16,11 +16,29 @@ from featcache.errors import TrainingError
 Folds: TypeAlias = Sequence[tuple[np.ndarray, np.ndarray]]
 
 _ROWS = 8192  # read at a time
+_LARGEST = 1e15  # of a feature: sums of squares must stay within float32
 
 
 def working_dtype(X: np.ndarray) -> np.dtype[Any]:
     """Return what to compute in: float64 for float64, else float32."""
     return np.result_type(X.dtype, np.float32)
+
+
+def check_values(X: np.ndarray, images: slice, views: int = 1) -> None:
+    """Refuse the features (images * views, d) of some images that no head can compute with.
+
+    Raises
+    ------
+    TrainingError
+        Values that are not finite or too large, with the first image that has one.
+    """
+    if X.size and not max(X.max(), -X.min()) <= _LARGEST:
+        row, column = np.argwhere(~(np.abs(X) <= _LARGEST))[0]
+        raise TrainingError(
+            f"Expected features that are finite and at most {_LARGEST:g}; column {column} of image "
+            f"{images.start + row // views} is {X[row, column]:g}. Leave out the image, or scale "
+            "the features."
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class FeatureBlocks:
         """
         found: np.ndarray | None = None
         for images, block in self.blocks(_ROWS):
+            check_values(block, images, self.views)
             part = self.rows_of(images)
             a, b = np.searchsorted(numbers, [part.start, part.stop])
             some = block[numbers[a:b] - part.start]
@@ -142,7 +161,8 @@ class TrainingRows:
         Raises
         ------
         TrainingError
-            Other lengths, not one class, values that are not finite, no folds.
+            Other lengths, not one class, values that are not finite (of blocks: once they are
+            read), weights that are negative, no folds.
         """
         if len(X.shape) not in (2, 3):
             raise TrainingError(f"Expected features (n, d) or (n, views, d), got shape {X.shape}.")
@@ -153,19 +173,33 @@ class TrainingRows:
             raise TrainingError(f"Expected at least two classes, got {classes.tolist()}.")
         if not len(folds):
             raise TrainingError("Expected at least one (train, valid) pair of row numbers, got 0.")
+        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        if weight is not None and weight.shape != codes.shape:
+            raise TrainingError(
+                f"Expected one sample weight per row: {len(X)} rows, weights of shape "
+                f"{weight.shape}."
+            )
+        if weight is not None and not ((weight >= 0) & (weight < np.inf)).all():
+            first = np.flatnonzero(~((weight >= 0) & (weight < np.inf)))[0]
+            raise TrainingError(
+                f"Expected sample weights that are finite and not negative; that of row {first} "
+                f"is {weight[first]:g}."
+            )
+        counted = np.ones(len(codes), dtype=bool) if weight is None else weight > 0
         for number, (train, _) in enumerate(folds):
-            missing = np.flatnonzero(np.bincount(codes[train], minlength=len(classes)) == 0)
+            seen = codes[train][counted[train]]
+            missing = np.flatnonzero(np.bincount(seen, minlength=len(classes)) == 0)
             if len(missing):
                 raise TrainingError(
                     f"Fold {number} has no training row of class {str(classes[missing[0]])!r}. "
                     "Use fewer folds, or more images of that class."
                 )
-        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         views = X.shape[1] if len(X.shape) == 3 else 1
         if isinstance(X, FeatureBlocks):
             flat: np.ndarray | FeatureBlocks = X
         else:
             flat = np.asarray(X, dtype=np.float32).reshape(-1, X.shape[-1])
+            check_values(flat, slice(0, len(X)), views)
         return cls(flat, codes.astype(np.int64), classes, weight, folds, views)
 
     def __len__(self) -> int:

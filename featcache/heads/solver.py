@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,10 +46,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import ThreadpoolController, threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from featcache.heads.rows import FeatureBlocks, working_dtype
+from featcache.heads.rows import FeatureBlocks, check_values, working_dtype
 from featcache.heads.steps import Scale, Step, chained
 
 Loss: TypeAlias = Literal["log", "squared_hinge"]
@@ -65,6 +66,7 @@ _IDLE = {torch.float32: 10, torch.float64: 50}
 _ARMIJO = 1e-4
 _NOISE = 3  # relative error of an objective, in units of the scores' precision
 _STEEPEST = 10.0  # a fold's deviation is taken as no less than a tenth of that of all folds' rows
+_ALONE = threading.RLock()  # held by the caller whose threads work
 _CONSTANT = 1e-12  # a column with less variance than this, in units of its overall one, is constant
 
 
@@ -89,18 +91,27 @@ class Workers:
     @classmethod
     @contextlib.contextmanager
     def start(cls) -> Iterator[Workers]:
-        """Start as many threads as torch would use; stop the libraries' own meanwhile."""
+        """Start as many threads as torch would use; stop the libraries' own meanwhile.
+
+        Of several callers one works at a time: each puts back what it found. Threads are counted
+        by OpenMP for each thread; what torch sets itself holds for threads to come, too.
+        """
         from featcache.system.memory import reuse_memory
 
-        count = torch.get_num_threads()
-        with reuse_memory(), threadpool_limits(1, user_api="blas"):
-            torch.set_num_threads(1)
-            alone = partial(torch.set_num_threads, 1)
-            try:
-                with ThreadPoolExecutor(count, "featcache-solver", alone) as pool:
-                    yield cls(pool, count)
-            finally:
-                torch.set_num_threads(count)
+        controller = ThreadpoolController()
+
+        def alone() -> None:
+            torch.ones(1 << 16)  # a thread's first large operation sets what torch was told
+            controller.limit(limits=1, user_api="openmp")
+
+        with _ALONE, reuse_memory():
+            torch.ones(1 << 16)
+            count = torch.get_num_threads()
+            with (
+                controller.limit(limits=1),
+                ThreadPoolExecutor(count, "featcache-solver", alone) as pool,
+            ):
+                yield cls(pool, count)
 
     def in_order(self, jobs: Iterable[Callable[[], Any]]) -> Iterator[Any]:
         """Run jobs, few at a time ahead of the one whose result is yielded."""
@@ -312,6 +323,7 @@ def _moments(
     shifts: list[np.ndarray] = []  # the first block's mean, so that squares lose no digits
 
     def sums(images: slice, block: np.ndarray) -> tuple[np.ndarray, ...]:
+        check_values(block, images, blocks.views)
         rows, treated = blocks.rows_of(images), chained(steps, block)
         if not shifts:
             shifts.append(treated.mean(axis=0, dtype=np.float64))
@@ -630,11 +642,14 @@ class Solution:
         Value reached.
     passes : ndarray of shape (p,), int
         Passes over the rows until each problem was done.
+    finished : bool
+        Whether all were, before there was no pass left.
     """
 
     V: Tensor
     objective: np.ndarray
     passes: np.ndarray
+    finished: bool
 
 
 def minimise(
@@ -664,13 +679,12 @@ def minimise(
     """
     with Workers.start() as workers:
         state = _State.start(design, problems, V, workers)
-        solution = Solution(
-            V.clone(), state.f[:, :, 0].numpy().copy(), np.zeros(len(V), dtype=np.int64)
-        )
+        passes = np.zeros(len(V), dtype=np.int64)
+        solution = Solution(V.clone(), state.f[:, :, 0].numpy().copy(), passes, True)
         for iteration in range(1, max_iter + 1):
-            done = torch.ones(len(state.V), dtype=torch.bool)
-            if iteration < max_iter:
-                done = _finished(state, tol)
+            done = _finished(state, tol)
+            if iteration == max_iter and not done.all():
+                solution, done = replace(solution, finished=False), torch.ones_like(done)
             if done.any():
                 numbers = state.numbers[done]
                 solution.V[numbers] = state.V[done]

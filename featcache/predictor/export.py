@@ -9,17 +9,20 @@ are written into the file (ONNX: ``metadata_props``, .pt2: the extra file ``feat
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from scipy.special import softmax
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from featcache.errors import MissingExtra, PredictorError
 from featcache.pixels.preprocessing import Preprocessing
+from featcache.predictor.grafting import canary_logits, check_same
 from featcache.system.files import atomic_write, check_overwrite
 from featcache.version import __version__
 
@@ -45,7 +48,8 @@ def export_model(predictor: Predictor, path: str | Path) -> None:
     Raises
     ------
     PredictorError
-        Another ending, a head that is not made of layers, or a network that cannot be exported.
+        Another ending, a head that is not made of layers, a network that cannot be exported, or
+        one that then gives the canary images other probabilities than the predictor.
     OutputError
         The path holds something else, or cannot be written.
     MissingExtra
@@ -61,11 +65,23 @@ def export_model(predictor: Predictor, path: str | Path) -> None:
     preprocessing = Preprocessing.from_dict(predictor.fingerprints[0].preprocessing)
     program = _program(_Served(grafted, preprocessing), preprocessing.output_shape)
     metadata = json.dumps(_metadata(predictor), ensure_ascii=False)
+    pixels, logits = canary_logits(
+        predictor._backbones(), predictor.columns, predictor.estimator, predictor.temperature
+    )
+    if target.suffix == ".pt2":
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files={METADATA: metadata})
+        found = program.module()(pixels).detach().numpy()
+        content = buffer.getvalue()
+    else:
+        from onnxruntime import InferenceSession
+
+        content = _onnx(program, metadata)
+        session = InferenceSession(content, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"images": pixels.numpy()})
+    check_same(found, softmax(logits, axis=1), f"the {target.suffix} file")
     with atomic_write(target) as file:
-        if target.suffix == ".pt2":
-            torch.export.save(program, file, extra_files={METADATA: metadata})
-        else:
-            file.write(_onnx(program, metadata))
+        file.write(content)
 
 
 class _Served(nn.Module):
@@ -132,7 +148,7 @@ def _metadata(predictor: Predictor) -> dict[str, Any]:
 
 
 def _require_onnx() -> None:
-    for package in ("onnx", "onnxscript"):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(package, "export", "Writing ONNX")
 

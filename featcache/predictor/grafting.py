@@ -1,6 +1,7 @@
 """The whole network as one ``nn.Module``: backbone, feature treatment and head.
 
-Each step of the head becomes a layer. The last one divides by the temperature.
+Each step of the head becomes a layer. The last one divides by the temperature. What comes of it is
+compared with the predictor's own logits of the canary images.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -17,12 +19,15 @@ from featcache.errors import PredictorError
 from featcache.heads.base import FittedHead
 from featcache.heads.steps import Matrix, Scale
 from featcache.networks.taps import ResolvedTap, StopForward, Tapped
+from featcache.predictor import inputs
 
 if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone
     from featcache.predictor.inputs import InputTap
 
-__all__ = ["Grafted", "graft"]
+__all__ = ["Grafted", "canary_logits", "check_same", "graft"]
+
+_SAME = 1e-3  # differences from the predictor that rounding explains, relative to the largest
 
 
 class Grafted(nn.Module):
@@ -105,7 +110,8 @@ def graft(
     Raises
     ------
     PredictorError
-        The head is not made of layers, or its networks prepare images differently.
+        The head is not made of layers, its networks prepare images differently, or what comes of
+        it gives other logits than the predictor.
     """
     first = networks[0].preprocessing
     if any(network.preprocessing != first for network in networks[1:]):
@@ -126,4 +132,34 @@ def graft(
             "that can: linear, svm, ridge, mlp, suffix; train with --head."
         )
     where = [(column.source, column.tap) for column in columns]
-    return Grafted(networks, where, made, head.classes.tolist(), probabilities=probabilities)
+    grafted = Grafted(networks, where, made, head.classes.tolist(), probabilities=False).eval()
+    pixels, expected = canary_logits(networks, columns, head, temperature)
+    with torch.inference_mode():
+        check_same(grafted(first.normalize(pixels)).numpy(), expected, "the grafted network")
+    grafted.probabilities = probabilities
+    return grafted
+
+
+def canary_logits(
+    networks: Sequence[Backbone], columns: Sequence[InputTap], head: FittedHead, temperature: float
+) -> tuple[Tensor, npt.NDArray[np.float64]]:
+    """Return test images, uint8 (m, c, h, w), and the logits (m, k) that a predictor gives them."""
+    from featcache.extraction.canaries import usable_canaries
+    from featcache.extraction.extract import canary_features
+
+    images = [image for _, image in usable_canaries(networks[0])]
+    found = [canary_features(network, images, device="cpu") for network in networks]
+    parts = [found[column.source][column.tap].reshape(len(images), -1) for column in columns]
+    pixels = np.stack([networks[0].preprocessing(image) for image in images])
+    logits = head.logits(np.concatenate(parts, axis=1)).astype(np.float64) / temperature
+    return torch.from_numpy(pixels), logits
+
+
+def check_same(found: npt.NDArray[Any], expected: npt.NDArray[Any], what: str) -> None:
+    """Refuse a model whose outputs for the canary images (m, k) are not the predictor's."""
+    off = inputs.distance(found, expected)
+    if not off <= _SAME:
+        raise PredictorError(
+            f"For the canary images, {what} gives other values than the predictor: by {off:.2g} of "
+            f"the largest, where {_SAME:g} is rounding. It would label images differently."
+        )

@@ -4,14 +4,17 @@ import re
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_breast_cancer
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.model_selection import StratifiedKFold
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.heads.neighbors import CosineNeighbors
 from featcache.heads.rows import FeatureBlocks, stratified
 from featcache.heads.steps import nearest
 from featcache.heads.table import HEADS
+from featcache.store.splitting import folds
 from tests.scores import logits
 
 
@@ -92,7 +95,11 @@ def test_out_of_fold_scores_are_those_of_a_fit_on_the_other_folds():
     found = HEADS["knn"].search(X, y, folds)
     k, temperature = found.params["k"], found.params["temperature"]
     for train, valid in folds:
-        treated = np.sign(X) * np.sqrt(np.abs(X)) if found.params["treatment"] == "power" else X
+        treated = {
+            "l2": X,
+            "power": np.sign(X) * np.sqrt(np.abs(X)),
+            "standard": StandardScaler().fit(X[train]).transform(X),
+        }[found.params["treatment"]]
         fitted = CosineNeighbors(k, temperature=temperature).fit(treated[train], y[train])
         expected = logits(fitted, treated[valid])
         np.testing.assert_allclose(found.logits[valid], expected, rtol=1e-3, atol=1e-3)
@@ -100,6 +107,13 @@ def test_out_of_fold_scores_are_those_of_a_fit_on_the_other_folds():
     assert found.score == max(one.score for one in found.trials)
     labels = found.classes[logits(found.estimator, X).argmax(axis=1)]
     np.testing.assert_array_equal(labels, found.classes[logits(found.estimator, X).argmax(axis=1)])
+
+
+def test_columns_of_any_scale_are_compared():
+    X, y = load_breast_cancer(return_X_y=True)
+    found = HEADS["knn"].search(X.astype(np.float32), y, folds(y.astype(str), cv=5))
+    assert found.score > 0.955
+    assert found.params["treatment"] == "standard" and found.params["k"] <= 10
 
 
 def test_rows_without_weight_do_not_vote():

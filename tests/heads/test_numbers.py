@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
 from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 
-from featcache.heads.rows import TrainingRows
+from featcache.errors import TrainingError
+from featcache.heads.linear import LinearClassifier, LinearHead
+from featcache.heads.mlp import MLP
+from featcache.heads.neighbors import CosineNeighbors
+from featcache.heads.ridge import Ridge
+from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import SearchResult, search
+from featcache.heads.solver import minimise
+from featcache.heads.steps import Matrix
+from featcache.heads.svm import GaussianSVM
 from featcache.heads.table import HEADS
+from featcache.heads.trees import BoostedTrees
 from featcache.results.evaluation import Evaluation
 from featcache.store.splitting import folds
 
@@ -61,3 +76,96 @@ def test_columns_that_a_fold_holds_constant_say_nothing_there(head: str, offset:
         moved[np.ix_(fold[1], dead)] += 1e3
         after = search(kind, TrainingRows.check(moved, y, [fold])).logits
         np.testing.assert_allclose(after, before, atol=0.02 * np.nanstd(before))
+
+
+# --- what no head can compute with ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    y = np.arange(90) % 3
+    X = np.random.default_rng(0).normal(size=(90, 6)) + 2 * np.eye(3, 6)[y]
+    return X.astype(np.float32), y, folds(y.astype(str), cv=3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e19])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_features_that_cannot_be_computed_with_are_refused(
+    small: Any, head: str, value: float, blocks: bool
+) -> None:
+    X, y, parts = small
+    views = np.stack([X, X], axis=1)
+    views[40, 1, 2] = value
+    given, options = (FeatureBlocks.of(views), {"memory": 1 << 20}) if blocks else (views, {})
+    with pytest.raises(TrainingError, match=r"column 2 of image 40 is -?(nan|inf|1e\+19)"):
+        HEADS[head].search(given, y, parts, **options)
+
+
+def test_sample_weights_are_checked(small: Any) -> None:
+    X, y, parts = small
+    for weight, expected in (
+        (np.ones(89), r"90 rows, weights of shape \(89,\)"),
+        (np.where(np.arange(90) == 7, -1.0, 1.0), "row 7 is -1"),
+        (np.where(np.arange(90) == 8, np.nan, 1.0), "row 8 is nan"),
+        (np.where(y == 1, 0.0, 1.0), "no training row of class '1'"),
+    ):
+        with pytest.raises(TrainingError, match=expected):
+            HEADS["ridge"].search(X, y, parts, sample_weight=weight)
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("head", HEADS)
+def test_class_weights_that_are_none_are_refused(small: Any, head: str, weight: float) -> None:
+    X, y, parts = small
+    with pytest.raises(TrainingError, match="class_weight is finite and not negative"):
+        HEADS[head].search(X, y, parts, class_weight={1: weight})
+
+
+@pytest.mark.parametrize(
+    "kind", [LinearClassifier, Ridge, GaussianSVM, CosineNeighbors, MLP, BoostedTrees]
+)
+def test_estimators_refuse_them_too(small: Any, kind: Any) -> None:
+    X, y, _ = small
+    with pytest.raises(ValueError, match="class_weight is finite and not negative"):
+        kind(class_weight={1: -1.0}).fit(X, y)
+
+
+def test_fits_that_did_not_converge_are_said(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y, parts = small
+    with pytest.warns(ConvergenceWarning, match="2 passes without converging"):
+        LinearClassifier(10.0, max_iter=2).fit(X, y)
+    monkeypatch.setattr("featcache.heads.linear.minimise", partial(minimise, max_iter=2))
+    head = LinearHead(treatments=["l2"], Cs=[100.0], refine=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearHead, "fit", lambda *_: [Matrix(np.eye(3, 6), np.zeros(3))])
+        found = search(head, TrainingRows.check(X, y, parts))
+    assert found.notes == ("l2, C 100 did not converge in 2 passes over the rows.",)
+
+
+# --- beside other trainings -----------------------------------------------------------------------
+
+
+def test_trainings_in_threads_leave_torch_its_threads(small: Any) -> None:
+    X, y, _ = small
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in pool.map(lambda C: LinearClassifier(C).fit(X, y), [1e-3, 1e-2, 0.1, 1.0] * 3):
+                pass
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_another_seed_searches_other_networks(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y, parts = small
+    monkeypatch.setattr("featcache.heads.mlp._CHECKPOINTS", (1,))
+    one, same, other = (
+        HEADS["mlp"].search(X, y, parts, random_state=seed).trials[0].logits for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert not np.allclose(one, other)

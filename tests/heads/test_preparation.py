@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.preprocessing import StandardScaler
 
+from featcache.heads.base import transformed
 from featcache.heads.preparation import Preparation, component_counts
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import SearchResult
@@ -72,6 +74,23 @@ def test_the_leading_components_are_those_of_fewer() -> None:
     rows = rows_of(*buried(300))
     many, few = (Preparation(n_components=count).on_fold(rows, 0) for count in (20, 10))
     np.testing.assert_allclose(many[:, :10], few, atol=1e-5)
+
+
+def test_components_of_no_variance_are_left_out() -> None:
+    X, y = buried(300)
+    X[:, 5:] = X[:, :5].repeat(55, axis=1)  # five directions in 280 columns
+    rows = rows_of(X, y)
+    *_, matrix = steps = Preparation(n_components=20).fit(rows)
+    assert matrix.arrays()["weight"].shape == (5, 280)
+    new = X + 0.01 * np.random.default_rng(0).normal(size=X.shape).astype(np.float32)
+    found = transformed(steps, new)
+    np.testing.assert_allclose(found, transformed(steps, X), atol=0.1)
+    layers = torch.nn.Sequential(*(step.module() for step in steps))
+    with torch.inference_mode():
+        np.testing.assert_allclose(layers(torch.from_numpy(new)).numpy(), found, atol=1e-3)
+    # All columns are constant: nothing is divided by zero.
+    X[:] = 3
+    assert np.isfinite(Preparation(n_components=20).on_fold(rows_of(X, y), 0)).all()
 
 
 def test_without_components_nothing_is_copied_that_need_not_be() -> None:

@@ -18,7 +18,7 @@ from featcache.errors import MissingExtra, OutputError, PredictorError
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import FittedHead
 from featcache.heads.steps import Matrix, Power, Relu, Scale, Step, Unit
-from featcache.predictor.export import METADATA, export_model
+from featcache.predictor.export import METADATA, _Served, export_model
 from featcache.predictor.predictor import Predictor
 from featcache.store.store import FeatureStore
 
@@ -182,6 +182,28 @@ def test_onnx_gives_the_predictors_probabilities(
     with pytest.raises(OutputError, match="is not a model that featcache exported"):
         export_model(predictor.attach(small()), target)
     assert target.read_bytes() == b"\x08\x07mine"
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+def test_a_model_that_differs_from_the_predictor_is_not_written(
+    predictor: Predictor, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime", reason="pip install 'featcache[export]'")
+    target = tmp_path / f"model{ending}"
+    predictor.attach(small())
+    forward = _Served.forward
+    for wrong in (
+        lambda self, images: 1 - forward(self, images),
+        lambda self, images: forward(self, images) * np.nan,
+    ):
+        monkeypatch.setattr(_Served, "forward", wrong)
+        with pytest.raises(PredictorError, match=f"the {ending} file gives other values"):
+            export_model(predictor, target)
+    monkeypatch.setattr(_Served, "forward", forward)
+    monkeypatch.setattr("featcache.heads.steps.nn.Linear.forward", lambda self, x: x[:, :3] * 2)
+    with pytest.raises(PredictorError, match="the grafted network gives other values"):
+        export_model(predictor, target)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("ending", [".pt2", ".onnx"])
