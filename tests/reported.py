@@ -70,7 +70,9 @@ def evaluation(store: FeatureStore) -> Evaluation:
 def leaderboard() -> Leaderboard:
     def figures(value: float, half: float) -> Figures:
         score = Score(value, value - half, value + half)
-        return Figures(30, score, score, score, log_loss=0.3, ece=0.05)
+        return Figures(
+            30, score, score, score, log_loss=0.3, ece=0.05, classwise_ece=0.04, brier=0.1
+        )
 
     def row(head: str, cv: float, held: float, *notes: str) -> LeaderboardRow:
         cross, held_out = figures(cv, 0.02), figures(held, 0.05)

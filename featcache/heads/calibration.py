@@ -1,25 +1,65 @@
-"""The temperature that makes probabilities of a head's scores."""
+"""How probabilities are made of a head's scores."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
 
-# Scores that a temperature is fitted to: 8 MB.
-_TEMPERATURE_CELLS = 1 << 20
+# Scores that a calibration is fitted to: 8 MB; a part of them while its kinds are compared.
+_CELLS = 1 << 20
+_COMPARED_CELLS = 1 << 17
+_PARTS = 5  # where the folds make none
 
 
-def fit_temperature(
-    logits: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
-) -> float:
-    """Return the temperature T that minimises the log loss of ``softmax(logits / T)``.
+@dataclass(frozen=True)
+class Calibration:
+    """Probabilities are ``softmax(logits / temperature + bias)``.
 
-    As in Platt's method, one part in n + 2 of each target goes to the other classes: scores
-    without a single mistake would otherwise call for a temperature of zero.
+    The label is that of the highest of the `logits`, whatever the bias: class weights moved the
+    decision on purpose, and the probabilities tell how often it is right. So the label's
+    probability need not be the highest.
 
-    The search is bounded in units of the scores' own spread: a strong penalty makes scores of any
-    smallness, and they are as good as larger ones. Scores that are all the same get 1.
+    Attributes
+    ----------
+    temperature : float
+        As in Guo et al., On calibration of modern neural networks, 2017.
+    bias : tuple of float
+        One a class; all 0 where a temperature does as well.
+    """
+
+    temperature: float
+    bias: tuple[float, ...]
+
+    def proba(self, logits: np.ndarray) -> np.ndarray:
+        """Return probabilities (n, k), float64, of scores (n, k)."""
+        values: np.ndarray = softmax(self.scores(logits), axis=1)
+        return values
+
+    def losses(self, logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return -log(probability of the true class) of each row."""
+        losses: np.ndarray = -log_softmax(self.scores(logits), axis=1)[np.arange(len(y)), y]
+        return losses
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """Return what the softmax makes probabilities of: (n, k), float64, of scores (n, k)."""
+        return np.asarray(logits.astype(np.float64) / self.temperature + self.bias)
+
+
+def fit_calibration(
+    logits: np.ndarray,
+    y: np.ndarray,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    sample_weight: np.ndarray | None = None,
+) -> Calibration:
+    """Fit a temperature, with a bias for each class where that is better on other rows.
+
+    Both are fitted to the rows that all folds but one validate, and judged on those of that one:
+    on the rows that it is fitted to, the larger model always wins. It is taken where it lowers the
+    log loss by more than one standard error of the difference.
 
     Parameters
     ----------
@@ -27,39 +67,81 @@ def fit_temperature(
         Out-of-fold scores. Rows with NaN are left out.
     y : ndarray of shape (n,), int
         Column of the true class.
+    folds : list of (train, valid)
+        Row numbers. Where there is one fold, its rows are dealt in turn.
     sample_weight : ndarray of shape (n,), optional
         Weights of the rows.
     """
-    known = np.flatnonzero(~np.isnan(logits).any(axis=1))
-    # One parameter needs no more than some thousand rows, spread evenly.
-    known = known[:: max(1, len(known) * logits.shape[1] // _TEMPERATURE_CELLS)]
-    values, truth = logits[known].astype(np.float64), y[known]
-    spread = float(values.std(axis=1).mean()) if len(values) else 0.0
+    weight = np.ones(len(y)) if sample_weight is None else sample_weight
+    part = np.arange(len(y)) % _PARTS
+    for number, (_, valid) in enumerate(folds if len(folds) > 1 else ()):
+        part[valid] = number
+    some, gains = _known(logits, _COMPARED_CELLS), []
+    for number in np.unique(part[some]):
+        others, own = some[part[some] != number], some[part[some] == number]
+        plain, biased = (
+            _fit(logits[others], y[others], weight[others], bias).losses(logits[own], y[own])
+            for bias in (False, True)
+        )
+        gains.append(weight[own] * (plain - biased))
+    gain = np.concatenate(gains) if gains else np.zeros(1)
+    some = _known(logits, _CELLS)
+    better = bool(gain.sum() > gain.std() * np.sqrt(len(gain)))
+    return _fit(logits[some], y[some], weight[some], better)
+
+
+def fit_temperature(
+    logits: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
+) -> float:
+    """Return the temperature alone that minimises the log loss; see `fit_calibration`."""
+    some = _known(logits, _CELLS)
+    weight = np.ones(len(y)) if sample_weight is None else sample_weight
+    return _fit(logits[some], y[some], weight[some], False).temperature
+
+
+def _fit(logits: np.ndarray, y: np.ndarray, weight: np.ndarray, biased: bool) -> Calibration:
+    """Minimise the log loss on all rows.
+
+    As in Platt's method, one part in n + 2 of each target goes to the other classes: scores
+    without a single mistake would otherwise call for a temperature of zero.
+
+    The search is bounded in units of the scores' own spread: a strong penalty makes scores of any
+    smallness, and they are as good as larger ones. Scores that are all the same get 1.
+    """
+    values, (n, k) = logits.astype(np.float64), logits.shape
+    spread = float(values.std(axis=1).mean()) if n else 0.0
     if not spread > 0:
-        return 1.0
+        return Calibration(1.0, (0.0,) * k)
     values /= spread
-    weight = np.ones(len(truth)) if sample_weight is None else sample_weight[known]
-    n, k = values.shape
-    others = 1 / ((n + 2) * (k - 1))
-    own = (n + 1) / (n + 2) - others
+    target = np.full((n, k), 1 / ((n + 2) * (k - 1)))
+    target[np.arange(n), y] = (n + 1) / (n + 2)
+    share = weight / weight.sum()
 
-    def loss(log_temperature: float) -> float:
-        logs = log_softmax(values / np.exp(log_temperature), axis=1)
-        likelihood = own * logs[np.arange(n), truth] + others * logs.sum(axis=1)
-        return -float(np.average(likelihood, weights=weight))
+    def loss(free: np.ndarray) -> tuple[float, np.ndarray]:
+        logs = log_softmax(values * free[0] + free[1:], axis=1)
+        slope = np.exp(logs)
+        slope -= target
+        slope *= share[:, None]
+        ends = np.concatenate([[np.vdot(slope, values)], slope.sum(axis=0)])
+        return -float(share @ np.einsum("ij,ij->i", target, logs)), ends
 
-    found = minimize_scalar(loss, bounds=(-7.0, 7.0), method="bounded", options={"xatol": 1e-4})
-    return spread * float(np.exp(found.x))
+    bounds = [(np.exp(-7.0), np.exp(7.0)), *[(-50.0, 50.0) if biased else (0.0, 0.0)] * k]
+    start = np.concatenate([[1.0], np.zeros(k)])
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x.tolist()
+    return Calibration(spread / found[0], tuple(found[1:]))
+
+
+def _known(logits: np.ndarray, cells: int) -> np.ndarray:
+    """Return rows without NaN, of many an evenly spread part."""
+    known = np.flatnonzero(~np.isnan(logits).any(axis=1))
+    return known[:: max(1, len(known) * logits.shape[1] // cells)]
 
 
 def calibrated_loss(
     logits: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
 ) -> float:
     """Return the log loss of scores at the temperature that fits them; see `fit_temperature`."""
-    known = ~np.isnan(logits).any(axis=1)
-    values, truth = logits[known].astype(np.float64), y[known]
-    weight = None if sample_weight is None else sample_weight[known]
-    values /= fit_temperature(values, truth, weight)
-    return -float(
-        np.average(log_softmax(values, axis=1)[np.arange(len(truth)), truth], weights=weight)
-    )
+    known, some = _known(logits, logits.size), _known(logits, _COMPARED_CELLS)
+    weight = np.ones(len(y)) if sample_weight is None else sample_weight
+    made = _fit(logits[some], y[some], weight[some], False)
+    return float(np.average(made.losses(logits[known], y[known]), weights=weight[known]))

@@ -23,7 +23,12 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 
 from featcache.errors import TrainingError
 from featcache.heads.base import ClassWeight, FittedHead, class_factors
-from featcache.heads.calibration import calibrated_loss, fit_temperature
+from featcache.heads.calibration import (
+    Calibration,
+    calibrated_loss,
+    fit_calibration,
+    fit_temperature,
+)
 from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
 from featcache.heads.steps import Step
 
@@ -54,9 +59,8 @@ class SearchResult:
     logits : ndarray of shape (n, k), float32
         Out-of-fold scores at the chosen hyper-parameters: decision values, or log-probabilities
         where the head has no decision values. NaN in rows that no fold validates.
-    temperature : float
-        ``softmax(logits / temperature)`` are calibrated probabilities (Guo et al., On calibration
-        of modern neural networks, 2017), fitted on `logits`.
+    calibration : Calibration
+        ``calibration.proba(logits)`` are calibrated probabilities, fitted on `logits`.
     search_seconds, fit_seconds : float
         Wall-clock seconds of the whole cross-validation, and of the last fit on all rows.
     notes : tuple of str
@@ -70,7 +74,7 @@ class SearchResult:
     trials: tuple[Trial, ...]
     classes: np.ndarray
     logits: np.ndarray
-    temperature: float
+    calibration: Calibration
     search_seconds: float
     fit_seconds: float
     notes: tuple[str, ...] = field(default=())
@@ -367,7 +371,7 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
         trials=tuple(found.trials),
         classes=rows.classes,
         logits=best.logits,
-        temperature=fit_temperature(best.logits, rows.codes, rows.weight),
+        calibration=fit_calibration(best.logits, rows.codes, rows.folds, rows.weight),
         search_seconds=middle - start,
         fit_seconds=time.perf_counter() - middle,
         notes=tuple(found.notes),

@@ -6,7 +6,7 @@
     found = HEADS["linear"].search(X, y, folds)
     found.score, found.params, found.logits               # out of fold
     found.estimator.logits(X_new)                         # (n, classes)
-    # softmax(logits / found.temperature) are calibrated probabilities
+    found.calibration.proba(found.logits)                 # calibrated probabilities
 
 `HEADS` holds all of them; `CLASSICS` are the four that are compared when none is named.
 

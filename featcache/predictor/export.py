@@ -2,7 +2,8 @@
 
 The model's one input, ``images``, is a uint8 array (b, c, h, w) of decoded, resized and cropped
 images; normalisation is inside, so that it cannot be done twice or differently. Its one output,
-``probabilities``, has the shape (b, k). Class names and the preprocessing that must come before
+``probabilities``, has the shape (b, k); the label is the highest of their logarithms less
+``calibration.bias``. Class names and the preprocessing that must come before
 are written into the file (ONNX: ``metadata_props``, .pt2: the extra file ``featcache.json``).
 """
 
@@ -12,6 +13,7 @@ import importlib.util
 import io
 import json
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +68,7 @@ def export_model(predictor: Predictor, path: str | Path) -> None:
     program = _program(_Served(grafted, preprocessing), preprocessing.output_shape)
     metadata = json.dumps(_metadata(predictor), ensure_ascii=False)
     pixels, logits = canary_logits(
-        predictor._backbones(), predictor.columns, predictor.estimator, predictor.temperature
+        predictor._backbones(), predictor.columns, predictor.estimator, predictor.calibration
     )
     if target.suffix == ".pt2":
         buffer = io.BytesIO()
@@ -141,6 +143,7 @@ def _metadata(predictor: Predictor) -> dict[str, Any]:
         "featcache": __version__,
         "classes": list(predictor.classes),
         "head": predictor.head,
+        "calibration": asdict(predictor.calibration),
         "input": "images: uint8 (batch, channels, height, width), decoded, resized and cropped",
         "preprocessing": dict(predictor.fingerprints[0].preprocessing),
         "fingerprints": [one.to_dict() for one in predictor.fingerprints],

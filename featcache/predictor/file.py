@@ -1,7 +1,7 @@
 """The file of a predictor: one safetensors file, arrays by name and one JSON text.
 
 The text is the entry ``featcache`` of the file's metadata: the SHA-256 of the whole file with its
-own 64 digits blanked, format and versions, head and parameters, classes, temperature, columns
+own 64 digits blanked, format and versions, head and parameters, classes, calibration, columns
 (which taps of which networks, side by side), the networks' fingerprints, figures, and the kinds of
 the head's steps. The arrays are:
 
@@ -37,6 +37,7 @@ from featcache.finetuning.head import SuffixStep
 from featcache.fingerprint import Fingerprint
 from featcache.heads import steps
 from featcache.heads.base import FittedHead
+from featcache.heads.calibration import Calibration
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.predictor.inputs import InputTap
@@ -45,7 +46,7 @@ from featcache.results.leaderboard import Leaderboard
 from featcache.system.tables import first_names
 from featcache.version import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _KEY = "featcache"
 _START = b'{"__metadata__":{"featcache":"{\\"sha256\\": \\"'  # of the header, before the digits
@@ -57,7 +58,7 @@ _KINDS: dict[str, type[steps.Step]] = {
         steps.PairVotes, steps.Neighbors, steps.Trees, SuffixStep,
     )
 }  # fmt: skip
-_AS_THEY_ARE = ("versions", "head", "params", "classes", "temperature", "metrics", "request")
+_AS_THEY_ARE = ("versions", "head", "params", "classes", "metrics", "request")
 _TEXT = {
     "sha256": str,
     "format_version": int,
@@ -66,7 +67,7 @@ _TEXT = {
     "head": str,
     "params": dict,
     "classes": tuple[str, ...],
-    "temperature": float,
+    "calibration": Calibration,
     "metrics": dict,
     "leaderboard": dict | None,
     "request": dict | None,
@@ -113,6 +114,7 @@ def write(parts: Mapping[str, Any]) -> bytes:
         "format_version": FORMAT_VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **{name: parts[name] for name in _AS_THEY_ARE},
+        "calibration": dataclasses.asdict(parts["calibration"]),
         "leaderboard": None if board is None else board.to_dict(),
         "columns": [dataclasses.asdict(column) for column in parts["columns"]],
         "fingerprints": [one.to_dict() for one in parts["fingerprints"]],
@@ -188,6 +190,9 @@ def read(source: IO[bytes]) -> dict[str, Any]:
         **{name: text.get(name) for name in _AS_THEY_ARE},
         "leaderboard": None if board is None else Leaderboard.from_dict(board),
         "classes": tuple(text["classes"]),
+        "calibration": Calibration(
+            text["calibration"]["temperature"], tuple(text["calibration"]["bias"])
+        ),
         "columns": tuple(InputTap(**column) for column in text["columns"]),
         "fingerprints": tuple(map(_fingerprint, text["fingerprints"])),
         "estimator": FittedHead(
@@ -248,7 +253,7 @@ def _check_parts(
     *,
     estimator: FittedHead,
     classes: tuple[str, ...],
-    temperature: float,
+    calibration: Calibration,
     columns: tuple[InputTap, ...],
     fingerprints: tuple[Fingerprint, ...],
     train_sha256: npt.NDArray[Any],
@@ -260,7 +265,8 @@ def _check_parts(
     for right, what in (
         (k >= 2 and list(classes) == sorted(set(classes)), "classes"),
         # Scores are float32, and stay finite when they are divided by it.
-        (1e-200 < temperature < 1e200, "temperature"),
+        (1e-200 < calibration.temperature < 1e200, "temperature"),
+        (len(calibration.bias) == k and np.abs(calibration.bias).max() < 1e200, "bias"),
         (
             all(
                 one.width > 0

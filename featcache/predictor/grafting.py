@@ -1,7 +1,7 @@
 """The whole network as one ``nn.Module``: backbone, feature treatment and head.
 
-Each step of the head becomes a layer. The last one divides by the temperature. What comes of it is
-compared with the predictor's own logits of the canary images.
+Each step of the head becomes a layer. The last one divides by the temperature and adds the bias.
+What comes of it is compared with the predictor's own logits of the canary images.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from featcache.errors import PredictorError
 from featcache.heads.base import FittedHead
+from featcache.heads.calibration import Calibration
 from featcache.heads.steps import Matrix, Scale
 from featcache.networks.taps import ResolvedTap, StopForward, Tapped
 from featcache.predictor import inputs
@@ -38,7 +39,7 @@ class Grafted(nn.Module):
     backbones : torch.nn.ModuleList
         The networks, frozen. They are run up to their last tap.
     head : torch.nn.Sequential
-        The head on their features; its output are logits, already divided by the temperature.
+        The head on their features; its output are calibrated logits.
     classes : tuple of str
         Names of the outputs.
     probabilities : bool
@@ -102,7 +103,7 @@ def graft(
     head: FittedHead,
     *,
     name: str,
-    temperature: float,
+    calibration: Calibration,
     probabilities: bool,
 ) -> Grafted:
     """Build the network of a predictor, whose head is called `name`; see `Predictor.to_torch`.
@@ -120,10 +121,11 @@ def graft(
             "deviation), so one input cannot serve them: there is no single network to return."
         )
     *steps, last = head.steps
+    temperature, bias = calibration.temperature, np.array(calibration.bias)
     if isinstance(last, Matrix):  # inside it, so that a step of training is as large as it seems
-        steps.append(Matrix(last.weight / temperature, last.bias / temperature))
+        steps.append(Matrix(last.weight / temperature, last.bias / temperature + bias))
     else:
-        steps += [last, Scale(np.zeros(()), np.array(temperature))]
+        steps += [last, Scale(-temperature * bias, np.array(temperature))]
     layers = [step.module() for step in steps]
     made = nn.Sequential(*(layer for layer in layers if layer is not None))
     if len(made) < len(layers):
@@ -133,7 +135,7 @@ def graft(
         )
     where = [(column.source, column.tap) for column in columns]
     grafted = Grafted(networks, where, made, head.classes.tolist(), probabilities=False).eval()
-    pixels, expected = canary_logits(networks, columns, head, temperature)
+    pixels, expected = canary_logits(networks, columns, head, calibration)
     with torch.inference_mode():
         check_same(grafted(first.normalize(pixels)).numpy(), expected, "the grafted network")
     grafted.probabilities = probabilities
@@ -141,9 +143,12 @@ def graft(
 
 
 def canary_logits(
-    networks: Sequence[Backbone], columns: Sequence[InputTap], head: FittedHead, temperature: float
+    networks: Sequence[Backbone],
+    columns: Sequence[InputTap],
+    head: FittedHead,
+    calibration: Calibration,
 ) -> tuple[Tensor, npt.NDArray[np.float64]]:
-    """Return test images, uint8 (m, c, h, w), and the logits (m, k) that a predictor gives them."""
+    """Return test images, uint8 (m, c, h, w), and the calibrated logits (m, k) they should have."""
     from featcache.extraction.canaries import usable_canaries
     from featcache.extraction.extract import canary_features
 
@@ -151,8 +156,8 @@ def canary_logits(
     found = [canary_features(network, images, device="cpu") for network in networks]
     parts = [found[column.source][column.tap].reshape(len(images), -1) for column in columns]
     pixels = np.stack([networks[0].preprocessing(image) for image in images])
-    logits = head.logits(np.concatenate(parts, axis=1)).astype(np.float64) / temperature
-    return torch.from_numpy(pixels), logits
+    logits = head.logits(np.concatenate(parts, axis=1))
+    return torch.from_numpy(pixels), calibration.scores(logits)
 
 
 def check_same(found: npt.NDArray[Any], expected: npt.NDArray[Any], what: str) -> None:

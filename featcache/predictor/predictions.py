@@ -22,11 +22,12 @@ class Prediction:
     id : str
         The image, relative to the folder that was given; of several, with that folder.
     label : str
-        The most probable class; empty where there is an error.
+        The class that was decided for; empty where there is an error.
     probability : float
-        Its calibrated probability; NaN where there is an error.
+        Its calibrated probability, which need not be the largest: class weights may decide for
+        a class that is less probable. NaN where there is an error.
     top : tuple of (str, float)
-        The most probable classes, as many as were asked for, the first of them being `label`.
+        As many classes as were asked for: `label`, then the others from the most probable one.
     error : str
         Why the image could not be read; empty where it could.
     """

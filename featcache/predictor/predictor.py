@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
 
 from featcache.errors import PredictorError
 from featcache.finetuning.head import SuffixStep
 from featcache.fingerprint import Fingerprint
 from featcache.heads.base import FittedHead
+from featcache.heads.calibration import Calibration
 from featcache.networks import identity
 from featcache.predictor import file, inputs
 from featcache.predictor.file import CanaryRows, is_predictor
 from featcache.predictor.inputs import InputTap
 from featcache.predictor.predictions import Prediction
+from featcache.results.evaluation import label_first
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
 from featcache.system.console import doing, progress_bar
@@ -64,8 +65,9 @@ class Predictor:
         Hyper-parameters that were chosen.
     classes : tuple of str
         Class names, sorted: the columns of probabilities.
-    temperature : float
-        Probabilities are ``softmax(logits / temperature)``.
+    calibration : Calibration
+        Probabilities are ``softmax(logits / temperature + bias)``; the label is that of the highest
+        of the logits.
     columns : tuple of InputTap
         Where the features come from, in order.
     fingerprints : tuple of Fingerprint
@@ -88,7 +90,7 @@ class Predictor:
     head: str
     params: Mapping[str, Any]
     classes: tuple[str, ...]
-    temperature: float
+    calibration: Calibration
     columns: tuple[InputTap, ...]
     fingerprints: tuple[Fingerprint, ...]
     train_sha256: npt.NDArray[np.uint8]
@@ -114,8 +116,8 @@ class Predictor:
 
     # --- from features -------------------------------------------------------------------------
 
-    def predict_proba(self, X: npt.NDArray[Any]) -> Floats:
-        """Return calibrated probabilities for features.
+    def logits(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Return the head's scores for features, whose highest is the label's.
 
         Parameters
         ----------
@@ -124,8 +126,8 @@ class Predictor:
 
         Returns
         -------
-        ndarray of float64, shape (n, k)
-            Columns as in `classes`; each row adds up to 1.
+        ndarray of float32, shape (n, k)
+            Columns as in `classes`.
 
         Raises
         ------
@@ -138,19 +140,28 @@ class Predictor:
                 f"shape {X.shape}."
             )
         if not len(X):
-            return np.zeros((0, len(self.classes)))
+            return np.zeros((0, len(self.classes)), np.float32)
         self._bind()
-        scores = self.estimator.logits(np.ascontiguousarray(X, dtype=np.float32))
-        proba: Floats = softmax(scores.astype(np.float64) / self.temperature, axis=1)
-        return proba
+        return self.estimator.logits(np.ascontiguousarray(X, dtype=np.float32))
+
+    def predict_proba(self, X: npt.NDArray[Any]) -> Floats:
+        """Return calibrated probabilities (n, k) for features; each row adds up to 1.
+
+        The label's need not be the highest; see `Calibration`. Parameters are those of `logits`.
+        """
+        return self.calibration.proba(self.logits(X))
 
     def predict_features(self, X: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
-        """Return the most probable class for features; see `predict_proba`."""
-        labels: npt.NDArray[np.str_] = np.array(self.classes)[self.predict_proba(X).argmax(axis=1)]
+        """Return the label for features; see `logits`."""
+        labels: npt.NDArray[np.str_] = np.array(self.classes)[self.logits(X).argmax(axis=1)]
         return labels
 
     def predict_proba_of(self, store: FeatureStore) -> Floats:
-        """Return probabilities for all rows of a store, read block by block.
+        """Return probabilities for all rows of a store; see `logits_of`."""
+        return self.calibration.proba(self.logits_of(store))
+
+    def logits_of(self, store: FeatureStore) -> npt.NDArray[np.float32]:
+        """Return the head's scores for all rows of a store, read block by block.
 
         Raises
         ------
@@ -158,10 +169,10 @@ class Predictor:
             The store's features are of another origin.
         """
         layers = self.layers_of(store)
-        proba = np.empty((len(store), len(self.classes)))
+        logits = np.empty((len(store), len(self.classes)), np.float32)
         for part, block in store.blocks(layers):
-            proba[part] = self.predict_proba(block)
-        return proba
+            logits[part] = self.logits(block)
+        return logits
 
     def trained_on(self, sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """Return a mask (n,) of the content hashes (n, 32) that are a training image's."""
@@ -228,7 +239,7 @@ class Predictor:
             joined with the path below them. Images in a list may differ in size: PIL images, and
             arrays of uint8 (h, w) or (h, w, 3). One array (h, w, 3) is one image.
         top_k : int
-            Classes to name, from the most probable one.
+            Classes to name: the label, then the others from the most probable one.
         batch_size, workers, max_pixels, device
             As for `extract`.
         progress : bool, optional
@@ -410,14 +421,16 @@ class Predictor:
             {tap: array[done[one.done]] for tap, array in one.features.items()} for one in batches
         ]
         X = self._columns_of(features, views=self.fingerprints[0].views)
-        found = iter(self.predict_proba(X))
+        logits = self.logits(X)
+        proba = self.calibration.proba(logits)
+        order = np.argsort(-label_first(proba, logits.argmax(axis=1)), axis=1, kind="stable")
+        found = zip(order[:, :top_k].tolist(), proba, strict=True)
         for row in batches[0].rows.tolist():
             if row in errors:
                 yield Prediction.failed(images.ids[row], str(errors[row]))
                 continue
-            proba = next(found)
-            order = np.argsort(-proba, kind="stable")[:top_k]
-            top = tuple((self.classes[k], float(proba[k])) for k in order)
+            columns, own = next(found)
+            top = tuple((self.classes[k], float(own[k])) for k in columns)
             yield Prediction(images.ids[row], *top[0], top)
 
     # --- as a network --------------------------------------------------------------------------
@@ -425,8 +438,9 @@ class Predictor:
     def to_torch(self, *, probabilities: bool = True) -> Grafted:
         """Return the whole network, head grafted on, as an ordinary ``nn.Module``.
 
-        Each step of the head is a layer, and the last one divides by the temperature. Its input is
-        what ``backbone.preprocessing.normalize`` returns; of views, it sees one.
+        Each step of the head is a layer, and the last one calibrates: the label is that of the
+        highest of its outputs less ``calibration.bias``, before the softmax. Its input is what
+        ``backbone.preprocessing.normalize`` returns; of views, it sees one.
 
         Parameters
         ----------
@@ -452,7 +466,7 @@ class Predictor:
             self.columns,
             self.estimator,
             name=self.head,
-            temperature=self.temperature,
+            calibration=self.calibration,
             probabilities=probabilities,
         )
         return grafted.eval()

@@ -98,7 +98,7 @@ class Figures:
         Number of images.
     accuracy, balanced_accuracy, macro_f1 : Score
         See `Evaluation`.
-    log_loss, ece : float
+    log_loss, ece, classwise_ece, brier : float
         See `Evaluation`.
     """
 
@@ -108,6 +108,8 @@ class Figures:
     macro_f1: Score
     log_loss: float
     ece: float
+    classwise_ece: float
+    brier: float
 
     def to_dict(self, prefix: str = "") -> dict[str, Any]:
         """Return the figures as JSON values, an interval under its figure's name."""
@@ -121,15 +123,15 @@ class Figures:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], prefix: str = "") -> Figures:
         """Return the figures that `to_dict` wrote, in `values` of the types `FIGURES`."""
-        kept = {name: values[prefix + name] for name in ("images", "log_loss", "ece")}
+        kept = {name: values[prefix + name] for name in ("images", *_PLAIN)}
         return cls(**kept | {name: Score.from_dict(values, prefix + name) for name in _SCORES})
 
 
+_PLAIN = ("log_loss", "ece", "classwise_ece", "brier")
 _SCORES = ("accuracy", "balanced_accuracy", "macro_f1")
 FIGURES: Mapping[str, Any] = {
     "images": int,
-    "log_loss": float,
-    "ece": float,
+    **dict.fromkeys(_PLAIN, float),
     **{key: kind for name in _SCORES for key, kind in Score.types(name).items()},
 }
 
@@ -152,6 +154,8 @@ class Evaluation:
         Groups that are resampled as a whole.
     notes : tuple of str
         What the reader should know: rows left out, and why.
+    predicted : ndarray of int64, shape (n,), optional
+        Column of each label that was decided for; left out, that of the most probable class.
 
     Attributes
     ----------
@@ -163,6 +167,12 @@ class Evaluation:
     ece : float
         Expected calibration error: mean over the images of |accuracy - confidence| of their bin,
         15 equally wide bins (Naeini et al. 2015; Guo et al. 2017).
+    classwise_ece : float
+        Mean over the classes of the same of each class's probability, whether it is the label or
+        not (Kull et al. 2019): what is wrong with a rare class shows.
+    brier : float
+        Brier score, as scikit-learn's ``brier_score_loss``: the mean sum over the classes of the
+        squared difference of their probability from 0 or 1; half of it with two classes.
     confusion : ndarray of int64, shape (k, k)
         Row: true class. Column: predicted class.
     """
@@ -173,6 +183,7 @@ class Evaluation:
     classes: tuple[str, ...]
     groups: npt.NDArray[Any] | None = None
     notes: tuple[str, ...] = ()
+    predicted: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         n, k = self.proba.shape
@@ -189,15 +200,15 @@ class Evaluation:
 
     @cached_property
     def y_pred(self) -> npt.NDArray[np.int64]:
-        """Column of the most probable class: int64, shape (n,)."""
+        """Column of the label that was decided for: int64, shape (n,)."""
         column: npt.NDArray[np.int64] = self.proba.argmax(axis=1)
-        return column
+        return column if self.predicted is None else self.predicted
 
     @cached_property
     def confidence(self) -> Floats:
-        """Probability of the most probable class: float64, shape (n,)."""
-        top: Floats = self.proba.max(axis=1)
-        return top
+        """Probability of that label: float64, shape (n,)."""
+        own: Floats = self.proba[np.arange(len(self)), self.y_pred]
+        return own
 
     @cached_property
     def confusion(self) -> npt.NDArray[np.int64]:
@@ -236,7 +247,7 @@ class Evaluation:
     def calibration(self) -> tuple[Bin, ...]:
         """The bins of the calibration error, for a reliability diagram."""
         edges = np.linspace(0, 1, _BINS + 1)
-        number = np.clip(np.ceil(self.confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
+        number = _bin(self.confidence)
         count = np.bincount(number, minlength=_BINS)
         right = np.bincount(number, weights=self.y_pred == self.y_true, minlength=_BINS)
         sure = np.bincount(number, weights=self.confidence, minlength=_BINS)
@@ -251,14 +262,38 @@ class Evaluation:
         off = sum(b.count * abs(b.accuracy - b.confidence) for b in self.calibration if b.count)
         return float(off / len(self))
 
-    def top_k_accuracy(self, k: int) -> float:
-        """Return the share of images whose label is among the `k` most probable ones.
+    @cached_property
+    def classwise_ece(self) -> float:
+        """Calibration error of each class's probability, mean over the classes."""
+        gaps = [
+            np.bincount(_bin(own), weights=own - (self.y_true == k))
+            for k, own in enumerate(self.proba.T)
+        ]
+        return float(sum(np.abs(gap).sum() for gap in gaps) / self.proba.size)
 
-        Ties count against the predictor: a class that others equal is ranked behind them.
+    @cached_property
+    def brier(self) -> float:
+        """Brier score: 0 is perfect."""
+        own = self.proba[np.arange(len(self)), self.y_true]
+        squares = np.einsum("ij,ij->i", self.proba, self.proba) - 2 * own + 1
+        return float(squares.mean() / (2 if len(self.classes) == 2 else 1))
+
+    def top_k_accuracy(self, k: int) -> float:
+        """Return the share of images whose label is among the first `k` classes.
+
+        The first is the one that was decided for, so that top-1 is the accuracy; the others follow
+        by probability, those of equal ones in the order of `classes`.
         """
-        mine = self.proba[np.arange(len(self)), self.y_true][:, None]
-        rank = (self.proba >= mine).sum(axis=1)
-        return float((rank <= k).mean())
+        return float((self._rank < k).mean())
+
+    @cached_property
+    def _rank(self) -> npt.NDArray[np.int64]:
+        """How many classes are before the true one: shape (n,)."""
+        ranked, y = label_first(self.proba, self.y_pred), self.y_true[:, None]
+        mine = np.take_along_axis(ranked, y, axis=1)
+        before = (ranked > mine) | ((ranked == mine) & (np.arange(len(self.classes)) < y))
+        rank: npt.NDArray[np.int64] = before.sum(axis=1)
+        return rank
 
     @cached_property
     def top_k(self) -> dict[int, float]:
@@ -308,7 +343,9 @@ class Evaluation:
     @property
     def figures(self) -> Figures:
         """The figures that a leaderboard and a predictor keep."""
-        return Figures(len(self), *self._scores, self.log_loss, self.ece)
+        return Figures(
+            len(self), *self._scores, self.log_loss, self.ece, self.classwise_ece, self.brier
+        )
 
     def summary(self) -> dict[str, Any]:
         """Return the figures, the top-k accuracies and the confusion matrix as JSON values."""
@@ -335,7 +372,8 @@ class Evaluation:
             [
                 f"accuracy {self.accuracy} on {len(self):,} images",
                 f"balanced accuracy {self.balanced_accuracy}, macro F1 {self.macro_f1}",
-                f"log loss {self.log_loss:.3f}, calibration error {self.ece:.3f}"
+                f"log loss {self.log_loss:.3f}, Brier score {self.brier:.3f}, calibration error "
+                f"{self.ece:.3f}, by class {self.classwise_ece:.3f}"
                 + "".join(f", top-{k} {value:.3f}" for k, value in self.top_k.items() if k > 1),
                 *self.remarks,
                 "",
@@ -396,7 +434,9 @@ class Evaluation:
         figures = [
             *((name, f"{s:.3f}", str(s).partition(" ")[2]) for name, s in scores.items()),
             ("log loss", f"{self.log_loss:.3f}", ""),
+            ("Brier score", f"{self.brier:.3f}", ""),
             ("calibration error", f"{self.ece:.3f}", ""),
+            ("calibration error by class", f"{self.classwise_ece:.3f}", ""),
         ]
         return (
             html_table([f"{len(self):,} images", "", "95 % interval"], figures)
@@ -412,6 +452,19 @@ class Evaluation:
             f"<Evaluation: accuracy {self.accuracy}, {len(self):,} images, "
             f"{len(self.classes)} classes>"
         )
+
+
+def _bin(probability: Floats) -> npt.NDArray[np.int64]:
+    """Return the number of the bin of each probability."""
+    number: npt.NDArray[np.int64] = np.ceil(probability * _BINS).astype(np.int64) - 1
+    return number.clip(0, _BINS - 1)
+
+
+def label_first(proba: Floats, predicted: npt.NDArray[np.int64]) -> Floats:
+    """Return what classes are ranked by, (n, k): the label comes first, then the most probable."""
+    ranked = proba.copy()
+    ranked[np.arange(len(proba)), predicted] = np.inf
+    return ranked
 
 
 def with_own_groups(groups: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:

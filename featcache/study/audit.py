@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
 
 from featcache.errors import MissingExtra, TrainingError
 from featcache.heads.table import HEADS
@@ -231,7 +230,8 @@ def _misjudged(
     judged = Evaluation(
         ids=store.ids,
         y_true=np.searchsorted(found.classes, y),
-        proba=softmax(found.logits.astype(np.float64) / found.temperature, axis=1),
+        proba=found.calibration.proba(found.logits),
+        predicted=found.logits.argmax(axis=1),
         classes=tuple(found.classes.tolist()),
     )
     return suspicious_labels(judged, store.splits)

@@ -66,10 +66,12 @@ def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
             f"{first_names([*map(repr, predictor.classes)], 5)}. Train again with these classes, "
             "or select the images that it can judge."
         )
+    logits = predictor.logits_of(chosen)
     return Evaluation(
         ids=chosen.ids,
         y_true=np.array([columns[name] for name in chosen.labels], dtype=np.int64),
-        proba=predictor.predict_proba_of(chosen),
+        proba=predictor.calibration.proba(logits),
+        predicted=logits.argmax(axis=1),
         classes=tuple(predictor.classes),
         groups=with_own_groups(chosen.groups),
         notes=tuple(notes),

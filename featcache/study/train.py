@@ -8,8 +8,8 @@ the store's split column has a validation part, that is the one fold.
 4. Heads are ranked by cross-validation. The held-out images are scored once, after that, and take
    part in no choice.
 
-The out-of-fold scores of the chosen setting give each head's accuracy with its interval and the
-temperature that calibrates its probabilities. As the same folds chose the setting, that accuracy
+The out-of-fold scores of the chosen setting give each head's accuracy with its interval and what
+calibrates its probabilities. As the same folds chose the setting, that accuracy
 flatters. Beside it stands the accuracy without what the choice adds, for each head and for the
 best of all, which costs no fit (`featcache.results.selection`). ``nested=True`` chooses anew inside
 every fold, at `cv` times the cost. Intervals are over groups wherever the store has any.
@@ -37,7 +37,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import log_softmax, softmax
 from tqdm import tqdm
 
 from featcache.errors import TrainingError
@@ -399,10 +398,10 @@ def _train_head(
     with peak_memory() as peak:
         found = data.search(head, progress)
     tried = [one.predicted for one in found.trials if one.predicted is not None]
-    logits, score = found.logits.astype(np.float64) / found.temperature, found.score
+    logits, proba, score = found.logits, found.calibration.proba(found.logits), found.score
     if data.options.nested and head != SUFFIX:  # the folds of a suffix choose nothing
-        logits, score = _nested(data, head, progress)
-    out_of_fold = _evaluation(data, logits)
+        logits, proba, score = _nested(data, head, progress)
+    out_of_fold = _evaluation(data, logits, proba)
     predictor = _predictor(data, found)
     held_out = None if test is None else evaluate(predictor, test)
     row = LeaderboardRow(
@@ -440,14 +439,17 @@ def _corrected(data: _TrainingData, tried: Predicted) -> Score:
     )
 
 
-def _evaluation(data: _TrainingData, logits: npt.NDArray[np.float64]) -> Evaluation:
-    """Return the metrics of calibrated out-of-fold scores (n, k); NaN where no fold judges."""
+def _evaluation(
+    data: _TrainingData, logits: npt.NDArray[Any], proba: npt.NDArray[np.float64]
+) -> Evaluation:
+    """Return the metrics of scores and probabilities (n, k); NaN where no fold judges."""
     known = ~np.isnan(logits).any(axis=1)
     classes, codes = np.unique(data.y, return_inverse=True)
     return Evaluation(
         ids=data.store.ids[known],
         y_true=codes[known],
-        proba=softmax(logits[known], axis=1),
+        proba=proba[known],
+        predicted=logits[known].argmax(axis=1),
         classes=tuple(classes.tolist()),
         groups=None if data.groups is None else data.groups[known],
     )
@@ -455,22 +457,22 @@ def _evaluation(data: _TrainingData, logits: npt.NDArray[np.float64]) -> Evaluat
 
 def _nested(
     data: _TrainingData, head: str, progress: Progress
-) -> tuple[npt.NDArray[np.float64], float]:
-    """Search inside every fold's training part: calibrated scores of the folds, and their score.
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
+    """Search inside every fold's training part: the folds' logits, probabilities, and score.
 
     Varma and Simon, Bias in error estimation when using cross-validation for model selection
     (BMC Bioinformatics 7:91, 2006): what chose the parameters may not also judge them.
     """
     classes, codes = np.unique(data.y, return_inverse=True)
-    logits = np.full((len(data.y), len(classes)), np.nan)
+    logits, proba = np.full((2, len(data.y), len(classes)), np.nan)
     for train, valid in data.folds:
         rows = TrainingRows.check(data.X[train], data.y[train], _inner_folds(data, train))
         options = replace(data.options, memory=None, progress=progress)
         found = search(HEADS[head](options), rows)
-        scores = found.estimator.logits(data.X[valid]).astype(np.float64)
-        logits[valid] = log_softmax(scores / found.temperature, axis=1)
-    score, _ = FoldScorer.of(data.options.scoring, codes, classes, data.folds)(logits)
-    return logits, score
+        logits[valid] = found.estimator.logits(data.X[valid])
+        proba[valid] = found.calibration.proba(logits[valid])
+    score, _ = FoldScorer.of(data.options.scoring, codes, classes, data.folds)(logits, proba)
+    return logits, proba, score
 
 
 def _inner_folds(data: _TrainingData, train: npt.NDArray[np.int64]) -> list[Fold]:
@@ -505,7 +507,7 @@ def _predictor(data: _TrainingData, found: Any) -> Predictor:
         head=found.head,
         params=dict(found.params),
         classes=tuple(found.classes.tolist()),
-        temperature=found.temperature,
+        calibration=found.calibration,
         columns=tuple(replace(column, source=used.index(column.source)) for column in columns),
         fingerprints=tuple(fingerprints),
         train_sha256=store.sha256,

@@ -597,7 +597,7 @@ def test_a_command_stopped_by_a_signal_resumes_to_the_same_weights(tmp_path: Pat
     made, expected = Predictor.load(target), Predictor.load(whole)
     for name, value in expected.estimator.steps[0].arrays().items():
         np.testing.assert_array_equal(made.estimator.steps[0].arrays()[name], value)
-    assert made.temperature == expected.temperature
+    assert made.calibration == expected.calibration
 
 
 def test_seeds_decide(store: FeatureStore) -> None:
@@ -679,7 +679,7 @@ def test_it_is_compared_with_the_other_heads_under_the_same_folds(store: Feature
     assert f"features of suffix: {rows['suffix'].features}" in str(board)
     assert rows["suffix"].features.startswith(f"{BODY} (")
     assert f"features of linear: {POOL} (" in str(board)
-    assert best.temperature > 0
+    assert best.calibration.temperature > 0
     assert "suffix" not in fc.train(fit, head=["knn"], layers=["pool"], cv=2).leaderboard.to_text()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
+from scipy.special import logsumexp
 
 from featcache import Predictor, extract, train
 from featcache.errors import PredictorError
@@ -50,13 +50,13 @@ def test_a_search_keeps_the_best_and_its_scores_out_of_fold(found: SearchResult)
     np.testing.assert_allclose(
         found.fold_scores, [(chosen[valid] == Y[valid]).mean() for _, valid in FOLDS]
     )
-    proba = softmax(found.logits / found.temperature, axis=1)
+    proba = found.calibration.proba(found.logits)
     assert -np.log(proba[np.arange(len(Y)), found.classes.searchsorted(Y)]).mean() < np.log(3)
 
 
 def test_the_same_search_gives_the_same_head(found: SearchResult) -> None:
     again = HEADS[found.head].search(features(), Y, FOLDS)
-    assert (again.params, again.temperature) == (found.params, found.temperature)
+    assert (again.params, again.calibration) == (found.params, found.calibration)
     np.testing.assert_array_equal(again.logits, found.logits)
     for one, other in zip(again.estimator.steps, found.estimator.steps, strict=True):
         assert one.kind == other.kind
@@ -168,7 +168,8 @@ def test_it_is_grafted_and_exported_or_says_why_not(
     network = predictor.to_torch(probabilities=False)
     with torch.inference_mode():
         logits = network(prepare.normalize(torch.from_numpy(pixels))).numpy()
-    expected = predictor.estimator.logits(part.matrix()) / predictor.temperature
+    expected = np.log(predictor.predict_proba_of(part))
+    logits = logits - logsumexp(logits, axis=1, keepdims=True)
     np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-5)  # float32 has no more
     export_model(predictor, tmp_path / "a.pt2")
     program = torch.export.load(tmp_path / "a.pt2").module()

@@ -9,15 +9,21 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 from sklearn import metrics
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import make_classification
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from featcache.errors import TrainingError
 from featcache.heads import linear
-from featcache.heads.calibration import fit_temperature
+from featcache.heads.calibration import Calibration, fit_calibration, fit_temperature
 from featcache.heads.linear import LinearHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import Search, search
 from featcache.heads.solver import minimise
 from featcache.heads.table import HEADS
+from featcache.results.evaluation import Evaluation
 from featcache.store.splitting import folds
 
 
@@ -43,6 +49,50 @@ def test_scores_that_say_nothing_have_some_temperature() -> None:
     assert 0 < fit_temperature(noise, y) < np.inf
 
 
+def balanced() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows to train and to test on, of which 8.4 % are of the second class."""
+    X, y = make_classification(
+        4000, 20, n_informative=5, weights=[0.926], class_sep=0.6, flip_y=0.02, random_state=0
+    )
+    X = X.astype(np.float32)
+    return X[:2000], y[:2000], X[2000:], y[2000:]
+
+
+def test_balanced_weights_get_probabilities_that_are_true() -> None:
+    X, y, new, truth = balanced()
+    found = HEADS["linear"].search(X, y, folds(y.astype(str), cv=5), class_weight="balanced")
+    logits = found.estimator.logits(new)
+    proba = found.calibration.proba(logits)
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+    theirs = CalibratedClassifierCV(model, method="sigmoid", cv=5).fit(X, y).predict_proba(new)
+    assert metrics.log_loss(truth, proba) < metrics.log_loss(truth, theirs) + 0.01
+    assert abs(proba[:, 1].mean() - truth.mean()) < 0.02
+    one = softmax(logits / fit_temperature(found.logits, y), axis=1)  # what a temperature leaves
+    assert metrics.log_loss(truth, one) > 0.4 and one[:, 1].mean() > 0.3
+    assert np.mean(logits.argmax(axis=1)) > 2 * np.mean(proba.argmax(axis=1))
+    judged = Evaluation(
+        np.arange(len(new)), truth, proba, ("no", "yes"), predicted=logits.argmax(axis=1)
+    )
+    recall = metrics.balanced_accuracy_score(truth, logits.argmax(axis=1))
+    assert judged.balanced_accuracy == pytest.approx(recall)
+    assert judged.classwise_ece < 0.03
+    assert Evaluation(np.arange(len(new)), truth, one, ("no", "yes")).classwise_ece > 0.2
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_bias_is_fitted_where_it_is_better_on_other_rows(parts: int) -> None:
+    logits, y = scored()
+    rows = np.arange(len(y))
+    by_part = [(rows[rows % 4 != k], rows[rows % 4 == k]) for k in range(4)]
+    given = by_part if parts == 4 else [(rows[:0], rows)]
+    plain = fit_calibration(3 * logits, y, given)
+    assert plain == Calibration(fit_temperature(3 * logits, y), (0.0,) * 4)
+    found = fit_calibration(3 * logits + np.array([0.0, 3.0, -6.0, 0.0]), y, given)
+    assert found.temperature == pytest.approx(3, rel=0.1)
+    bias = np.array(found.bias) - found.bias[0]
+    np.testing.assert_allclose(bias, [0, -1, 2, 0], atol=0.2)
+
+
 def test_probabilities_stay_calibrated_under_a_strong_penalty() -> None:
     rng = np.random.default_rng(0)
     y = np.arange(900) % 3
@@ -51,7 +101,7 @@ def test_probabilities_stay_calibrated_under_a_strong_penalty() -> None:
     losses = []
     for C in (3e-6, 1e-2):
         found = search(LinearHead(Cs=[C], treatments=["standard"], refine=False), rows)
-        proba = softmax(found.logits.astype(np.float64) / found.temperature, axis=1)
+        proba = found.calibration.proba(found.logits)
         losses.append(-np.log(proba[np.arange(900), y]).mean())
     # The direction is that of the class means: as good as any here, however small the scores.
     assert losses[0] < losses[1] + 0.05

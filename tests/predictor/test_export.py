@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from featcache.cli.main import main
 from featcache.errors import MissingExtra, OutputError, PredictorError
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import FittedHead
+from featcache.heads.calibration import Calibration
 from featcache.heads.steps import Matrix, Power, Relu, Scale, Step, Unit
 from featcache.predictor.export import METADATA, _Served, export_model
 from featcache.predictor.predictor import Predictor
@@ -57,7 +59,9 @@ def store(flower_folder: Path, folder: Path) -> FeatureStore:
 
 @pytest.fixture(scope="module")
 def predictor(store: FeatureStore) -> Predictor:
-    return train(store, head="linear", cv=3)
+    found = train(store, head="linear", cv=3)
+    tilted = Calibration(found.calibration.temperature, (0.4, 0.0, -0.4))
+    return replace(found, calibration=tilted)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,9 @@ def test_pt2_gives_the_predictors_probabilities(
             found, predictor.predict_proba_of(store)[: len(images)], atol=1e-5
         )
     metadata = json.loads(extra[METADATA])
+    logs = np.log(predictor.predict_proba_of(store)) - metadata["calibration"]["bias"]
+    labels = predictor.predict_features(store.matrix())
+    assert np.array(predictor.classes)[logs.argmax(axis=1)].tolist() == labels.tolist()
     assert metadata["classes"] == ["daisy", "rose", "tulip"]
     assert Preprocessing.from_dict(metadata["preprocessing"]) == PREPARE
     assert target.stat().st_size < 200_000  # the 20,000 outputs behind the tap are left out

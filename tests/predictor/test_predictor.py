@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from featcache import Augmentation, Backbone, ImageSet, Preprocessing, extract, train
 from featcache.errors import FingerprintMismatch, ImageSetError, OutputError, PredictorError
+from featcache.heads.calibration import Calibration
 from featcache.predictor.file import CanaryRows
 from featcache.predictor.predictions import Prediction, write_predictions
 from featcache.predictor.predictor import Predictor
@@ -108,6 +110,25 @@ def test_a_predictor_goes_from_a_folder_to_labels(
         assert one.top[0] == (one.label, one.probability)
         assert [p for _, p in one.top] == sorted((p for _, p in one.top), reverse=True)
         assert math.isclose(sum(p for _, p in one.top), 1.0, abs_tol=1e-9)
+
+
+def test_the_label_is_that_of_the_decision_and_comes_first(
+    predictor: Predictor, store: FeatureStore, flower_folder: Path, tmp_path: Path
+) -> None:
+    tilted = replace(predictor, calibration=Calibration(2.0, (0.0, -9.0, 9.0)))
+    tilted.save(tmp_path / "p.featcache")
+    back = Predictor.load(tmp_path / "p.featcache")
+    assert back.calibration == tilted.calibration
+    found = back.attach(own()).predict(flower_folder, top_k=3, workers=0)
+    labels = [one.label for one in found]
+    assert labels == predictor.predict_features(store.matrix()).tolist()
+    assert labels == back.predict_features(store.matrix()).tolist()
+    proba = back.predict_proba_of(store)
+    assert (proba.argmax(axis=1) == 2).all() and set(labels) == {"daisy", "rose", "tulip"}
+    np.testing.assert_allclose(proba_of(found, back.classes), proba, atol=1e-6)
+    for one in found:
+        rest = [p for _, p in one.top[1:]]
+        assert one.top[0] == (one.label, one.probability) and rest == sorted(rest, reverse=True)
 
 
 def test_features_and_images_give_the_same_labels(
@@ -467,7 +488,7 @@ def test_everything_comes_back(predictor: Predictor, store: FeatureStore, tmp_pa
     path = tmp_path / "p.featcache"
     predictor.save(path)
     back = Predictor.load(path)
-    for name in ("head", "params", "classes", "temperature", "columns", "fingerprints", "versions"):
+    for name in ("head", "params", "classes", "calibration", "columns", "fingerprints", "versions"):
         assert getattr(back, name) == getattr(predictor, name), name
     assert back.metrics == json.loads(json.dumps(predictor.metrics))
     assert back.leaderboard == predictor.leaderboard
@@ -530,18 +551,20 @@ def test_files_that_are_no_predictors(content: bytes, tmp_path: Path) -> None:
 
 
 MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a later version": lambda m: m.update(format_version=3),
+    "a later version": lambda m: m.update(format_version=4),
     "no version": lambda m: m.pop("format_version"),
     "classes are numbers": lambda m: m.update(classes=[1, 2, 3]),
     "classes are a text": lambda m: m.update(classes="abc"),
     "one class twice": lambda m: m.update(classes=["rose"] * 3),
     "classes in another order": lambda m: m["classes"].reverse(),
     "a class too few": lambda m: m["classes"].pop(),
-    "temperature zero": lambda m: m.update(temperature=0),
-    "temperature negative": lambda m: m.update(temperature=-1.5),
-    "temperature not a number": lambda m: m.update(temperature=float("nan")),
-    "temperature a text": lambda m: m.update(temperature="1"),
-    "temperature missing": lambda m: m.pop("temperature"),
+    "temperature zero": lambda m: m["calibration"].update(temperature=0),
+    "temperature negative": lambda m: m["calibration"].update(temperature=-1.5),
+    "temperature not a number": lambda m: m["calibration"].update(temperature=float("nan")),
+    "temperature a text": lambda m: m["calibration"].update(temperature="1"),
+    "bias of other classes": lambda m: m["calibration"]["bias"].append(0.0),
+    "bias without an end": lambda m: m["calibration"].update(bias=[1e308, -1e308]),
+    "temperature missing": lambda m: m["calibration"].pop("temperature"),
     "no columns": lambda m: m.update(columns=[]),
     "a wider column": lambda m: m["columns"][0].update(width=10**9),
     "a column of no source": lambda m: m["columns"][0].update(source=4),
@@ -571,7 +594,7 @@ MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "half a held-out score": lambda m: m["leaderboard"]["rows"][0].update(accuracy=0.5),
     "a request in words": lambda m: m.update(request="x"),
     "a version that is no whole number": lambda m: m.update(format_version=2.0),
-    "a temperature that leaves no scores": lambda m: m.update(temperature=1e-320),
+    "a temperature that leaves no scores": lambda m: m["calibration"].update(temperature=1e-320),
     "a column with more": lambda m: m["columns"][0].update(more=1),
     "a source that is true": lambda m: m["columns"][0].update(source=True),
     "a fingerprint without taps": lambda m: m["fingerprints"][0].update(taps=[]),

@@ -31,7 +31,7 @@ def test_of_an_evaluation(made: Case) -> None:
     assert "<script" not in text and "&lt;script&gt;" in text
     assert f"{made.evaluation.accuracy:.3f}" in text
     assert "30 images are left out" in text
-    assert text.count("<tr>") == 2 + 5 + 3
+    assert text.count("<tr>") == 2 + 7 + 3
 
 
 def test_of_a_leaderboard(made: Case) -> None:

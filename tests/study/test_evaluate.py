@@ -177,10 +177,37 @@ def test_classes_that_do_not_occur_are_not_averaged_in() -> None:
     assert got.per_class[3].support == 0
 
 
-def test_ties_count_against_the_predictor() -> None:
-    got = evaluation(np.array([0, 1]), np.full((2, 4), 0.25))
-    assert got.top_k_accuracy(3) == 0.0
-    assert got.top_k_accuracy(4) == 1.0
+def test_ties_are_ranked_in_the_order_of_the_classes() -> None:
+    got = evaluation(np.array([0, 1]), np.array([[0.4, 0.4, 0.2], [0.4, 0.4, 0.2]]))
+    assert [got.top_k_accuracy(k) for k in (1, 2, 3)] == [0.5, 1.0, 1.0]
+    assert got.top_k_accuracy(1) == got.accuracy
+    equal = evaluation(np.arange(4), np.full((4, 4), 0.25))
+    assert [equal.top_k_accuracy(k) for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_the_label_that_was_decided_for_comes_first() -> None:
+    proba = np.array([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]])
+    ids, decided = np.array(["a.jpg", "b.jpg"]), np.array([2, 2])
+    got = Evaluation(ids, np.array([0, 2]), proba, NAMES[:3], predicted=decided)
+    assert got.accuracy == got.top_k_accuracy(1) == 0.5
+    assert got.top_k_accuracy(2) == 1.0
+    assert got.confidence.tolist() == [0.2, 0.5]
+    assert got.mistakes[0].predicted == "cod" and got.mistakes[0].probability == 0.2
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_brier_score_and_calibration_by_class(k: int) -> None:
+    y, proba = scores(k=k)
+    got = evaluation(y, proba)
+    assert got.brier == pytest.approx(metrics.brier_score_loss(y, proba, labels=np.arange(k)))
+    gaps = []
+    for column in range(k):
+        number = np.clip(np.ceil(proba[:, column] * 15) - 1, 0, 14)
+        for one in range(15):
+            own = number == one
+            gaps.append(abs((proba[own, column] - (y[own] == column)).sum()))
+    assert got.classwise_ece == pytest.approx(sum(gaps) / len(y) / k)
+    assert got.to_dict()["brier"] == got.brier and f"by class {got.classwise_ece:.3f}" in str(got)
 
 
 def test_mistakes_come_with_the_most_confident_first() -> None:

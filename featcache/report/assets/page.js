@@ -44,7 +44,8 @@ const figures = [
   ...Object.entries(found.top_k).filter(([k]) => k > 1).map(([k, value]) =>
     [`top-${k} accuracy`, three(value), `the label is among the ${k} likeliest`]),
   ["log loss", three(found.log_loss), "natural logarithm"],
-  ["calibration error", three(found.ece), "0 is perfect"],
+  ["calibration error", three(found.ece), `${three(found.classwise_ece)} by class`],
+  ["Brier score", three(found.brier), "0 is perfect"],
   ["images", say(found.images), `${say(found.mistakes)} mistakes`],
 ];
 for (const [name, value, small] of figures) {
