@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
@@ -31,7 +30,7 @@ from featcache.store.splitting import folds
 
 
 def evaluated(found: SearchResult, X: np.ndarray, y: np.ndarray) -> Evaluation:
-    proba = softmax(found.estimator.logits(X).astype(np.float64) / found.temperature, axis=1)
+    proba = found.calibration.proba(found.estimator.logits(X))
     names = tuple(found.classes.astype(str).tolist())
     codes = np.searchsorted(found.classes, y)
     return Evaluation(np.arange(len(y)).astype(str), codes, proba, names)
