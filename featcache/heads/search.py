@@ -166,6 +166,19 @@ class Trial:
         """What it is chosen by: scores that differ by rounding are equal, NaN is the last."""
         return not self.rough, round(self.score, 9) if np.isfinite(self.score) else -np.inf
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return setting, scores and seconds as JSON values."""
+        return {
+            "params": dict(self.params),
+            "score": _finite(self.score),
+            "fold_scores": [_finite(score) for score in self.fold_scores],
+            "seconds": self.seconds,
+        }
+
+
+def _finite(score: float) -> float | None:
+    return score if np.isfinite(score) else None
+
 
 class Search:
     """The trials of one search: scored and kept, and chosen from, in one place.

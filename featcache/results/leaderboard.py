@@ -49,6 +49,9 @@ class LeaderboardRow:
         bytes, beyond what it was before.
     notes : tuple of str
         Notes of the search.
+    candidates : tuple of dict
+        Every setting that was tried, in order: "params", "score", "fold_scores" (None in a fold
+        that does not count), "seconds".
     """
 
     head: str
@@ -63,6 +66,7 @@ class LeaderboardRow:
     predict_us: float
     peak_mb: float
     notes: tuple[str, ...] = ()
+    candidates: tuple[Mapping[str, Any], ...] = ()
 
     def __repr__(self) -> str:
         return f"<LeaderboardRow: {self.head}, CV accuracy {self.cv.accuracy}>"
@@ -80,6 +84,7 @@ class LeaderboardRow:
             **(nothing if self.held_out is None else self.held_out.to_dict()),
             **{name: getattr(self, name) for name in _MEASURED},
             "notes": list(self.notes),
+            "candidates": list(self.candidates),
         }
 
     @classmethod
@@ -99,18 +104,19 @@ class LeaderboardRow:
             cv_corrected=Score.from_dict(values, "cv_accuracy_corrected"),
             held_out=Figures.from_dict(values) if scored else None,
             notes=tuple(values["notes"]),
+            candidates=tuple(values["candidates"]),
             **{name: values[name] for name in _GIVEN},
         )
 
     def to_flat(self) -> dict[str, Any]:
-        """Return the columns of a CSV: an interval takes two, other lists are JSON."""
+        """Return the columns of a CSV: an interval takes two, lists but candidates are JSON."""
         flat: dict[str, Any] = {}
         for name, value in self.to_dict().items():
             if name.endswith("_interval"):
                 low, high = value or (None, None)
                 flat[name.replace("interval", "low")] = low
                 flat[name.replace("interval", "high")] = high
-            else:
+            elif name != "candidates":
                 plain = not isinstance(value, dict | list)
                 flat[name] = value if plain else json.dumps(value, ensure_ascii=False)
         return flat
@@ -127,7 +133,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
     Attributes
     ----------
     rows : tuple of LeaderboardRow
-        By falling `LeaderboardRow.cv_score`; equal scores in the order in which they were compared.
+        By falling `LeaderboardRow.cv_score`; of equal scores, that of the lower log loss first.
     best_corrected : Score
         Accuracy of the best of all settings of all heads, without what that choice adds to it.
     scoring : str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,7 @@ def train_files(
     settings = TrainingOptions(**options)
     request: dict[str, Any] = {
         "featcache": __version__,
+        "scikit-learn": version("scikit-learn"),
         "stores": [store.digest for store in opened],
         "heads": names,
         "layers": layers if layers is None or isinstance(layers, str) else list(layers),

@@ -425,11 +425,27 @@ def test_a_study_saves_the_best_and_runs_once(store: FeatureStore, tmp_path: Pat
     assert "nothing to do" in again.to_text()
     assert again.leaderboard == first.leaderboard
     assert target.read_bytes() == content
-    assert json.loads(json.dumps(again.to_dict()))["up_to_date"] is True
+    values = json.loads(json.dumps(again.to_dict()))
+    assert values["up_to_date"] is True
+    (row,) = values["leaderboard"]["rows"]
+    tried = row["candidates"]
+    assert len(tried) > 5 and all(len(one["fold_scores"]) == 3 for one in tried)
+    chosen = [one for one in tried if one["params"] == row["params"]]
+    assert max(one["score"] for one in tried) == chosen[0]["score"] == row["cv_score"]
+    assert all(one["seconds"] > 0 for one in tried)
 
     other = train_files(store.paths, target, **options | {"random_state": 1})  # type: ignore[arg-type]
     assert not other.up_to_date
     assert other.leaderboard != first.leaderboard
+
+
+def test_another_scikit_learn_makes_a_study_run_again(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "p.featcache"
+    train_files(store.paths, target, head=["ridge"], cv=3)
+    monkeypatch.setattr("featcache.study.run.version", lambda package: "99.0")
+    assert not train_files(store.paths, target, head=["ridge"], cv=3).up_to_date
 
 
 def test_other_labels_make_a_study_run_again(tmp_path: Path) -> None:
