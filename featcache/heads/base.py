@@ -12,10 +12,14 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from featcache.errors import TrainingError
+from featcache.heads.rows import FeatureBlocks
 from featcache.heads.steps import Log, Step, chained
 
 ClassWeight: TypeAlias = str | dict[Any, float] | None
 
+_CHECKED = 10_000  # training images that a fitted head labels again
+_WORSE = 0.1  # than cross-validation said, so much that something is broken
 _ROWS = 4096  # that go through the steps at a time ...
 _CELLS = 1 << 22  # ... or so many that no step needs more numbers than this: 32 MB
 
@@ -43,6 +47,43 @@ class FittedHead:
             scores[rows] = found
         mean: np.ndarray = scores.reshape(len(X), views, k).mean(axis=1)
         return mean
+
+
+def check_fit(
+    head: FittedHead, X: np.ndarray | FeatureBlocks, y: np.ndarray, judged: np.ndarray, low: float
+) -> None:
+    """Refuse a head that does far worse on its own training images than out of fold.
+
+    Parameters
+    ----------
+    head : FittedHead
+        Fitted on all images.
+    X : ndarray of shape (n, d) or (n, views, d), or FeatureBlocks
+        Features.
+    y : ndarray of shape (n,)
+        Labels.
+    judged : ndarray of shape (n,), bool
+        Which images cross-validation judged; at most 10,000 of them are labelled.
+    low : float
+        Lower end of the interval of the accuracy out of fold.
+
+    Raises
+    ------
+    TrainingError
+        The accuracy is more than 0.1 below.
+    """
+    images = np.flatnonzero(judged)
+    images = images[:: -(-len(images) // _CHECKED)]
+    blocks = X if isinstance(X, FeatureBlocks) else FeatureBlocks.of(X)
+    numbers = images[:, None] * blocks.views + np.arange(blocks.views)  # (m, views)
+    rows = blocks.take(numbers.ravel()).reshape(*numbers.shape, blocks.shape[-1])
+    right = float((head.classes[head.logits(rows).argmax(axis=1)] == y[images]).mean())
+    if right < low - _WORSE:
+        raise TrainingError(
+            f"The fitted head labels {right:.3f} of its own training images right, where "
+            f"cross-validation said at least {low:.3f}: it does not compute what was "
+            "cross-validated, and is not kept. Train another head, or scale the features."
+        )
 
 
 def through(chain: Sequence[Step], X: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

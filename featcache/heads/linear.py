@@ -393,15 +393,6 @@ class _Paths:
             )
         return self._designs[treatment]
 
-    def _group_size(self, d: int) -> int:
-        """Values of C to solve at a time."""
-        folds, k = len(self.rows.folds), len(self.rows.classes)
-        if not isinstance(self.rows.X, FeatureBlocks):
-            return max(1, round(_COLUMNS[self.loss] / (folds * k)))
-        # From disk a pass is dear: as many as the solver's state (about 30 copies of the
-        # weights) leaves room for.
-        return max(1, self.options.room // 2 // (30 * 4 * folds * k * d))
-
     def follow(
         self,
         treatment: str,
@@ -413,9 +404,10 @@ class _Paths:
     ) -> None:
         """Try all `Cs`, smallest first."""
         design = self._design(treatment)
-        size = self._group_size(design.d)
         ordered = sorted(Cs)
         folds, classes = len(self.rows.folds), len(self.rows.classes)
+        # The same from disk as in memory: other starts end within the tolerance, but elsewhere.
+        size = max(1, round(_COLUMNS[self.loss] / (folds * classes)))
         scores: list[float] = []
         path = [start or _Start(0.0, _zeros(folds, classes, design))]
         for first in range(0, len(ordered), size):
@@ -436,7 +428,7 @@ class _Paths:
                 if self.search.best is trial:
                     self.best = path[-1]
                 scores.append(trial.score)
-                # What was solved beside it is left out: how many are depends on the memory.
+                # What was solved beside it is left out.
                 if stop_early and len(scores) > 2 and max(scores[-2:]) < max(scores):
                     return
 

@@ -22,6 +22,7 @@ Number = Annotated[float, ("float64",)]
 _FLOAT = ("float32", "float64")
 _INTEGER = ("int32", "int64")
 _SMALLEST_PROBABILITY = 1e-4  # before a logarithm: votes are often exactly zero
+_SHORTEST = 1e-15  # rows whose squares are not float32's rounding
 _STEEPNESS = 4.0  # of the votes between two classes
 _REFERENCES = 4096  # neighbours compared with a block of rows at a time
 _MOST = 4096  # neighbours that are looked at
@@ -128,14 +129,14 @@ def chained(steps: Sequence[Step], X: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Unit(Step):
-    """Scale rows to Euclidean length 1; rows of zeros stay."""
+    """Scale rows to Euclidean length 1; rows that are shorter than 1e-15 stay."""
 
     kind = "unit"
 
     def __call__(self, X: Array) -> Array:
         """Return the scaled rows in a new array."""
         length = np.sqrt(np.einsum("ij,ij->i", X, X))[:, None]
-        length[length == 0] = 1.0
+        length[length < _SHORTEST] = 1.0
         scaled: Array = X / length
         return scaled
 
@@ -150,7 +151,7 @@ class UnitLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return rows of length 1, of shape (b, d)."""
         length = x.norm(dim=1, keepdim=True)
-        return x / torch.where(length == 0, 1.0, length)
+        return x / torch.where(length < _SHORTEST, 1.0, length)
 
 
 @dataclass(frozen=True, eq=False)

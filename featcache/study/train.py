@@ -42,7 +42,7 @@ from tqdm import tqdm
 from featcache.errors import TrainingError
 from featcache.finetuning.search import SUFFIX, SuffixHead
 from featcache.finetuning.settings import SuffixSettings
-from featcache.heads.base import ClassWeight, FittedHead
+from featcache.heads.base import ClassWeight, FittedHead, check_fit
 from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import COPIES, FoldScorer, search
 from featcache.heads.table import CLASSICS, HEADS
@@ -402,6 +402,10 @@ def _train_head(
     if data.options.nested and head != SUFFIX:  # the folds of a suffix choose nothing
         logits, proba, score = _nested(data, head, progress)
     out_of_fold = _evaluation(data, logits, proba)
+    if head != SUFFIX:  # whose features are large, and whose network is not loaded for it
+        low = out_of_fold.accuracy.low
+        low = float(out_of_fold.accuracy) if low is None else low
+        check_fit(found.estimator, data.X, data.y, ~np.isnan(logits).any(axis=1), low)
     predictor = _predictor(data, found)
     held_out = None if test is None else evaluate(predictor, test)
     row = LeaderboardRow(

@@ -77,6 +77,25 @@ def test_columns_that_a_fold_holds_constant_say_nothing_there(head: str, offset:
         np.testing.assert_allclose(after, before, atol=0.02 * np.nanstd(before))
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("length", [1e-6, 1e-14, 1e-21])
+def test_a_head_computes_on_tiny_rows_what_was_cross_validated(
+    small: Any, head: str, length: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.heads.mlp._CHECKPOINTS", (6,))
+    X, y, parts = small
+    tiny = np.where(np.arange(90)[:, None] % 2, X, X * np.float32(length))
+    with np.errstate(under="ignore"):
+        found = HEADS[head].search(tiny, y, parts)
+        scores = found.estimator.logits(tiny)
+    assert (found.classes[scores.argmax(axis=1)] == y).mean() > found.score - 0.05
+    layers = [step.module() for step in found.estimator.steps]
+    if None not in layers:
+        with torch.inference_mode():
+            grafted = torch.nn.Sequential(*layers)(torch.from_numpy(tiny)).numpy()
+        np.testing.assert_allclose(grafted, scores, atol=1e-4 * np.abs(scores).max())
+
+
 # --- what no head can compute with ----------------------------------------------------------------
 
 

@@ -19,6 +19,9 @@ from featcache.errors import (
     StoreError,
     TrainingError,
 )
+from featcache.heads.linear import LinearHead
+from featcache.heads.rows import TrainingRows
+from featcache.heads.steps import Matrix, Step
 from featcache.predictor.predictor import Predictor
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
@@ -303,6 +306,20 @@ def test_heads_that_cannot_read_blocks_take_what_fits_and_say_so(folder: Path, h
     whole = train(wide, head=head, cv=3).leaderboard
     assert whole[0].notes == ()
     assert found.leaderboard[0].cv.accuracy == pytest.approx(whole[0].cv.accuracy, abs=0.2)
+
+
+@pytest.mark.parametrize("memory", [None, 20_000])
+def test_a_head_that_does_not_compute_what_was_cross_validated_is_not_saved(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int | None
+) -> None:
+    def broken(self: LinearHead, rows: TrainingRows, params: object) -> list[Step]:
+        return [*fit(self, rows, params), Matrix(-np.eye(3), np.zeros(3))]
+
+    fit = LinearHead.fit
+    monkeypatch.setattr(LinearHead, "fit", broken)
+    with pytest.raises(TrainingError, match=r"labels 0\.\d+ of its own training images right"):
+        train_files(store.paths, tmp_path / "p.featcache", head="linear", memory=memory)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nested_needs_memory(folder: Path) -> None:
