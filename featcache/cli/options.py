@@ -267,6 +267,11 @@ training = stacked(
         "or 25%.",
     ),
     flag("--group", "Keep the images of a group on one side of every split."),
+    flag(
+        "--drop-crossing-groups",
+        "With --group: leave images out of training whose group is in the validation or test part "
+        "of the split column too, instead of refusing that column.",
+    ),
     click.option(
         "--scoring", metavar="NAME", default="accuracy", help="Metric, by scikit-learn's name."
     ),

@@ -26,6 +26,10 @@ def _load(predictor: Path, **network: Any) -> featcache.Predictor:
 @options.path_argument("store")
 @options.output("FILE.html", "Write a page with figures, maps and mistakes.", "--report")
 @click.option("--images", metavar="IMAGES", help="The images of STORE, to show them in the report.")
+@options.flag(
+    "--other-groups",
+    "Score images of groups named like those trained on: they are other groups in STORE.",
+)
 @options.own_network
 @options.json_output
 def evaluate(
@@ -33,16 +37,18 @@ def evaluate(
     store: Path,
     report: Path | None,
     images: str | None,
+    other_groups: bool,
     as_json: bool,
     **network: Any,
 ) -> None:
     """Measure PREDICTOR on the images that it was not trained on.
 
-    These are the images of STORE whose content is not among the training images.
+    These are the images of STORE whose content is not among the training images, and whose group
+    is not among theirs.
     """
     loaded = _load(predictor, **network)
     opened = featcache.FeatureStore.open(store)
-    evaluation = featcache.evaluate(loaded, opened)
+    evaluation = featcache.evaluate(loaded, opened, other_groups=other_groups)
     if report is not None:
         pictures = None if images is None else featcache.ImageSet.open(images)
         featcache.write_report(

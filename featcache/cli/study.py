@@ -85,7 +85,10 @@ class Study:
             store = featcache.FeatureStore.open(self.path(".h5"))
             try:
                 featcache.write_report(
-                    featcache.evaluate(result.predictor, store),
+                    # As the leaderboard has it: without --group it scores images of such groups.
+                    featcache.evaluate(
+                        result.predictor, store, other_groups=not self.training["group"]
+                    ),
                     report,
                     store=store,
                     images=self.images,

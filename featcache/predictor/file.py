@@ -8,6 +8,7 @@ the head's steps. The arrays are:
 ========================  ========================================================================
 ``step0.weight`` ...      the arrays of each step (see `featcache.heads.steps`)
 ``train_sha256``          (n, 32): hash of each training image
+``train_groups``          (g, 32): hash of the name of each group of training images
 ``canary_x``              (m, d): rows, ``canary_logits`` (m, k) what the head makes of them, and
 ``canary_image_0`` ...    the image files that they come from
 ========================  ========================================================================
@@ -99,6 +100,13 @@ class CanaryRows:
     images: tuple[bytes, ...] = ()
 
 
+def group_hashes(groups: npt.NDArray[Any] | None) -> npt.NDArray[np.uint8]:
+    """Return the hashes (g, 32) of the names of groups, each once; those stay with their owner."""
+    names = sorted({*([] if groups is None else groups.tolist())} - {""})
+    digests = (hashlib.sha256(name.encode("utf-8", "replace")).digest() for name in names)
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+
+
 def is_predictor(path: Path) -> bool:
     """Return whether a file is a predictor, of whatever version, intact or not."""
     with path.open("rb") as file:
@@ -132,6 +140,7 @@ def write(parts: Mapping[str, Any]) -> bytes:
     }
     arrays |= {
         "train_sha256": parts["train_sha256"],
+        "train_groups": parts["train_groups"],
         "canary_x": canaries.x,
         "canary_logits": canaries.logits,
     }
@@ -183,7 +192,7 @@ def read(source: IO[bytes]) -> dict[str, Any]:
     arrays = safetensors.numpy.load(content)
     names, board = tuple(text["canaries"]), text.get("leaderboard")
     pictures = [f"canary_image_{number}" for number in range(len(names))]
-    needed = {"train_sha256", "canary_x", "canary_logits", *pictures}
+    needed = {"train_sha256", "train_groups", "canary_x", "canary_logits", *pictures}
     if missing := needed - arrays.keys():
         raise PredictorError(f"It lacks arrays: {first_names(sorted(missing))}.")
     parts = {
@@ -200,6 +209,7 @@ def read(source: IO[bytes]) -> dict[str, Any]:
             np.array(text["classes"]),
         ),
         "train_sha256": arrays.pop("train_sha256"),
+        "train_groups": arrays.pop("train_groups"),
         "canaries": CanaryRows(
             arrays.pop("canary_x"),
             arrays.pop("canary_logits"),
@@ -257,6 +267,7 @@ def _check_parts(
     columns: tuple[InputTap, ...],
     fingerprints: tuple[Fingerprint, ...],
     train_sha256: npt.NDArray[Any],
+    train_groups: npt.NDArray[Any],
     canaries: CanaryRows,
     **_: Any,
 ) -> None:
@@ -278,6 +289,7 @@ def _check_parts(
         ),
         (len({one.views for one in fingerprints}) == 1, "views"),
         (train_sha256.dtype == np.uint8 and train_sha256.shape[1:] == (32,), "training images"),
+        (train_groups.dtype == np.uint8 and train_groups.shape[1:] == (32,), "training groups"),
         # One at least: its numbers account for the columns.
         (rows.x.dtype == np.float32 and rows.x.shape[1:] == (d,) and rows.x.size, "canary rows"),
         (

@@ -74,6 +74,8 @@ class Predictor:
         One a network; their taps are those that the head uses.
     train_sha256 : ndarray of uint8, shape (n, 32)
         Content hash of each image that it was trained on.
+    train_groups : ndarray of uint8, shape (g, 32)
+        Hash of the name of each group that these images are of.
     canaries : CanaryRows
         Rows to check head and network on.
     metrics : dict
@@ -94,6 +96,7 @@ class Predictor:
     columns: tuple[InputTap, ...]
     fingerprints: tuple[Fingerprint, ...]
     train_sha256: npt.NDArray[np.uint8]
+    train_groups: npt.NDArray[np.uint8]
     canaries: CanaryRows
     metrics: Mapping[str, Any] = field(default_factory=dict)
     leaderboard: Leaderboard | None = None
@@ -177,6 +180,14 @@ class Predictor:
     def trained_on(self, sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """Return a mask (n,) of the content hashes (n, 32) that are a training image's."""
         return np.isin(hash_keys(sha256), hash_keys(self.train_sha256))
+
+    def trained_on_groups(self, groups: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Return a mask (n,) of the groups (n,) that a training image is of; ``""`` is none."""
+        names, code = np.unique(groups, return_inverse=True)
+        known = np.zeros(len(names), dtype=bool)
+        named = names != ""
+        known[named] = np.isin(hash_keys(file.group_hashes(names)), hash_keys(self.train_groups))
+        return known[code]
 
     def layers_of(self, store: FeatureStore) -> list[str]:
         """Return the names that the predictor's columns have in a store.

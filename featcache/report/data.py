@@ -26,7 +26,7 @@ from featcache.results.evaluation import Evaluation
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
 from featcache.study.audit import Findings, suspicious_labels
-from featcache.study.maps import METHODS, Method, centred, embed, nearest_rows
+from featcache.study.maps import METHODS, Method, centred, embed, nearest_rows, pooled
 from featcache.system.files import atomic_write, check_overwrite
 from featcache.version import __version__
 
@@ -105,7 +105,7 @@ def write_report(
     }
     figure: tuple[dict[str, Any] | None, list[str]] = (None, [])
     if store is not None and len(ids) >= 3:
-        data["maps"] = _maps(store, stored, maps, random_state)
+        data["maps"] = _maps(store, evaluation.layers, stored, maps, random_state)
         figure = _bokeh_parts()
     if images is not None:
         spent = len(report_page.render(data, *figure))
@@ -281,7 +281,7 @@ def _duplicates(
     if not len(mine) or not len(others):
         note = "The store has no images on the other side of the split."
         return {"note": note, "pairs": []}
-    X = centred(store)
+    X = centred(store, evaluation.layers)
     similar, rows = nearest_rows(X[mine], X[others])
     near = np.flatnonzero(similar[:, 0] >= _NEAR)
     near = near[np.argsort(-similar[near, 0], kind="stable")]
@@ -304,6 +304,7 @@ def _duplicates(
 
 def _maps(
     store: FeatureStore,
+    layers: Sequence[str],
     rows: npt.NDArray[np.int64],
     methods: Sequence[Method] | None,
     random_state: int,
@@ -311,7 +312,7 @@ def _maps(
     """Return x and y of the shown images by name of the map, each scaled to [-1, 1]."""
     second: Method = "tsne" if len(rows) <= _TSNE_LIMIT else "umap"
     chosen = ("pca", second) if methods is None else methods
-    X = store.select(rows[rows >= 0]).matrix()
+    X = pooled(store.select(rows[rows >= 0]), layers)
     maps: dict[str, list[list[float | None]]] = {}
     for method in chosen:
         placed = np.full((len(rows), 2), np.nan)

@@ -156,6 +156,8 @@ class Evaluation:
         What the reader should know: rows left out, and why.
     predicted : ndarray of int64, shape (n,), optional
         Column of each label that was decided for; left out, that of the most probable class.
+    layers : tuple of str
+        Taps of the store that the predictor saw; none: not known.
 
     Attributes
     ----------
@@ -184,6 +186,7 @@ class Evaluation:
     groups: npt.NDArray[Any] | None = None
     notes: tuple[str, ...] = ()
     predicted: npt.NDArray[np.int64] | None = None
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n, k = self.proba.shape

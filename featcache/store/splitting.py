@@ -199,6 +199,30 @@ def folds(
     return [(rows[part != k], rows[part == k]) for k in range(cv)]
 
 
+def crossing(groups: npt.NDArray[Any], judging: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_]:
+    """Return which rows are of a group that rows which judge are of too: (n,)."""
+    if judging is None:
+        return np.zeros(len(groups), dtype=bool)
+    shared: npt.NDArray[np.bool_] = (groups != "") & np.isin(groups, judging)
+    return shared
+
+
+def crossing_text(groups: npt.NDArray[Any], judges: str) -> str:
+    """Return which groups some rows share with those that judge, for people."""
+    names = np.unique(groups)
+    return f"of {len(names):,} groups that {judges} have too (first: {str(names[0])!r})"
+
+
+def crossing_error(groups: npt.NDArray[Any], judges: str) -> TrainingError:
+    """Return the error for rows to train on of groups that the rows which judge are of too."""
+    return TrainingError(
+        f"{len(groups):,} images to train on are {crossing_text(groups, judges)}, which flatters. "
+        "Correct the split column, or leave these images out of training with "
+        "--drop-crossing-groups (library: store.split(None), then train(..., group=True, "
+        "drop_crossing_groups=True))."
+    )
+
+
 def predefined(
     splits: Labels, y: Labels, *, sha256: npt.NDArray[np.uint8] | None = None
 ) -> tuple[IntArray, IntArray]:
@@ -271,17 +295,24 @@ def validation_fold(
     A data set that comes with its own validation part is searched on that part, not on folds.
     As in `predefined`, a training row whose bytes are also in the validation part is left out.
     """
-    if splits is None:
-        return None
-    try:
-        role = _roles(splits)
-    except TrainingError:
-        return None
-    labelled = np.asarray(y) != ""
-    train, valid = (np.flatnonzero((role == name) & labelled) for name in ("fit", "valid"))
+    train, valid = (np.flatnonzero(part_of(splits, name, y)) for name in ("fit", "valid"))
     if not len(train) or not len(valid):
         return None
     return [(_without_leaks(train, valid, sha256, "validation"), valid)]
+
+
+def part_of(splits: Labels | None, part: str, y: Labels) -> npt.NDArray[np.bool_]:
+    """Return which labelled rows are of a part (``fit``, ``valid``, ``test``): (n,).
+
+    None are where there is no split column, or one of other words.
+    """
+    labelled = np.asarray(y) != ""
+    try:
+        roles = _roles(np.full(len(labelled), "") if splits is None else splits)
+    except TrainingError:
+        return np.zeros_like(labelled)
+    found: npt.NDArray[np.bool_] = labelled & (roles == part)
+    return found
 
 
 def _roles(splits: Labels) -> npt.NDArray[Any]:

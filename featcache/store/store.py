@@ -509,17 +509,23 @@ class FeatureStore:
         stratify : bool
             Keep the classes' shares.
         group : bool
-            Keep the images of one group on one side.
+            Keep the images of one group on one side; a split column that does not is refused.
         random_state : int
             Seed.
 
         Raises
         ------
         TrainingError
-            No labels, no groups, no such split column, or too few images of a class.
+            No labels, no groups, no such split column or one that groups cross, or too few images
+            of a class.
         """
         from featcache.store import splitting
 
+        if group and self.groups is None:
+            raise TrainingError(
+                f"{', '.join(self.paths)} has no groups. Extract with --group-column (nothing is "
+                "computed again)."
+            )
         if test_size is None:
             if self.splits is None:
                 raise TrainingError(
@@ -527,12 +533,11 @@ class FeatureStore:
                     "--split-column, or give a test size."
                 )
             fit, test = splitting.predefined(self.splits, self.labels, sha256=self.sha256)
+            if group and self.groups is not None:
+                mine = self.groups[fit]
+                if (shared := splitting.crossing(mine, self.groups[test])).any():
+                    raise splitting.crossing_error(mine[shared], "the held-out images")
         else:
-            if group and self.groups is None:
-                raise TrainingError(
-                    f"{', '.join(self.paths)} has no groups. Extract with --group-column (nothing "
-                    "is computed again)."
-                )
             fit, test = splitting.holdout(
                 self.labels,
                 groups=self.groups if group else None,

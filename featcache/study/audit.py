@@ -40,7 +40,9 @@ from featcache.heads.table import HEADS
 from featcache.results.evaluation import Evaluation
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
-from featcache.study.maps import centred, nearest_rows
+from featcache.study.maps import centred, nearest_rows, pooled
+from featcache.study.options import TrainingOptions
+from featcache.study.train import head_names
 from featcache.system.files import atomic_write, check_overwrite
 from featcache.system.tables import first_names
 
@@ -158,12 +160,13 @@ def audit(
     Parameters
     ----------
     store : FeatureStore
-        Labelled or not. All its parts are looked at, whatever its split column says. The time
-        grows with the square of the images: two minutes for 100,000 on two cores.
+        Labelled or not. All its parts are looked at, whatever its split column says. What judges a
+        label has seen no image of its group, where there are groups. The time grows with the
+        square of the images: two minutes for 100,000 on two cores.
     head : str
         The head whose out-of-fold probabilities judge the labels.
     layers : str or list of str, optional
-        Taps to use; None: all.
+        Taps to use; None: all. Of maps, the mean of each channel.
     cv : int
         Folds.
     near : float
@@ -180,15 +183,21 @@ def audit(
     MissingExtra
         cleanlab is not installed.
     TrainingError
-        There are fewer than three images.
+        There are fewer than three images, or there is no such head.
     """
+    options = TrainingOptions(cv=cv, random_state=random_state)
+    name = head_names(head)[0]
+    if name not in HEADS:
+        raise TrainingError(f"An audit has no head {head!r}. Heads: {', '.join(HEADS)}.")
     if len(store) < 3:
         raise TrainingError(f"An audit needs at least 3 images, {store.paths[0]} has {len(store)}.")
-    X, names = store.matrix(layers), _Names(store)
+    X, names = pooled(store, layers), _Names(store)
     rows, notes = _judgeable(store)
-    items = []
+    items: list[Finding] = []
     if len(rows):
-        items = _misjudged(store.select(rows), X[rows], head, cv, random_state)
+        items, judged = _misjudged(store.select(rows), X[rows], name, options)
+        if judged < len(rows):
+            notes.append(f"the labels of {judged:,} of {len(rows):,} images are judged by {name}")
     items += _near_and_far(X, near, min(_NEIGHBORS, len(X) - 1), names)
     return Findings(tuple(items), len(store), tuple(notes))
 
@@ -220,21 +229,24 @@ class _Names:
 
 
 def _misjudged(
-    store: FeatureStore, X: npt.NDArray[Any], head: str, cv: int, random_state: int
-) -> list[Finding]:
-    """Find suspicious labels by what a head says out of fold."""
-    y, sha256 = store.labels, store.sha256
-    cv = splitting.possible_folds(cv, y, sha256=sha256)
-    folds = splitting.folds(y, sha256=sha256, cv=cv, random_state=random_state)
-    found = HEADS[head].search(X, y, folds, random_state=random_state)
+    store: FeatureStore, X: npt.NDArray[Any], head: str, options: TrainingOptions
+) -> tuple[list[Finding], int]:
+    """Find suspicious labels by what a head says out of fold; also return of how many images."""
+    y, tied = store.labels, {"groups": store.groups, "sha256": store.sha256}
+    seed, cv = options.random_state, splitting.possible_folds(options.cv, y, **tied)
+    folds = splitting.folds(y, **tied, cv=cv, random_state=seed)
+    found = HEADS[head].search(X, y, folds, random_state=seed)
+    known = ~np.isnan(found.logits).any(axis=1)  # some heads judge a part of many images
+    logits = found.logits[known]
     judged = Evaluation(
-        ids=store.ids,
-        y_true=np.searchsorted(found.classes, y),
-        proba=found.calibration.proba(found.logits),
-        predicted=found.logits.argmax(axis=1),
+        ids=store.ids[known],
+        y_true=np.searchsorted(found.classes, y[known]),
+        proba=found.calibration.proba(logits),
+        predicted=logits.argmax(axis=1),
         classes=tuple(found.classes.tolist()),
     )
-    return suspicious_labels(judged, store.splits)
+    splits = None if store.splits is None else store.splits[known]
+    return suspicious_labels(judged, splits), len(judged)
 
 
 def suspicious_labels(
@@ -291,16 +303,18 @@ def _judgeable(store: FeatureStore) -> tuple[npt.NDArray[np.int64], list[str]]:
     unlabelled = splitting.n_unlabelled(store.labels)
     if unlabelled:
         notes.append(f"{unlabelled:,} images have no label to judge")
-    unit = splitting.units(len(store), sha256=store.sha256)
+    unit = splitting.units(len(store), groups=store.groups, sha256=store.sha256)
     pairs = {(str(label), int(u)) for label, u in zip(store.labels, unit, strict=True) if label}
     members = Counter(label for label, _ in pairs)
     rare = sorted(label for label, count in members.items() if count < 2)
     if rare:
         shown = first_names(rare, 5)
-        notes.append(f"{len(rare)} classes of one image cannot be judged: {shown}")
+        one = "one image" if store.groups is None else "one image or one group"
+        notes.append(f"{len(rare)} classes of {one} cannot be judged: {shown}")
     common = [label for label in members if label not in rare]
     if len(common) < 2:
-        notes.append("labels cannot be judged: fewer than two classes of two images")
+        two = "two images" if store.groups is None else "two groups"
+        notes.append(f"labels cannot be judged: fewer than two classes of {two}")
         return np.empty(0, np.int64), notes
     return np.flatnonzero(np.isin(store.labels, common)), notes
 

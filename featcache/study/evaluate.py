@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,14 +17,17 @@ if TYPE_CHECKING:
     from featcache.predictor.predictor import Predictor
     from featcache.store.store import FeatureStore
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "left_out", "look_alikes"]
 
 
-def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
+def evaluate(
+    predictor: Predictor, store: FeatureStore, *, other_groups: bool = False
+) -> Evaluation:
     """Score a predictor on the labelled images of a store that it was not trained on.
 
     Which images it was trained on is known by their content hashes, which the predictor keeps: a
-    renamed copy of a training image is left out too.
+    renamed copy of a training image is left out too. Where the store has groups, so are images of
+    a group that images which it was trained on were of: what it knows of these flatters.
 
     Parameters
     ----------
@@ -30,6 +35,9 @@ def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
         From `train` or `Predictor.load`.
     store : FeatureStore
         Features of the same network, taps and preprocessing.
+    other_groups : bool
+        A group of this store is another than one of the same name that it was trained on: patient
+        "1" of another hospital.
 
     Raises
     ------
@@ -40,15 +48,22 @@ def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
     TrainingError
         No labelled image is left to score.
     """
-    predictor.layers_of(store)  # refuses features of another origin
+    layers = predictor.layers_of(store)  # refuses features of another origin
     labelled = store.labels != ""
     seen = predictor.trained_on(store.sha256)
-    rows = np.flatnonzero(labelled & ~seen)
+    akin = np.zeros_like(seen)
+    if store.groups is not None and not other_groups:
+        akin = predictor.trained_on_groups(store.groups) & ~seen
+    rows = np.flatnonzero(labelled & ~seen & ~akin)
     notes = []
     if seen.any():
-        notes.append(_left_out(seen, "that it was trained on"))
+        notes.append(left_out(seen, "that it was trained on"))
+    if akin.any():
+        which = "of groups that it was trained on"
+        keep = "--other-groups, in Python other_groups=True, keeps them"
+        notes.append(f"{left_out(akin, which)} ({keep})")
     if not labelled.all():
-        notes.append(_left_out(~labelled, "without a label"))
+        notes.append(left_out(~labelled, "without a label"))
     if not len(rows):
         raise TrainingError(
             f"None of the {len(store):,} images of {', '.join(store.paths)} can be scored: "
@@ -60,11 +75,16 @@ def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
     unknown = sorted(set(chosen.classes) - columns.keys())
     if unknown:
         count = int(np.isin(chosen.labels, unknown).sum())
+        alike = [names for names in look_alikes([*unknown, *columns]) if {*names} - columns.keys()]
         raise PredictorError(
             f"{count:,} images of {', '.join(store.paths)} have labels that the predictor does not "
             f"know ({first_names([*map(repr, unknown)], 5)}); it knows "
-            f"{first_names([*map(repr, predictor.classes)], 5)}. Train again with these classes, "
-            "or select the images that it can judge."
+            f"{first_names([*map(repr, predictor.classes)], 5)}. "
+            + "".join(
+                f"{' and '.join(map(ascii, names))} differ only in case, blanks or Unicode form. "
+                for names in alike
+            )
+            + "Train again with these classes, or select the images that it can judge."
         )
     logits = predictor.logits_of(chosen)
     return Evaluation(
@@ -75,9 +95,20 @@ def evaluate(predictor: Predictor, store: FeatureStore) -> Evaluation:
         classes=tuple(predictor.classes),
         groups=with_own_groups(chosen.groups),
         notes=tuple(notes),
+        layers=tuple(layers),
     )
 
 
-def _left_out(rows: npt.NDArray[np.bool_], which: str) -> str:
+def look_alikes(names: Sequence[str]) -> list[list[str]]:
+    """Return names that are equal but for case, blanks and Unicode form, each set as a list."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFKC", name).casefold().replace("_", " ")
+        alike.setdefault(" ".join(plain.split()), []).append(name)
+    return [each for each in alike.values() if len(each) > 1]
+
+
+def left_out(rows: npt.NDArray[np.bool_], which: str) -> str:
+    """Return how many images are left out, and which they are."""
     n = int(rows.sum())
     return f"1 image {which} is left out" if n == 1 else f"{n:,} images {which} are left out"

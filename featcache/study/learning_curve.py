@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from featcache.errors import TrainingError
 from featcache.results.intervals import Score
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
-from featcache.study.evaluate import evaluate
+from featcache.study.evaluate import evaluate, left_out
+from featcache.study.options import TrainingOptions, is_number
 from featcache.study.train import head_names, train
 from featcache.system.console import progress_bar
 from featcache.system.tables import text_table
@@ -51,10 +53,13 @@ class LearningCurve(Sequence[CurvePoint]):
         The curve.
     n_test : int
         Images that all were scored on.
+    notes : tuple of str
+        What the reader should know: images left out, and why.
     """
 
     points: tuple[CurvePoint, ...]
     n_test: int
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, index: Any) -> Any:
         return self.points[index]
@@ -74,7 +79,7 @@ class LearningCurve(Sequence[CurvePoint]):
     def __str__(self) -> str:
         header = ["head", "images", f"accuracy on {self.n_test:,} others"]
         rows = [(p.head, f"{p.images:,}", str(p.accuracy)) for p in self.points]
-        return text_table(header, rows, right={1})
+        return "\n".join([text_table(header, rows, right={1}), *self.notes])
 
 
 def learning_curve(
@@ -85,19 +90,22 @@ def learning_curve(
     sizes: Sequence[int] | None = None,
     layers: str | Sequence[str] | None = None,
     cv: int = 5,
+    group: bool = True,
     random_state: int = 0,
     progress: bool | None = None,
 ) -> LearningCurve:
     """Train heads on more and more images, and score each on the same others.
 
-    Each set of images holds the ones before it, and the classes in the shares that they have.
+    Each set of images holds the ones before it, and the classes in the shares that they have. Its
+    first images are of as many groups as there are.
 
     Parameters
     ----------
     store : FeatureStore
         Labelled images to train on.
     test : FeatureStore, optional
-        Images to score on. None: a quarter of `store` is held out.
+        Images to score on, but for those that are in `store` too. None: a quarter of `store` is
+        held out.
     head : str or list of str
         As in `train`.
     sizes : list of int, optional
@@ -106,6 +114,9 @@ def learning_curve(
         Taps to use; None: all.
     cv : int
         Folds; fewer where a class has fewer images.
+    group : bool
+        Keep the images of a group together, where `store` has groups: in the folds, and on one side
+        of what is trained on and what is scored.
     random_state : int
         Seed.
     progress : bool, optional
@@ -116,17 +127,22 @@ def learning_curve(
     TrainingError
         A size is larger than the images there are, or leaves a class with fewer than two.
     """
+    options = TrainingOptions(cv=cv, random_state=random_state)
+    names = head_names(head)
+    group = group and store.groups is not None
     if test is None:
-        store, test = store.split(random_state=random_state)
-    order = _nested_order(store.labels, random_state)
-    points = []
-    chosen = sorted(set(sizes)) if sizes is not None else _sizes(store.labels)
-    if chosen[-1] > len(order):
+        store, test = store.split(group=group, random_state=random_state)
+    scored, notes = _others(test, store, group=group)
+    groups = store.groups if group else None
+    order = _nested_order(store.labels, groups, random_state)
+    chosen = _sizes(store.labels) if sizes is None else sorted(set(sizes))
+    if not chosen or not all(is_number(Integral, one, 0, len(order) + 1) for one in chosen):
         raise TrainingError(
-            f"A learning curve up to {chosen[-1]:,} images was asked for; there are "
-            f"{len(order):,} labelled ones to train on."
+            f"sizes are numbers of images, from 1 to the {len(order):,} labelled ones that there "
+            f"are to train on, not {sizes!r}"
         )
-    steps = list(itertools.product(head_names(head), chosen))
+    points = []
+    steps = list(itertools.product(names, chosen))
     with progress_bar(progress, steps, unit="fit", leave=False) as bar:
         for name, size in bar:
             bar.set_description(f"{name}, {size:,} images")
@@ -135,24 +151,59 @@ def learning_curve(
                 part,
                 head=name,
                 layers=layers,
-                cv=splitting.possible_folds(cv, part.labels, sha256=part.sha256),
+                cv=splitting.possible_folds(
+                    options.cv,
+                    part.labels,
+                    groups=part.groups if group else None,
+                    sha256=part.sha256,
+                ),
+                group=group,
                 random_state=random_state,
                 progress=False,
             )
-            scored = evaluate(predictor, test)
-            points.append(CurvePoint(name, size, scored.accuracy))
-    return LearningCurve(tuple(points), len(scored))
+            accuracy = evaluate(predictor, scored, other_groups=True).accuracy
+            points.append(CurvePoint(name, size, accuracy))
+    return LearningCurve(tuple(points), len(scored), tuple(notes))
 
 
-def _nested_order(labels: npt.NDArray[Any], random_state: int) -> npt.NDArray[np.int64]:
-    """Return the labelled rows so that every beginning has the classes' shares."""
+def _others(
+    test: FeatureStore, store: FeatureStore, *, group: bool
+) -> tuple[FeatureStore, list[str]]:
+    """Return the labelled images of `test` that no set to train on can hold, the same for all."""
+    labelled = test.labels != ""
+    known = np.isin(splitting.hash_keys(test.sha256), splitting.hash_keys(store.sha256))
+    if group and test.groups is not None:
+        known |= splitting.crossing(test.groups, store.groups)
+    notes = [left_out(known, "that are trained on")] if known.any() else []
+    if not (labelled & ~known).any():
+        raise TrainingError(
+            f"None of the {len(test):,} images to score on can be scored: {'; '.join(notes)}."
+        )
+    return test.select(labelled & ~known), notes
+
+
+def _nested_order(
+    labels: npt.NDArray[Any], groups: npt.NDArray[Any] | None, random_state: int
+) -> npt.NDArray[np.int64]:
+    """Return the labelled rows so that every beginning has the classes' shares, and many groups."""
     rows = np.random.default_rng(random_state).permutation(np.flatnonzero(labels != ""))
+    unit = splitting.units(len(rows), groups=None if groups is None else groups[rows])
     place = np.empty(len(rows))
     for name in np.unique(labels[rows]):
         own = np.flatnonzero(labels[rows] == name)
+        own = own[np.argsort(_occurrence(unit[own]), kind="stable")]
         place[own] = (np.arange(len(own)) + 0.5) / len(own)
     order: npt.NDArray[np.int64] = rows[np.argsort(place, kind="stable")]
     return order
+
+
+def _occurrence(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return how many times each value has come before."""
+    order = np.argsort(values, kind="stable")
+    first = np.searchsorted(values[order], values[order])
+    count = np.empty(len(values), dtype=np.int64)
+    count[order] = np.arange(len(values)) - first
+    return count
 
 
 def _sizes(labels: npt.NDArray[Any]) -> list[int]:

@@ -19,7 +19,7 @@ from featcache.heads.neighbors import nearest_in_parts
 from featcache.heads.steps import Unit
 from featcache.store.store import FeatureStore
 
-__all__ = ["METHODS", "Neighbor", "centred", "embed", "nearest", "nearest_rows"]
+__all__ = ["METHODS", "Neighbor", "centred", "embed", "nearest", "nearest_rows", "pooled"]
 
 Method = Literal["pca", "tsne", "umap"]
 METHODS: Mapping[Method, str] = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -39,7 +39,7 @@ def embed(
     Parameters
     ----------
     features : FeatureStore or ndarray of shape (n, d) or (n, views, d)
-        Views are averaged.
+        Views are averaged, and of maps the positions.
     method : {"pca", "tsne", "umap"}
         ``pca``: the two directions of largest variance; instant, distances mean something.
         ``tsne`` (van der Maaten and Hinton, JMLR 9, 2008) and ``umap`` (McInnes, Healy and
@@ -70,6 +70,8 @@ def embed(
     X = _matrix(features, layers)
     if len(X) < 3:
         raise TrainingError(f"A map needs at least 3 images, {len(X)} came.")
+    if not np.ptp(X, axis=0).any():  # one point, on which t-SNE and UMAP divide by zero
+        return np.zeros((len(X), 2), dtype=np.float32)
     components = min(2 if method == "pca" else _FIRST, *X.shape)
     placed = PCA(components, svd_solver="randomized", random_state=random_state).fit_transform(X)
     if method == "tsne":
@@ -81,10 +83,37 @@ def embed(
     return np.ascontiguousarray(placed, dtype=np.float32)
 
 
+def pooled(
+    store: FeatureStore, layers: str | Sequence[str] | None = None
+) -> npt.NDArray[np.float32]:
+    """Return features of several taps side by side as `FeatureStore.matrix`, maps as channel means.
+
+    Maps are read in blocks: what is in memory has a number for each channel, not each position.
+
+    Returns
+    -------
+    ndarray of float32, shape (n, d) or (n, views, d)
+    """
+    names = store.resolve(layers)
+    shapes = [store.taps[name].shape[store.views > 1 :] for name in names]  # (d,) or (c, h, w)
+    if all(len(shape) == 1 for shape in shapes):
+        return store.matrix(names)
+    views = (store.views,) * (store.views > 1)
+    X = np.empty((len(store), *views, sum(shape[0] for shape in shapes)), dtype=np.float32)
+    column = 0
+    for name, (channels, *_) in zip(names, shapes, strict=True):
+        for part, block in store.blocks(name):
+            # (m, [views,] c h w) -> (m, [views,] c)
+            means = block.reshape(*block.shape[:-1], channels, -1).mean(axis=-1)
+            X[part, ..., column : column + channels] = means
+        column += channels
+    return X
+
+
 def _matrix(
     features: FeatureStore | npt.NDArray[Any], layers: str | Sequence[str] | None
 ) -> npt.NDArray[np.float32]:
-    X = features.matrix(layers) if isinstance(features, FeatureStore) else np.asarray(features)
+    X = pooled(features, layers) if isinstance(features, FeatureStore) else np.asarray(features)
     if X.ndim == 3:
         X = X.mean(axis=1)
     if X.ndim != 2:
@@ -125,10 +154,14 @@ def _umap(X: npt.NDArray[Any], random_state: int) -> npt.NDArray[Any]:
 def centred(
     features: FeatureStore | npt.NDArray[Any], layers: str | Sequence[str] | None = None
 ) -> npt.NDArray[np.float32]:
-    """Return features (n, d), views averaged, with the mean of all taken off."""
+    """Return features (n, d), views averaged, with the mean of all taken off.
+
+    Where rows equal that mean they have no direction: a further column makes them near each other.
+    """
     X = _matrix(features, layers)
     centred: npt.NDArray[np.float32] = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return centred
+    middle = ~centred.any(axis=1)
+    return np.column_stack([centred, middle.astype(np.float32)]) if middle.any() else centred
 
 
 def nearest_rows(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
 from featcache.errors import TrainingError
 from featcache.heads.search import SearchOptions, check_scoring
 
-__all__ = ["TrainingOptions"]
+__all__ = ["TrainingOptions", "is_number"]
 
 
 @dataclass(frozen=True)
@@ -26,32 +27,35 @@ class TrainingOptions(SearchOptions):
 
     cv: int = 5
     group: bool = False
+    drop_crossing_groups: bool = False
     nested: bool = False
 
     def __post_init__(self) -> None:
-        weights = self.class_weight
+        weights, whole = self.class_weight, partial(is_number, Integral)
         if isinstance(weights, Mapping):
-            sound = all(_is(Real, weight, 0, math.inf) for weight in weights.values())
+            sound = all(is_number(Real, weight, 0, math.inf) for weight in weights.values())
         else:
             sound = weights in (None, "balanced")
         for name, right, expected in (
-            ("cv", _is(Integral, self.cv, 1), "a number of folds, at least 2"),
-            ("memory", self.memory is None or _is(Integral, self.memory, 0), "a number of bytes"),
-            ("n_jobs", self.n_jobs == -1 or _is(Integral, self.n_jobs, 0), "at least 1, or -1"),
-            ("random_state", _is(Integral, self.random_state, -1, 2**32), "from 0 to 2**32 - 1"),
+            ("cv", whole(self.cv, 1), "a number of folds, at least 2"),
+            ("memory", self.memory is None or whole(self.memory, 0), "a number of bytes"),
+            ("n_jobs", self.n_jobs == -1 or whole(self.n_jobs, 0), "at least 1, or -1"),
+            ("random_state", whole(self.random_state, -1, 2**32), "from 0 to 2**32 - 1"),
             ("class_weight", sound, "'balanced', None or positive weights by class"),
         ):
             if not right:
                 raise TrainingError(f"{name} is {expected}, not {getattr(self, name)!r}")
         check_scoring(self.scoring)
+        if self.drop_crossing_groups and not self.group:
+            raise TrainingError("drop_crossing_groups goes with group=True (--group)")
 
     def to_request(self) -> dict[str, Any]:
         """Return what the result depends on, as JSON values."""
-        names = ("cv", "group", "scoring", "class_weight", "nested", "random_state", "memory")
-        return {name: getattr(self, name) for name in names}
+        left_out = ("n_jobs", "progress")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
-def _is(kind: type, value: Any, above: float, below: float = math.inf) -> bool:
+def is_number(kind: type, value: Any, above: float, below: float = math.inf) -> bool:
     """Return whether a value is a number of this kind, between two others (excluded)."""
     if not isinstance(value, kind) or isinstance(value, bool):
         return False

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.errors import PredictorError
+from featcache.errors import PredictorError, TrainingError
 from featcache.finetuning.search import SUFFIX, remove_checkpoints
 from featcache.finetuning.settings import SuffixSettings
 from featcache.predictor.file import is_predictor
@@ -102,7 +102,8 @@ def train_files(
     layers, progress
         As in `train`.
     **options
-        cv, group, scoring, class_weight, nested, memory, n_jobs and random_state, as in `train`.
+        cv, group, drop_crossing_groups, scoring, class_weight, nested, memory, n_jobs and
+        random_state, as in `train`.
     suffix, backbone
         As in `train`. The checkpoints of the head ``suffix`` are in the folder
         ``OUTPUT.checkpoints`` until the predictor is saved; the same call resumes from them.
@@ -120,6 +121,9 @@ def train_files(
     OutputError
         The output is there and is not a predictor; found before anything is trained.
     """
+    known = [one.name for one in fields(TrainingOptions) if one.name != "progress"]
+    if unknown := options.keys() - known:
+        raise TrainingError(f"There is no option {min(unknown)!r}. Options: {', '.join(known)}")
     target, names = Path(output), head_names(head)
     check_overwrite(target, is_predictor, "a featcache predictor")
     paths = [stores] if isinstance(stores, str | Path) else stores
@@ -143,7 +147,9 @@ def train_files(
     store = _joined(opened)
     if test_size is None and not splitting.has_test(store.splits):
         test_size = 0.25
-    fit, test = store.split(test_size, group=settings.group, random_state=settings.random_state)
+    # Whether groups cross the split column is looked at by `train`, which may leave them out.
+    grouped = settings.group and test_size is not None
+    fit, test = store.split(test_size, group=grouped, random_state=settings.random_state)
     predictor = train(
         fit,
         test,

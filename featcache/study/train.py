@@ -18,6 +18,22 @@ every fold, at `cv` times the cost. Intervals are over groups wherever the store
 array. Where that does not fit into `memory` (left out: most of what the machine has available),
 the heads that can read the store in blocks do so, and the others take the part that fits.
 
+**What an image may belong to**, and what is decided where two of these meet:
+
+=======================  =========================================================================
+group, split column      A group in a part that is trained on and in one that judges (validation,
+                         test) is refused under ``group``. ``drop_crossing_groups`` leaves its
+                         images out of training and counts them. Without ``group`` it is a note.
+group, ``test_size``     Under ``group`` the hold-out is drawn from groups; without, from images,
+                         and a note says that groups are on both sides.
+group, ``nested``        The inner folds keep the groups that the outer ones keep.
+split, ``test_size``     What is held out is drawn from all images; a note counts the images of the
+                         test part that are trained on. The validation part stays the one fold.
+split, ``nested``        The validation part judges; inner folds of the other images choose.
+``test_size``, nested    Held-out images are in no fold, outer or inner.
+views, any of these      The views of an image are one row, which nothing cuts.
+=======================  =========================================================================
+
 **The rest of the network** is a head as well, ``suffix`` (see `featcache.finetuning.search`):
 trained on maps that the store keeps, under the same folds. It is never among "all", as it costs
 minutes where the others cost seconds. Where both are asked for, it reads the maps and the others
@@ -46,7 +62,7 @@ from featcache.heads.base import ClassWeight, FittedHead, check_fit
 from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import COPIES, FoldScorer, search
 from featcache.heads.table import CLASSICS, HEADS
-from featcache.predictor.file import CanaryRows
+from featcache.predictor.file import CanaryRows, group_hashes
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.predictor import Predictor
 from featcache.results.evaluation import Evaluation, few_groups, with_own_groups
@@ -56,7 +72,7 @@ from featcache.results.selection import corrected_accuracy
 from featcache.store import splitting
 from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
-from featcache.study.evaluate import evaluate
+from featcache.study.evaluate import evaluate, look_alikes
 from featcache.study.options import TrainingOptions
 from featcache.system.console import check_stopped, interruptible, progress_bar
 from featcache.system.memory import available_memory, peak_memory
@@ -87,6 +103,7 @@ def train(
     scoring: Scoring = "accuracy",
     class_weight: ClassWeight = None,
     group: bool = False,
+    drop_crossing_groups: bool = False,
     nested: bool = False,
     memory: int | None = None,
     n_jobs: int = 1,
@@ -120,7 +137,10 @@ def train(
     class_weight : "balanced" or dict of str to float, optional
         As in scikit-learn.
     group : bool
-        Keep the images of a group in one fold.
+        Keep the images of a group in one fold, and out of training where they judge.
+    drop_crossing_groups : bool
+        Under `group`: leave images out of training whose group is among the validation or the
+        held-out images too, instead of refusing them.
     nested : bool
         Choose anew inside every fold: an honest figure for `cv` times the time.
     memory : int, optional
@@ -158,6 +178,7 @@ def train(
         scoring=scoring,
         class_weight=class_weight,
         group=group,
+        drop_crossing_groups=drop_crossing_groups,
         nested=nested,
         memory=memory,
         n_jobs=n_jobs,
@@ -168,7 +189,7 @@ def train(
     folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
     kept = f"The finished epochs are kept in {folder}"
     with contextlib.nullcontext() if folder is None else interruptible(kept):
-        data = _TrainingData.of(store, layers, options)
+        data = _TrainingData.of(store, test, layers, options)
         if SUFFIX in names:
             data = data.with_suffix(
                 suffix or SuffixSettings(),
@@ -264,7 +285,11 @@ class _TrainingData:
 
     @classmethod
     def of(
-        cls, store: FeatureStore, layers: str | Sequence[str] | None, options: TrainingOptions
+        cls,
+        store: FeatureStore,
+        test: FeatureStore | None,
+        layers: str | Sequence[str] | None,
+        options: TrainingOptions,
     ) -> _TrainingData:
         labelled = store.labels != ""
         # Where no row has a label, the folds' own message says so.
@@ -277,27 +302,31 @@ class _TrainingData:
         weights = options.class_weight if isinstance(options.class_weight, Mapping) else {}
         if unknown := [name for name in weights if name not in fit.labels]:
             raise TrainingError(f"class_weight names {unknown[0]!r}, which is not a class.")
+        _check_classes(fit, test)
+        fit, crossing = _without_crossing(fit, test, options)
         groups = fit.groups if options.group else None
         folds, text = _folds(fit, groups, options)
         own = with_own_groups(fit.groups)
         classes, codes = np.unique(fit.labels, return_inverse=True)
         scorer = FoldScorer.of(options.scoring, codes, classes, folds)
         chosen = set(fit.resolve(layers))
+        columns = [name for name in fit.taps if name in chosen]
         notes = [warning for one in fit.fingerprints for warning in one.warnings]
         notes += scorer.notes
-        if not options.group and fit.groups is not None and len(np.unique(fit.groups)) < len(fit):
+        several = "folds" in text and own is not None and len(np.unique(own)) < len(fit)
+        if several and not options.group:
             notes.append(
                 "images of one group may be in several folds, which flatters: give --group "
                 "(library: group=True) to keep them together"
             )
         return cls(
             store=fit,
-            layers=[name for name in fit.taps if name in chosen],
+            layers=columns,
             folds=folds,
             folds_text=text.replace("folds", "nested folds") if options.nested else text,
             groups=own,
             memory=available_memory() if options.memory is None else options.memory,
-            notes=(*notes, *few_groups(own)),
+            notes=(*notes, *crossing, *few_groups(own), *_remarks(fit, columns)),
             options=options,
         )
 
@@ -371,6 +400,68 @@ class _TrainingData:
         return search(HEADS[head](options), rows)
 
 
+def _check_classes(fit: FeatureStore, test: FeatureStore | None) -> None:
+    """Refuse held-out images of a class that nothing is trained on, before anything is."""
+    if test is None:
+        return
+    unknown = sorted(set(test.classes) - set(fit.classes))
+    if unknown:
+        count = int(np.isin(test.labels, unknown).sum())
+        raise TrainingError(
+            f"{count:,} held-out images have labels that no image to train on has: "
+            f"{first_names([*map(repr, unknown)], 5)}. Train on images of these classes too, or "
+            "leave them out of the test."
+        )
+
+
+def _without_crossing(
+    fit: FeatureStore, test: FeatureStore | None, options: TrainingOptions
+) -> tuple[FeatureStore, list[str]]:
+    """Leave out images to train on of groups that judge, refuse them, or say that they are there.
+
+    Without `TrainingOptions.group` they stay, with a note.
+    """
+    if fit.groups is None:
+        return fit, []
+    valid = splitting.part_of(fit.splits, "valid", fit.labels)
+    held_out = None if test is None or test.groups is None else test.groups[test.labels != ""]
+    by = {
+        "the validation images": ~valid & splitting.crossing(fit.groups, fit.groups[valid]),
+        "the held-out images": splitting.crossing(fit.groups, held_out),
+    }
+    shared = np.logical_or.reduce([*by.values()])
+    judges = " and ".join(name for name, rows in by.items() if rows.any())
+    if not judges:
+        return fit, []
+    groups = fit.groups[shared]
+    count, of = f"{len(groups):,} images to train on are", splitting.crossing_text(groups, judges)
+    if not options.group:
+        return fit, [f"{count} {of}, which flatters: give --group (library: group=True)"]
+    if not options.drop_crossing_groups:
+        raise splitting.crossing_error(groups, judges)
+    if (shared | valid).all():
+        raise TrainingError(f"No image is left to train on: all are {of}.")
+    return fit.select(~shared), [f"{count} left out: they are {of}"]
+
+
+def _remarks(fit: FeatureStore, layers: list[str]) -> list[str]:
+    """Return what is odd about the images that are trained on."""
+    notes = [
+        f"the classes {' and '.join(map(ascii, names))} differ only in case, blanks or Unicode form"
+        for names in look_alikes(fit.classes)
+    ]
+    tested = int(splitting.part_of(fit.splits, "test", fit.labels).sum())
+    if tested:
+        notes.append(
+            f"{tested:,} images of the split column's test part are trained on: what is held out "
+            "is not that part"
+        )
+    _, first = next(fit.blocks(layers, 1))
+    if all((block == first).all() for _, block in fit.blocks(layers, 1024)):
+        notes.append("all images have the same features: nothing can be learnt from them")
+    return notes
+
+
 def _folds(
     store: FeatureStore, groups: npt.NDArray[Any] | None, options: TrainingOptions
 ) -> tuple[list[Fold], str]:
@@ -407,7 +498,7 @@ def _train_head(
         low = float(out_of_fold.accuracy) if low is None else low
         check_fit(found.estimator, data.X, data.y, ~np.isnan(logits).any(axis=1), low)
     predictor = _predictor(data, found)
-    held_out = None if test is None else evaluate(predictor, test)
+    held_out = None if test is None else evaluate(predictor, test, other_groups=True)
     row = LeaderboardRow(
         head=head,
         params=dict(found.params),
@@ -516,6 +607,7 @@ def _predictor(data: _TrainingData, found: Any) -> Predictor:
         columns=tuple(replace(column, source=used.index(column.source)) for column in columns),
         fingerprints=tuple(fingerprints),
         train_sha256=store.sha256,
+        train_groups=group_hashes(store.groups),
         canaries=_canaries(data, found.estimator, columns),
     )
 
