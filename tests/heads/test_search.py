@@ -17,11 +17,13 @@ from sklearn.preprocessing import StandardScaler
 
 from featcache.errors import TrainingError
 from featcache.heads import linear
+from featcache.heads.base import FittedHead
 from featcache.heads.calibration import Calibration, fit_calibration, fit_temperature
 from featcache.heads.linear import LinearHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import Search, search
 from featcache.heads.solver import minimise
+from featcache.heads.svm import GaussianSVMHead
 from featcache.heads.table import HEADS
 from featcache.results.evaluation import Evaluation
 from featcache.store.splitting import folds
@@ -319,3 +321,36 @@ def test_a_tie_goes_to_the_lower_log_loss() -> None:
     ]
     assert found.best is found.trials[int(np.argmin(losses))]
     assert found.params["C"] > 1e-5
+
+
+def in_style(seed: int, n: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ten classes of two clusters each, drawn in a style that shifts all columns."""
+    rng = np.random.default_rng(1)
+    centres = 0.75 * (rng.normal(size=(10, 1, 10)) + rng.normal(size=(10, 2, 10)))
+    W, style = rng.normal(size=(10, 48)) / 10**0.5, rng.normal(size=48)
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 10
+    hidden = centres[y, rng.integers(0, 2, n)] + 0.8 * rng.normal(size=(n, 10))
+    X = hidden @ W + (0.3 + 0.5 * shift) * rng.normal(size=(n, 48)) + shift * style
+    return X.astype(np.float32), y
+
+
+def test_a_wider_kernel_is_preferred_within_one_standard_error() -> None:
+    X, y = in_style(10, 400, 0.0)
+    other, truth = in_style(1, 2000, 1.0)
+    head = GaussianSVMHead(treatments=["standard"])
+    rows = TrainingRows.check(X, y, folds(y.astype(str), cv=5))
+    found = search(head, rows)
+    at_start = {one.params["gamma"]: one for one in found.trials if one.params["C"] == 10.0}
+    best = max(at_start.values(), key=lambda one: one.score)
+    within = []
+    for gamma, one in at_start.items():
+        off = np.subtract(best.fold_scores, one.fold_scores)
+        if off.mean() <= off.std(ddof=1) / 5**0.5:
+            within.append(gamma)
+    chosen = found.params["gamma"]
+    assert chosen == min(within) < best.params["gamma"]
+    for gamma, least, most in ((chosen, 0.6, 1.0), (best.params["gamma"], 0.0, 0.5)):
+        steps = head.fit(rows, {**found.params, "gamma": gamma})
+        right = (FittedHead(steps, np.arange(10)).logits(other).argmax(axis=1) == truth).mean()
+        assert least < right < most
