@@ -16,8 +16,6 @@ import click
 from featcache.errors import FeatcacheError, Interrupted
 from featcache.system.console import signals_as_ctrl_c
 
-__all__ = ["Command", "Commands", "Message", "print_json", "show"]
-
 
 class Message(click.ClickException):
     """A `FeatcacheError` as the command line shows it: one message, no traceback."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,7 @@ def layers(backbone: str, weights: str | None, as_json: bool, **settings: Any) -
     network = featcache.Backbone(backbone, weights=weights or "none", **settings)
     table = network.layers()
     if as_json:
-        rows = [
-            {
-                "layer": row.name,
-                "kind": row.kind,
-                "output_shape": row.output_shape,
-                "parameters": row.parameters,
-                "share": row.share,
-            }
-            for row in table
-        ]
+        rows = [{"layer": values.pop("name"), **values} for values in map(asdict, table)]
         print_json({"backbone": backbone, "default_taps": list(network.taps), "layers": rows})
         return
     cells = [
@@ -74,7 +66,7 @@ def listed(images: str | tuple[str, ...], settings: dict[str, Any]) -> featcache
             raise click.UsageError(
                 f"--{name.replace('_', '-')} is for a table of labels; name it with --labels."
             )
-    opened = featcache.ImageSet.open
+    opened = featcache.ImageSet.open  # loads libraries, which is said by itself
     with doing(None, "listing the images"):
         return opened(images, labels_csv=labels, **listing)
 
@@ -99,20 +91,12 @@ def extracted(
     network["weights"] = network["weights"] or "auto"
     augmentation = featcache.Augmentation(views=views) if views > 1 else None
     asked = as_asked(**network)
-    if asked is not None and not settings["retry_failed"]:
-        asked |= {
-            "precision": settings["precision"],
-            "store_dtype": settings["store_dtype"],
-            "augmentation": augmentation and augmentation.to_dict(),
-            "varying": settings["accept_varying"],
-        }
-        store = reuse.up_to_date(
-            os.path.realpath(path),
-            images,
-            settings["drop_labels"],
-            rehash=settings["rehash"],
-            asked=asked,
-        )
+    before = reuse.finished_store(os.path.realpath(path))
+    if asked and before and not settings["retry_failed"]:
+        keys = ("precision", "store_dtype", "accept_varying", "drop_labels", "rehash")
+        precision, dtype, varying, drop_labels, rehash = (settings[key] for key in keys)
+        asked |= reuse.wanted(precision, dtype, augmentation, varying)
+        store = reuse.up_to_date(before, images, drop_labels, rehash=rehash, asked=asked)
         if store is not None:
             return store
     return featcache.extract(

@@ -101,6 +101,11 @@ def column(name: str, help: str, default: str | None = None) -> Decorator:
     return click.option(name, metavar="NAME", default=default, help=help)
 
 
+def choice(name: str, words: list[str], help: str) -> Decorator:
+    """Return an option that is one of some words, by default the first."""
+    return click.option(name, type=click.Choice(words), default=words[0], help=help)
+
+
 def layer(help: str) -> Decorator:
     """Return the option that names layers."""
     return click.option("--layer", "layers", multiple=True, metavar="TAP", help=help)
@@ -141,9 +146,7 @@ workers = click.option(
     help="Number of processes that decode images; 0 decodes in this one. Default: by processor.",
 )
 max_pixels = click.option(
-    "--max-pixels",
-    **count(),
-    help="Number of pixels that an image may have. Default: 178,956,970.",
+    "--max-pixels", **count(), help="Number of pixels that an image may have. Default: 178,956,970."
 )
 # Arguments of `Backbone`, but for the name.
 network = stacked(
@@ -213,24 +216,13 @@ extraction = stacked(
         help=f"{DEVICES}. May be repeated to use several, with a process for each.  "
         "[default: auto]",
     ),
-    click.option(
-        "--precision",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        default="float32",
-        help="Format of the forward pass.",
-    ),
-    click.option(
-        "--store-dtype",
-        type=click.Choice(["float32", "float16"]),
-        default="float32",
-        help="Format of the stored features.",
-    ),
+    choice("--precision", ["float32", "bfloat16", "float16"], "Format of the forward pass."),
+    choice("--store-dtype", ["float32", "float16"], "Format of the stored features."),
     click.option("--compile/--no-compile", default=None, help="Use torch.compile.  [default: no]"),
-    click.option(
+    choice(
         "--on-error",
-        type=click.Choice(["skip", "fail"]),
-        default="skip",
-        help="Leave out an image that cannot be read and record the reason, or stop at it.",
+        ["skip", "fail"],
+        "Leave out an image that cannot be read and record the reason, or stop at it.",
     ),
     click.option(
         "--max-failures",
@@ -322,14 +314,9 @@ def _suffix(one: Field[Any]) -> Decorator:
         "validation": {"type": share},
         "device": {"metavar": "DEVICE"},
     }
-    shown = (
-        ""
-        if default is None
-        else f"  [{default:.0%}]"
-        if name == "validation"
-        else f"  [{default}]"
-    )
     kind = kinds[name] if name in kinds else count(one.metadata["least"])
+    usual = f"{default:.0%}" if name == "validation" else default
+    shown = "" if default is None else f"  [{usual}]"
     return click.option(*names, help=f"suffix: {one.metadata['help']}{shown}", **kind)
 
 

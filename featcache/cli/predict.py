@@ -64,13 +64,7 @@ def evaluate(
 @options.output(
     "FILE", "File to write. Default: standard output.", text=True, default="-", show_default=False
 )
-@click.option(
-    "--format",
-    "file_format",
-    type=click.Choice(["csv", "json"]),
-    default="csv",
-    help="Format of the predictions.",
-)
+@options.choice("--format", ["csv", "json"], "Format of the predictions.")
 @click.option(
     "--top-k", **options.count(), default=1, help="Number of classes to list for each image."
 )
@@ -84,7 +78,7 @@ def predict(
     predictor: Path,
     images: tuple[str, ...],
     output: Path,
-    file_format: str,
+    format: str,
     top_k: int,
     backbone: str | None,
     weights: str | None,
@@ -106,7 +100,7 @@ def predict(
     )
     predictions = list(predictions) if as_json else predictions
     if not as_json or output != STDOUT:
-        write_predictions(predictions, output, file_format=file_format, top_k=top_k)
+        write_predictions(predictions, output, file_format=format, top_k=top_k)
     if as_json:
         found = [one.to_dict() for one in predictions]
         print_json({"predictor": str(predictor), "output": str(output), "predictions": found})

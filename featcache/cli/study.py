@@ -14,8 +14,6 @@ from featcache.cli.command import Command
 from featcache.cli.extract import extracted, listed
 from featcache.errors import MissingExtra
 
-__all__ = ["Study", "both_stages", "study"]
-
 both_stages = options.stacked(
     click.option(
         "--backbone", metavar="NETWORK", default="mobilenet_v2", help='As for "featcache extract".'

@@ -15,14 +15,6 @@ from featcache.pixels import canary
 from featcache.store.format import Canaries
 from featcache.store.writer import FeatureWriter
 
-__all__ = [
-    "check_canaries",
-    "check_same_network",
-    "compare_canaries",
-    "of_canaries",
-    "usable_canaries",
-]
-
 # Largest difference of features, relative to the largest, that rounding explains.
 _CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 # Relative distance of an image's features from one batch to another, that rounding explains.
@@ -79,7 +71,8 @@ def check_canaries(writer: FeatureWriter, runtime: Runtime) -> float | None:
         if not varying:
             _refuse_varying(plain, pixels, expected)
         writer.set_canaries(found.features)
-    return None if exact else _rounding(expected, found.features)
+    away = [np.median(_distances(found.features[tap], one)) for tap, one in expected.items()]
+    return None if exact else float(max(away))
 
 
 def check_same_network(
@@ -195,8 +188,3 @@ def _distances(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
     values, expected = values.reshape(len(values), -1), expected.reshape(len(expected), -1)
     length = np.maximum(np.linalg.norm(expected, axis=1), np.finfo(np.float32).tiny)
     return np.asarray(np.linalg.norm(values - expected, axis=1) / length)
-
-
-def _rounding(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
-    """Return the distance of features (k, ...) from float32 ones, see `Summary.rounding`."""
-    return max(float(np.median(_distances(found[tap], one))) for tap, one in expected.items())

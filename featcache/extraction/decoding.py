@@ -36,8 +36,6 @@ from featcache.store.format import DONE, ENTRY, FAILED, PENDING
 from featcache.system.console import check_stopped
 from featcache.system.processes import die_with_parent, start_processes
 
-__all__ = ["PREFETCH", "Batch", "Decoder", "Loader", "make_tasks"]
-
 PREFETCH = 2  # tasks in the making for each worker process
 READ_ATTEMPTS = 3
 SYSTEM_FAULTS = 20  # so many images in a row that the system could not read end a run

@@ -39,21 +39,9 @@ from featcache.store.store import FeatureStore
 from featcache.system.console import interruptible
 from featcache.system.memory import reuse_memory
 
-__all__ = ["Batch", "Summary", "canary_features", "extract", "features"]
-
 
 def features(
-    images: ImageSet,
-    backbone: Backbone,
-    *,
-    rows: np.ndarray | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    max_pixels: int | None = None,
-    device: str = "auto",
-    precision: str = "float32",
-    compile: bool | None = None,
-    augmentation: Augmentation | None = None,
+    images: ImageSet, backbone: Backbone, *, rows: np.ndarray | None = None, **options: Any
 ) -> Iterator[Batch]:
     """Compute features, a batch at a time, in the order of the rows.
 
@@ -65,34 +53,23 @@ def features(
         The network.
     rows : array of int, optional
         Numbers of the images to compute, ascending; all if left out.
-    batch_size, workers, max_pixels, device, precision, compile, augmentation
-        As for `extract`.
+    **options
+        `batch_size`, `workers`, `max_pixels`, `device`, `precision`, `compile` and `augmentation`,
+        as for `extract`.
 
     Yields
     ------
     Batch
         Features and failures of the next images.
     """
-    options = Options(
-        batch_size=batch_size,
-        workers=workers,
-        max_pixels=max_pixels,
-        device=device,
-        precision=precision,
-        compile=compile,
-        augmentation=augmentation,
-    )
+    asked = Options(**options)
     wanted = np.arange(len(images)) if rows is None else np.asarray(rows, np.int64)
     with reuse_memory():
-        yield from compute(images, options.runtime(backbone, len(wanted)), wanted, options)
+        yield from compute(images, asked.runtime(backbone, len(wanted)), wanted, asked)
 
 
 def canary_features(
-    backbone: Backbone,
-    images: Sequence[bytes],
-    *,
-    device: str = "auto",
-    precision: str = "float32",
+    backbone: Backbone, images: Sequence[bytes], **options: Any
 ) -> dict[str, np.ndarray]:
     """Compute the features of canary images.
 
@@ -102,15 +79,15 @@ def canary_features(
         The network.
     images : sequence of bytes
         Image files, as `featcache.pixels.canary.images` makes them or a store keeps them.
-    device, precision
-        As for `features`.
+    **options
+        `device` and `precision`, as for `extract`.
 
     Returns
     -------
     dict of str to ndarray of float32, shape (k, ...)
         Features by tap.
     """
-    runtime = Options(device=device, precision=precision).runtime(backbone, len(images))
+    runtime = Options(**options).runtime(backbone, len(images))
     with reuse_memory():
         return of_canaries(runtime, images)
 
@@ -256,20 +233,18 @@ def extract(
     )
     _check(store_dtype, on_error, max_failures, parts)
     path = os.path.realpath(path)
-    for earlier in reuse.recorded_requests(path):
-        backbone.recall(earlier)
+    for earlier in reuse.recorded(path):
+        backbone.recall(earlier.request)
     before = reuse.finished_store(path)
     if before is not None and not drop_labels:
         images = reuse.with_labels(images, before)
-    job = Job(
-        path, images, backbone, options, _request(backbone, options, store_dtype, accept_varying)
-    )
-    store = None
-    if not retry_failed:
-        store = reuse.up_to_date(path, images, drop_labels, rehash=rehash, request=job.request)
-    if store is not None:
-        job.check_code(store)
-        return store
+    wanted = reuse.wanted(precision, store_dtype, augmentation, accept_varying)
+    job = Job(path, images, backbone, options, {**backbone.request, **wanted})
+    if before is not None and not retry_failed:
+        store = reuse.up_to_date(before, images, drop_labels, rehash=rehash, request=job.request)
+        if store is not None:
+            job.check_code(store)
+            return store
     if backbone.preprocessing.bit_depth is None:
         _warn_of_dark(images)
     summary = Summary(len(images), unlabelled=images.unlabelled)
@@ -322,17 +297,3 @@ def _warn_of_dark(images: ImageSet) -> None:
             "(Preprocessing(bit_depth=N)).",
             stacklevel=3,
         )
-
-
-def _request(
-    backbone: Backbone, options: Options, store_dtype: str, varying: bool
-) -> dict[str, Any]:
-    """Return what is asked for, as JSON values: equal requests give equal features."""
-    augmentation = options.augmentation
-    return {
-        **backbone.request,
-        "precision": options.precision,
-        "store_dtype": store_dtype,
-        "augmentation": None if augmentation is None else augmentation.to_dict(),
-        "varying": varying,
-    }

@@ -18,22 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from featcache.errors import DecodeError, ExtractionError, FingerprintMismatch
+from featcache.errors import ExtractionError, FingerprintMismatch
 from featcache.extraction import reuse
 from featcache.extraction.canaries import check_canaries, check_same_network, usable_canaries
-from featcache.extraction.decoding import Batch
 from featcache.extraction.stream import Options, WriterThread, compute
-from featcache.extraction.summary import Clock, Summary
+from featcache.extraction.summary import Summary, new_clock
 from featcache.fingerprint import Fingerprint, differences
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
-from featcache.networks.forward import Runtime, Settings
+from featcache.networks.forward import Settings
 from featcache.store.format import DONE, FAILED
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
 from featcache.system.console import check_stopped, doing, progress_bar
-
-__all__ = ["Job", "filled"]
 
 # Images that are replaced again and again during a run are left to the next one.
 _ROUNDS = 3
@@ -56,6 +53,17 @@ class Job:
         How features are computed.
     request : dict
         The features that are asked for, as JSON values.
+    known : reuse.StoredLayout, optional
+        Fingerprint and shapes. Left out: those that a file records, or those of the network.
+    tables : dict of str to ndarray, optional
+        Columns of the file. Left out: those of the images.
+    earlier, wait
+        As for `featcache.store.writer.FeatureWriter.begin`.
+    settings : Settings, optional
+        Of a part: settings of the whole job, for a file in which none are recorded. A machine that
+        cannot compute with them refuses to; without them it may choose others.
+    check : callable
+        Called after every batch. What it raises ends the run; everything computed is kept.
     """
 
     path: str
@@ -63,11 +71,21 @@ class Job:
     backbone: Backbone
     options: Options
     request: dict[str, Any]
+    known: reuse.StoredLayout | None = None
+    tables: Mapping[str, np.ndarray] | None = None
+    earlier: Sequence[str] = ()
+    settings: Settings | None = None
+    wait: float = 0
+    check: Callable[[], None] = lambda: None
 
     @property
     def layout(self) -> reuse.StoredLayout:
-        """Fingerprint and shapes: those that a file records, or else those of the network."""
-        return reuse.stored_layout(self.path, self.request) or self.from_network()
+        """Fingerprint and shapes of the features."""
+        if self.known is not None:
+            return self.known
+        asked = reuse.compared(self.request)
+        there = (k for k in reuse.recorded(self.path) if reuse.compared(k.request) == asked)
+        return next(there, None) or self.from_network()
 
     def from_network(self) -> reuse.StoredLayout:
         """Compute fingerprint and shapes from the network."""
@@ -75,7 +93,7 @@ class Job:
             fingerprint = self.backbone.fingerprint(**reuse.of_features(self.request))
             views = (fingerprint.views,) if fingerprint.views > 1 else ()
             shapes = {tap: (*views, *shape) for tap, shape in self.backbone.shapes.items()}
-        return reuse.StoredLayout(fingerprint, shapes)
+        return reuse.StoredLayout(fingerprint, shapes, self.request)
 
     def check_code(self, store: FeatureStore) -> None:
         """Refuse a store that other code computed with the same weights.
@@ -90,49 +108,22 @@ class Job:
 
 
 @contextlib.contextmanager
-def filled(
-    job: Job,
-    summary: Summary,
-    *,
-    known: reuse.StoredLayout | None = None,
-    tables: Mapping[str, np.ndarray] | None = None,
-    earlier: Sequence[str] = (),
-    settings: Settings | None = None,
-    wait: float = 0,
-    check: Callable[[], None] = lambda: None,
-) -> Iterator[FeatureWriter]:
+def filled(job: Job, summary: Summary) -> Iterator[FeatureWriter]:
     """Fill a file, and yield its writer when no row is pending any more.
 
-    Parameters
-    ----------
-    job : Job
-        What to compute, and where to.
-    summary : Summary
-        Receives counts and times.
-    known : reuse.StoredLayout, optional
-        Fingerprint and shapes. Left out: those of the job.
-    tables : dict of str to ndarray, optional
-        Columns of the file. Left out: those of the images.
-    earlier, wait
-        As for `featcache.store.writer.FeatureWriter.begin`.
-    settings : Settings, optional
-        Of a part: settings of the whole job, for a file in which none are recorded. A machine that
-        cannot compute with them refuses to; without them it may choose others.
-    check : callable
-        Called after every batch. What it raises ends the run; everything computed is kept.
+    The summary receives counts and times.
     """
-    images, options = job.images, job.options
-    known = known or job.layout
+    images, options, known = job.images, job.options, job.layout
     with FeatureWriter.begin(
         job.path,
-        images.tables if tables is None else tables,
+        job.tables or images.tables,
         known.shapes,
         fingerprint=known.fingerprint,
         meta=_meta(job),
         canaries=usable_canaries(job.backbone),
-        earlier=earlier,
+        earlier=job.earlier,
         retry_failed=options.retry_failed,
-        wait=wait,
+        wait=job.wait,
     ) as writer:
         reuse.mark_changed(writer, images, rehash=options.rehash)
         reuse.copy_unchanged(
@@ -148,7 +139,7 @@ def filled(
         summary.failed = int(np.count_nonzero(writer.status == FAILED))
         if len(writer.pending):
             _check_network(writer, job.from_network().fingerprint)
-            _compute(job, writer, settings, summary, check)
+            _compute(job, writer, summary)
         else:
             for source in writer.earlier_stores:
                 job.check_code(source)
@@ -164,91 +155,66 @@ def _check_network(writer: FeatureWriter, fingerprint: Fingerprint) -> None:
         )
 
 
-def _compute(
-    job: Job,
-    writer: FeatureWriter,
-    settings: Settings | None,
-    summary: Summary,
-    check: Callable[[], None],
-) -> None:
+def _compute(job: Job, writer: FeatureWriter, summary: Summary) -> None:
     """Compute the pending rows."""
-    pending, clock, images = writer.pending, Clock(), job.images
-    recorded = _recorded(writer, settings)
-    asked = settings and recorded  # what every part repeats
-    with doing(job.options.progress, "checking the network"):
-        runtime = job.options.runtime(job.backbone, len(pending), settings=recorded)
+    pending, clock, images, options = writer.pending, new_clock(), job.images, job.options
+    recorded = _recorded(writer, job.settings)
+    asked = job.settings and recorded  # what every part repeats
+    with doing(options.progress, "checking the network"):
+        runtime = options.runtime(job.backbone, len(pending), settings=recorded)
         _check_settings(writer.path, asked, runtime.settings)
         summary.rounding = check_canaries(writer, runtime)
     bar = progress_bar(
-        job.options.progress,
+        options.progress,
         total=len(images),
         initial=len(images) - len(pending),
         unit="img",
         desc=job.backbone.name,
     )
-
-    def advance(batch: Batch) -> None:
-        bar.update(min(len(batch.rows), len(images) - bar.n))  # a replaced image counts once
-        summary.cut_off += len(batch.cut_off)
-        if batch.failures and job.options.on_error == "fail":
-            raise _first_failure(job, batch.failures)
-        check_stopped()
-        check()
-
     crashed = (writer.meta.get("run") or {}).get("state") == "running"
+
+    def fill(rows: np.ndarray) -> None:
+        """Compute rows and write them."""
+        used, reported = None, time.monotonic()
+        places = writer.places(rows)
+        batches = compute(
+            images, runtime, rows, options, places=places, clock=clock, crashed=crashed
+        )
+        with WriterThread(writer, clock) as thread, contextlib.closing(batches):
+            for batch in batches:
+                if runtime.settings != used:  # the first time, or memory ran out: half a batch
+                    used = runtime.settings
+                    _check_settings(writer.path, asked, used)
+                    writer.set_meta("settings", used.to_dict())
+                thread.submit(batch)
+                if time.monotonic() > reported + _REPORT_SECONDS:
+                    reported = time.monotonic()  # for the process that waits for this part
+                    rows_done = int(np.count_nonzero(writer.status))
+                    writer.set_meta("run", {"state": "running", "rows": rows_done})
+                bar.update(min(len(batch.rows), len(images) - bar.n))  # a replaced one counts once
+                summary.cut_off += len(batch.cut_off)
+                if batch.failures and options.on_error == "fail":
+                    row, error = min(batch.failures.items())
+                    raise ExtractionError(
+                        f"{images.ids[row]} failed ({error}). What was computed is kept in "
+                        f"{job.path}.partial. Mend or remove the image, or leave out --on-error "
+                        "fail, and run the same command again."
+                    )
+                check_stopped()
+                job.check()
+
     started = time.perf_counter()
     with bar, _marked_as_running(writer):
-        _fill(job, writer, runtime, asked, pending, clock, advance, crashed=crashed)
+        fill(pending)
         for _ in range(_ROUNDS):
             reuse.recheck_replaced_files(writer, images, pending)
             if not len(again := writer.pending):
                 break
-            _fill(job, writer, runtime, asked, again, clock, advance, crashed=crashed)
+            fill(again)
         # As the writer counts: features that are not finite are failures too.
         summary.computed = int(np.count_nonzero(writer.status[pending] == DONE))
         summary.failed = int(np.count_nonzero(writer.status == FAILED))
-    elapsed = time.perf_counter() - started
-    summary.measure(clock, elapsed, runtime.settings.to_dict())
-
-
-def _fill(
-    job: Job,
-    writer: FeatureWriter,
-    runtime: Runtime,
-    asked: Settings | None,
-    rows: np.ndarray,
-    clock: Clock,
-    advance: Callable[[Batch], None],
-    *,
-    crashed: bool,
-) -> None:
-    """Compute rows and write them."""
-    settings, reported = None, time.monotonic()
-    places = writer.places(rows)
-    batches = compute(
-        job.images, runtime, rows, job.options, places=places, clock=clock, crashed=crashed
-    )
-    with WriterThread(writer, clock) as thread, contextlib.closing(batches):
-        for batch in batches:
-            if runtime.settings != settings:  # the first time, or memory ran out: half a batch
-                settings = runtime.settings
-                _check_settings(writer.path, asked, settings)
-                writer.set_meta("settings", settings.to_dict())
-            thread.submit(batch)
-            if time.monotonic() > reported + _REPORT_SECONDS:
-                reported = time.monotonic()  # for the process that waits for this part
-                rows_done = int(np.count_nonzero(writer.status))
-                writer.set_meta("run", {"state": "running", "rows": rows_done})
-            advance(batch)
-
-
-def _first_failure(job: Job, failures: Mapping[int, DecodeError]) -> ExtractionError:
-    row = min(failures)
-    return ExtractionError(
-        f"{job.images.ids[row]} failed ({failures[row]}). What was computed is kept in "
-        f"{job.path}.partial. Mend or remove the image, or leave out --on-error fail, and run the "
-        "same command again."
-    )
+    summary.measure(clock, time.perf_counter() - started, runtime.settings.to_dict())
 
 
 def _recorded(writer: FeatureWriter, settings: Settings | None) -> Settings | None:
@@ -288,22 +254,14 @@ def _marked_as_running(writer: FeatureWriter) -> Iterator[None]:
 
 def _meta(job: Job) -> dict[str, Any]:
     """Return the request, the versions of libraries and the command, to record them in the file."""
-    command = Path(sys.argv[0]).name
+    versions = {"python": platform.python_version()}
+    for name in ("featcache", "torch", "torchvision", "numpy", "pillow", "pillow-heif"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     asked = job.backbone.asked
-    meta: dict[str, Any] = {
-        "request": job.request,
-        "asked": asked and {**asked, **reuse.of_features(job.request)},
-        "versions": _versions(),
-    }
+    asked = asked and {**asked, **reuse.of_features(job.request)}
+    meta: dict[str, Any] = {"request": job.request, "asked": asked, "versions": versions}
+    command = Path(sys.argv[0]).name
     if command == "featcache":
         meta["command"] = shlex.join([command, *sys.argv[1:]])
     return meta
-
-
-def _versions() -> dict[str, str]:
-    names = ("featcache", "torch", "torchvision", "numpy", "pillow", "pillow-heif")
-    versions = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions

@@ -51,7 +51,7 @@ from featcache.extraction.canaries import compare_canaries
 from featcache.extraction.filling import Job, filled
 from featcache.extraction.plan import Plan, agree, beside, plan_file, stopping
 from featcache.extraction.stream import Options
-from featcache.extraction.summary import Clock, Summary
+from featcache.extraction.summary import Summary, new_clock
 from featcache.fingerprint import differences
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
@@ -66,8 +66,6 @@ from featcache.store.writer import check_replaceable, merge
 from featcache.system.console import check_stopped, progress_bar
 from featcache.system.memory import reuse_memory
 from featcache.system.processes import die_with_parent, start_processes
-
-__all__ = ["choose_settings", "extract_part", "in_parts"]
 
 _TRIES = 3  # how often a part is submitted at most
 _GRACE = 4.0  # seconds that tasks have to stop
@@ -219,7 +217,7 @@ def _summarize(
     summary.copied = plan.n - summary.computed - summary.failed
     times = [result["seconds"] for result in results if "loop" in result["seconds"]]
     if times:
-        clock = Clock(**{name: sum(each[name] for each in times) for name in asdict(Clock())})
+        clock = {name: sum(each[name] for each in times) for name in new_clock()}
         summary.measure(clock, seconds, plan.settings or {})
         summary.rounding = max(result["rounding"] or 0.0 for result in results) or None
 
@@ -256,10 +254,7 @@ def _fill(
 
 
 def _run(
-    plan: Plan,
-    executor: Executor,
-    calls: Mapping[int, tuple[Any, ...]],
-    look: Callable[[], None],
+    plan: Plan, executor: Executor, calls: Mapping[int, tuple[Any, ...]], look: Callable[[], None]
 ) -> tuple[dict[int, Any], dict[int, Exception]]:
     """Make calls, and return by number what they returned, and why others returned nothing."""
     futures: dict[Future[Any], int] = {}
@@ -388,20 +383,17 @@ def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any
             path=plan.files[k],
             images=job.images.select(plan.rows(k)),
             options=replace(job.options, batch_size=None, compile=None),  # as settings say
-        )
-        summary = Summary(len(part.images))
-        if k not in plan.missing:
-            return summary.to_dict()
-        with filled(
-            part,
-            summary,
             known=plan.layout,
-            tables={"ids": part.images.ids},
+            tables={"ids": job.images.ids[plan.rows(k)]},
             earlier=plan.earlier,
             settings=Settings.from_dict(plan.settings),
             wait=_WAIT,
             check=check,
-        ) as writer:
+        )
+        summary = Summary(len(part.images))
+        if k not in plan.missing:
+            return summary.to_dict()
+        with filled(part, summary) as writer:
             writer.set_meta("run", summary.to_dict())
             writer.finish_part()
     return summary.to_dict()

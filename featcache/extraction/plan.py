@@ -15,19 +15,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from featcache.errors import (
-    ExtractionError,
-    FingerprintMismatch,
-    Interrupted,
-    StoreError,
-)
+from featcache.errors import ExtractionError, FingerprintMismatch, Interrupted, StoreError
 from featcache.extraction import reuse
 from featcache.extraction.stream import Options
 from featcache.fingerprint import Fingerprint, differences
 from featcache.store import disk
 from featcache.store.file import StoreFile
-
-__all__ = ["Plan", "agree", "beside", "plan_file", "stopping"]
 
 
 @dataclass
@@ -126,7 +119,7 @@ class Plan:
     def layout(self) -> reuse.StoredLayout:
         """Fingerprint and shapes of the features."""
         shapes = {tap: tuple(shape) for tap, shape in self.shapes.items()}
-        return reuse.StoredLayout(Fingerprint.from_dict(self.fingerprint), shapes)
+        return reuse.StoredLayout(Fingerprint.from_dict(self.fingerprint), shapes, self.request)
 
     @property
     def files(self) -> list[str]:

@@ -21,6 +21,7 @@ from featcache.errors import DecodeError, ExtractionError, StoreError
 from featcache.extraction.summary import Summary
 from featcache.fingerprint import Fingerprint
 from featcache.images.image_set import ImageSet, content_hash
+from featcache.pixels.views import Augmentation
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, ENTRY, FAILED, PENDING
 from featcache.store.splitting import hash_keys
@@ -28,29 +29,22 @@ from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter, relabel, restamp
 from featcache.system.console import check_stopped
 
-__all__ = [
-    "StoredLayout",
-    "check_removal",
-    "compared",
-    "copy_unchanged",
-    "count_removed",
-    "finished_store",
-    "mark_changed",
-    "of_features",
-    "recheck_replaced_files",
-    "recorded_requests",
-    "stored_layout",
-    "unchanged",
-    "up_to_date",
-    "with_labels",
-]
 
-_OF_FEATURES = ("precision", "store_dtype", "augmentation", "varying")
+def wanted(
+    precision: str, store_dtype: str, augmentation: Augmentation | None, varying: bool
+) -> dict[str, Any]:
+    """Return which features are asked of a network, as JSON values: a part of a request."""
+    return {
+        "precision": precision,
+        "store_dtype": store_dtype,
+        "augmentation": augmentation and augmentation.to_dict(),
+        "varying": varying,
+    }
 
 
 def of_features(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a request that says which features are asked of a network."""
-    return {name: request[name] for name in _OF_FEATURES}
+    return {name: request[name] for name in wanted("", "", None, False)}
 
 
 def unchanged(
@@ -110,13 +104,14 @@ def _hash(images: ImageSet, row: int) -> bytes:
 
 @dataclass(frozen=True)
 class StoredLayout:
-    """Fingerprint and shapes of features, as a file records them.
+    """Fingerprint and shapes of features, as a file records them, and the request for them.
 
     The shapes are those of one image by tap, the axis of views included.
     """
 
     fingerprint: Fingerprint
     shapes: dict[str, tuple[int, ...]]
+    request: dict[str, Any] | None
 
 
 def compared(request: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -127,36 +122,23 @@ def compared(request: Mapping[str, Any] | None) -> dict[str, Any]:
     return request
 
 
-def _files(path: str) -> Iterator[StoreFile]:
-    """Yield the store at `path`, unfinished and finished, where it can be opened."""
+def recorded(path: str) -> Iterator[StoredLayout]:
+    """Yield what the store at `path` records, unfinished and finished, where it can be opened."""
     for candidate in (f"{path}.partial", path):
         with contextlib.suppress(StoreError), contextlib.closing(StoreFile(candidate)) as file:
-            yield file
-
-
-def recorded_requests(path: str) -> list[dict[str, Any] | None]:
-    """Return what was asked for when the store at `path`, finished or not, was made."""
-    return [file.meta("request") for file in _files(path)]
-
-
-def stored_layout(path: str, request: dict[str, Any]) -> StoredLayout | None:
-    """Return what the store at `path`, finished or not, records; None if it has other features."""
-    for file in _files(path):
-        if compared(file.meta("request")) == compared(request):
             shapes = {tap: dataset.shape[1:] for tap, dataset in file.features.items()}
-            return StoredLayout(file.fingerprint, shapes)
-    return None
+            yield StoredLayout(file.fingerprint, shapes, file.meta("request"))
 
 
 def up_to_date(
-    path: str, images: ImageSet, drop_labels: bool, *, rehash: bool = False, **wanted: Any
+    store: FeatureStore, images: ImageSet, drop_labels: bool, *, rehash: bool = False, **wanted: Any
 ) -> FeatureStore | None:
-    """Return the finished store at `path` if nothing is to be computed; labels are rewritten.
+    """Return a finished store if nothing is to be computed; labels are rewritten.
 
     Parameters
     ----------
-    path : str
-        Path of the store.
+    store : FeatureStore
+        The store.
     images : ImageSet
         The images. Their labels may differ from the store's.
     drop_labels : bool
@@ -169,19 +151,19 @@ def up_to_date(
     Returns
     -------
     FeatureStore or None
-        With its `Summary`. None if something is to be done: there is no store, it has other
-        features, or images were added, removed, changed or rewritten.
+        With its `Summary`. None if something is to be done: it has other features, images were
+        added, removed, changed or rewritten, or another run has begun.
     """
-    if not Path(path).exists() or Path(f"{path}.partial").exists():
+    (path,) = store.paths
+    if Path(f"{path}.partial").exists():
         return None
-    store = FeatureStore.open(path)
     if any(compared(store.meta.get(key)) != compared(value) for key, value in wanted.items()):
         return None
-    positions, entries = _recorded_images(store)
-    theirs = _positions(images, np.arange(len(images)), positions)
+    rows = np.arange(len(images))
+    entries, theirs = _by_id(store, images, rows)
     if len(entries) != len(images) or (theirs < 0).any():
         return None
-    rows, entries = np.arange(len(images)), entries[theirs]
+    entries = entries[theirs]
     stats = _stats(images, rows)  # before the contents, which may change meanwhile
     if not unchanged(images, rows, entries, stats=stats, rehash=rehash).all():
         return None
@@ -206,6 +188,8 @@ def finished_store(path: str) -> FeatureStore | None:
     try:
         return FeatureStore.open(path)
     except StoreError:
+        if Path(path).exists() and not Path(f"{path}.partial").exists():
+            raise
         return None
 
 
@@ -253,12 +237,10 @@ def with_labels(images: ImageSet, store: FeatureStore) -> ImageSet:
     if images.labels is not None or not (store.labels != "").any():
         return images
     tables = {name: getattr(store, name) for name in ("labels", "groups", "splits")}
-    positions, entries = _recorded_images(store)
     rows = np.arange(len(images))
-    theirs = _positions(images, rows, positions)
+    _, theirs = _by_id(store, images, rows)
     same = theirs >= 0
-    if not same.all():
-        _find_by_content(images, rows, entries[: len(store)], theirs, same)
+    _find_by_content(images, rows, store, theirs, same)
     same &= theirs < len(store)
     kept = {}
     for name, table in tables.items():
@@ -281,8 +263,13 @@ def _same_tables(store: FeatureStore, images: ImageSet) -> bool:
     return True
 
 
-def _recorded_images(store: FeatureStore) -> tuple[dict[str, int], np.ndarray]:
-    """Return the entries of a store's images, failed ones last, and their positions by id."""
+def _by_id(
+    store: FeatureStore, images: ImageSet, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the entries of a store's images, failed ones last, and where some images are in them.
+
+    The places are int64, shape (k,); -1 if an id is not there.
+    """
     n, failures = len(store), store.failures
     entries = np.zeros(n + len(failures), ENTRY)
     entries["status"][:n], entries["status"][n:] = DONE, FAILED
@@ -292,12 +279,9 @@ def _recorded_images(store: FeatureStore) -> tuple[dict[str, int], np.ndarray]:
     entries["size"][n:][passing] = -2  # no file's size: it is tried again
     entries["stamp"] = [*store.stamps, *(failure.stamp for failure in failures)]
     ids = [*store.ids.tolist(), *(failure.id for failure in failures)]
-    return {name: k for k, name in enumerate(ids)}, entries
-
-
-def _positions(images: ImageSet, rows: np.ndarray, positions: dict[str, int]) -> np.ndarray:
-    """Return the positions of images by their ids: int64, shape (k,); -1 if an id is not there."""
-    return np.array([positions.get(name, -1) for name in images.ids[rows].tolist()], np.int64)
+    place_of = {name: k for k, name in enumerate(ids)}
+    places = [place_of.get(name, -1) for name in images.ids[rows].tolist()]
+    return entries, np.array(places, np.int64)
 
 
 # --- a file that is being filled ------------------------------------------------------------------
@@ -347,10 +331,9 @@ def copy_unchanged(
     """
     for store in writer.earlier_stores:
         rows = writer.pending
-        positions, entries = _recorded_images(store) if len(rows) else ({}, rows)
+        entries, theirs = _by_id(store, images, rows) if len(rows) else (rows, rows)
         if not len(entries):
             continue
-        theirs = _positions(images, rows, positions)
         there = np.flatnonzero(theirs >= 0)
         same = np.zeros(len(rows), bool)
         same[there] = unchanged(images, rows[there], entries[theirs[there]], rehash=rehash)
@@ -360,26 +343,22 @@ def copy_unchanged(
                 failure = store.failures[k]
                 stat = {"size": failure.size, "stamp": failure.stamp}
                 writer.fail(row, failure.stage, failure.reason, **stat)
-        if by_content and not same.all():
-            _find_by_content(images, rows, entries[: len(store)], theirs, same)
+        if by_content:
+            _find_by_content(images, rows, store, theirs, same)
         same &= ~failed
         size, stamp = _stats(images, rows[same]).T
         writer.copy_rows(store, theirs[same], rows[same], size=size, stamp=stamp)
 
 
 def _find_by_content(
-    images: ImageSet,
-    rows: np.ndarray,
-    entries: np.ndarray,
-    theirs: np.ndarray,
-    same: np.ndarray,
+    images: ImageSet, rows: np.ndarray, store: FeatureStore, theirs: np.ndarray, same: np.ndarray
 ) -> None:
     """Look the images that are not `same` up by their hash; fill in `theirs` and `same`."""
-    sizes = set(entries["size"].tolist())
-    positions = {sha256.tobytes(): k for k, sha256 in enumerate(entries["sha256"])}
+    if same.all():
+        return
+    sizes = set(store.sizes.tolist())
+    places = {sha256.tobytes(): k for k, sha256 in enumerate(store.sha256)}
     for k in np.flatnonzero(~same).tolist():
         row = int(rows[k])
-        if images.stat(row)[0] in sizes:
-            found = positions.get(_hash(images, row))
-            if found is not None:
-                theirs[k], same[k] = found, True
+        if images.stat(row)[0] in sizes and (sha256 := _hash(images, row)) in places:
+            theirs[k], same[k] = places[sha256], True

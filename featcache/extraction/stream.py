@@ -19,14 +19,12 @@ import torch
 
 from featcache.errors import ExtractionError
 from featcache.extraction.decoding import Batch, Decoder, Loader, make_tasks
-from featcache.extraction.summary import Clock
+from featcache.extraction.summary import new_clock
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Pending, Runtime, Settings
 from featcache.pixels.views import Augmentation
 from featcache.store.writer import FeatureWriter
-
-__all__ = ["Options", "WriterThread", "compute"]
 
 MAX_QUEUED = 4  # batches that may wait for the disk
 _IMAGES_A_THREAD = 16
@@ -58,11 +56,7 @@ class Options:
         return 1 if self.augmentation is None else self.augmentation.views
 
     def runtime(
-        self,
-        backbone: Backbone,
-        images: int,
-        *,
-        settings: Settings | None = None,
+        self, backbone: Backbone, images: int, *, settings: Settings | None = None
     ) -> Runtime:
         """Return the network as it runs on so many images; see `Runtime` for the others."""
         return Runtime(
@@ -83,7 +77,7 @@ def compute(
     options: Options,
     *,
     places: np.ndarray | None = None,
-    clock: Clock | None = None,
+    clock: dict[str, float] | None = None,
     crashed: bool = False,
 ) -> Generator[Batch, None, None]:
     """Compute features, a batch at a time, in the order of the rows.
@@ -100,7 +94,7 @@ def compute(
         Views and workers.
     places : ndarray of int64, optional
         See `make_tasks`; used where a network's features depend on them.
-    clock : Clock, optional
+    clock : dict of str to float, optional
         Receives the times.
     crashed : bool
         An earlier run ended without a word, perhaps because of one of the first of these images.
@@ -111,7 +105,7 @@ def compute(
     """
     if not len(rows):
         return
-    clock, views, workers = clock or Clock(), options.views, options.workers
+    clock, views, workers = clock or new_clock(), options.views, options.workers
     preprocessing = runtime.backbone.preprocessing
     decoder = Decoder(images, preprocessing, options.augmentation, options.max_pixels)
     loader = Loader(
@@ -130,9 +124,9 @@ def compute(
             started = time.perf_counter()
             batch = next(batches, None)
             loaded = time.perf_counter()
-            clock.waiting_for_images += loaded - started
+            clock["waiting_for_images"] += loaded - started
             if batch is not None:
-                clock.decode += batch.seconds
+                clock["decode"] += batch.seconds
                 _drop_empty_groups(batch, group)
                 # (slots, views, c, h, w) -> (slots * views, c, h, w)
                 pixels = batch.pixels.flatten(0, 1) if batch.pixels.ndim == 5 else batch.pixels
@@ -144,7 +138,7 @@ def compute(
             # while it computes.
             ready = len(computing) > (on_gpu and batch is not None)
             finished = _finished(*computing.popleft(), views) if ready else None
-            clock.forward += time.perf_counter() - loaded
+            clock["forward"] += time.perf_counter() - loaded
             if finished is not None:
                 yield finished
             elif batch is None:
@@ -213,11 +207,11 @@ class WriterThread:
     ----------
     writer : FeatureWriter
         Where to write.
-    clock : Clock
+    clock : dict of str to float
         Receives the times.
     """
 
-    def __init__(self, writer: FeatureWriter, clock: Clock) -> None:
+    def __init__(self, writer: FeatureWriter, clock: dict[str, float]) -> None:
         self._writer = writer
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, "featcache-writer")
@@ -231,7 +225,7 @@ class WriterThread:
         started = time.perf_counter()
         while self._queued and (self._queued[0].done() or len(self._queued) > MAX_QUEUED):
             self._queued.popleft().result()
-        self._clock.waiting_for_writer += time.perf_counter() - started
+        self._clock["waiting_for_writer"] += time.perf_counter() - started
         self._queued.append(self._thread.submit(self._write, batch))
 
     def __exit__(self, kind: object, *rest: object) -> None:
@@ -248,4 +242,4 @@ class WriterThread:
             if error := batch.failures.get(row):
                 stat = {name: int(entry[name]) for name in ("size", "stamp")}
                 self._writer.fail(row, error.stage, error.reason, **stat)
-        self._clock.write += time.perf_counter() - started
+        self._clock["write"] += time.perf_counter() - started

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Clock", "Summary"]
 
-
-@dataclass
-class Clock:
-    """Where the time went, in seconds.
-
-    Attributes
-    ----------
-    decode : float
-        Reading and decoding, summed over all workers.
-    waiting_for_images : float
-        The forward pass stood still for decoded images.
-    forward : float
-        Forward passes.
-    write : float
-        Writing, beside the forward pass.
-    waiting_for_writer : float
-        The forward pass stood still for the writer.
-    """
-
-    decode: float = 0.0
-    waiting_for_images: float = 0.0
-    forward: float = 0.0
-    write: float = 0.0
-    waiting_for_writer: float = 0.0
+def new_clock() -> dict[str, float]:
+    """Return seconds to count, each 0: see `Summary.seconds`."""
+    names = ("decode", "waiting_for_images", "forward", "write", "waiting_for_writer")
+    return dict.fromkeys(names, 0.0)
 
 
 @dataclass
@@ -95,13 +75,13 @@ class Summary:
         seconds = self.seconds.get("loop", 0.0)
         return self.computed / seconds if seconds else 0.0
 
-    def measure(self, clock: Clock, seconds: float, settings: dict[str, Any]) -> None:
+    def measure(self, clock: dict[str, float], seconds: float, settings: dict[str, Any]) -> None:
         """Record the times of a loop that took so many seconds, and its settings."""
-        self.seconds |= {"loop": seconds, **asdict(clock)}
+        self.seconds |= {"loop": seconds, **clock}
         spent = {
-            "decode": clock.waiting_for_images,
-            "forward": clock.forward,
-            "write": clock.waiting_for_writer,
+            "decode": clock["waiting_for_images"],
+            "forward": clock["forward"],
+            "write": clock["waiting_for_writer"],
         }
         self.bottleneck = max(spent, key=lambda part: spent[part])
         self.settings = settings
@@ -111,7 +91,7 @@ class Summary:
         return {**asdict(self), "images_per_second": self.images_per_second}
 
     def __str__(self) -> str:
-        return "\n".join([self._counts(), *self.notes])
+        return "\n".join([self._counts(), *self._speed(), *self.notes])
 
     def _counts(self) -> str:
         labels = "; labels rewritten" if self.relabelled else ""
@@ -124,26 +104,29 @@ class Summary:
             f"{self.failed:,} failed, in {self.seconds['total']:.1f} s"
         )
         if self.cut_off:
-            text += f"; {self.cut_off:,} image{' is' if self.cut_off == 1 else 's are'} cut off"
+            text += f"; {_images(self.cut_off)} cut off"
         if self.removed:
-            one = self.removed == 1
-            gone = "1 image is" if one else f"{self.removed:,} images are"
-            text += f"; {gone} no longer there: {'its' if one else 'their'} features were removed"
-        text += labels
+            features = "its features" if self.removed == 1 else "their features"
+            text += f"; {_images(self.removed)} no longer there: {features} were removed"
+        return text + labels
+
+    def _speed(self) -> Iterator[str]:
         if self.bottleneck is None:
-            return text
-        rounding = (
-            ""
-            if self.rounding is None
-            else f"\n{self.settings['precision']} features of the test images are "
-            f"{self.rounding:.1%} from their float32 ones"
-        )
+            return
+        seconds = self.seconds
         # The same words however busy the machine is; the figures say what is slow.
-        return (
-            f"{text}\nfrom the first image to the last {self.seconds['loop']:.1f} s "
-            f"({self.images_per_second:.1f} images/s): forward pass "
-            f"{self.seconds['forward']:.1f} s, waiting for images "
-            f"{self.seconds['waiting_for_images']:.1f} s, waiting for the disk "
-            f"{self.seconds['waiting_for_writer']:.1f} s; the longest of them limits the speed"
-            f"{rounding}"
+        yield (
+            f"from the first image to the last {seconds['loop']:.1f} s "
+            f"({self.images_per_second:.1f} images/s): forward pass {seconds['forward']:.1f} s, "
+            f"waiting for images {seconds['waiting_for_images']:.1f} s, waiting for the disk "
+            f"{seconds['waiting_for_writer']:.1f} s; the longest of them limits the speed"
         )
+        if self.rounding is not None:
+            yield (
+                f"{self.settings['precision']} features of the test images are "
+                f"{self.rounding:.1%} from their float32 ones"
+            )
+
+
+def _images(n: int) -> str:
+    return "1 image is" if n == 1 else f"{n:,} images are"

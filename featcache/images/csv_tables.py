@@ -6,7 +6,9 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +31,7 @@ _REGRESSION = 0.9  # of labels that are fractions, so many must differ to be no 
 
 
 def labelled(
-    source: Source,
-    path: str,
-    columns: dict[str, str],
-    suffix: str,
-    excluded: Callable[[str], bool],
+    source: Source, path: str, columns: dict[str, str], suffix: str, excluded: Callable[[str], bool]
 ) -> Source:
     """Return the images of a source that a table names; see `ImageSet.from_csv`.
 
@@ -48,22 +46,21 @@ def labelled(
     excluded : callable
         Tells of an id whether its row is left out, too.
     """
-    rows = _read(path, columns)
+    source, rows = source.excluding(excluded), _read(path, columns)
     kept = [k for k, id in enumerate(rows["ids"]) if not excluded(os.path.normpath(id) + suffix)]
     rows = {what: [texts[k] for k in kept] for what, texts in rows.items()}
     listed = source.tables["ids"].tolist()
     places = _places(rows["ids"], suffix, listed, source, path)
     left_out = dict(source.left_out)
-    for place in sorted(set(range(len(listed))) - set(places)):
+    for place in set(range(len(listed))).difference(places):
         leave_out(left_out, f"without a row in {os.path.basename(path)}", listed[place])
     rows["ids"] = [listed[place] for place in places]
+    for what in source.tables.keys() - rows.keys():  # the source knows it, the table does not
+        rows[what] = source.tables[what][places].tolist()
     if isinstance(source, Files):
         ending = suffix if all(id.endswith(suffix) for id in rows["ids"]) else ""
         rows["ids"] = [id.removesuffix(ending) for id in rows["ids"]]
         source = replace(source, suffix=ending.encode(), whole_folder=False)
-    else:  # what the source knows and the table does not tell
-        more = source.tables.keys() - rows.keys()
-        rows |= {what: source.tables[what][places].tolist() for what in more}
     tables, order = sorted_tables(rows, f"{path}, column {columns['ids']!r}", _twice(rows))
     at = np.array(places, np.int64)[order]
     return replace(
@@ -85,49 +82,49 @@ def _places(ids: list[str], suffix: str, listed: list[str], source: Source, path
     A row of a whole folder may also name a file that is no image by its name: it is added to
     `listed`. Else spellings are compared, from the closest to the loosest.
     """
-    home, homes = source.name, []
+    home, homes, whole = source.name, [], False
     if isinstance(source, Files):
-        home = os.fsdecode(source.root)
+        home, whole = os.fsdecode(source.root), source.whole_folder
         homes = [home, os.path.realpath(home)]
     place_of = {id: place for place, id in enumerate(listed)}
-    places, wanted, leaving = [], {}, []
-    for row, id in enumerate(ids):
-        # ./a.jpg is a.jpg
-        places.append(place_of.get(id and os.path.normpath(id) + suffix, -1))
-        if places[row] >= 0:
-            continue
-        name = _below(os.path.normpath(id.replace("\\", "/")), homes) + suffix
-        if not id or name.startswith("/") or ".." in id.replace("\\", "/").split("/"):
-            leaving.append(id)
-        elif isinstance(source, Files) and source.whole_folder and _is_file(f"{home}/{name}"):
-            places[row] = place_of.setdefault(name, len(listed))
-            if places[row] == len(listed):
-                listed.append(name)
-        else:
-            wanted[row] = _fold(name)
+    # ./a.jpg is a.jpg
+    places = [place_of.get(id and os.path.normpath(id) + suffix, -1) for id in ids]
+    names = {
+        row: _below(os.path.normpath(ids[row].replace("\\", "/")), homes) + suffix
+        for row, place in enumerate(places)
+        if place < 0
+    }
+    leaving = [
+        ids[row]
+        for row, name in names.items()
+        if not ids[row] or name.startswith("/") or ".." in re.split(r"[/\\]", ids[row])
+    ]
     if leaving:
         raise ImageSetError(
             f"{path}: {len(leaving)} of {len(ids)} ids are not paths below {home} "
             f"(first: {first_few(leaving)}). Expected relative paths without '..'"
         )
-    for spellings in _SPELLINGS:
-        if not wanted:
-            return places
-        found: dict[str, list[int]] = {}
+    for row, name in names.items():
+        file = f"{home}/{name}"
+        if whole and name not in place_of and os.path.lexists(file) and not os.path.isdir(file):
+            place_of[name] = len(listed)
+            listed.append(name)
+        places[row] = place_of.get(name, -1)
+    wanted = {row: _fold(name) for row, name in names.items() if places[row] < 0}
+    for spellings in _SPELLINGS if wanted else ():
+        found = defaultdict(list)
         for place, id in enumerate(listed):
-            for spelling in dict.fromkeys(spellings(_fold(id))):
-                found.setdefault(spelling, []).append(place)
-        for row, name in list(wanted.items()):
-            near = found.get(name, [])
+            for spelling in set(spellings(_fold(id))):
+                found[spelling].append(place)
+        for row in [row for row, name in wanted.items() if name in found]:
+            near = found[wanted.pop(row)]
             if len(near) > 1:
                 several = first_few([listed[place] for place in near])
                 raise ImageSetError(
                     f"{path}: {ids[row]} may be {several}. Write the path of each image as it is, "
                     "or give the ending of all by --suffix"
                 )
-            if near:
-                places[row] = near[0]
-                del wanted[row]
+            places[row] = near[0]
     if wanted:
         missing = [ids[row] for row in wanted]
         raise ImageSetError(
@@ -135,11 +132,6 @@ def _places(ids: list[str], suffix: str, listed: list[str], source: Source, path
             f"(first: {first_few(missing)}). Expected {home}/ID{suffix}"
         )
     return places
-
-
-def _is_file(path: str) -> bool:
-    """Return whether something is there that is no folder, be it a link that leads nowhere."""
-    return os.path.lexists(path) and not os.path.isdir(path)
 
 
 def _below(name: str, homes: Iterable[str]) -> str:

@@ -22,7 +22,6 @@ from featcache.images.source import (
     id_of,
     leave_out,
     no_images,
-    read_error,
     refuse_others,
     sorted_tables,
     stamp,
@@ -59,20 +58,15 @@ class Files(Source):
 
     def read(self, row: int) -> bytes:
         """Return the file's bytes."""
-        try:
-            # Without O_NONBLOCK, opening a named pipe would wait for ever.
-            descriptor = os.open(self._path(row), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(descriptor, "rb", buffering=0) as file:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise DecodeError("read", "not a regular file")
-                return file.readall()
-        except OSError as error:
-            raise read_error(error, self._end(row)) from error
-        except (MemoryError, OverflowError) as error:
-            raise DecodeError("read", "the file does not fit into memory") from error
+        # Without O_NONBLOCK, opening a named pipe would wait for ever.
+        descriptor = os.open(self._path(row), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise DecodeError("read", "not a regular file")
+            return file.readall()
 
-    def _end(self, row: int) -> str:
-        """Return where a link that leads nowhere leads, for a message; "" for all else."""
+    def where(self, row: int) -> str:
+        """Return where a link that leads nowhere leads; "" for all else."""
         path = self._path(row)
         if os.path.exists(path) or not os.path.islink(path):
             return ""
@@ -100,16 +94,11 @@ def folder(root: str, suffixes: Iterable[str]) -> Files:
     left_out: dict[str, tuple[int, str]] = {}
 
     def found() -> Iterator[bytes]:
-        for path, names, hidden in _walk(os.fsencode(root)):
-            for name in hidden:
-                leave_out(left_out, HIDDEN, path + name)
-            for name in names:
-                if name.startswith(b"."):
-                    leave_out(left_out, HIDDEN, path + name)
-                elif name[name.rfind(b".") :].lower() not in endings:
-                    leave_out(left_out, NO_IMAGES, path + name)
-                else:
-                    yield path + name
+        for name in _walk(os.fsencode(root), left_out):
+            if name[name.rfind(b".") :].lower() in endings:
+                yield name
+            else:
+                leave_out(left_out, NO_IMAGES, name)
 
     twice = "two names are both written {first}; rename the one that is not UTF-8"
     files = _files(found(), root, root, twice=twice)
@@ -118,8 +107,8 @@ def folder(root: str, suffixes: Iterable[str]) -> Files:
     return replace(files, left_out=left_out, whole_folder=True)
 
 
-def _walk(root: bytes) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
-    """Yield each folder's path below `root` (with a / at its end), its files, its hidden folders.
+def _walk(root: bytes, left_out: dict[str, tuple[int, str]]) -> Iterator[bytes]:
+    """Yield the paths of the files below `root`; count what is hidden as left out.
 
     Hidden are also the folders that systems make.
 
@@ -138,17 +127,17 @@ def _walk(root: bytes) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
             if identity in outside:
                 folders.clear()
                 continue
-            hidden = [name for name in folders if _is_hidden(name)]
-            yield os.path.join(path[start:], b""), files, hidden
-            folders[:] = [name for name in folders if not _is_hidden(name)]
+            below = os.path.join(path[start:], b"")
+            hidden = {name for name in folders + files if name.startswith(b".")}
+            hidden |= {name for name in folders if name.lower() in _OF_SYSTEMS}
+            for name in hidden:
+                leave_out(left_out, HIDDEN, below + name)
+            yield from (below + name for name in files if name not in hidden)
+            folders[:] = [name for name in folders if name not in hidden]
             above |= {os.path.join(path, name): (*outside, identity) for name in folders}
     except OSError as error:
         where = os.fsdecode(error.filename)
         raise ImageSetError(f"expected a folder of images at {where}: {error.strerror}") from error
-
-
-def _is_hidden(folder: bytes) -> bool:
-    return folder.startswith(b".") or folder.lower() in _OF_SYSTEMS
 
 
 def _files(names: Iterable[bytes], root: str, source: str, **options: str) -> Files:
@@ -194,14 +183,14 @@ def globbed(pattern: str, base: str) -> Files:
     plain = next(k for k, part in enumerate(parts) if glob.has_magic(part))
     root = os.path.join(base, "/".join(parts[:plain]) or ("/" if pattern.startswith("/") else ""))
     found = matches(os.path.join(glob.escape(root), *parts[plain:]))
-    images = [name for name in found if os.path.splitext(name)[1].lower() in SUFFIXES]
+    names = {os.fsencode(os.path.relpath(name, root)) for name in found}
+    images = {name for name in names if os.fsdecode(os.path.splitext(name)[1]).lower() in SUFFIXES}
     if not images:
         raise no_images(pattern, len(found))
-    names = (os.fsencode(os.path.relpath(name, root)) for name in images)
     left_out: dict[str, tuple[int, str]] = {}
-    for name in set(found) - set(images):
-        leave_out(left_out, NO_IMAGES, os.fsencode(os.path.relpath(name, root)))
-    return replace(_files(names, root, pattern), left_out=left_out)
+    for name in names - images:
+        leave_out(left_out, NO_IMAGES, name)
+    return replace(_files(images, root, pattern), left_out=left_out)
 
 
 def files(names: list[str], root: str) -> Files:

@@ -20,7 +20,7 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,7 +29,7 @@ import numpy as np
 from featcache.errors import DecodeError, ImageSetError
 from featcache.images import arrays, csv_tables, folders, layout, parquet, tars
 from featcache.images.arrays import TORCHVISION_SETS
-from featcache.images.source import SHARDS, SUFFIXES, Source, first_few, matcher
+from featcache.images.source import SHARDS, SUFFIXES, Source, first_few, matcher, read_error
 from featcache.pixels import decode
 
 if TYPE_CHECKING:
@@ -162,7 +162,12 @@ class ImageSet:
         """
         if self.ids[index] in self._source.unreadable:
             raise DecodeError("read", "its name is not UTF-8; rename the file")
-        return self._source.read(index)
+        try:
+            return self._source.read(index)
+        except OSError as error:
+            raise read_error(error, self._source.where(index)) from error
+        except (MemoryError, OverflowError) as error:
+            raise DecodeError("read", "the image does not fit into memory") from error
 
     def stat(self, index: int) -> tuple[int, int]:
         """Return size (bytes) and time of the last change (ns) of image number `index`.
@@ -290,8 +295,12 @@ class ImageSet:
             ``train-00000-of-00002.parquet`` splits.
         labels_csv : path, optional
             Table of labels, groups and splits of these images; see `from_csv`.
-        id_column, label_column, group_column, split_column, suffix
-            As for `from_csv`.
+        id_column : str
+            Column of the table with the images' paths relative to `images`, without `suffix`.
+        label_column, group_column, split_column : str, optional
+            Columns with labels, groups and splits; None leaves them out. An empty label is none.
+        suffix : str
+            What is added to an id to get its file, such as ".jpg".
         root : path, optional
             Folder of a torchvision data set.
         download : bool
@@ -310,47 +319,39 @@ class ImageSet:
         ImageSetError
             If nothing is there, or it cannot be listed.
         """
-        names, globs = _names(images), [exclude] if isinstance(exclude, str) else list(exclude)
-        place = os.fspath(relative_to)
         if labels_csv is not None and label_pattern is not None:
             raise ImageSetError("labels come from a table or from a pattern of the names, not both")
-        found, again = _listed(names, place, root, download)
+        found, again = _listed(_names(images), os.fspath(relative_to), root, download)
         if labels_csv is None:
-            return cls._labelled(found, again, globs, label_pattern)
+            return cls._labelled(found, again, exclude, label_pattern)
         columns = {
             "ids": id_column,
             "labels": label_column,
             "groups": group_column,
             "splits": split_column,
         }
-        again |= {
-            "labels_csv": os.path.abspath(labels_csv),
-            **{f"{table[:-1]}_column": column for table, column in columns.items()},
-            "suffix": suffix,
-        }
+        globs, path = _several(exclude), os.fspath(labels_csv)
+        again |= {"labels_csv": os.path.abspath(path), "suffix": suffix, "exclude": globs}
+        again |= {f"{table[:-1]}_column": column for table, column in columns.items()}
         named = {table: column for table, column in columns.items() if column is not None}
-        excluded = matcher(globs)
-        found = found.without(excluded)
-        found = csv_tables.labelled(found, os.fspath(labels_csv), named, suffix, excluded)
-        return cls(found, again | ({"exclude": globs} if globs else {}))
+        return cls(csv_tables.labelled(found, path, named, suffix, matcher(globs)), again)
 
     @classmethod
     def _labelled(
         cls,
         found: Source,
         again: dict[str, Any] | None,
-        exclude: Sequence[str] = (),
+        exclude: Iterable[str] = (),
         label_pattern: str | None = None,
     ) -> ImageSet:
         """Make a set of what was listed, with the labels that its paths give."""
-        more: dict[str, Any] = {"exclude": list(exclude)} if exclude else {}
-        found = found.without(matcher(exclude)) if exclude else found
+        globs = _several(exclude)
+        found = found.excluding(matcher(globs)) if globs else found
         if label_pattern is not None:
             found = layout.by_pattern(found, label_pattern)
-            more["label_pattern"] = label_pattern
         elif (paths := found.paths()) is not None:
             found = layout.by_folders(found, paths)
-        return cls(found, None if again is None else again | more)
+        return cls(found, again and {**again, "exclude": globs, "label_pattern": label_pattern})
 
     @classmethod
     def from_folder(
@@ -386,21 +387,10 @@ class ImageSet:
         """
         found = folders.folder(os.fspath(root), suffixes)
         again = {"images": os.path.abspath(root)} if suffixes is SUFFIXES else None
-        globs = [exclude] if isinstance(exclude, str) else list(exclude)
-        return cls._labelled(found, again, globs, label_pattern)
+        return cls._labelled(found, again, exclude, label_pattern)
 
     @classmethod
-    def from_csv(
-        cls,
-        csv: AnyPath,
-        root: AnyPath,
-        *,
-        id_column: str = "id",
-        label_column: str | None = "label",
-        group_column: str | None = None,
-        split_column: str | None = None,
-        suffix: str = "",
-    ) -> ImageSet:
+    def from_csv(cls, csv: AnyPath, root: AnyPath, **columns: Any) -> ImageSet:
         """List the images that a table names.
 
         An id need not be spelt as the file is where only one file can be meant: it may be absolute,
@@ -414,12 +404,8 @@ class ImageSet:
             Table in UTF-8 with a header line; fields are divided by commas, semicolons or tabs.
         root : path
             Folder of the images.
-        id_column : str
-            Column with the images' paths relative to `root`, without `suffix`.
-        label_column, group_column, split_column : str, optional
-            Columns with labels, groups and splits; None leaves them out. An empty label is none.
-        suffix : str
-            What is added to an id to get its file, such as ".jpg".
+        **columns
+            `id_column`, `label_column`, `group_column`, `split_column` and `suffix`, as for `open`.
 
         Raises
         ------
@@ -430,23 +416,10 @@ class ImageSet:
         """
         if not os.path.isdir(root):
             raise ImageSetError(f"{csv}: its images should be in {root}, which is not a folder")
-        return cls.open(
-            root,
-            labels_csv=csv,
-            id_column=id_column,
-            label_column=label_column,
-            group_column=group_column,
-            split_column=split_column,
-            suffix=suffix,
-        )
+        return cls.open(root, labels_csv=csv, **columns)
 
     @classmethod
-    def from_files(
-        cls,
-        paths: AnyPaths,
-        *,
-        relative_to: AnyPath = "",
-    ) -> ImageSet:
+    def from_files(cls, paths: AnyPaths, *, relative_to: AnyPath = "") -> ImageSet:
         """List files, without labels.
 
         Parameters
@@ -466,7 +439,7 @@ class ImageSet:
         names = _names(paths)
         found, again = _files(names, os.fspath(relative_to))
         alike = _kind(names, os.path.abspath(relative_to)) == "files"
-        return cls(found, again if alike else None)
+        return cls._labelled(found, again if alike else None)
 
     @classmethod
     def from_tar(cls, paths: AnyPaths) -> ImageSet:
@@ -571,9 +544,12 @@ def content_hash(raw: RawImage) -> bytes:
     return digest.digest()
 
 
+def _several(given: AnyPaths) -> list[str]:
+    return [os.fspath(one) for one in ([given] if isinstance(given, str | os.PathLike) else given)]
+
+
 def _names(paths: AnyPaths) -> list[str]:
-    several = [paths] if isinstance(paths, str | os.PathLike) else paths
-    return [name for path in several for name in folders.expanded(os.fspath(path))]
+    return [name for path in _several(paths) for name in folders.expanded(path)]
 
 
 def _listed(

@@ -9,24 +9,21 @@ from dataclasses import replace
 import numpy as np
 
 from featcache.errors import ImageSetError
-from featcache.images.source import AnySource, column, first_few, leave_out
+from featcache.images.source import Source, column, first_few
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 """Names of folders that hold a part of a data set, in lower case."""
 
 
-def by_folders(source: AnySource, paths: Iterable[str]) -> AnySource:
+def by_folders(source: Source, paths: Iterable[str]) -> Source:
     """Label images by the uppermost folder of their paths; see `ImageSet.from_folder`.
 
     Folders are the parts of a divided data set where two or more are named like such parts, those
     for training hold class folders, and so does at least one. What lies beside them is left out.
     """
     paths = list(paths)
-    names, inner = set(), set()
-    for path in paths:
-        names.add(_cut(path)[0])
-        if path.count("/") > 1:
-            inner.add(_cut(path)[0])
+    names = {_cut(path)[0] for path in paths}
+    inner = {_cut(path)[0] for path in paths if path.count("/") > 1}  # hold folders
     if names <= {""}:
         return source
     splits = {name for name in names if name.lower() in SPLITS}
@@ -50,22 +47,19 @@ def by_folders(source: AnySource, paths: Iterable[str]) -> AnySource:
     return replace(source, tables=source.tables | {"labels": labels}, notes=notes)
 
 
-def _by_splits(source: AnySource, paths: list[str], splits: set[str], inner: set[str]) -> AnySource:
+def _by_splits(source: Source, paths: list[str], splits: set[str], inner: set[str]) -> Source:
     """Take the folders for splits; one without class folders is a part without labels."""
-    left_out = dict(source.left_out)
-    keep = np.ones(len(paths), bool)
-    for row, path in enumerate(paths):
-        split, rest = _cut(path)
-        if split not in splits or ("/" not in rest and split in inner):
-            keep[row] = False
-            leave_out(left_out, "outside the class folders of the splits", path)
-    kept = [path for path, kept in zip(paths, keep, strict=True) if kept]
+    cut = [_cut(path) for path in paths]
+    beside = [
+        split not in splits or ("/" not in rest and split in inner) for split, rest in cut
+    ]  # of the class folders
+    kept = [parts for parts, out in zip(cut, beside, strict=True) if not out]
     tables = {
-        "labels": column((_cut(_cut(path)[1])[0] for path in kept), source.name),
-        "splits": column((_cut(path)[0] for path in kept), source.name),
+        "labels": column((_cut(rest)[0] for _, rest in kept), source.name),
+        "splits": column((split for split, _ in kept), source.name),
     }
-    found = source.select(np.flatnonzero(keep))
-    return replace(found, tables=found.tables | tables, left_out=left_out)
+    found = source.without(np.array(beside), "outside the class folders of the splits")
+    return replace(found, tables=found.tables | tables)
 
 
 def _cut(path: str) -> tuple[str, str]:
@@ -74,7 +68,7 @@ def _cut(path: str) -> tuple[str, str]:
     return (folder, rest) if slash else ("", path)
 
 
-def by_pattern(source: AnySource, pattern: str) -> AnySource:
+def by_pattern(source: Source, pattern: str) -> Source:
     """Label each image by the group named ``label`` of a pattern found in its id."""
     try:
         compiled = re.compile(pattern)

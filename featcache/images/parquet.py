@@ -17,7 +17,7 @@ import numpy as np
 from featcache.errors import DecodeError, ImageSetError, MissingExtra
 from featcache.images.arrays import class_name
 from featcache.images.layout import SPLITS
-from featcache.images.source import Shard, Source, first_few, read_error, sorted_tables, stamp
+from featcache.images.source import Shard, Shards, first_few, sorted_tables
 from featcache.pixels import decode
 
 _IMAGES = ("image", "img")  # names of columns; the first one there counts
@@ -25,43 +25,34 @@ _LABELS = ("label", "labels", "cls", "class")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetRows(Source):
+class ParquetRows(Shards):
     """Rows of Parquet files; of these, a group of rows is in memory at a time.
+
+    `places` say the group of rows, and the place in it.
 
     Attributes
     ----------
-    shards : tuple of Shard
-        The files. `places` has a row for each image: the number of its file, its group of rows, and
-        its place in the group, shape (n, 3).
-    columns : tuple of str
-        The column of images in each file.
+    columns : dict of str to str
+        The column of images in each file, by its path.
     """
 
-    shards: tuple[Shard, ...]
-    columns: tuple[str, ...]
+    columns: dict[str, str]
 
     def read(self, row: int) -> bytes:
         """Return the bytes in the row."""
-        number, group, place = self.places[row].tolist()
-        shard = self.shards[number]
+        shard, group, place = self.place(row)
         try:
             shard.check(os.stat(shard.path))
             with _one_at_a_time:  # else each thread would read the group
-                value = _group(shard, self.columns[number], group)[place].as_py()
-        except OSError as error:
-            if error.errno:
-                raise read_error(error, f"{shard.path}: ") from error
-            raise DecodeError("read", decode.reason(error)) from error
-        except (MemoryError, ValueError) as error:  # of pyarrow, too
+                value = _group(shard, self.columns[shard.path], group)[place].as_py()
+        except (OSError, ValueError) as error:  # of pyarrow, too
+            if getattr(error, "errno", None):
+                raise
             raise DecodeError("read", decode.reason(error)) from error
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
             raise DecodeError("read", "the row holds no bytes of an image")
         return bytes(data)
-
-    def stat(self, row: int) -> tuple[int, int]:
-        """Return 0 in place of a size, which no table of contents tells, and the file's stamp."""
-        return 0, stamp(self.shards[self.places[row, 0]].status)
 
 
 _one_at_a_time = threading.Lock()
@@ -88,8 +79,7 @@ def parquet(names: list[str]) -> ParquetRows:
     paths = sorted({os.path.abspath(name) for name in names})
     home = os.path.commonpath([os.path.dirname(path) for path in paths])
     source = names[0] if len(paths) == 1 else f"{len(paths)} Parquet files"
-    shards, columns, unused = [], [], set()
-    places: list[tuple[int, int, int]] = []
+    shards, places, columns, unused = [], [], {}, set()
     values: dict[str, list[str]] = {"ids": [], "labels": [], "splits": []}
     for number, path in enumerate(paths):
         name = os.path.relpath(path, home)
@@ -98,7 +88,7 @@ def parquet(names: list[str]) -> ParquetRows:
             shards.append(Shard(path, os.stat(path)))
             with _opened(path) as file:
                 image, label, others = _columns(file.schema_arrow, path)
-                columns.append(image)
+                columns[path] = image
                 unused.update(others)
                 for row, (place, inner, target) in enumerate(_rows(file, image, label, path)):
                     places.append((number, *place))
@@ -118,7 +108,7 @@ def parquet(names: list[str]) -> ParquetRows:
         notes=(f"columns that are not used: {first_few(sorted(unused))}",) if unused else (),
         places=np.array(places, np.int64).reshape(-1, 3)[order],  # (n, 3)
         shards=tuple(shards),
-        columns=tuple(columns),
+        columns=columns,
     )
 
 

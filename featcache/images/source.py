@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.dtypes import StringDType
@@ -53,7 +53,6 @@ _OTHERS = {
 
 NO_IMAGES = "no image by its name"
 HIDDEN = "hidden, or a folder of the system"
-EXCLUDED = "excluded"
 """Reasons to leave files out."""
 
 _TWICE = "{count} ids occur more than once (first: {first})"
@@ -96,8 +95,12 @@ class Source:
         return None
 
     def read(self, row: int) -> RawImage:
-        """Return one image as it is stored; raise `DecodeError` with stage "read"."""
+        """Return one image as it is stored; raise `DecodeError`, or what the system raised."""
         raise NotImplementedError
+
+    def where(self, row: int) -> str:
+        """Return what stands before the system's reason why an image cannot be read."""
+        return ""
 
     def stat(self, row: int) -> tuple[int, int]:
         """Return size in bytes and `stamp`; (-1, -1) is unknown."""
@@ -111,14 +114,17 @@ class Source:
             places=self.places[rows] if len(self.places) else self.places,
         )
 
-    def without(self, excluded: Callable[[str], bool]) -> Self:
-        """Return the images whose ids are not `excluded`; the others are counted."""
-        left_out, keep = dict(self.left_out), np.ones(len(self.tables["ids"]), bool)
-        for row, id in enumerate(self.tables["ids"]):
-            if excluded(id):
-                keep[row] = False
-                leave_out(left_out, EXCLUDED, id)
-        return replace(self.select(np.flatnonzero(keep)), left_out=left_out)
+    def without(self, excluded: NDArray[np.bool_], reason: str) -> Self:
+        """Return the images that are not in a mask (n,); the others are counted."""
+        left_out = dict(self.left_out)
+        for id in self.tables["ids"][excluded]:
+            leave_out(left_out, reason, id)
+        return replace(self.select(np.flatnonzero(~excluded)), left_out=left_out)
+
+    def excluding(self, excluded: Callable[[str], bool]) -> Self:
+        """Return the images whose ids the user has not excluded."""
+        mask = np.fromiter(map(excluded, self.tables["ids"]), bool)  # (n,)
+        return self.without(mask, "excluded")
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,31 @@ class Shard:
                 raise DecodeError("read", f"{self.path} has changed since its images were listed")
 
 
-AnySource = TypeVar("AnySource", bound=Source)
+@dataclass(frozen=True, kw_only=True)
+class Shards(Source):
+    """Images in files that hold many.
+
+    Attributes
+    ----------
+    shards : tuple of Shard
+        The files. `places` has a row for each image: the number of its file, and two numbers that
+        say where it is in the file, shape (n, 3).
+    """
+
+    shards: tuple[Shard, ...]
+
+    def place(self, row: int) -> tuple[Shard, int, int]:
+        """Return the file that an image is in, and where."""
+        number, first, second = self.places[row].tolist()
+        return self.shards[number], first, second
+
+    def where(self, row: int) -> str:
+        """Return the path of the file."""
+        return f"{self.place(row)[0].path}: "
+
+    def stat(self, row: int) -> tuple[int, int]:
+        """Return 0 in place of a size, and the file's stamp."""
+        return 0, stamp(self.place(row)[0].status)
 
 
 def column(texts: Iterable[str], source: str) -> NDArray[Any]:

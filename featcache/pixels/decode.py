@@ -126,7 +126,9 @@ def picture(
         pixels = _uint8(raw, bit_depth)
         if channels not in (1, 3) and pixels.shape[2] == channels:
             return pixels
-        raw = _image_of(pixels, channels)
+        if (bands := pixels.shape[2]) not in (1, 3, 4):
+            raise DecodeError("decode", f"expected {channels} channels, got {bands}")
+        raw = Image.fromarray(pixels[..., 0] if bands == 1 else pixels)
     if not isinstance(raw, Image.Image):
         kind = type(raw).__name__
         raise DecodeError("decode", f"expected bytes, an array or a PIL image, got {kind}")
@@ -345,14 +347,6 @@ def _uint8(array: NDArray[Any], bit_depth: int | None) -> NDArray[np.uint8]:
     if array.dtype == np.uint16:
         return _eight_bits(array, bit_depth or 16)
     raise DecodeError("decode", f"expected bool, uint8 or uint16 pixels, got {array.dtype}")
-
-
-def _image_of(pixels: NDArray[np.uint8], channels: int) -> Image.Image:
-    """Return an array (h, w, 1 | 3 | 4) as an image of mode "L", "RGB" or "RGBA"."""
-    bands = pixels.shape[2]
-    if bands not in (1, 3, 4):
-        raise DecodeError("decode", f"expected {channels} channels, got {bands}")
-    return Image.fromarray(pixels[..., 0] if bands == 1 else pixels)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -273,13 +273,11 @@ class Preprocessing(Record):
         if size < 1:
             raise ValueError(f"the image size is at least 1, not {size}")
         _, height, width = self.output_shape
-        resize: int | tuple[int, int] | None
-        if isinstance(self.resize, tuple):
-            resize = (round(size * self.resize[0] / height), round(size * self.resize[1] / width))
-        elif self.resize is None:
-            resize = None
-        else:
-            resize = round(size * self.resize / min(height, width))
+        resize = self.resize
+        if isinstance(resize, tuple):
+            resize = round(size * resize[0] / height), round(size * resize[1] / width)
+        elif resize is not None:
+            resize = round(size * resize / min(height, width))
         return replace(self, resize=resize, crop=None if self.crop is None else size)
 
     @classmethod
@@ -348,21 +346,16 @@ class Preprocessing(Record):
                 "crop_mode 'border' pads images with the mean colour, which is not done here. "
                 "Hand over another one: preprocessing=Preprocessing(resize=256, crop=224)"
             )
-        resize: int | tuple[int, int] = scaled
-        fit: Fit = "stretch"
-        if mode != "squash":  # timm treats every other name as "center"
-            if scaled[0] == scaled[1]:
-                resize = scaled[0]
-            else:
-                fit = "cover"
+        squash = mode == "squash"  # timm treats every other name as "center"
+        square = scaled[0] == scaled[1]
         return cls(
-            resize=resize,
+            resize=scaled[0] if square and not squash else scaled,
             crop=height if height == width else (height, width),
             interpolation=data_config.get("interpolation") or "bilinear",
             mean=tuple(map(float, data_config["mean"])),
             std=tuple(map(float, data_config["std"])),
             channels=channels,
-            fit=fit,
+            fit="stretch" if square or squash else "cover",
         )
 
 

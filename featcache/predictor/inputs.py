@@ -130,12 +130,8 @@ def _picture(item: Any) -> Image:
 
     if isinstance(item, Image.Image):
         return item
-    if (
-        isinstance(item, np.ndarray)
-        and item.dtype == np.uint8
-        and item.size
-        and (item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4)))
-    ):
+    pixels = isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.size
+    if pixels and (item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4))):
         return Image.fromarray(item)
     came = f"{item.dtype} {item.shape}" if hasattr(item, "dtype") else repr(item)[:60]
     raise PredictorError(

@@ -17,15 +17,6 @@ from typing import Any
 
 from featcache.errors import Interrupted
 
-__all__ = [
-    "check_stopped",
-    "doing",
-    "interruptible",
-    "is_shown",
-    "progress_bar",
-    "signals_as_ctrl_c",
-]
-
 _LOG_INTERVAL = 30.0  # seconds between two lines of progress that go to a file, not to a terminal
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -12,8 +12,6 @@ from typing import IO, Any
 
 from featcache.errors import OutputError
 
-__all__ = ["STDOUT", "atomic_write", "check_folder", "check_overwrite"]
-
 STDOUT = Path("-")
 """The path that means standard output wherever text is written."""
 

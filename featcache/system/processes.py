@@ -12,8 +12,6 @@ from concurrent.futures.process import BrokenProcessPool
 
 from featcache.errors import ExtractionError
 
-__all__ = ["die_with_parent", "start_processes"]
-
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from html import escape
 
-__all__ = ["SHOWN", "first_names", "html_table", "text_table"]
-
 SHOWN = 20
 """Names that are listed before the rest is counted."""
 
