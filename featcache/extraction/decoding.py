@@ -9,7 +9,6 @@ black, and its entry says that it failed.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -255,18 +254,16 @@ class Loader:
                     readers.submit(decoder.read, batch, k) for k in range(len(batch.rows))
                 ]
 
+            def decode(batch: Batch, k: int, raw: Future[RawImage | None]) -> None:
+                decoder.decode(batch, k, raw.result())
+
             reading = map(read, tasks)
             ahead = next(reading, None)
             while ahead is not None:
                 (batch, raws), started = ahead, time.perf_counter()
                 ahead = next(reading, None)
-                decode = decoders.map(
-                    lambda batch, k, raw: decoder.decode(batch, k, raw.result()),
-                    itertools.repeat(batch),
-                    range(len(raws)),
-                    raws,
-                )
-                list(decode)  # raises what a thread raised
+                for done in [decoders.submit(decode, batch, k, raw) for k, raw in enumerate(raws)]:
+                    done.result()  # raises what a thread raised
                 batch.seconds = time.perf_counter() - started
                 yield batch
 

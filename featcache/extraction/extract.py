@@ -253,14 +253,7 @@ def extract(
     started = time.perf_counter()
     with interruptible(), reuse_memory():
         if executor is not None or parts or len(devices) > 1 or Plan.read(path):
-            store = in_parts(
-                job,
-                summary,
-                devices=devices,
-                parts=parts,
-                executor=executor,
-                max_failures=max_failures,
-            )
+            store = in_parts(job, summary, devices, parts, executor, max_failures)
         else:
             with filled(job, summary) as writer:
                 summary.seconds["total"] = time.perf_counter() - started

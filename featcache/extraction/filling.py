@@ -83,9 +83,10 @@ class Job:
         """Fingerprint and shapes of the features."""
         if self.known is not None:
             return self.known
-        asked = reuse.compared(self.request)
-        there = (k for k in reuse.recorded(self.path) if reuse.compared(k.request) == asked)
-        return next(there, None) or self.from_network()
+        for known in reuse.recorded(self.path):
+            if not reuse.differing(known.request, self.request):
+                return known
+        return self.from_network()
 
     def from_network(self) -> reuse.StoredLayout:
         """Compute fingerprint and shapes from the network."""
@@ -125,14 +126,7 @@ def filled(job: Job, summary: Summary) -> Iterator[FeatureWriter]:
         retry_failed=options.retry_failed,
         wait=job.wait,
     ) as writer:
-        reuse.mark_changed(writer, images, rehash=options.rehash)
-        reuse.copy_unchanged(
-            writer,
-            images,
-            retry_failed=options.retry_failed,
-            rehash=options.rehash,
-            by_content=options.augmentation is None,
-        )
+        reuse.copy_unchanged(writer, images, options)
         if writer.meta.get("run") is None and len(writer.pending) < len(images):
             writer.pack(writer.pending)  # what is new fills whole batches
         summary.copied = int(np.count_nonzero(writer.status == DONE))

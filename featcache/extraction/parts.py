@@ -52,7 +52,6 @@ from featcache.extraction.filling import Job, filled
 from featcache.extraction.plan import Plan, agree, beside, plan_file, stopping
 from featcache.extraction.stream import Options
 from featcache.extraction.summary import Summary, new_clock
-from featcache.fingerprint import differences
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Settings, default_threads, select_device
@@ -79,7 +78,6 @@ _WAIT = 60.0  # seconds to wait for the lock of a task that an earlier run left 
 def in_parts(
     job: Job,
     summary: Summary,
-    *,
     devices: Sequence[str],
     parts: int | None,
     executor: Executor | None,
@@ -441,6 +439,6 @@ def _opened(planned: str, network: str | None) -> tuple[ImageSet, Backbone]:
     backbone.recall(request)
     here = backbone.request
     of_plan = {key: request.get(key) for key in here}
-    if different := differences(reuse.compared(of_plan), reuse.compared(here), ("plan", "here")):
+    if different := reuse.differing(of_plan, here, ("plan", "here")):
         raise ExtractionError(f"A task knows another network {name}:\n{different}")
     return images, backbone

@@ -18,7 +18,7 @@ import torch
 from featcache.errors import ExtractionError, FingerprintMismatch, Interrupted, StoreError
 from featcache.extraction import reuse
 from featcache.extraction.stream import Options
-from featcache.fingerprint import Fingerprint, differences
+from featcache.fingerprint import Fingerprint
 from featcache.store import disk
 from featcache.store.file import StoreFile
 
@@ -174,11 +174,7 @@ def agree(wanted: Plan, options: Options) -> Plan:
     if there and there.merging and not any(map(os.path.exists, [f"{path}.partial", *there.files])):
         there = None  # the store was finished, and the next moment the process killed
     names = ("begun", "asked for")
-    if there and (
-        different := differences(
-            reuse.compared(there.request), reuse.compared(wanted.request), names
-        )
-    ):
+    if there and (different := reuse.differing(there.request, wanted.request, names)):
         raise FingerprintMismatch(
             f"{path} was begun with other features:\n{different}\n"
             "Choose another file with -o; what is there is left as it is."

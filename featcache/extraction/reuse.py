@@ -13,13 +13,13 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from featcache.errors import DecodeError, ExtractionError, StoreError
 from featcache.extraction.summary import Summary
-from featcache.fingerprint import Fingerprint
+from featcache.fingerprint import Fingerprint, differences
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.pixels.views import Augmentation
 from featcache.store.file import StoreFile
@@ -28,6 +28,9 @@ from featcache.store.splitting import hash_keys
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter, relabel, restamp
 from featcache.system.console import check_stopped
+
+if TYPE_CHECKING:
+    from featcache.extraction.stream import Options  # which imports torch
 
 
 def wanted(
@@ -114,12 +117,23 @@ class StoredLayout:
     request: dict[str, Any] | None
 
 
-def compared(request: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what decides features in a request: of a weights file the hash, not path and time."""
-    request = dict(request or {})
-    if checkpoint := request.get("checkpoint"):
-        request |= {"weights": None, "checkpoint": checkpoint.get("sha256", checkpoint)}
-    return request
+def differing(
+    mine: Mapping[str, Any] | None,
+    theirs: Mapping[str, Any] | None,
+    names: tuple[str, str] = ("", ""),
+) -> str:
+    """Return what differs between requests, of what decides features; "" for nothing.
+
+    Of a weights file that is the hash, not path and time.
+    """
+
+    def compared(request: Mapping[str, Any] | None) -> dict[str, Any]:
+        request = dict(request or {})
+        if checkpoint := request.get("checkpoint"):
+            request |= {"weights": None, "checkpoint": checkpoint.get("sha256", checkpoint)}
+        return request
+
+    return differences(compared(mine), compared(theirs), names)
 
 
 def recorded(path: str) -> Iterator[StoredLayout]:
@@ -157,7 +171,7 @@ def up_to_date(
     (path,) = store.paths
     if Path(f"{path}.partial").exists():
         return None
-    if any(compared(store.meta.get(key)) != compared(value) for key, value in wanted.items()):
+    if any(differing(store.meta.get(key), value) for key, value in wanted.items()):
         return None
     rows = np.arange(len(images))
     entries, theirs = _by_id(store, images, rows)
@@ -287,15 +301,6 @@ def _by_id(
 # --- a file that is being filled ------------------------------------------------------------------
 
 
-def mark_changed(writer: FeatureWriter, images: ImageSet, *, rehash: bool) -> None:
-    """Mark as pending the rows of a resumed file whose images have changed, or may be read now."""
-    failed = np.flatnonzero(writer.status == FAILED)
-    passing = np.array([failure.stage == "system" for failure in writer.failures], bool)
-    writer.mark_pending(failed[passing])
-    rows = np.flatnonzero(writer.status != PENDING)
-    writer.mark_pending(rows[~unchanged(images, rows, writer.entries(rows), rehash=rehash)])
-
-
 def recheck_replaced_files(writer: FeatureWriter, images: ImageSet, rows: np.ndarray) -> None:
     """Mark as pending the files among `rows` that were replaced after they were read.
 
@@ -306,29 +311,18 @@ def recheck_replaced_files(writer: FeatureWriter, images: ImageSet, rows: np.nda
     writer.mark_pending(rows[~unchanged(images, rows, writer.entries(rows))])
 
 
-def copy_unchanged(
-    writer: FeatureWriter,
-    images: ImageSet,
-    *,
-    retry_failed: bool,
-    by_content: bool,
-    rehash: bool = False,
-) -> None:
-    """Copy features of unchanged images from earlier stores into the pending rows.
+def copy_unchanged(writer: FeatureWriter, images: ImageSet, options: Options) -> None:
+    """Keep what is unchanged: rows of a resumed file, and features of earlier stores.
 
-    Parameters
-    ----------
-    writer : FeatureWriter
-        Writer of the new file.
-    images : ImageSet
-        Its images.
-    retry_failed : bool
-        Try images again that are recorded as failed, unchanged or not.
-    rehash : bool
-        As for `unchanged`.
-    by_content : bool
-        Copy the features of an image that has another id now. Views depend on the id.
+    Rows whose images have changed, or may be read now, become pending; into pending rows features
+    are copied from the earlier stores, also of an image that has another id now. But views depend
+    on the id.
     """
+    failed = np.flatnonzero(writer.status == FAILED)
+    passing = np.array([failure.stage == "system" for failure in writer.failures], bool)
+    writer.mark_pending(failed[passing])
+    known, rehash = np.flatnonzero(writer.status != PENDING), options.rehash
+    writer.mark_pending(known[~unchanged(images, known, writer.entries(known), rehash=rehash)])
     for store in writer.earlier_stores:
         rows = writer.pending
         entries, theirs = _by_id(store, images, rows) if len(rows) else (rows, rows)
@@ -338,12 +332,12 @@ def copy_unchanged(
         same = np.zeros(len(rows), bool)
         same[there] = unchanged(images, rows[there], entries[theirs[there]], rehash=rehash)
         failed = same & (entries["status"][theirs] == FAILED)
-        if not retry_failed:
+        if not options.retry_failed:
             for row, k in zip(rows[failed].tolist(), theirs[failed] - len(store), strict=True):
                 failure = store.failures[k]
                 stat = {"size": failure.size, "stamp": failure.stamp}
                 writer.fail(row, failure.stage, failure.reason, **stat)
-        if by_content:
+        if options.augmentation is None:
             _find_by_content(images, rows, store, theirs, same)
         same &= ~failed
         size, stamp = _stats(images, rows[same]).T

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images.source import Source, label_text, numbered, sorted_tables
+from featcache.images.sources import Source, label_text, numbered, sorted_tables
 from featcache.pixels import decode
 
 if TYPE_CHECKING:

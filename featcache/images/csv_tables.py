@@ -17,7 +17,7 @@ import numpy as np
 
 from featcache.errors import ImageSetError
 from featcache.images.folders import Files
-from featcache.images.source import (
+from featcache.images.sources import (
     SUFFIXES,
     Source,
     did_you_mean,

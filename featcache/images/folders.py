@@ -12,20 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images.source import (
-    HIDDEN,
-    NO_IMAGES,
-    SUFFIXES,
-    Source,
-    did_you_mean,
-    first_few,
-    id_of,
-    leave_out,
-    no_images,
-    refuse_others,
-    sorted_tables,
-    stamp,
-)
+from featcache.images import sources
 
 # Folders that systems make: thumbnails and waste of a NAS, of Windows, of Linux, of a Mac.
 _OF_SYSTEMS = frozenset(
@@ -35,7 +22,7 @@ _OF_SYSTEMS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files(Source):
+class Files(sources.Source):
     """One file an image: ``root/ID`` + suffix.
 
     Attributes
@@ -79,7 +66,7 @@ class Files(Source):
             result = os.stat(self._path(row))
         except OSError:
             return -1, -1
-        return result.st_size, stamp(result)
+        return result.st_size, sources.stamp(result)
 
     def _path(self, row: int) -> bytes:
         return os.path.join(self.root, self.tables["ids"][row].encode() + self.suffix)
@@ -98,12 +85,12 @@ def folder(root: str, suffixes: Iterable[str]) -> Files:
             if name[name.rfind(b".") :].lower() in endings:
                 yield name
             else:
-                leave_out(left_out, NO_IMAGES, name)
+                sources.leave_out(left_out, sources.NO_IMAGES, name)
 
     twice = "two names are both written {first}; rename the one that is not UTF-8"
     files = _files(found(), root, root, twice=twice)
     if not len(files.tables["ids"]):
-        raise no_images(root, sum(count for count, _ in left_out.values()), suffixes)
+        raise sources.no_images(root, sum(count for count, _ in left_out.values()), suffixes)
     return replace(files, left_out=left_out, whole_folder=True)
 
 
@@ -131,7 +118,7 @@ def _walk(root: bytes, left_out: dict[str, tuple[int, str]]) -> Iterator[bytes]:
             hidden = {name for name in folders + files if name.startswith(b".")}
             hidden |= {name for name in folders if name.lower() in _OF_SYSTEMS}
             for name in hidden:
-                leave_out(left_out, HIDDEN, below + name)
+                sources.leave_out(left_out, sources.HIDDEN, below + name)
             yield from (below + name for name in files if name not in hidden)
             folders[:] = [name for name in folders if name not in hidden]
             above |= {os.path.join(path, name): (*outside, identity) for name in folders}
@@ -143,8 +130,8 @@ def _walk(root: bytes, left_out: dict[str, tuple[int, str]]) -> Iterator[bytes]:
 def _files(names: Iterable[bytes], root: str, source: str, **options: str) -> Files:
     """List files by their names below `root`; for `options` see `sorted_tables`."""
     unreadable: set[str] = set()
-    ids = (id_of(name, unreadable) for name in names)
-    tables, _ = sorted_tables({"ids": ids}, source, **options)
+    ids = (sources.id_of(name, unreadable) for name in names)
+    tables, _ = sources.sorted_tables({"ids": ids}, source, **options)
     home = os.fsencode(os.path.abspath(root))
     return Files(tables=tables, name=source, root=home, unreadable=frozenset(unreadable))
 
@@ -184,12 +171,14 @@ def globbed(pattern: str, base: str) -> Files:
     root = os.path.join(base, "/".join(parts[:plain]) or ("/" if pattern.startswith("/") else ""))
     found = matches(os.path.join(glob.escape(root), *parts[plain:]))
     names = {os.fsencode(os.path.relpath(name, root)) for name in found}
-    images = {name for name in names if os.fsdecode(os.path.splitext(name)[1]).lower() in SUFFIXES}
+    images = {
+        name for name in names if os.fsdecode(os.path.splitext(name)[1]).lower() in sources.SUFFIXES
+    }
     if not images:
-        raise no_images(pattern, len(found))
+        raise sources.no_images(pattern, len(found))
     left_out: dict[str, tuple[int, str]] = {}
     for name in names - images:
-        leave_out(left_out, NO_IMAGES, name)
+        sources.leave_out(left_out, sources.NO_IMAGES, name)
     return replace(_files(images, root, pattern), left_out=left_out)
 
 
@@ -199,13 +188,14 @@ def files(names: list[str], root: str) -> Files:
     missing = [name for name in names if not os.path.lexists(os.path.join(root, name))]
     if missing:
         near = _near_names(os.path.join(root, missing[0]))
-        raise ImageSetError(f"no such file: {first_few(missing)}.{near}")
+        raise ImageSetError(f"no such file: {sources.first_few(missing)}.{near}")
     folders = [name for name in names if os.path.isdir(os.path.join(root, name))]
     if folders:
         raise ImageSetError(
-            f"expected files, got {first_few(folders)}, which is a folder. Give one folder alone"
+            f"expected files, got {sources.first_few(folders)}, which is a folder. Give one folder "
+            "alone"
         )
-    refuse_others(names)
+    sources.refuse_others(names)
     source = names[0] if len(names) == 1 else f"{len(names)} files"
     return _files(map(os.fsencode, names), root, source)
 
@@ -214,6 +204,6 @@ def _near_names(path: str) -> str:
     """Return a question after files with a name like that of a missing one, for a message."""
     folder, name = os.path.split(path)
     try:
-        return did_you_mean(name, os.listdir(folder)) if name else ""
+        return sources.did_you_mean(name, os.listdir(folder)) if name else ""
     except OSError:
         return ""

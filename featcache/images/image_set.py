@@ -5,7 +5,7 @@ arrays, or a data set of PIL images, and reads one image at a time. One rule hol
 are unique, sorted by their UTF-8 bytes, relative to what was given (``/`` between folders), and the
 same in every run. A file whose name is not UTF-8 gets an escaped id and cannot be read.
 
-Each kind of source is a subclass of `featcache.images.source.Source`, in a module with the
+Each kind of source is a subclass of `featcache.images.sources.Source`, in a module with the
 functions that list it: `folders`, `tars`, `parquet`, `arrays`. `csv_tables` and `layout` label what
 is listed.
 """
@@ -29,7 +29,7 @@ import numpy as np
 from featcache.errors import DecodeError, ImageSetError
 from featcache.images import arrays, csv_tables, folders, layout, parquet, tars
 from featcache.images.arrays import TORCHVISION_SETS
-from featcache.images.source import SHARDS, SUFFIXES, Source, first_few, matcher, read_error
+from featcache.images.sources import SHARDS, SUFFIXES, Source, first_few, matcher, read_error
 from featcache.pixels import decode
 
 if TYPE_CHECKING:

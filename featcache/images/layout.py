@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from featcache.errors import ImageSetError
-from featcache.images.source import Source, column, first_few
+from featcache.images.sources import Source, column, first_few
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 """Names of folders that hold a part of a data set, in lower case."""

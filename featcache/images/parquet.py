@@ -17,7 +17,7 @@ import numpy as np
 from featcache.errors import DecodeError, ImageSetError, MissingExtra
 from featcache.images.arrays import class_name
 from featcache.images.layout import SPLITS
-from featcache.images.source import Shard, Shards, first_few, sorted_tables
+from featcache.images.sources import Shard, Shards, first_few, sorted_tables
 from featcache.pixels import decode
 
 _IMAGES = ("image", "img")  # names of columns; the first one there counts

@@ -14,18 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from featcache.errors import DecodeError, ImageSetError
-from featcache.images.source import (
-    HIDDEN,
-    NO_IMAGES,
-    SUFFIXES,
-    Shard,
-    Shards,
-    id_of,
-    label_text,
-    leave_out,
-    no_images,
-    sorted_tables,
-)
+from featcache.images import sources
 
 _JSON_LABELS = ("label", "cls", "class")  # keys of a sample's JSON; the first one there counts
 _SHOWN = 5  # so many kinds of what is not used are named
@@ -33,7 +22,7 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TarMembers(Shards):
+class TarMembers(sources.Shards):
     """Members of tar files, read in place; `places` say where their bytes begin, and how many."""
 
     def paths(self) -> Iterable[str] | None:
@@ -73,10 +62,10 @@ def tars(names: list[str]) -> TarMembers:
     unused: Counter[str] = Counter()
     for number, path in enumerate(paths):
         try:
-            shards.append(Shard(path, os.stat(path)))
+            shards.append(sources.Shard(path, os.stat(path)))
             with tarfile.open(path, "r:") as tar:
                 for name, label, place in _members(tar, os.path.basename(path), left_out, unused):
-                    ids.append(id_of(name, unreadable))
+                    ids.append(sources.id_of(name, unreadable))
                     labels.append(label)
                     places.extend((number, *place))
         except OSError as error:
@@ -88,9 +77,9 @@ def tars(names: list[str]) -> TarMembers:
             reason = why if compressed else str(error)
             raise ImageSetError(f"{path}: expected a whole tar file: {reason}") from error
     if not ids:
-        raise no_images(source, sum(count for count, _ in left_out.values()))
+        raise sources.no_images(source, sum(count for count, _ in left_out.values()))
     values = {"ids": ids} | ({"labels": labels} if any(labels) else {})
-    tables, order = sorted_tables(values, source)
+    tables, order = sources.sorted_tables(values, source)
     what = ", ".join(f"{count} {what}" for what, count in unused.most_common(_SHOWN))
     return TarMembers(
         tables=tables,
@@ -121,25 +110,25 @@ def _members(
             images[name] = images[target]
         elif not member.isreg() or member.issparse():
             if not member.isdir():
-                leave_out(left_out, "a link, a pipe or a device", path(name))
+                sources.leave_out(left_out, "a link, a pipe or a device", path(name))
         elif suffix.lower() == ".cls":
             labels[key] = _label(tar, member, lambda text: text.decode().strip())
         elif suffix.lower() == ".json":
             label = _label(tar, member, lambda text: _of_json(text, unused))
             labels[key] = labels.get(key) or label
         elif os.path.basename(name).startswith("."):
-            leave_out(left_out, HIDDEN, path(name))
-        elif suffix.lower() in SUFFIXES:
+            sources.leave_out(left_out, sources.HIDDEN, path(name))
+        elif suffix.lower() in sources.SUFFIXES:
             images[name] = member.offset_data, member.size
         else:
             unused[suffix.lower() or "files without a suffix"] += 1
-            leave_out(left_out, NO_IMAGES, path(name))
+            sources.leave_out(left_out, sources.NO_IMAGES, path(name))
     keys = {os.path.splitext(name)[0] for name in images}
     for name, place in images.items():
         key, sample = os.path.splitext(name)[0], _sample(name)
         # x.mask.png beside x.jpg and x.cls belongs to the sample x, whose image is x.jpg.
         if key not in labels and sample in labels and key != sample and sample in keys:
-            leave_out(left_out, "beside the image of its sample", path(name))
+            sources.leave_out(left_out, "beside the image of its sample", path(name))
         else:
             yield path(name), labels.get(key) or labels.get(sample, ""), place
 
@@ -158,7 +147,7 @@ def _of_json(text: bytes, unused: Counter[str]) -> str:
     values = json.loads(text)
     values = values if isinstance(values, dict) else {"(no object)": values}
     unused.update(f"JSON key {name}" for name in values.keys() - set(_JSON_LABELS))
-    found = [label_text(values[name]) for name in _JSON_LABELS if name in values]
+    found = [sources.label_text(values[name]) for name in _JSON_LABELS if name in values]
     return next(filter(None, found), "")
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from featcache.errors import FingerprintMismatch, PredictorError
 from featcache.fingerprint import Fingerprint
 from featcache.images.folders import expanded, matches
-from featcache.images.source import SHARDS
+from featcache.images.sources import SHARDS
 from featcache.networks.identity import difference
 
 if TYPE_CHECKING:

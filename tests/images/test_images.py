@@ -22,7 +22,7 @@ from PIL import Image
 
 from featcache.errors import DecodeError, ImageSetError
 from featcache.images.image_set import ImageSet, content_hash
-from featcache.images.source import stamp
+from featcache.images.sources import stamp
 
 
 def png(value: int = 0, size: tuple[int, int] = (4, 3)) -> bytes:

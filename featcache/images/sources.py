@@ -20,6 +20,7 @@ import numpy as np
 from numpy.dtypes import StringDType
 
 from featcache.errors import DecodeError, ExtractionError, ImageSetError
+from featcache.system.tables import first_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -299,8 +300,7 @@ def refuse_others(names: Sequence[str]) -> None:
 
 def first_few(names: Sequence[object]) -> str:
     """Return the first few names, for a message."""
-    text = ", ".join(str(name) for name in names[:_NAMED])
-    return f"{text}, ..." if len(names) > _NAMED else text
+    return first_names([*map(str, names)], _NAMED)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
