@@ -106,9 +106,8 @@ class Plan:
 
     def cut(self, settings: Mapping[str, Any]) -> None:
         """Take the settings, and give every part whole batches."""
-        group = max(
-            1, settings["batch_size"] // (self.request["augmentation"] or {"views": 1})["views"]
-        )  # images that fit a batch
+        views = (self.request["augmentation"] or {"views": 1})["views"]
+        group = max(1, settings["batch_size"] // views)  # images that fit a batch
         groups = -(-self.n // group)
         self.parts = min(self.parts, groups)
         self.starts = [group * (groups * k // self.parts) for k in range(self.parts)] + [self.n]

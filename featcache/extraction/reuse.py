@@ -250,17 +250,16 @@ def with_labels(images: ImageSet, store: FeatureStore) -> ImageSet:
     """
     if images.labels is not None or not (store.labels != "").any():
         return images
-    tables = {name: getattr(store, name) for name in ("labels", "groups", "splits")}
     rows = np.arange(len(images))
     _, theirs = _by_id(store, images, rows)
     same = theirs >= 0
     _find_by_content(images, rows, store, theirs, same)
     same &= theirs < len(store)
+    theirs[~same] = 0
     kept = {}
-    for name, table in tables.items():
-        if table is not None and name not in images.tables:
-            kept[name] = np.full(len(images), "", table.dtype)
-            kept[name][same] = table[theirs[same]]
+    for name in {"labels", "groups", "splits"} - images.tables.keys():
+        if (table := getattr(store, name)) is not None:
+            kept[name] = np.where(same, table[theirs], "")
     return images.with_tables(kept)
 
 

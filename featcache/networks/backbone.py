@@ -188,12 +188,6 @@ class Backbone:
         built = self._family.skeleton()
         return self.module if built is None else built.eval()
 
-    @property
-    def partial(self) -> PartialReport | None:
-        """What a weights file left out that fitted in part; None otherwise. Loads the weights."""
-        report = self._loaded[1]
-        return None if report is None or report.complete else report
-
     @functools.cached_property
     def points(self) -> list[ResolvedTap]:
         """The resolved taps, which `featcache.networks.taps.Tapped` takes with `module`."""

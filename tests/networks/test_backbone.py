@@ -233,7 +233,8 @@ def test_checkpoints_as_pth_and_safetensors_give_the_same_network(tmp_path: Path
         backbone = Backbone(SMALL, weights=tmp_path / name)
         assert backbone.weights == name
         assert backbone.fingerprint().state_sha256 == state_sha256(state)
-        assert backbone.partial is None
+        report: Any = backbone.fingerprint().checkpoint
+        assert not (report["missing"] or report["unexpected"] or report["mismatched"])
         assert backbone.is_untrained is None
 
 
@@ -333,7 +334,8 @@ def test_old_checkpoints_without_batch_counters_fit(tmp_path: Path) -> None:
     kept = {key: value for key, value in state.items() if "num_batches" not in key}
     torch.save(kept, tmp_path / "old.pth")
     backbone = Backbone(NORMED, weights=tmp_path / "old.pth")
-    assert backbone.partial is None
+    report: Any = backbone.fingerprint().checkpoint
+    assert not (report["missing"] or report["unexpected"] or report["mismatched"])
     assert "BatchNorm layers" in str(backbone.is_untrained)
 
 

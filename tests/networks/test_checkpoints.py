@@ -68,7 +68,8 @@ def test_any_prefix_and_any_dictionary_is_found(
         content = {name: content, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
     backbone = load(tmp_path / "w.pth", content)
     assert digest(backbone) == state_sha256(state())
-    assert backbone.partial is None
+    report: Any = backbone.fingerprint().checkpoint
+    assert not (report["missing"] or report["unexpected"] or report["mismatched"])
 
 
 def test_two_keys_that_become_one_are_refused(tmp_path: Path) -> None:
