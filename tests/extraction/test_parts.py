@@ -33,7 +33,7 @@ from featcache.errors import (
     TooManyFailures,
 )
 from featcache.extraction.extract import extract
-from featcache.images import folders
+from featcache.images import sources
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Runtime
@@ -146,7 +146,7 @@ def test_complete_parts_are_read_again_where_that_is_asked_or_a_fault_may_have_p
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, path, read = folder(tmp_path / "images", N), tmp_path / "f.h5", ImageSet.read
-    monkeypatch.setattr(folders, "stamp", lambda status: 1)
+    monkeypatch.setattr(sources, "stamp", lambda status: 1)
     picture = images / "ant" / "0000.bmp"
     Image.new("RGB", (8, 8), "red").save(picture)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from featcache.errors import ExtractionError, TooManyFailures
 from featcache.extraction.extract import extract
-from featcache.images import folders
+from featcache.images import sources
 from featcache.images.image_set import ImageSet
 from featcache.store.store import FeatureStore
 from tests.images.test_images import shard
@@ -142,7 +142,7 @@ def test_files_that_were_only_touched_cost_no_new_file(root: Path) -> None:
 
 
 def test_rehash_reads_what_nothing_tells_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "stamp", lambda status: 1)
+    monkeypatch.setattr(sources, "stamp", lambda status: 1)
     path = root / "ant" / "0000.bmp"
     Image.new("RGB", (8, 8), "red").save(path)
     run(root)
