@@ -60,9 +60,8 @@ def listed(images: str | tuple[str, ...], settings: dict[str, Any]) -> featcache
     listing = options.taken(settings, options.listing)
     labels = listing.pop("labels")
     context = click.get_current_context()
-    for name in options.OF_LABELS:
-        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if given and labels is None:
+    for name in options.OF_LABELS if labels is None else ():
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(
                 f"--{name.replace('_', '-')} is for a table of labels; name it with --labels."
             )

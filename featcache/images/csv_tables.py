@@ -42,13 +42,13 @@ def labelled(
     path, suffix : str
         The table, and what is added to an id to get its file.
     columns : dict of str to str
-        For each of the tables "ids", "labels", "groups", "splits" that is wanted, its column.
+        For each of "id", "label", "group" and "split" that is wanted, its column.
     excluded : callable
         Tells of an id whether its row is left out, too.
     """
     source, rows = source.excluding(excluded), _read(path, columns)
-    kept = [k for k, id in enumerate(rows["ids"]) if not excluded(os.path.normpath(id) + suffix)]
-    rows = {what: [texts[k] for k in kept] for what, texts in rows.items()}
+    kept = [k for k, id in enumerate(rows["id"]) if not excluded(os.path.normpath(id) + suffix)]
+    rows = {f"{role}s": [texts[k] for k in kept] for role, texts in rows.items()}
     listed = source.tables["ids"].tolist()
     places = _places(rows["ids"], suffix, listed, source, path)
     left_out = dict(source.left_out)
@@ -61,7 +61,7 @@ def labelled(
         ending = suffix if all(id.endswith(suffix) for id in rows["ids"]) else ""
         rows["ids"] = [id.removesuffix(ending) for id in rows["ids"]]
         source = replace(source, suffix=ending.encode(), whole_folder=False)
-    tables, order = sorted_tables(rows, f"{path}, column {columns['ids']!r}", _twice(rows))
+    tables, order = sorted_tables(rows, f"{path}, column {columns['id']!r}", _twice(rows))
     at = np.array(places, np.int64)[order]
     return replace(
         source,
@@ -211,8 +211,8 @@ def _columns(
     header = [name.strip() for name in next(lines, (0, []))[1]]
     while header and not header[-1]:
         header.pop()
-    numbers = {what: _number(name, header, path, what) for what, name in columns.items()}
-    values: dict[str, list[str]] = {what: [] for what in columns}
+    numbers = {role: _number(name, header, path, role) for role, name in columns.items()}
+    values: dict[str, list[str]] = {role: [] for role in columns}
     for number, line in lines:
         while len(line) > len(header) and not line[-1].strip():
             line.pop()
@@ -220,25 +220,24 @@ def _columns(
             raise ImageSetError(
                 f"{path}, line {number}: expected {len(header)} fields, got {len(line)}"
             )
-        for what, column in numbers.items():
+        for role, column in numbers.items():
             # An id is the name of a file, which may end in a blank.
-            field = line[column] if what == "ids" else line[column].strip()
+            field = line[column] if role == "id" else line[column].strip()
             if "\n" in field or "\r" in field:
                 raise ImageSetError(
-                    f"{path}, line {number}: the {what.removesuffix('s')} goes on in the next line "
+                    f"{path}, line {number}: the {role} goes on in the next line "
                     f"({field[:40]!r}). A quote is opened there that should not be"
                 )
-            values[what].append(field)
+            values[role].append(field)
     return values
 
 
-def _number(name: str, header: list[str], path: str, what: str) -> int:
+def _number(name: str, header: list[str], path: str, role: str) -> int:
     """Return the number of a column."""
     if header.count(name) == 1:
         return header.index(name)
     if name in header:
         raise ImageSetError(f"{path}: column {name!r} occurs {header.count(name)} times")
-    role = what.removesuffix("s")
     if any(os.path.splitext(field)[1].lower() in SUFFIXES for field in header):
         raise ImageSetError(
             f"{path}: no column {name!r} for the {role}: the first line is no header but holds "

@@ -324,16 +324,12 @@ class ImageSet:
         found, again = _listed(_names(images), os.fspath(relative_to), root, download)
         if labels_csv is None:
             return cls._labelled(found, again, exclude, label_pattern)
-        columns = {
-            "ids": id_column,
-            "labels": label_column,
-            "groups": group_column,
-            "splits": split_column,
-        }
+        columns = {"id": id_column, "label": label_column, "group": group_column}
+        columns["split"] = split_column
         globs, path = _several(exclude), os.fspath(labels_csv)
         again |= {"labels_csv": os.path.abspath(path), "suffix": suffix, "exclude": globs}
-        again |= {f"{table[:-1]}_column": column for table, column in columns.items()}
-        named = {table: column for table, column in columns.items() if column is not None}
+        again |= {f"{role}_column": column for role, column in columns.items()}
+        named = {role: column for role, column in columns.items() if column is not None}
         return cls(csv_tables.labelled(found, path, named, suffix, matcher(globs)), again)
 
     @classmethod
@@ -487,13 +483,8 @@ class ImageSet:
         ImageSetError
             If shapes, types or lengths do not fit, or an id occurs twice.
         """
-        return cls(
-            arrays.arrays(
-                images if isinstance(images, np.ndarray) else np.asarray(images),
-                labels,
-                None if ids is None else list(ids),
-            )
-        )
+        names = None if ids is None else list(ids)
+        return cls(arrays.arrays(np.asanyarray(images), labels, names))
 
     @classmethod
     def from_dataset(cls, dataset: Any) -> ImageSet:

@@ -233,9 +233,8 @@ def _read(data: bytes, truncated: Truncated = "refuse", max_pixels: int | None =
         _to_first_whole_page(image)
     elif image.format == "PPM" and image.tile:
         # Of grey images Pillow spreads the values over 16 bits, from the file's own largest one.
-        image.info["spread"] = isinstance(image.tile[0].args, tuple) and (
-            image.tile[0].args[-1] != 65535
-        )
+        largest = image.tile[0].args
+        image.info["spread"] = isinstance(largest, tuple) and largest[-1] != 65535
     try:
         image.load()
     except OSError as error:
