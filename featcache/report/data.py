@@ -96,6 +96,7 @@ def write_report(
         "version": __version__,
         "evaluation": _figures(evaluation),
         "leaderboard": None if leaderboard is None else leaderboard.to_dict(),
+        "remarks": [*leaderboard.caption[1:], *leaderboard.remarks] if leaderboard else [],
         "mistakes": _mistakes(evaluation, pictures),
         "suspects": _suspects(evaluation, findings, pictures),
         "duplicates": _duplicates(evaluation, store, pictures),

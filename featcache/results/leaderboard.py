@@ -207,7 +207,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
     def to_text(self) -> str:
         """Return the table, the best head, how it was chosen, and the features, for people."""
         header, *cells = self._cells()
-        return "\n".join([text_table(header, cells), "", *self._caption(), *self.remarks])
+        return "\n".join([text_table(header, cells), "", *self.caption, *self.remarks])
 
     @property
     def remarks(self) -> list[str]:
@@ -218,7 +218,9 @@ class Leaderboard(Sequence[LeaderboardRow]):
             for note in row.notes
         ]
 
-    def _caption(self) -> list[str]:
+    @property
+    def caption(self) -> list[str]:
+        """The best head and how it was chosen, its corrected accuracy, and the features."""
         best = self.rows[0]
         params = ", ".join(f"{name} {_short(value)}" for name, value in best.params.items())
         counts = f"{self.n_fit:,} images to train on, {self.folds}"
@@ -261,7 +263,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
 
     def _repr_html_(self) -> str:
         header, *cells = self._cells()
-        lines = map(html.escape, (*self._caption(), *self.remarks))
+        lines = map(html.escape, (*self.caption, *self.remarks))
         return html_table(header, cells) + "".join(f"<p>{line}</p>" for line in lines)
 
     def __str__(self) -> str:

@@ -78,6 +78,8 @@ def page(made: Case, tmp_path_factory: pytest.TempPathFactory) -> Page:
 def test_every_section_has_its_data(page: Page, made: Case) -> None:
     data = page.data["data"]
     assert data["leaderboard"] == json.loads(made.leaderboard.to_json())
+    below = made.leaderboard.to_text().split("\n\n")[1].split("\n")
+    assert below[0].startswith("best by cross-validation") and data["remarks"] == below[1:]
     assert "Tulips & <others>" in page.text
     assert data["evaluation"]["notes"] == ["30 images are left out"]
     assert any(line.startswith("featcache train") for line in data["commands"])

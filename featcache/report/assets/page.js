@@ -65,7 +65,8 @@ if (data.leaderboard) {
   const params = Object.entries(best.params).map(([name, value]) => `${name} ${value}`).join(", ");
   $("best").textContent = best.head;
   $("best").after(`${params && ` (${params})`}; ${say(board.n_fit)} images to train on, `
-    + `${board.folds}, ${say(board.n_test)} held out.`);
+    + `${board.folds}, ${say(board.n_test)} held out`
+    + `${board.n_unlabelled ? `, ${say(board.n_unlabelled)} without a label left out` : ""}.`);
   const ends = board.rows.flatMap((row) => [row.cv_accuracy, ...row.cv_accuracy_interval,
     row.accuracy, ...(row.accuracy_interval || [])]).filter((end) => end !== null);
   const low = Math.min(...ends), high = Math.max(...ends);
@@ -102,9 +103,7 @@ if (data.leaderboard) {
     add(line, "td", row.predict_us.toFixed(0));
     whiskers(add(line, "td"), row);
   }
-  const notes = [...board.notes, ...board.rows.flatMap((row) => row.notes.map((note) =>
-    note.startsWith(row.head) ? note : `${row.head}: ${note}`))];
-  for (const note of notes) add($("heads-notes"), "p", note, {class: "quiet"});
+  for (const note of data.remarks) add($("heads-notes"), "p", note, {class: "quiet"});
 }
 
 // --- classes ---
