@@ -15,6 +15,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from featcache.errors import TrainingError
 from featcache.heads.rows import FeatureBlocks
 from featcache.heads.steps import Log, Step, chained
+from featcache.system.defaults import library_defaults
 
 ClassWeight: TypeAlias = str | dict[Any, float] | None
 
@@ -39,6 +40,7 @@ class FittedHead:
     steps: Sequence[Step]
     classes: np.ndarray
 
+    @library_defaults()
     def logits(self, X: np.ndarray) -> np.ndarray:
         """Return scores (n, k), float32, of features (n, d) or (n, views, d), views averaged."""
         views, k = X.shape[1] if X.ndim == 3 else 1, len(self.classes)
@@ -152,6 +154,7 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the steps for rows (n, d), their classes' numbers (n,) and weights (n,)."""
         raise NotImplementedError
 
+    @library_defaults()
     def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> Self:
         """Fit to features (n, d) and labels (n,).
 
@@ -182,6 +185,7 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.steps_ = self._fit(X, codes, weight)
         return self
 
+    @library_defaults()
     def _scores(self, X: np.ndarray, stop: int | None = None) -> np.ndarray:
         """Return what comes out of the first `stop` steps, of shape (n, k)."""
         check_is_fitted(self)

@@ -31,6 +31,7 @@ from featcache.heads.calibration import (
 )
 from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
 from featcache.heads.steps import Step
+from featcache.system.defaults import library_defaults
 
 Params: TypeAlias = Mapping[str, Any]
 Scoring: TypeAlias = str | Callable[..., float]
@@ -333,6 +334,7 @@ class HeadKind:
         return search(cls(SearchOptions(**options)), rows)
 
 
+@library_defaults()
 def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
     """Explore a head's settings, choose the best, and fit it on all rows.
 

@@ -303,7 +303,11 @@ class Gaussian(Step):
 
 def squared_distances(A: Array, B: Array) -> Array:
     """Return squared Euclidean distances of all rows: (n, d) and (m, d) to (n, m)."""
-    a, b = np.einsum("ij,ij->i", A, A), np.einsum("ij,ij->i", B, B)
+    centre, b = B.mean(axis=0), np.einsum("ij,ij->i", B, B)
+    if 2 * centre @ centre > b.mean():  # lengths that are mostly an offset leave no digits
+        A, B = A - centre, B - centre
+        b = np.einsum("ij,ij->i", B, B)
+    a = np.einsum("ij,ij->i", A, A)
     D: Array = A @ B.T
     D *= -2
     D += a[:, None]

@@ -25,6 +25,7 @@ from torch.export import Dim, ExportedProgram
 from featcache.errors import MissingExtra, PredictorError
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.predictor.grafting import canary_logits, check_same
+from featcache.system.defaults import library_defaults
 from featcache.system.files import atomic_write, check_overwrite
 from featcache.version import __version__
 
@@ -37,6 +38,7 @@ METADATA = "featcache.json"
 _KEY = "featcache"
 
 
+@library_defaults()
 def export_model(predictor: Predictor, path: str | Path) -> None:
     """Write the whole network of a predictor to one file.
 

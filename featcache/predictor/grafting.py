@@ -21,6 +21,7 @@ from featcache.heads.calibration import Calibration
 from featcache.heads.steps import Matrix, Scale
 from featcache.networks.taps import ResolvedTap, StopForward, Tapped
 from featcache.predictor import inputs
+from featcache.system.defaults import library_defaults
 
 if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone
@@ -97,6 +98,7 @@ class _ToTheEnd(Tapped):
             self._captured[name] = self._captured[name].clone()
 
 
+@library_defaults()
 def graft(
     networks: Sequence[Backbone],
     columns: Sequence[InputTap],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn import config_context
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
@@ -177,6 +180,37 @@ def test_trainings_in_threads_leave_torch_its_threads(small: Any) -> None:
             assert pool.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def unusual_settings() -> Iterator[None]:
+    with (
+        np.errstate(all="raise"),
+        config_context(transform_output="pandas", enable_metadata_routing=True),
+        torch.device("meta"),
+    ):
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_settings_of_the_program_around_change_nothing(
+    small: Any, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.heads.mlp._CHECKPOINTS", (2,))
+    X, y, parts = small
+    plain = HEADS[head].search(X, y, parts)
+    with unusual_settings():
+        found = HEADS[head].search(X, y, parts)
+        scores = found.estimator.logits(X)
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.get_default_device().type == "meta"
+    assert found.params == plain.params
+    np.testing.assert_array_equal(found.logits, plain.logits)
+    np.testing.assert_array_equal(scores, plain.estimator.logits(X))
 
 
 def test_another_seed_searches_other_networks(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,12 @@ def test_it_decides_as_svc(classes, class_weight):
     np.testing.assert_array_equal(ours.support_, theirs.support_)
 
 
+def test_an_offset_cancels_nothing():
+    X, y = rings(300)
+    X += np.float32(1e3)
+    assert GaussianSVM(5.0).fit(X, y).score(X, y) >= SVC(C=5.0).fit(X.astype(float), y).score(X, y)
+
+
 def test_gamma_is_in_units_of_scikit_learns_scale():
     X, y = rings()
     ours, theirs = GaussianSVM(gamma=1.0).fit(X, y), SVC(gamma="scale").fit(X, y)
