@@ -280,7 +280,11 @@ training = stacked(
         "free.",
     ),
     click.option(
-        "--n-jobs", type=int, default=1, help="Number of fits at a time; -1 is one per core."
+        "--n-jobs",
+        type=int,
+        default=1,
+        help="Number of fits of rbf-svm and boosting, and of trees of forest, at a time; -1 is one "
+        "per core. The other heads use all cores for each fit.",
     ),
     click.option(
         "--random-state",

@@ -108,7 +108,9 @@ class SearchOptions:
     random_state : int
         Seed: the same search gives the same result.
     n_jobs : int
-        Fits at a time (-1: one a core).
+        Fits at a time of ``rbf-svm`` and ``boosting``, trees at a time of ``forest`` (-1: one a
+        core). Each fit of the others uses all cores that torch and the BLAS are given: more at a
+        time would wait for each other.
     memory : int, optional
         Bytes of working memory to stay under; left out, 1 GiB where that matters.
     progress : callable, optional

@@ -146,7 +146,8 @@ def train(
     memory : int, optional
         Bytes to stay under. None: what the machine has available.
     n_jobs : int
-        Fits at a time; -1: one a core.
+        Fits at a time of ``rbf-svm`` and ``boosting``, trees at a time of ``forest``; -1: one a
+        core. The other heads use all cores for each fit.
     random_state : int
         Seed: the same call gives the same predictor.
     suffix : SuffixSettings, optional
