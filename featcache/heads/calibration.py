@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from scipy.optimize import minimize
@@ -13,6 +14,8 @@ from scipy.special import log_softmax, softmax
 _CELLS = 1 << 20
 _COMPARED_CELLS = 1 << 17
 _PARTS = 5  # where the folds make none
+
+Weights: TypeAlias = np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def fit_calibration(
     logits: np.ndarray,
     y: np.ndarray,
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
-    sample_weight: np.ndarray | None = None,
+    sample_weight: Weights = None,
 ) -> Calibration:
     """Fit a temperature, with a bias for each class where that is better on other rows.
 
@@ -72,7 +75,6 @@ def fit_calibration(
     sample_weight : ndarray of shape (n,), optional
         Weights of the rows.
     """
-    weight = np.ones(len(y)) if sample_weight is None else sample_weight
     part = np.arange(len(y)) % _PARTS
     for number, (_, valid) in enumerate(folds if len(folds) > 1 else ()):
         part[valid] = number
@@ -80,27 +82,24 @@ def fit_calibration(
     for number in np.unique(part[some]):
         others, own = some[part[some] != number], some[part[some] == number]
         plain, biased = (
-            _fit(logits[others], y[others], weight[others], bias).losses(logits[own], y[own])
+            _fit(logits, y, sample_weight, others, bias).losses(logits[own], y[own])
             for bias in (False, True)
         )
-        gains.append(weight[own] * (plain - biased))
+        gains.append((plain - biased) * (1 if sample_weight is None else sample_weight[own]))
     gain = np.concatenate(gains) if gains else np.zeros(1)
-    some = _known(logits, _CELLS)
     better = bool(gain.sum() > gain.std() * np.sqrt(len(gain)))
-    return _fit(logits[some], y[some], weight[some], better)
+    return _fit(logits, y, sample_weight, _known(logits, _CELLS), better)
 
 
-def fit_temperature(
-    logits: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
-) -> float:
+def fit_temperature(logits: np.ndarray, y: np.ndarray, sample_weight: Weights = None) -> float:
     """Return the temperature alone that minimises the log loss; see `fit_calibration`."""
-    some = _known(logits, _CELLS)
-    weight = np.ones(len(y)) if sample_weight is None else sample_weight
-    return _fit(logits[some], y[some], weight[some], False).temperature
+    return _fit(logits, y, sample_weight, _known(logits, _CELLS)).temperature
 
 
-def _fit(logits: np.ndarray, y: np.ndarray, weight: np.ndarray, biased: bool) -> Calibration:
-    """Minimise the log loss on all rows.
+def _fit(
+    logits: np.ndarray, y: np.ndarray, weight: Weights, rows: np.ndarray, biased: bool = False
+) -> Calibration:
+    """Minimise the log loss on some rows.
 
     As in Platt's method, one part in n + 2 of each target goes to the other classes: scores
     without a single mistake would otherwise call for a temperature of zero.
@@ -108,14 +107,16 @@ def _fit(logits: np.ndarray, y: np.ndarray, weight: np.ndarray, biased: bool) ->
     The search is bounded in units of the scores' own spread: a strong penalty makes scores of any
     smallness, and they are as good as larger ones. Scores that are all the same get 1.
     """
-    values, (n, k) = logits.astype(np.float64), logits.shape
+    values = logits[rows].astype(np.float64)
+    n, k = values.shape
     spread = float(values.std(axis=1).mean()) if n else 0.0
     if not spread > 0:
         return Calibration(1.0, (0.0,) * k)
     values /= spread
     target = np.full((n, k), 1 / ((n + 2) * (k - 1)))
-    target[np.arange(n), y] = (n + 1) / (n + 2)
-    share = weight / weight.sum()
+    target[np.arange(n), y[rows]] = (n + 1) / (n + 2)
+    share = np.ones(n) if weight is None else weight[rows]
+    share = share / share.sum()
 
     def loss(free: np.ndarray) -> tuple[float, np.ndarray]:
         logs = log_softmax(values * free[0] + free[1:], axis=1)
@@ -137,11 +138,9 @@ def _known(logits: np.ndarray, cells: int) -> np.ndarray:
     return known[:: max(1, len(known) * logits.shape[1] // cells)]
 
 
-def calibrated_loss(
-    logits: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None
-) -> float:
+def calibrated_loss(logits: np.ndarray, y: np.ndarray, sample_weight: Weights = None) -> float:
     """Return the log loss of scores at the temperature that fits them; see `fit_temperature`."""
-    known, some = _known(logits, logits.size), _known(logits, _COMPARED_CELLS)
-    weight = np.ones(len(y)) if sample_weight is None else sample_weight
-    made = _fit(logits[some], y[some], weight[some], False)
-    return float(np.average(made.losses(logits[known], y[known]), weights=weight[known]))
+    made = _fit(logits, y, sample_weight, _known(logits, _COMPARED_CELLS))
+    known = _known(logits, logits.size)
+    weight = None if sample_weight is None else sample_weight[known]
+    return float(np.average(made.losses(logits[known], y[known]), weights=weight))

@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -241,11 +240,11 @@ class Search:
     def tried(self, params: Params, logits: np.ndarray, *, rough: bool = False) -> Trial:
         """Score and keep the out-of-fold logits (images, k) of one setting; NaN if not judged."""
         rows, now = self.rows, time.perf_counter()
-        score, each = self._scorer(logits)
         values = rows.spread(logits)
-        predicted = np.where(np.isnan(values).any(axis=1), -1, values.argmax(axis=1))
-        predicted = predicted.astype(np.int32)
-        trial = Trial(params, score, each, now - self._since, predicted, values, rough)
+        predicted = values.argmax(axis=1).astype(np.int32)
+        predicted[np.isnan(values).any(axis=1)] = -1
+        seconds = now - self._since
+        trial = Trial(params, *self._scorer(logits), seconds, predicted, values, rough)
         self._since = now
         self.trials.append(trial)
         kept = [one.logits.nbytes for one in self.trials if one.logits is not None]
@@ -419,44 +418,27 @@ def refitted(head: HeadKind, params: Params, search: Search) -> np.ndarray:
     return gather(rows, per_fold)
 
 
+@dataclass(eq=False, repr=False)
 class _Scored(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Predictions that are known already, in the shape that scikit-learn's scorers want.
 
     "X" is an array of row numbers.
     """
 
-    def __init__(
-        self,
-        logits: np.ndarray,
-        classes: np.ndarray,
-        codes: np.ndarray,
-        proba: np.ndarray | None = None,
-    ) -> None:
-        self.logits = logits
-        self.classes = classes
-        self.codes = codes
-        self.proba = proba
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
-
-    @property
-    def classes_(self) -> np.ndarray:
-        return self.classes
+    logits: np.ndarray
+    classes_: np.ndarray
+    codes: np.ndarray
+    proba: np.ndarray | None = None
 
     def predict(self, X: np.ndarray) -> np.ndarray:
-        chosen: np.ndarray = self.classes[self.logits[X].argmax(axis=1)]
-        return chosen
+        return np.asarray(self.classes_[self.logits[X].argmax(axis=1)])
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        proba: np.ndarray = self._proba[X]
-        return proba
-
-    @cached_property
-    def _proba(self) -> np.ndarray:
-        if self.proba is not None:
-            return self.proba
-        return np.asarray(softmax(self.logits / fit_temperature(self.logits, self.codes), axis=1))
+        if self.proba is None:
+            temperature = fit_temperature(self.logits, self.codes)
+            self.proba = np.asarray(softmax(self.logits / temperature, axis=1))
+        chosen: np.ndarray = self.proba[X]
+        return chosen
 
 
 def check_scoring(scoring: Scoring) -> Callable[..., float]:
@@ -566,24 +548,23 @@ class FoldScorer:
         """Refuse what cannot score even right predictions of the classes that folds validate."""
         from sklearn.exceptions import UndefinedMetricWarning
 
-        k, why = len(self.classes), ""
         codes = np.repeat(present, 2)  # every class twice
-        known = _Scored(np.eye(k, dtype=np.float32)[codes], self.classes, codes)
+        right = np.eye(len(self.classes), dtype=np.float32)[codes]
+        known = _Scored(right, self.classes, codes)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", UndefinedMetricWarning)
                 if not any(self.counted):
-                    why = "no fold has validation images of every class"
-                elif not np.isfinite(self._one(known, np.arange(len(codes)))):
-                    why = "it is not a number"
+                    raise ValueError("no fold has validation images of every class")
+                if not np.isfinite(self._one(known, np.arange(len(codes)))):
+                    raise ValueError("it is not a number")
         except (ValueError, TypeError, UndefinedMetricWarning) as error:
             why = str(error).partition("\n")[0].rstrip(".")
-        if why:
             raise TrainingError(
-                f"scoring {self.scoring!r} cannot score {k} classes such as "
+                f"scoring {self.scoring!r} cannot score {len(self.classes)} classes such as "
                 f"{str(self.classes[0])!r}: {why}. Try balanced_accuracy, f1_macro or neg_log_loss"
-            )
+            ) from error
 
     def _one(self, known: _Scored, rows: np.ndarray) -> float:
         if self.scoring == "accuracy":  # the usual one, without sorting a million labels
