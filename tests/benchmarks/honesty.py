@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from machine import machine
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine, make_classification
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
@@ -26,7 +27,12 @@ from sklearn.preprocessing import StandardScaler
 from synthetic import FINGERPRINT, TAP
 
 from featcache import FeatureStore, train
+from featcache.heads.base import FittedHead
+from featcache.heads.calibration import Calibration, fit_temperature
+from featcache.heads.rows import TrainingRows
+from featcache.heads.search import SearchOptions, search
 from featcache.heads.table import HEADS as HEAD_KINDS
+from featcache.results.evaluation import Evaluation
 from featcache.results.intervals import Score, rate_scores
 from featcache.store.splitting import folds
 from featcache.store.writer import FeatureWriter
@@ -190,8 +196,77 @@ def tables(seeds: int) -> None:
             print(f"  {name:7} {head:9}" + "".join(f"{one:8.3f}" for one in means), flush=True)
 
 
-SECTIONS = {"choice": choice, "images": images, "groups": groups, "tables": tables}
-SEEDS = {"choice": 200, "images": 300, "groups": 1000, "tables": 2}
+def balanced(seeds: int) -> None:
+    """A class of 8.4 %, balanced weights: probabilities of other rows, beside scikit-learn's."""
+    print("\nbalanced weights: mean probability of the rare class, log loss, calibration by class")
+    for seed in range(seeds):
+        X, y = make_classification(
+            4000,
+            20,
+            n_informative=5,
+            weights=[0.926],
+            class_sep=0.6,
+            flip_y=0.02,
+            random_state=seed,
+        )
+        A, B, a, b = train_test_split(X.astype(np.float32), y, test_size=0.5, random_state=0)
+        found = HEAD_KINDS["linear"].search(
+            A, a, folds(a.astype(str), cv=5), class_weight="balanced"
+        )
+        logits = found.estimator.logits(B)
+        one = Calibration(fit_temperature(found.logits, a), (0.0, 0.0))
+        model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+        rival = CalibratedClassifierCV(model, method="sigmoid", cv=5).fit(A, a)
+        print(f"  seed {seed}: {b.mean():.3f} are of the rare class")
+        for name, proba in (
+            ("one temperature", one.proba(logits)),
+            ("as trained", found.calibration.proba(logits)),
+            ("scikit-learn's sigmoid", rival.predict_proba(B)),
+        ):
+            got = Evaluation(np.arange(len(b)), b, proba, ("no", "yes"))
+            print(
+                f"    {name:24} {proba[:, 1].mean():.3f}  {got.log_loss:.3f}  "
+                f"{got.classwise_ece:.3f}"
+            )
+
+
+def styles(seeds: int) -> None:
+    """An RBF SVM on images of another style: the widest kernel within one standard error."""
+    print("\nten classes in another style: width chosen, CV accuracy and accuracy there; by score")
+    print("alone; logistic regression")
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        centres = 0.75 * (rng.normal(size=(10, 1, 10)) + rng.normal(size=(10, 2, 10)))
+        W, style = rng.normal(size=(10, 48)) / 10**0.5, rng.normal(size=48)
+        parts = []
+        for n, shift in ((400, 0.0), (2000, 1.0)):
+            y = np.arange(n) % 10
+            hidden = centres[y, rng.integers(0, 2, n)] + 0.8 * rng.normal(size=(n, 10))
+            noise = (0.3 + 0.5 * shift) * rng.normal(size=(n, 48))
+            parts.append(((hidden @ W + noise + shift * style).astype(np.float32), y))
+        (A, a), (B, b) = parts
+        kind = HEAD_KINDS["rbf-svm"](SearchOptions(), treatments=("standard",))
+        rows = TrainingRows.check(A, a, folds(a.astype(str), cv=5))
+        found = search(kind, rows)
+        best = max(found.trials, key=lambda one: one.score)
+        rival = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        said = [
+            f"{one.params['gamma']:4} {one.score:.3f} {(right == b).mean():.3f}"
+            for one in (found.best, best)
+            for right in (FittedHead(kind.fit(rows, one.params), rows.classes).logits(B).argmax(1),)
+        ]
+        print(f"  seed {seed}: {'   '.join(said)}   {rival.fit(A, a).score(B, b):.3f}")
+
+
+SECTIONS = {
+    "choice": choice,
+    "images": images,
+    "groups": groups,
+    "tables": tables,
+    "balanced": balanced,
+    "styles": styles,
+}
+SEEDS = {"choice": 200, "images": 300, "groups": 1000, "tables": 2, "balanced": 4, "styles": 8}
 
 
 def main() -> None:
