@@ -348,12 +348,8 @@ def _worker_pool(decoder: Decoder, workers: int) -> Iterator[ProcessPoolExecutor
     fork = sys.platform.startswith("linux") and not daemon
     stop = torch.zeros((), dtype=torch.bool)  # without a lock, which a killed worker could hold
     stop.share_memory_()  # type: ignore[no-untyped-call]
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=get_context("fork" if fork else "spawn"),
-        initializer=_start_worker,
-        initargs=(decoder, stop, os.getpid()),
-    )
+    context = get_context("fork" if fork else "spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (decoder, stop, os.getpid()))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)

@@ -108,11 +108,9 @@ def compute(
     clock, views, workers = clock or new_clock(), options.views, options.workers
     preprocessing = runtime.backbone.preprocessing
     decoder = Decoder(images, preprocessing, options.augmentation, options.max_pixels)
-    loader = Loader(
-        decoder,
-        workers=_default_workers(runtime, crashed=crashed) if workers is None else workers,
-        suspects=(MAX_QUEUED + 3) * crashed,
-    )
+    if workers is None:
+        workers = _default_workers(runtime, crashed=crashed)
+    loader = Loader(decoder, workers=workers, suspects=(MAX_QUEUED + 3) * crashed)
     group = max(1, runtime.settings.batch_size // views)
     size = _task_size(group, views, threads=loader.workers == 0)
     fixed = places if runtime.settings.fixed_slots else None

@@ -79,11 +79,11 @@ class Summary:
         """Record the times of a loop that took so many seconds, and its settings."""
         self.seconds |= {"loop": seconds, **clock}
         spent = {
-            "decode": clock["waiting_for_images"],
-            "forward": clock["forward"],
-            "write": clock["waiting_for_writer"],
+            "decode": "waiting_for_images",
+            "forward": "forward",
+            "write": "waiting_for_writer",
         }
-        self.bottleneck = max(spent, key=lambda part: spent[part])
+        self.bottleneck = max(spent, key=lambda part: clock[spent[part]])
         self.settings = settings
 
     def to_dict(self) -> dict[str, Any]:

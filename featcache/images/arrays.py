@@ -138,15 +138,11 @@ def datasets(parts: Mapping[str, Any], source: str) -> Datasets:
         ids += [f"{split}/{name}" if split else name for name in numbered(n)]
         labels += _labels(dataset, range(n), source)
         splits += [split] * n
-        places += [np.stack([np.full(n, number), np.arange(n)], axis=1)]  # (n, 2)
+        places += [(number, item) for item in range(n)]
     values = {"ids": ids, "labels": labels} | ({} if "" in parts else {"splits": splits})
     tables, order = sorted_tables(values, source)
-    return Datasets(
-        tables=tables,
-        name=source,
-        places=np.concatenate(places)[order],
-        datasets=tuple(parts.values()),
-    )
+    at = np.array(places, np.int64)[order]  # (n, 2)
+    return Datasets(tables=tables, name=source, places=at, datasets=tuple(parts.values()))
 
 
 def torchvision_set(name: str, root: str | os.PathLike[str] | None, download: bool) -> Datasets:
