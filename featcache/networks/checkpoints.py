@@ -12,6 +12,7 @@ import functools
 import hashlib
 import pickle
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
@@ -136,7 +137,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    with torch.serialization.safe_globals(_HARMLESS):
+    with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*TorchScript archive")  # refused below
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -144,12 +146,16 @@ def _read_torch(path: Path) -> Any:
                 f"{path} is damaged, or holds Python objects besides weights{_others(path)}, and "
                 "such objects can run any code when they are loaded. If you trust the file, write "
                 "its weights anew: torch.save(network.state_dict(), FILE), or save them as "
-                f".safetensors. PyTorch says: {str(error).strip().splitlines()[0]}"
+                ".safetensors."
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            raise WeightsError(
-                f"{path} is damaged or no PyTorch checkpoint: {error or type(error).__name__}"
-            ) from error
+            if "TorchScript" in str(error):
+                raise WeightsError(
+                    f"{path} is TorchScript, which is code beside weights. Where it was made, type "
+                    "torch.save(network.state_dict(), FILE), and give that file."
+                ) from error
+            why = f": {error}" if isinstance(error, RuntimeError | OSError) else "."
+            raise WeightsError(f"{path} is damaged or no PyTorch checkpoint{why}") from error
 
 
 def _others(path: Path) -> str:
@@ -247,7 +253,7 @@ def _place(state: Iterable[str], wanted: Any, key: str | None) -> tuple[str, str
         place: "/".join(filter(None, (place[0], place[1].rstrip(".")))) or "." for place in fits
     }
     if key is not None:
-        begins = re.compile(rf"{re.escape(key)}($|[./])")
+        begins = re.compile(rf"(.*/)?{re.escape(key)}($|[./])")
         asked = {place: name for place, name in names.items() if begins.match(name)}
         if not asked:
             fitting = f"Those that fit: {first_names(sorted(names.values()))}" if names else ""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from featcache.extraction.extract import extract
 from featcache.fingerprint import state_sha256
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
+from featcache.networks.checkpoints import read_checkpoint
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.store.store import FeatureStore
 from tests.cli.test_cli import fail, succeed
@@ -96,6 +98,7 @@ def test_of_several_sets_of_weights_one_must_be_named(tmp_path: Path) -> None:
     for content, names, key in (
         (dino, r"student/module\.backbone, teacher/backbone", "teacher"),
         (moco, r"module\.encoder_k, state_dict/module\.encoder_q", "state_dict/module.encoder_k"),
+        (moco, r"module\.encoder_k, state_dict/module\.encoder_q", "module.encoder_k"),
     ):
         with pytest.raises(WeightsError, match=rf"{names}\. Choose one with --weights-key"):
             _ = load(tmp_path / "w.pth", content).module
@@ -128,8 +131,24 @@ def test_what_training_scripts_keep_beside_the_weights_is_read(tmp_path: Path) -
 
 def test_other_objects_are_named(tmp_path: Path) -> None:
     content = {"model": state(), "where": Path("runs")}
-    with pytest.raises(WeightsError, match=r"besides weights \(pathlib.*Path\)"):
+    with pytest.raises(WeightsError, match=r"besides weights \(pathlib.*Path\)") as caught:
         _ = load(tmp_path / "w.pth", content).module
+    assert "\x1b" not in str(caught.value) and str(caught.value).endswith("as .safetensors.")
+
+
+def test_files_that_are_no_checkpoint_say_what_they_are(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch finds its own format outdated
+        torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pth")
+    (tmp_path / "junk.pth").write_bytes(b"jklmnop hello there")
+    (tmp_path / "empty.pth").touch()
+    for name, said in (
+        ("script", r"is TorchScript.*torch\.save\(network\.state_dict\(\), FILE\)"),
+        ("junk", r"junk\.pth is damaged or no PyTorch checkpoint\.$"),
+        ("empty", r"empty\.pth is damaged or no PyTorch checkpoint\.$"),
+    ):
+        with pytest.raises(WeightsError, match=said):
+            read_checkpoint(tmp_path / f"{name}.pth")
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
