@@ -18,6 +18,8 @@ from featcache.system.files import STDOUT
 
 def _opened(path: Path) -> featcache.FeatureStore | featcache.Predictor:
     """Open a feature file, or a predictor."""
+    if path.suffix == ".featcache":
+        return featcache.Predictor.load(path)
     try:
         return featcache.FeatureStore.open(path)
     except CorruptStore:

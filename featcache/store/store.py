@@ -802,6 +802,8 @@ def _open_finished(path: str) -> StoreFile:
     try:
         file = StoreFile(path)
     except MissingStore as error:
+        if path != final and Path(final).exists():
+            raise MissingStore(f"There is no {path}: {final} is there, and finished.") from error
         if not (partial.exists() or Path(f"{partial}.plan").exists()):
             raise MissingStore(
                 f"There is no feature file {final}. Make it with: featcache extract IMAGES -o "

@@ -209,6 +209,17 @@ def test_a_feature_file_and_a_predictor_are_told_apart(store: Path, predictor: P
     assert f"{predictor} is not a feature file" in message and "move it away" not in message
 
 
+def test_a_file_without_features_stops_no_other_command(
+    flower_folder: Path, tmp_path: Path
+) -> None:
+    broken, path = tmp_path / "broken.jpg", tmp_path / "s.h5"
+    broken.write_bytes(b"")
+    fail("extract", broken, "-o", path, *NETWORK, *FAST)
+    succeed("extract", flower_folder, "-o", path, *NETWORK, *FAST, "--image-size", "40")
+    message = fail("info", f"{path}.partial")
+    assert f"There is no {path}.partial: {path} is there, and finished." in message
+
+
 def test_info_of_a_partial_file_names_the_command_that_goes_on(
     flower_folder: Path, tmp_path: Path
 ) -> None:
@@ -223,6 +234,7 @@ def test_info_of_a_partial_file_names_the_command_that_goes_on(
             assert f"{path} is not finished: 36 of 38 images are done in {path}.partial" in message
             assert "run the same command again: featcache extract" in message
     assert "featcache extract IMAGES -o x.h5\n" in fail("info", "x.h5.partial")
+    assert "featcache train STORE.h5 -o x.featcache" in fail("info", "x.featcache")
     Path(f"{path}.partial").unlink()
     Path(f"{path}.partial.plan").touch()
     for name in (path, f"{path}.partial"):
