@@ -15,6 +15,7 @@ import click
 
 from featcache.errors import FeatcacheError, Interrupted
 from featcache.system.console import signals_as_ctrl_c
+from featcache.system.tables import printable
 
 
 class Message(click.ClickException):
@@ -28,7 +29,7 @@ class Message(click.ClickException):
     def show(self, file: Any = None) -> None:
         """Print ``Kind: message`` on standard error."""
         kind = click.style(f"{self.kind}:", fg="red", bold=True)
-        click.echo(f"{kind} {self.format_message()}", err=True, color=_colour(sys.stderr))
+        click.echo(f"{kind} {_safe(self.format_message())}", err=True, color=_colour(sys.stderr))
 
 
 class Command(click.Command):
@@ -70,7 +71,12 @@ class Commands(Command, click.Group):
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     title = click.style("Warning:", fg="yellow", bold=True)
-    click.echo(f"{title} {message}", err=True, color=_colour(sys.stderr))
+    click.echo(f"{title} {_safe(str(message))}", err=True, color=_colour(sys.stderr))
+
+
+def _safe(text: str) -> str:
+    """Return a text of several lines without what else would steer a terminal."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _colour(stream: Any) -> bool:

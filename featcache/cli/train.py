@@ -50,11 +50,13 @@ def train(
         name = next(iter(given), "backbone" if backbone else "weights")
         name = {"first": "from"}.get(name, name).replace("_", "-")
         raise click.UsageError(f"--{name} is for --head suffix.")
-    network = (
-        None
-        if backbone is None
-        else featcache.Backbone(backbone, weights=weights or "auto", weights_key=weights_key)
-    )
+    network = None
+    if backbone is not None:
+        network = featcache.Backbone(backbone, weights=weights or "auto", weights_key=weights_key)
+    elif weights is not None:  # of the network that the features are of
+        from featcache.networks.identity import rebuild
+
+        network = rebuild(featcache.FeatureStore.open(stores[0]).fingerprints[0], weights=weights)
     result = featcache.train_files(
         list(stores),
         output,

@@ -112,16 +112,31 @@ def image_sets(images: Any) -> list[tuple[str, ImageSet]]:
     if len(paths) == 1:
         return [("", ImageSet.open(paths[0]))]
     matched = [one for path in paths for name in expanded(path) for one in matches(name) or [name]]
-    names = {os.path.normpath(name): name for name in matched}  # each once
-    found = []
-    for is_file, run in itertools.groupby(names, lambda name: _is_image(names[name])):
+    found: list[tuple[str, ImageSet]] = []
+    opened: set[str] = set()
+    for is_file, run in itertools.groupby(matched, _is_image):
+        names = [os.path.normpath(name) for name in run]
         if is_file:
-            found.append(("", _in_order(ImageSet.from_files(files := list(run)), files)))
+            found += [("", _in_order(ImageSet.from_files(one), one)) for one in _each_once(names)]
             continue
-        for name in run:  # ids in a tar begin with the name of the tar
+        for name in names:
+            if name in opened:
+                continue  # a folder that is named twice; images come as often as they are given
+            opened.add(name)
+            # Ids in a tar begin with the name of the tar.
             place = Path(name).parent if name.lower().endswith(SHARDS) else name
-            found.append((str(place), ImageSet.open(names[name])))
+            found.append((str(place), ImageSet.open(name)))
     return found
+
+
+def _each_once(names: Sequence[str]) -> list[list[str]]:
+    """Cut a list wherever a name comes again: an image set has each image once."""
+    runs: list[dict[str, None]] = [{}]
+    for name in names:
+        if name in runs[-1]:
+            runs.append({})
+        runs[-1][name] = None
+    return [list(run) for run in runs]
 
 
 def _picture(item: Any) -> Image:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from featcache.system.files import atomic_write, check_overwrite
+from featcache.system.tables import printable
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def _write_csv(predictions: Iterable[Prediction], file: IO[str], top_k: int) -> 
         for label, probability in one.top[:top_k]:
             cells += [label, f"{probability:.6f}"]
         cells += [""] * (2 * top_k - len(cells))
-        writer.writerow([one.id, *cells, one.error])
+        row = [one.id, *cells, one.error]
+        writer.writerow(map(printable, row) if file.isatty() else row)
         count += 1
     return count
 

@@ -135,8 +135,11 @@ class Predictor:
         Raises
         ------
         PredictorError
-            Another number of features.
+            Another number of features, or a row with a number that is not finite.
         """
+        X = np.asarray(X)
+        if X.dtype.kind not in "fiub":
+            raise PredictorError(f"Expected features, an array of numbers, got {X.dtype}.")
         if X.ndim not in (2, 3) or X.shape[-1] != self.n_features:
             raise PredictorError(
                 f"Expected features (n, {self.n_features}) or (n, views, {self.n_features}), got "
@@ -144,8 +147,15 @@ class Predictor:
             )
         if not len(X):
             return np.zeros((0, len(self.classes)), np.float32)
+        X = np.ascontiguousarray(X, dtype=np.float32)
+        finite = np.isfinite(X).all(axis=tuple(range(1, X.ndim)))
+        if not finite.all():
+            raise PredictorError(
+                f"{np.count_nonzero(~finite):,} rows hold numbers that are not finite, as float32 "
+                f"(first: row {finite.argmin()})."
+            )
         self._bind()
-        return self.estimator.logits(np.ascontiguousarray(X, dtype=np.float32))
+        return self.estimator.logits(X)
 
     def predict_proba(self, X: npt.NDArray[Any]) -> Floats:
         """Return calibrated probabilities (n, k) for features; each row adds up to 1.

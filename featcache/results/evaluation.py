@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from featcache.errors import TrainingError
 from featcache.results.intervals import FEWEST_GROUPS, Score, rate_scores
-from featcache.system.tables import SHOWN, html_table, text_table
+from featcache.system.tables import SHOWN, html_table, printable, text_table
 
 Floats = npt.NDArray[np.float64]
 
@@ -423,7 +423,7 @@ class Evaluation:
             "",
             f"most confident of {len(self.mistakes):,} mistakes:",
             *(
-                f"  {m.id}: {m.label}, predicted {m.predicted} ({m.probability:.3f})"
+                printable(f"  {m.id}: {m.label}, predicted {m.predicted} ({m.probability:.3f})")
                 for m in self.mistakes[:5]
             ),
         ]

@@ -70,7 +70,7 @@ def embed(
     X = _matrix(features, layers)
     if len(X) < 3:
         raise TrainingError(f"A map needs at least 3 images, {len(X)} came.")
-    if not np.ptp(X, axis=0).any():  # one point, on which t-SNE and UMAP divide by zero
+    if not (np.ptp(X, axis=0) ** 2).any():  # one point, on which t-SNE and UMAP divide by zero
         return np.zeros((len(X), 2), dtype=np.float32)
     components = min(2 if method == "pca" else _FIRST, *X.shape)
     placed = PCA(components, svd_solver="randomized", random_state=random_state).fit_transform(X)

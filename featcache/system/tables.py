@@ -23,6 +23,7 @@ def text_table(
     right : collection of int
         Numbers of the columns that are aligned on the right, as numbers are.
     """
+    header, rows = [*map(printable, header)], [[*map(printable, row)] for row in rows]
     lines = []
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
@@ -46,7 +47,12 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def printable(text: str) -> str:
+    """Return a text with line breaks and what else would steer a terminal as Python escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def first_names(names: Sequence[str], most: int = SHOWN) -> str:
     """Return the first of some names in one line, and how many more there are."""
-    line = ", ".join(names[:most])
+    line = ", ".join(map(printable, names[:most]))
     return f"{line}, and {len(names) - most:,} more" if len(names) > most else line

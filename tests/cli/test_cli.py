@@ -16,6 +16,8 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import torch
+import torchvision
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -651,6 +653,24 @@ def test_the_rest_of_the_network_is_trained_from_its_maps(
     lines = succeed("predict", target, flower_folder / "rose", "--workers", "0").splitlines()
     assert len(lines) == 13 and lines[0] == "id,label,probability,error"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["maps.h5", "p.featcache"]
+
+
+def test_weights_of_the_suffix_are_those_of_the_network_that_the_features_are_of(
+    flower_folder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    mine, other = tmp_path / "mine.pt", tmp_path / "other.pt"
+    for file in (mine, other):
+        torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), file)
+    maps, target = tmp_path / "maps.h5", tmp_path / "p.featcache"
+    network = ["--backbone", "resnet18", "--weights", mine, "--image-size", "64"]
+    taps = ["--layer", "layer4:input:map", "--partial"]
+    succeed("extract", flower_folder, "-o", maps, *network, *FAST, *taps)
+    command = ["train", maps, "-o", target, "--head", "suffix", "--from", "layer4.1", "--cv", "2"]
+    command += ["--epochs", "1", "--device", "cpu"]
+    assert "with --weights FILE" in fail(*command)
+    assert "state_sha256" in fail(*command, "--weights", other)
+    assert "suffix (from layer4.1" in succeed(*command, "--weights", mine)
 
 
 @pytest.mark.parametrize("option", [["--from", "layer4"], ["--lr", "0.1"], ["--backbone", "a:b"]])

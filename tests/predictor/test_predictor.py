@@ -155,6 +155,18 @@ def test_files_and_folders_can_be_mixed(predictor: Predictor, flower_folder: Pat
     assert len(found) == 13
 
 
+def test_each_image_of_a_list_has_its_prediction_in_order(
+    predictor: Predictor, flower_folder: Path
+) -> None:
+    rose, tulip = (str(flower_folder / name) for name in ("rose/0001.jpg", "tulip/0002.jpg"))
+    given = [tulip, rose, tulip, tulip, f"{flower_folder}/./rose/0001.jpg", rose]
+    found = predictor.attach(own()).predict(given, workers=0)
+    assert [one.id for one in found] == [tulip, rose, tulip, tulip, rose, rose]
+    assert len({round(one.probability, 4) for one in found}) == 2
+    pictures = [Image.open(name) for name in given]
+    assert [one.label for one in predictor.predict(pictures)] == [one.label for one in found]
+
+
 def test_of_several_sources_the_ids_are_the_paths_as_they_were_given(
     predictor: Predictor, flower_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
