@@ -213,12 +213,10 @@ def _compute(job: Job, writer: FeatureWriter, summary: Summary) -> None:
 
 def _recorded(writer: FeatureWriter, settings: Settings | None) -> Settings | None:
     """Return the settings of the rows that are there already, or else those that are given."""
-    records = [writer.meta.get("settings"), settings and settings.to_dict()]
-    records += [source.meta.get("settings") for source in writer.earlier_stores]
-    for record in records:
-        if record and (settings := Settings.from_dict(record)):
-            return settings
-    return None
+    there = [writer.meta.get("settings"), settings and settings.to_dict()]
+    there += [source.meta.get("settings") for source in writer.earlier_stores]
+    known = (Settings.from_dict(record) for record in there if record)
+    return next(filter(None, known), None)
 
 
 def _check_settings(path: str, asked: Settings | None, here: Settings) -> None:

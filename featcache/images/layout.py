@@ -50,9 +50,7 @@ def by_folders(source: Source, paths: Iterable[str]) -> Source:
 def _by_splits(source: Source, paths: list[str], splits: set[str], inner: set[str]) -> Source:
     """Take the folders for splits; one without class folders is a part without labels."""
     cut = [_cut(path) for path in paths]
-    beside = [
-        split not in splits or ("/" not in rest and split in inner) for split, rest in cut
-    ]  # of the class folders
+    beside = [split not in splits or ("/" not in rest and split in inner) for split, rest in cut]
     kept = [parts for parts, out in zip(cut, beside, strict=True) if not out]
     tables = {
         "labels": column((_cut(rest)[0] for _, rest in kept), source.name),
