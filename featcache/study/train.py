@@ -133,7 +133,8 @@ def train(
     cv : int
         Folds.
     scoring : str or callable
-        One of scikit-learn's scorers; what decides.
+        One of scikit-learn's scorers; what decides. Of two classes, the second in sorted order is
+        the positive one. See `featcache.heads.search.FoldScorer` for folds that lack a class.
     class_weight : "balanced" or dict of str to float, optional
         As in scikit-learn.
     group : bool
