@@ -510,7 +510,7 @@ def test_everything_comes_back(predictor: Predictor, store: FeatureStore, tmp_pa
     assert back.canaries.images == predictor.canaries.images
     _, arrays = parts_of(path)
     assert {name.split(".")[0].rstrip("0123456789") for name in arrays} == {
-        "step", "train_sha", "canary_x", "canary_logits", "canary_image_",
+        "step", "train_sha", "train_groups", "canary_x", "canary_logits", "canary_image_",
     }  # fmt: skip
     assert repr(back) == repr(predictor)
 
