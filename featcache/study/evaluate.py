@@ -75,15 +75,11 @@ def evaluate(
     unknown = sorted(set(chosen.classes) - columns.keys())
     if unknown:
         count = int(np.isin(chosen.labels, unknown).sum())
-        alike = [names for names in look_alikes([*unknown, *columns]) if {*names} - columns.keys()]
         raise PredictorError(
             f"{count:,} images of {', '.join(store.paths)} have labels that the predictor does not "
             f"know ({first_names([*map(repr, unknown)], 5)}); it knows "
             f"{first_names([*map(repr, predictor.classes)], 5)}. "
-            + "".join(
-                f"{' and '.join(map(ascii, names))} differ only in case, blanks or Unicode form. "
-                for names in alike
-            )
+            + "".join(f"Note: {text}. " for text in look_alikes([*unknown, *columns]))
             + "Train again with these classes, or select the images that it can judge."
         )
     logits = predictor.logits_of(chosen)
@@ -99,13 +95,17 @@ def evaluate(
     )
 
 
-def look_alikes(names: Sequence[str]) -> list[list[str]]:
-    """Return names that are equal but for case, blanks and Unicode form, each set as a list."""
+def look_alikes(names: Sequence[str]) -> list[str]:
+    """Return a sentence for each set of classes whose names people take for one."""
     alike: dict[str, list[str]] = {}
     for name in names:
         plain = unicodedata.normalize("NFKC", name).casefold().replace("_", " ")
         alike.setdefault(" ".join(plain.split()), []).append(name)
-    return [each for each in alike.values() if len(each) > 1]
+    return [
+        f"the classes {' and '.join(map(ascii, each))} differ only in case, blanks or Unicode form"
+        for each in alike.values()
+        if len(each) > 1
+    ]
 
 
 def left_out(rows: npt.NDArray[np.bool_], which: str) -> str:

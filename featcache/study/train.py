@@ -448,10 +448,7 @@ def _without_crossing(
 
 def _remarks(fit: FeatureStore, layers: list[str]) -> list[str]:
     """Return what is odd about the images that are trained on."""
-    notes = [
-        f"the classes {' and '.join(map(ascii, names))} differ only in case, blanks or Unicode form"
-        for names in look_alikes(fit.classes)
-    ]
+    notes = look_alikes(fit.classes)
     tested = int(splitting.part_of(fit.splits, "test", fit.labels).sum())
     if tested:
         notes.append(
