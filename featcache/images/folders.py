@@ -14,12 +14,6 @@ from dataclasses import dataclass, replace
 from featcache.errors import DecodeError, ImageSetError
 from featcache.images import sources
 
-# Folders that systems make: thumbnails and waste of a NAS, of Windows, of Linux, of a Mac.
-_OF_SYSTEMS = frozenset(
-    {b"@eadir", b"#recycle", b"$recycle.bin", b"system volume information", b"lost+found"}
-    | {b"__macosx"}
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Files(sources.Source):
@@ -116,7 +110,7 @@ def _walk(root: bytes, left_out: dict[str, tuple[int, str]]) -> Iterator[bytes]:
                 continue
             below = os.path.join(path[start:], b"")
             hidden = {name for name in folders + files if name.startswith(b".")}
-            hidden |= {name for name in folders if name.lower() in _OF_SYSTEMS}
+            hidden |= {name for name in folders if name.lower() in sources.OF_SYSTEMS}
             for name in hidden:
                 sources.leave_out(left_out, sources.HIDDEN, below + name)
             yield from (below + name for name in files if name not in hidden)

@@ -50,6 +50,12 @@ _OTHERS = {
     "featcache train {name} -o PREDICTOR",
     ".zip": "an archive. Unpack it (unzip {name} -d photos) and name the folder",
 }
+# Folders that systems make, in lower case: thumbnails and waste of a NAS, Windows, Linux, a Mac.
+OF_SYSTEMS = frozenset(
+    {b"@eadir", b"#recycle", b"$recycle.bin", b"system volume information", b"lost+found"}
+    | {b"__macosx"}
+)
+
 # By suffixes: what is named for images by mistake, and what to type.
 
 NO_IMAGES = "no image by its name"

@@ -116,13 +116,17 @@ def _members(
         elif suffix.lower() == ".json":
             label = _label(tar, member, lambda text: _of_json(text, unused))
             labels[key] = labels.get(key) or label
-        elif os.path.basename(name).startswith("."):
+        elif any(map(_is_hidden, path(name).split(b"/")[1:])):
             sources.leave_out(left_out, sources.HIDDEN, path(name))
         elif suffix.lower() in sources.SUFFIXES:
             images[name] = member.offset_data, member.size
         else:
             unused[suffix.lower() or "files without a suffix"] += 1
             sources.leave_out(left_out, sources.NO_IMAGES, path(name))
+    # tarfile takes a header that is damaged or cut off for the end.
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise ValueError("it is damaged or cut off behind its first members")
     keys = {os.path.splitext(name)[0] for name in images}
     for name, place in images.items():
         key, sample = os.path.splitext(name)[0], _sample(name)
@@ -131,6 +135,11 @@ def _members(
             sources.leave_out(left_out, "beside the image of its sample", path(name))
         else:
             yield path(name), labels.get(key) or labels.get(sample, ""), place
+
+
+def _is_hidden(part: bytes) -> bool:
+    hidden = part.startswith(b".") and part not in (b".", b"..")
+    return hidden or part.lower() in sources.OF_SYSTEMS
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, read: Callable[[bytes], str]) -> str:

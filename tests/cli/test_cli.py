@@ -575,10 +575,12 @@ def test_quiet_leaves_errors_alone_on_standard_error(
 
 @pytest.fixture
 def foreground() -> Iterator[None]:
-    """Let Ctrl-C work: a job in the background of a script inherits that it is ignored."""
+    """Let signals work: a job in the background, or under nohup, inherits that they are ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.mark.usefixtures("foreground")

@@ -64,6 +64,7 @@ def done(path: Path) -> int:
 def slowly(root: Path, path: Path, options: dict[str, Any]) -> None:
     """Run an extraction that takes its time; ends with the exit status of the command line."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     forward = Runtime._forward
 
     def slow(self: Runtime, batch: Any) -> Any:

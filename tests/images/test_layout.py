@@ -322,6 +322,24 @@ def test_class_folders_in_a_tar(tmp_path: Path) -> None:
     assert (list(images.labels), list(images.splits)) == (["dog", "cat"], ["test", "train"])
 
 
+def test_folders_of_systems_in_a_tar_are_no_classes(tmp_path: Path) -> None:
+    names = ["cat/1.jpg", "dog/2.jpg", "@eaDir/3.jpg", "cat/@eaDir/4.jpg", ".git/5.jpg"]
+    images = ImageSet.from_tar(shard(tmp_path / "s.tar", {name: png() for name in names}))
+    assert images.classes == ["cat", "dog"] and len(images) == 2
+    assert "3 left out: hidden, or a folder of the system" in images.notes[0]
+
+
+def test_a_tar_that_ends_inside_or_at_a_damaged_header_is_refused(tmp_path: Path) -> None:
+    path = shard(tmp_path / "s.tar", {f"{k}.jpg": png(k) for k in range(4)})
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        header = tar.getmembers()[2].offset
+    for damaged in (whole[: header + 200], whole[:header] + b"x" * 512 + whole[header + 512 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(ImageSetError, match=r"whole tar file: it is damaged or cut off"):
+            ImageSet.from_tar(path)
+
+
 def test_what_a_tar_holds_besides_is_told(tmp_path: Path) -> None:
     members = {"1.jpg": png(), "1.txt": b"a cat", "1.json": b'{"caption": "a cat"}'}
     notes = ImageSet.from_tar(shard(tmp_path / "s.tar", members)).notes
