@@ -66,6 +66,9 @@ _IDLE = {torch.float32: 10, torch.float64: 50}
 _ARMIJO = 1e-4
 _NOISE = 3  # relative error of an objective, in units of the scores' precision
 _STEEPEST = 10.0  # a fold's deviation is taken as no less than a tenth of that of all folds' rows
+# At a thread's first operation of this size torch sets what it was told; of a larger one, it would
+# start threads, which then wait by spinning.
+_GRAIN = 1 << 15
 _ALONE = threading.RLock()  # held by the caller whose threads work
 _CONSTANT = 1e-12  # a column with less variance than this, in units of its overall one, is constant
 
@@ -101,11 +104,11 @@ class Workers:
         controller = ThreadpoolController()
 
         def alone() -> None:
-            torch.ones(1 << 16)  # a thread's first large operation sets what torch was told
+            torch.ones(_GRAIN)
             controller.limit(limits=1, user_api="openmp")
 
         with _ALONE, reuse_memory():
-            torch.ones(1 << 16)
+            torch.ones(_GRAIN)
             count = torch.get_num_threads()
             with (
                 controller.limit(limits=1),
