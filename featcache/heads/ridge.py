@@ -4,7 +4,8 @@ One pass over the rows gives the Gram matrix of each part of them that is on the
 folds. Those of a fold's training rows are a sum of such parts, standardisation is an affine map
 of it, and one Cholesky factorisation gives the weights of every class. So does a path of
 penalties on all folds cost one pass, some factorisations of d x d matrices, and a second pass to
-score the validation rows.
+score the validation rows. Where the rows are in memory and fewer than the columns, products of rows
+take the place of those of columns: 60 rows x 1,280 take 0.5 s of a processor in place of 12.6.
 
 Classic leave-one-out would be cheaper still, but puts the copies of an image, or the members of a
 group, on both sides; the penalty is therefore chosen on the same folds as with all other heads.
@@ -80,26 +81,64 @@ class Ridge(LinearModel):
             raise ValueError(f"alpha must be positive, got {self.alpha}.")
 
     def _minimum(self, design: Design, positive: Tensor | None) -> Tensor:
-        gram = next(_grams(design, len(self.classes_)))
-        return _solutions(design, gram, 0, [self.alpha])[0]
+        return next(_solved(design, len(self.classes_), [self.alpha]))[0]
+
+
+def _solved(design: Design, classes: int, alphas: Sequence[float]) -> Iterator[Tensor]:
+    """Yield for each fold what `_solutions` returns, from products of rows where these are few."""
+    if isinstance(design.source, Tensor) and len(design.source) <= design.d:
+        for fold in range(len(design.weights)):
+            yield _of_few_rows(design, fold, classes, alphas)
+    else:
+        for fold, gram in enumerate(_grams(design, classes)):
+            yield _solutions(design, gram, fold, alphas)
+
+
+def _of_few_rows(design: Design, fold: int, classes: int, alphas: Sequence[float]) -> Tensor:
+    """Return the same as `_solutions`: the weights are a sum of rows.
+
+    Saunders, Gammerman and Vovk, Ridge regression learning algorithm in dual variables, 1998.
+    """
+    assert isinstance(design.source, Tensor)
+    weight = design.weights[fold].double().numpy()
+    used = np.flatnonzero(weight > 0)
+    weight, means, ratios = weight[used], design.means[fold].numpy(), design.ratios[fold].numpy()
+    Z = (design.source.numpy()[used] - means).astype(np.float64) * ratios  # (m, d)
+    T = _targets(design.codes.numpy()[used], classes).astype(np.float64)  # (m, k)
+    mean, target = (np.average(one, axis=0, weights=weight) for one in (Z, T))
+    root = np.sqrt(weight)[:, None]
+    A, right = root * (Z - mean), root * (T - target)
+    values, vectors = eigh(A @ A.T)
+    right = vectors.T @ right
+    V = np.empty((len(alphas), T.shape[1], design.d + 1), dtype=design.sample.dtype)
+    for number, alpha in enumerate(alphas):
+        found = A.T @ (vectors @ (right / (np.maximum(values, 0) + alpha)[:, None]))  # (d, k)
+        V[number, :, :-1] = found.T
+        V[number, :, -1] = target - mean @ found
+    return torch.from_numpy(V)
+
+
+def _targets(codes: np.ndarray, classes: int) -> np.ndarray:
+    """Return the targets of rows, (r, k) of -1 and 1; of the second class where there are two."""
+    targets: np.ndarray = (codes[:, None] == np.arange(classes == 2, classes)) * 2 - 1
+    return targets
 
 
 def _grams(design: Design, classes: int) -> Iterator[np.ndarray]:
     """Yield for each fold the weighted products of its training rows, (d + k + 1, d + k + 1).
 
-    They are those of the columns, of targets (r, k) of -1 and 1 (of the second class where there
-    are two), and of ones, from one pass; rows on the same side in all folds are summed once.
+    They are those of the columns, of `_targets`, and of ones, from one pass; rows on the same side
+    in all folds are summed once.
     """
     weights, codes = design.weights.numpy(), design.codes.numpy()
     used, weight = weights > 0, weights.max(axis=0)
     keys = np.packbits(used, axis=0).T
     _, first, pattern = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    positive = np.arange(classes) if classes > 2 else np.array([1])
-    width = design.d + len(positive) + 1
+    width = design.d + (classes if classes > 2 else 1) + 1
     parts = np.zeros((len(first), width, width))
     for rows, block in design.blocks(design.d):
         X = design.standardised(block).numpy()
-        T = (codes[rows, None] == positive) * 2 - 1
+        T = _targets(codes[rows], classes)
         both = np.concatenate([X, T, np.ones((len(X), 1))], axis=1, dtype=X.dtype)
         for number in np.unique(pattern[rows]).tolist():
             some = pattern[rows] == number
@@ -159,8 +198,7 @@ class RidgeHead(HeadKind):
         penalties = [alpha * len(rows) for alpha in self.alphas]
         for treatment in self.treatments:
             design = Design.build(rows.X, codes, weights, in_loss, treatment=TREATMENTS[treatment])
-            grams = _grams(design, len(rows.classes))
-            solved = [_solutions(design, gram, fold, penalties) for fold, gram in enumerate(grams)]
+            solved = list(_solved(design, len(rows.classes), penalties))
             search.fitted(len(solved) * len(penalties))
             V = torch.stack(solved, dim=1)  # (alphas, folds, k, d + 1)
             for alpha, values in zip(penalties, out_of_fold(design, rows, V), strict=True):

@@ -174,6 +174,26 @@ def test_class_weights_are_scikit_learns(model, classes):
     np.testing.assert_allclose(balanced, given, atol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_ridge_of_few_rows_finds_what_products_of_columns_find(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % classes
+    X = (
+        rng.normal(size=(60, 90)) * rng.uniform(0.1, 5, 90)
+        + 3
+        + 0.8 * y[:, None] * (np.arange(90) < 9)
+    )
+    X, weight = X.astype(np.float32), rng.uniform(0, 2, 60)
+    X[:, 7] = 1.5  # a column that is constant
+    splits = list(StratifiedKFold(3).split(X, y))
+    options = {"sample_weight": weight, "class_weight": "balanced"}
+    few = RidgeHead.search(X, y, splits, **options)
+    read = RidgeHead.search(FeatureBlocks.of(X), y, splits, **options)  # by columns
+    assert few.params["treatment"] == read.params["treatment"]
+    for one, other in zip(few.trials, read.trials, strict=True):
+        np.testing.assert_allclose(one.logits, other.logits, rtol=2e-3, atol=2e-3)
+
+
 def test_ridge_is_scikit_learns():
     for classes in (2, 3):
         X, y = features(classes=classes)
