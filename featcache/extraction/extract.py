@@ -262,6 +262,10 @@ def extract(
     if before is not None:
         summary.removed = reuse.count_removed(before, store, images)
     summary.notes = store.fingerprint.notes
+    if failures := store.failures:
+        why = f"not read: {failures[0].id} ({failures[0].reason})"
+        more = f", and {len(failures) - 1:,} more: featcache info {path}"
+        summary.notes.append(why + more * (len(failures) > 1))
     store.extraction = summary
     return store
 

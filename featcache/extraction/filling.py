@@ -27,6 +27,7 @@ from featcache.fingerprint import Fingerprint, differences
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.networks.forward import Settings
+from featcache.pixels.decode import NO_RANGE
 from featcache.store.format import DONE, FAILED
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
@@ -194,6 +195,12 @@ def _compute(job: Job, writer: FeatureWriter, summary: Summary) -> None:
                         f"{job.path}.partial. Mend or remove the image, or leave out --on-error "
                         "fail, and run the same command again."
                     )
+                for row, error in batch.failures.items():
+                    if NO_RANGE in error.reason:  # darker ones of its kind were taken for 8-bit
+                        raise ExtractionError(
+                            f"{images.ids[row]}: {error.reason}. Choose another file with -o then: "
+                            f"{job.path}.partial may hold images that were taken for 8-bit ones."
+                        )
                 check_stopped()
                 job.check()
 

@@ -32,6 +32,9 @@ else:
 
 Truncated: TypeAlias = Literal["refuse", "accept"]
 
+NO_RANGE = "have no known range"
+"""Part of the reason for which a 32-bit image cannot be read without a bit depth."""
+
 # Pillow logs what it cannot decode; without any handler Python would print that.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -242,7 +245,7 @@ def _read(data: bytes, truncated: Truncated = "refuse", max_pixels: int | None =
             raise
         found = _what_there_is(image, data, truncated == "accept", max_pixels)
         if found is None:
-            hint = "extract --truncated accept reads what there is of it"
+            hint = "with --truncated accept, and another file for -o, what there is of it is read"
             raise DecodeError("decode", f"{reason(error)}; {hint}") from None
         return found
     return image
@@ -386,8 +389,8 @@ def _eight_bits(pixels: NDArray[Any], bits: int | None) -> NDArray[np.uint8]:
     if low < 0 or high >= 2 ** (bits or 8):
         raise DecodeError(
             "decode",
-            f"32-bit pixels from {low} to {high} have no known range: type --bit-depth N "
-            "(bit_depth=N) if they fill N bits, or save them as 8- or 16-bit integers"
+            f"32-bit pixels from {low} to {high} {NO_RANGE}: type --bit-depth N (bit_depth=N) if "
+            "they fill N bits, or save them as 8- or 16-bit integers"
             if bits is None
             else f"pixels from {low} to {high} do not fit into {bits} bits (--bit-depth)",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +160,16 @@ def train_files(
         checkpoints=checkpoints,
         progress=progress,
         **options,
+    )
+    board, failures = predictor.leaderboard, store.failures
+    assert board is not None, "train makes one"
+    lost = (
+        f"{len(failures):,} images have no features, such as {failures[0].id}" if failures else ""
+    )
+    predictor.leaderboard = replace(
+        board,
+        n_unlabelled=board.n_unlabelled + splitting.n_unlabelled(store.labels),
+        notes=(*board.notes, *[lost][: len(failures)]),
     )
     predictor.request = request
     predictor.save(target)

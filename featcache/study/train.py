@@ -209,7 +209,7 @@ def train(
         scoring=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
         n_fit=len(data.store),
         n_test=0 if first.held_out is None else first.held_out.images,
-        n_unlabelled=len(store) - len(data.store),
+        n_unlabelled=splitting.n_unlabelled(store.labels),
         folds=data.folds_text,
         notes=data.notes,
     )

@@ -211,6 +211,30 @@ def test_a_feature_file_and_a_predictor_are_told_apart(store: Path, predictor: P
     assert f"{predictor} is not a feature file" in message and "move it away" not in message
 
 
+def featcache_ids(path: Path) -> list[str]:
+    from featcache import FeatureStore
+
+    return FeatureStore.open(path).ids.tolist()
+
+
+def test_what_could_not_be_read_and_what_has_no_label_is_told(
+    flower_folder: Path, tmp_path: Path
+) -> None:
+    images, path = tmp_path / "images", tmp_path / "s.h5"
+    shutil.copytree(flower_folder, images)
+    (images / "rose" / "broken.jpg").write_bytes(b"")
+    said = succeed("extract", images, "-o", path, *NETWORK, *FAST)
+    assert "not read: rose/broken.jpg (an empty file (0 bytes))" in said
+    table = tmp_path / "labels.csv"
+    names = featcache_ids(path)
+    lines = [f"{name},{name[0] if k else ''}" for k, name in enumerate(names)]
+    table.write_text("\n".join(["id,label", *lines, "rose/broken.jpg,r"]))
+    succeed("extract", images, "-o", path, *NETWORK, *FAST, "--labels", table)
+    said = succeed("train", path, "-o", tmp_path / "p.featcache", "--head", "ridge", "--cv", "2")
+    assert "1 without a label left out" in said
+    assert "1 images have no features, such as rose/broken.jpg" in said
+
+
 def test_a_file_without_features_stops_no_other_command(
     flower_folder: Path, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from featcache.networks.identity import rebuild
 from featcache.pixels.decode import decode
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.store.store import FeatureStore
-from tests.cli.test_cli import featcache, succeed
+from tests.cli.test_cli import FAST, NETWORK, fail, featcache, succeed
 from tests.small import SIDE, backbone, folder
 
 tifffile = pytest.importorskip("tifffile")
@@ -52,6 +52,15 @@ def noise(bits: int, dtype: str, seed: int = 0, shape: tuple[int, ...] = (40, 36
 def test_32_bit_integers_below_256_are_8_bit(dtype: str) -> None:
     samples = noise(8, dtype)
     np.testing.assert_array_equal(decode(tiff(samples), 1)[..., 0], samples)
+
+
+def test_a_set_of_32_bit_images_is_of_one_depth(tmp_path: Path) -> None:
+    for name, bits in (("a", 8), ("b", 8), ("c", 12)):
+        (tmp_path / f"{name}.tif").write_bytes(tiff(noise(bits, "int32")))
+    asked = ("extract", tmp_path, *NETWORK, *FAST, "-o")
+    message = fail(*asked, tmp_path / "x.h5")
+    assert "c.tif: 32-bit pixels" in message and "type --bit-depth N" in message
+    succeed(*asked, tmp_path / "y.h5", "--bit-depth", "12")
 
 
 @pytest.mark.parametrize("bits", [9, 12, 16, 20])
@@ -208,7 +217,7 @@ def test_of_an_image_that_is_cut_off_what_there_is_is_read(format: str, channels
     options = {"interlace": 0} if format == "GIF" else {}
     data = encoded(Image.open(io.BytesIO(photograph())), format, **options)
     cut = data[: len(data) // 2]
-    with pytest.raises(DecodeError, match=r"truncated.* extract --truncated accept reads what"):
+    with pytest.raises(DecodeError, match=r"truncated.* with --truncated accept, and another file"):
         decode(cut, channels)
     found, whole = decode(cut, channels, truncated="accept"), decode(data, channels)
     assert found.shape == whole.shape
