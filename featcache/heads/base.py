@@ -52,7 +52,13 @@ class FittedHead:
 
 
 def check_fit(
-    head: FittedHead, X: np.ndarray | FeatureBlocks, y: np.ndarray, judged: np.ndarray, low: float
+    head: FittedHead,
+    X: np.ndarray | FeatureBlocks,
+    y: np.ndarray,
+    judged: np.ndarray,
+    low: float,
+    *,
+    balanced: bool = False,
 ) -> None:
     """Refuse a head that does far worse on its own training images than out of fold.
 
@@ -68,6 +74,8 @@ def check_fit(
         Which images cross-validation judged; at most 10,000 of them are labelled.
     low : float
         Lower end of the interval of the accuracy out of fold.
+    balanced : bool
+        That is the balanced accuracy.
 
     Raises
     ------
@@ -79,10 +87,12 @@ def check_fit(
     blocks = X if isinstance(X, FeatureBlocks) else FeatureBlocks.of(X)
     numbers = images[:, None] * blocks.views + np.arange(blocks.views)  # (m, views)
     rows = blocks.take(numbers.ravel()).reshape(*numbers.shape, blocks.shape[-1])
-    right = float((head.classes[head.logits(rows).argmax(axis=1)] == y[images]).mean())
-    if right < low - _WORSE:
+    right = head.classes[head.logits(rows).argmax(axis=1)] == y[images]
+    _, code, count = np.unique(y[images], return_inverse=True, return_counts=True)
+    share = float(np.average(right, weights=1 / count[code] if balanced else None))
+    if share < low - _WORSE:
         raise TrainingError(
-            f"The fitted head labels {right:.3f} of its own training images right, where "
+            f"The fitted head labels {share:.3f} of its own training images right, where "
             f"cross-validation said at least {low:.3f}: it does not compute what was "
             "cross-validated, and is not kept. Train another head, or scale the features."
         )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.results.intervals import FEWEST_GROUPS, Score, wilson
+from featcache.results.intervals import FEWEST_GROUPS, Score, rate_scores
 
 _MOST, _FEWEST = 1000, 200  # resamples
 _WORK = 1 << 28  # cells that the resamples read, between these numbers of them
@@ -46,7 +46,7 @@ def corrected_accuracy(
     Score
         Mean of the accuracies on the images that a resample left out, and the percentiles between
         which 95 % of them lie. An interval so made is wide: a resample leaves out a third of the
-        images.
+        images. It is never narrower than that of the best setting as it is.
     """
     right = np.stack([one == y_true for one in predicted], axis=1).astype(np.float32)  # (n, m)
     n = len(right)
@@ -66,6 +66,10 @@ def corrected_accuracy(
     value = float(np.mean(scores))
     if groups is not None and units < FEWEST_GROUPS:
         return Score(value, None, None)
-    if min(scores) == max(scores):  # all right, or all wrong
-        return Score(value, *wilson(value, units))
-    return Score(value, *np.percentile(scores, [2.5, 97.5]).tolist())
+    low, high = np.percentile(scores, [2.5, 97.5]).tolist()
+    # Never narrower than that of the best as it is: of few errors or groups resamples know less.
+    mine: npt.NDArray[np.int64] = right[:, right.mean(axis=0).argmax()].astype(np.int64)
+    plain = rate_scores(np.ones(n, np.int64), mine, 2, groups)[0]
+    assert plain.low is not None and plain.high is not None
+    low, high = min(low, value - plain + plain.low), max(high, value + plain.high - plain)
+    return Score(value, max(low, 0.0), min(high, 1.0))

@@ -493,9 +493,14 @@ def _train_head(
         logits, proba, score = _nested(data, head, progress)
     out_of_fold = _evaluation(data, logits, proba)
     if head != SUFFIX:  # whose features are large, and whose network is not loaded for it
-        low = out_of_fold.accuracy.low
-        low = float(out_of_fold.accuracy) if low is None else low
-        check_fit(found.estimator, data.X, data.y, ~np.isnan(logits).any(axis=1), low)
+        # Class weights give accuracy up for the rare classes, more or less of it from fit to fit.
+        balanced = data.options.class_weight is not None
+        judged = out_of_fold.balanced_accuracy if balanced else out_of_fold.accuracy
+        low, known = (
+            float(judged) if judged.low is None else judged.low,
+            ~np.isnan(logits).any(axis=1),
+        )
+        check_fit(found.estimator, data.X, data.y, known, low, balanced=balanced)
     predictor = _predictor(data, found)
     held_out = None if test is None else evaluate(predictor, test, other_groups=True)
     row = LeaderboardRow(

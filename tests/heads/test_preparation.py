@@ -53,7 +53,9 @@ def test_components_are_found_where_they_help(found: SearchResult) -> None:
 def test_the_last_fit_has_the_steps_of_the_folds(found: SearchResult) -> None:
     steps = [step for step in found.estimator.steps if step.kind in ("power", "scale", "matrix")]
     assert [step.kind for step in steps][-2:] == ["scale", "matrix"]
-    assert len(steps[-1].arrays()["bias"]) == found.params["n_components"]
+    # Of the 68 directions none is left out; of the noise, what is a millionth of the largest.
+    count = found.params["n_components"]
+    assert min(count, 68) <= len(steps[-1].arrays()["bias"]) <= count
 
 
 @pytest.mark.parametrize("columns", [280, 3100])

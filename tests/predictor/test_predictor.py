@@ -142,7 +142,7 @@ def test_features_and_images_give_the_same_labels(
 def test_files_come_in_the_order_given(predictor: Predictor, flower_folder: Path) -> None:
     files = [flower_folder / name for name in ("tulip/0003.jpg", "daisy/0001.jpg", "rose/0002.jpg")]
     found = predictor.attach(own()).predict([*files, files[0]], workers=0)
-    assert [one.id for one in found] == [str(file) for file in files]
+    assert [one.id for one in found] == [str(file) for file in (*files, files[0])]
     (single,) = predictor.attach(own()).predict(str(files[0]), workers=0)
     assert single.label == found[0].label
     assert single.probability == pytest.approx(found[0].probability, abs=1e-6)

@@ -118,3 +118,14 @@ def test_settings_that_are_all_right_are_not_certain() -> None:
     y = np.arange(60) % 2
     got = corrected_accuracy(y, [y.astype(np.int32)] * 2)
     assert got == 1 and got.interval == pytest.approx((0.940, 1.0), abs=1e-3)
+
+
+def test_a_correction_over_groups_is_never_surer_than_the_score_itself() -> None:
+    y, groups = np.arange(100) % 2, np.arange(100) // 10
+    right, wrong = y.astype(np.int32), np.where(np.arange(100) < 5, 1 - y, y).astype(np.int32)
+    for predicted in ([right, wrong], [wrong, wrong], [wrong, right, right]):
+        got = corrected_accuracy(y, predicted, groups)
+        best = max(predicted, key=lambda one: (one == y).mean())
+        plain = judged(y, best, 2, groups).accuracy
+        assert got - got.low >= plain - plain.low - 1e-9
+        assert got.low < 0.95

@@ -583,3 +583,15 @@ def test_the_study_shows_progress_on_a_terminal(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     train_files(store.paths, tmp_path / "a.featcache", head=["knn"], cv=2)
     assert "knn" in capsys.readouterr().err
+
+
+def test_balanced_weights_are_no_reason_to_refuse_a_head(tmp_path: Path) -> None:
+    from sklearn.datasets import make_classification
+
+    X, codes = make_classification(
+        800, 12, n_informative=4, weights=[0.916], class_sep=0.7, random_state=3
+    )
+    y = ["yes" if code else "no" for code in codes[:500]]
+    store = make_store(tmp_path / "s.h5", X[:500].astype(np.float32), y)
+    # Accuracy chooses a penalty under which the fits differ in how much of it they give up.
+    assert train(store, head="linear", class_weight="balanced").head == "linear"
