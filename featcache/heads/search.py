@@ -561,6 +561,9 @@ class FoldScorer:
                     raise ValueError("it is not a number")
         except (ValueError, TypeError, UndefinedMetricWarning) as error:
             why = str(error).partition("\n")[0].rstrip(".")
+            lacking = np.delete(self.classes, present)
+            if isinstance(error, UndefinedMetricWarning) and len(lacking):
+                why = f"no validation image is of {str(lacking[0])!r}"
             raise TrainingError(
                 f"scoring {self.scoring!r} cannot score {len(self.classes)} classes such as "
                 f"{str(self.classes[0])!r}: {why}. Try balanced_accuracy, f1_macro or neg_log_loss"

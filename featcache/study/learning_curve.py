@@ -135,7 +135,7 @@ def learning_curve(
     scored, notes = _others(test, store, group=group)
     groups = store.groups if group else None
     order = _nested_order(store.labels, groups, random_state)
-    chosen = _sizes(store.labels) if sizes is None else sorted(set(sizes))
+    chosen = _sizes(store.labels) if sizes is None else sorted({*np.atleast_1d(sizes).tolist()})
     if not chosen or not all(is_number(Integral, one, 0, len(order) + 1) for one in chosen):
         raise TrainingError(
             f"sizes are numbers of images, from 1 to the {len(order):,} labelled ones that there "

@@ -276,7 +276,7 @@ def test_a_scoring_that_no_fold_can_give_is_refused_before_training() -> None:
     with pytest.raises(TrainingError, match="no fold has validation images of every class"):
         HEADS["ridge"].search(X, y, parts[1:], scoring="roc_auc_ovr")
     two = [(np.arange(0, 80), np.arange(0, 40))]
-    with pytest.raises(TrainingError, match="ill-defined"):
+    with pytest.raises(TrainingError, match="no validation image is of"):
         HEADS["ridge"].search(X[:80], y[:80], two, scoring="f1")
 
 
