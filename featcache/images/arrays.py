@@ -181,13 +181,15 @@ def _check_items(dataset: Any, source: str) -> None:
         )
     for row in np.unique(np.linspace(0, len(dataset) - 1, _TWICE_READ, dtype=int)).tolist():
         try:
-            once, again = (np.asarray(dataset[row][0]) for _ in range(2))
+            (once, target), (again, other) = (dataset[row] for _ in range(2))
+            same = np.array_equal(np.asarray(once), np.asarray(again))
         except Exception:  # an item that cannot be read fails by itself later
             continue
-        if not np.array_equal(once, again):
+        if not same or str(target) != str(other):
+            what = "has another target" if same else "is another image"
             raise ImageSetError(
-                f"{source}: item {row} is another image each time it is read, as with a random "
-                "transform. Make the data set without transform; for augmented views, give "
+                f"{source}: item {row} {what} each time it is read, as with a random transform. "
+                "Make the data set without transform; for augmented views, give "
                 "extract(..., augmentation=Augmentation(views=4)) or type --views 4"
             )
 

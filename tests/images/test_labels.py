@@ -86,6 +86,18 @@ class Random(Pairs):
         return image, target
 
 
+class Drawn(Pairs):
+    """A data set whose targets are others each time."""
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index)[0], int(np.random.default_rng().integers(1 << 40))
+
+
+def test_random_targets_are_refused() -> None:
+    with pytest.raises(ImageSetError, match="item 0 has another target each time it is read"):
+        ImageSet.from_dataset(Drawn(ITEMS))
+
+
 def test_random_transforms_are_refused() -> None:
     for dataset in (Random(ITEMS), torch.utils.data.Subset(Random(ITEMS), [1, 3])):
         with pytest.raises(ImageSetError, match="is another image each time it is read"):
