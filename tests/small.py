@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +106,15 @@ def plainest(images: ImageSet, module: nn.Module, layer: str) -> np.ndarray:
             module(preprocessing.normalize(pixels[None]))
     hook.remove()
     return np.stack(found)
+
+
+def put_into_hub_cache(cache: Path, name: str, state: Mapping[str, Tensor]) -> Path:
+    """Put weights where huggingface_hub keeps what it has downloaded of timm; return the file."""
+    from safetensors.torch import save_file  # children import this module, and need none
+
+    snapshot = cache / f"models--timm--{name}" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    save_file(dict(state), snapshot / "model.safetensors")
+    return snapshot / "model.safetensors"

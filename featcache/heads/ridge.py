@@ -13,7 +13,7 @@ group, on both sides; the penalty is therefore chosen on the same folds as with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -110,12 +110,20 @@ def _of_few_rows(design: Design, fold: int, classes: int, alphas: Sequence[float
     A, right = root * (Z - mean), root * (T - target)
     values, vectors = eigh(A @ A.T)
     right = vectors.T @ right
-    V = np.empty((len(alphas), T.shape[1], design.d + 1), dtype=design.sample.dtype)
-    for number, alpha in enumerate(alphas):
-        found = A.T @ (vectors @ (right / (np.maximum(values, 0) + alpha)[:, None]))  # (d, k)
-        V[number, :, :-1] = found.T
-        V[number, :, -1] = target - mean @ found
-    return torch.from_numpy(V)
+
+    def solution(alpha: float) -> np.ndarray:
+        weights: np.ndarray = A.T @ (vectors @ (right / (np.maximum(values, 0) + alpha)[:, None]))
+        return weights
+
+    return _together(design, map(solution, alphas), mean, target)
+
+
+def _together(
+    design: Design, solutions: Iterable[np.ndarray], mean: np.ndarray, target: np.ndarray
+) -> Tensor:
+    """Give solutions (d, k) for centred rows their intercepts: (alphas, k, d + 1)."""
+    found = [np.vstack([one, target - mean @ one]).T for one in solutions]
+    return torch.from_numpy(np.stack(found).astype(design.sample.dtype))
 
 
 def _targets(codes: np.ndarray, classes: int) -> np.ndarray:
@@ -156,21 +164,22 @@ def _solutions(design: Design, gram: np.ndarray, fold: int, alphas: Sequence[flo
     right = (gram[:d, d:-1] - weight * np.outer(mean, target)) * ratio[:, None]
     gram = (gram[:d, :d] - weight * np.outer(mean, mean)) * np.outer(ratio, ratio)
     away = (mean - design.means[fold].double().numpy()) * ratio
-    V = np.empty((len(alphas), right.shape[1], d + 1), dtype=design.sample.dtype)
     eigen: tuple[np.ndarray, np.ndarray] | None = None
-    for number, alpha in enumerate(alphas):
+
+    def solution(alpha: float) -> np.ndarray:
+        nonlocal eigen
         penalised = gram.copy()
         penalised[np.diag_indices_from(penalised)] += alpha
         try:
-            found = cho_solve(cho_factor(penalised, overwrite_a=True), right)
+            weights: np.ndarray = cho_solve(cho_factor(penalised, overwrite_a=True), right)
         except LinAlgError:
             # With fewer rows than columns the products' rounding makes null directions negative.
             values, vectors = eigen = eigen or eigh(gram)
             scale = (np.maximum(values, 0) + alpha)[:, None]
-            found = vectors @ ((vectors.T @ right) / scale)
-        V[number, :, :-1] = found.T
-        V[number, :, -1] = target - away @ found
-    return torch.from_numpy(V)
+            weights = vectors @ ((vectors.T @ right) / scale)
+        return weights
+
+    return _together(design, map(solution, alphas), away, target)
 
 
 @dataclass(frozen=True)

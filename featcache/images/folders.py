@@ -109,8 +109,7 @@ def _walk(root: bytes, left_out: dict[str, tuple[int, str]]) -> Iterator[bytes]:
                 folders.clear()
                 continue
             below = os.path.join(path[start:], b"")
-            hidden = {name for name in folders + files if name.startswith(b".")}
-            hidden |= {name for name in folders if name.lower() in sources.OF_SYSTEMS}
+            hidden = set(filter(sources.is_hidden, folders + files))
             for name in hidden:
                 sources.leave_out(left_out, sources.HIDDEN, below + name)
             yield from (below + name for name in files if name not in hidden)

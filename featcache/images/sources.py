@@ -42,6 +42,7 @@ _OWN_FAULTS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOO
 _OWN_FAULTS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO, errno.ENODEV}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 
+# By suffixes: what is named for images by mistake, and what to type.
 _OTHERS = {
     ".txt .lst": "a text file. IMAGES are the images themselves: if it lists their files, type "
     "$(cat {name}) in its place; if it lists addresses, fetch them first: wget -P photos -i {name}",
@@ -51,12 +52,10 @@ _OTHERS = {
     ".zip": "an archive. Unpack it (unzip {name} -d photos) and name the folder",
 }
 # Folders that systems make, in lower case: thumbnails and waste of a NAS, Windows, Linux, a Mac.
-OF_SYSTEMS = frozenset(
+_OF_SYSTEMS = frozenset(
     {b"@eadir", b"#recycle", b"$recycle.bin", b"system volume information", b"lost+found"}
     | {b"__macosx"}
 )
-
-# By suffixes: what is named for images by mistake, and what to type.
 
 NO_IMAGES = "no image by its name"
 HIDDEN = "hidden, or a folder of the system"
@@ -94,7 +93,6 @@ class Source:
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     places: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-
     unreadable: frozenset[str] = frozenset()
 
     def paths(self) -> Iterable[str] | None:
@@ -223,6 +221,11 @@ def leave_out(left_out: dict[str, tuple[int, str]], reason: str, name: str | byt
     name = name if isinstance(name, str) else name.decode(errors="backslashreplace")
     count, first = left_out.get(reason, (0, name))
     left_out[reason] = count + 1, min(first, name)
+
+
+def is_hidden(name: bytes) -> bool:
+    """Return whether a file or folder of this name is hidden, or the system's."""
+    return name.startswith(b".") or name.lower() in _OF_SYSTEMS
 
 
 def matcher(globs: Sequence[str]) -> Callable[[str], bool]:

@@ -116,7 +116,7 @@ def _members(
         elif suffix.lower() == ".json":
             label = _label(tar, member, lambda text: _of_json(text, unused))
             labels[key] = labels.get(key) or label
-        elif any(map(_is_hidden, path(name).split(b"/")[1:])):
+        elif any(sources.is_hidden(part) for part in path(name).split(b"/")[1:] if part != b".."):
             sources.leave_out(left_out, sources.HIDDEN, path(name))
         elif suffix.lower() in sources.SUFFIXES:
             images[name] = member.offset_data, member.size
@@ -135,11 +135,6 @@ def _members(
             sources.leave_out(left_out, "beside the image of its sample", path(name))
         else:
             yield path(name), labels.get(key) or labels.get(sample, ""), place
-
-
-def _is_hidden(part: bytes) -> bool:
-    hidden = part.startswith(b".") and part not in (b".", b"..")
-    return hidden or part.lower() in sources.OF_SYSTEMS
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, read: Callable[[bytes], str]) -> str:

@@ -118,11 +118,11 @@ def rate_scores(
         [np.bincount(of, minlength=k) for of in (y_true[right], y_true, y_pred)]
     )
     values = _rates(counts[None].astype(np.float64))[0]
-    if groups is None:
-        units, in_class = len(y_true), counts[k : 2 * k]
-    else:
-        pairs = np.unique(np.stack([y_true, np.unique(groups, return_inverse=True)[1]]), axis=1)
-        units, in_class = int(pairs[1].max()) + 1, np.bincount(pairs[0])
+    group, units, in_class = None, len(y_true), counts[k : 2 * k]
+    if groups is not None:
+        names, group = np.unique(groups, return_inverse=True)
+        units = len(names)
+        in_class = np.bincount(np.unique(y_true * units + group) // units)  # groups of each class
     if groups is not None and units < FEWEST_GROUPS:
         accuracy, balanced, f1 = (Score(value, None, None) for value in values.tolist())
     elif right.all() or not right.any():
@@ -136,7 +136,7 @@ def rate_scores(
         accuracy, balanced, f1 = (
             Score(value, *_interval(value, variance, units, len(y_true)))
             for value, variance in zip(
-                values.tolist(), _jackknife(y_true, y_pred, k, groups, counts), strict=True
+                values.tolist(), _jackknife(y_true, y_pred, k, group, counts), strict=True
             )
         )
     return accuracy, balanced, f1
@@ -190,21 +190,20 @@ def _jackknife(
     y_true: npt.NDArray[np.int64],
     y_pred: npt.NDArray[np.int64],
     k: int,
-    groups: npt.NDArray[Any] | None,
+    group: npt.NDArray[np.int64] | None,
     counts: npt.NDArray[np.int64],
 ) -> list[float]:
-    """Return the variances of accuracy, balanced accuracy and macro F1."""
+    """Return the variances of accuracy, balanced accuracy and macro F1; groups are numbers."""
     from scipy.sparse import coo_array
 
     cells = y_true * k + y_pred
-    if groups is None:  # images of one cell are alike, and each is left out
+    if group is None:  # images of one cell are alike, and each is left out
         cell, alike = np.unique(cells, return_counts=True)
         unit, images = np.arange(len(cell)), np.ones(len(cell), dtype=np.int64)
     else:
-        group = np.unique(groups, return_inverse=True)[1]
-        pairs, images = np.unique(np.stack([cells, group]), axis=1, return_counts=True)
-        cell, unit = pairs
-        alike = np.ones(int(unit.max()) + 1)
+        alike = np.ones(int(group.max()) + 1)
+        pairs, images = np.unique(cells * len(alike) + group, return_counts=True)
+        cell, unit = np.divmod(pairs, len(alike))
     true, predicted = np.divmod(cell, k)
     hit = true == predicted
     # table[u, c]: what unit u adds to each count.

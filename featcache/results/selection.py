@@ -50,7 +50,8 @@ def corrected_accuracy(
     """
     right = np.stack([one == y_true for one in predicted], axis=1).astype(np.float32)  # (n, m)
     n = len(right)
-    unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    group = None if groups is None else np.unique(groups, return_inverse=True)[1]
+    unit = np.arange(n) if group is None else group
     units = int(unit.max()) + 1
     weight = 1 / np.bincount(y_true)[y_true] if balanced else np.ones(n)
     rng = np.random.default_rng(0)  # the same predictions give the same figure
@@ -69,7 +70,7 @@ def corrected_accuracy(
     low, high = np.percentile(scores, [2.5, 97.5]).tolist()
     # Never narrower than that of the best as it is: of few errors or groups resamples know less.
     mine: npt.NDArray[np.int64] = right[:, right.mean(axis=0).argmax()].astype(np.int64)
-    plain = rate_scores(np.ones(n, np.int64), mine, 2, groups)[0]
+    plain = rate_scores(np.ones(n, np.int64), mine, 2, group)[0]
     assert plain.low is not None and plain.high is not None
     low, high = min(low, value - plain + plain.low), max(high, value + plain.high - plain)
     return Score(value, max(low, 0.0), min(high, 1.0))

@@ -161,16 +161,12 @@ def train_files(
         progress=progress,
         **options,
     )
-    board, failures = predictor.leaderboard, store.failures
+    board = predictor.leaderboard
     assert board is not None, "train makes one"
-    lost = (
-        f"{len(failures):,} images have no features, such as {failures[0].id}" if failures else ""
-    )
-    predictor.leaderboard = replace(
-        board,
-        n_unlabelled=board.n_unlabelled + splitting.n_unlabelled(store.labels),
-        notes=(*board.notes, *[lost][: len(failures)]),
-    )
+    notes, unlabelled = board.notes, splitting.n_unlabelled(store.labels)  # `split` left these out
+    if failures := store.failures:
+        notes += (f"{len(failures):,} images have no features, such as {failures[0].id}",)
+    predictor.leaderboard = replace(board, n_unlabelled=unlabelled, notes=notes)
     predictor.request = request
     predictor.save(target)
     remove_checkpoints(checkpoints)

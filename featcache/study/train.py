@@ -361,6 +361,12 @@ class _TrainingData:
     def y(self) -> npt.NDArray[Any]:
         return self.store.labels
 
+    @cached_property
+    def classes_and_codes(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Sorted labels (k,), and the number of each image's, int64 (n,)."""
+        classes, codes = np.unique(self.y, return_inverse=True)
+        return classes, codes.astype(np.int64)
+
     @property
     def size(self) -> int:
         """Bytes of the features as float32."""
@@ -496,10 +502,8 @@ def _train_head(
         # Class weights give accuracy up for the rare classes, more or less of it from fit to fit.
         balanced = data.options.class_weight is not None
         judged = out_of_fold.balanced_accuracy if balanced else out_of_fold.accuracy
-        low, known = (
-            float(judged) if judged.low is None else judged.low,
-            ~np.isnan(logits).any(axis=1),
-        )
+        low = float(judged) if judged.low is None else judged.low
+        known = ~np.isnan(logits).any(axis=1)
         check_fit(found.estimator, data.X, data.y, known, low, balanced=balanced)
     predictor = _predictor(data, found)
     held_out = None if test is None else evaluate(predictor, test, other_groups=True)
@@ -527,7 +531,7 @@ def _train_head(
 
 def _corrected(data: _TrainingData, tried: Predicted) -> Score:
     """Return the accuracy of the best of the settings that are scored on the most images."""
-    _, codes = np.unique(data.y, return_inverse=True)
+    _, codes = data.classes_and_codes
     judged = [predicted >= 0 for predicted in tried]
     known = max(judged, key=np.count_nonzero)
     whole = [one[known] for one, of in zip(tried, judged, strict=True) if (of == known).all()]
@@ -544,7 +548,7 @@ def _evaluation(
 ) -> Evaluation:
     """Return the metrics of scores and probabilities (n, k); NaN where no fold judges."""
     known = ~np.isnan(logits).any(axis=1)
-    classes, codes = np.unique(data.y, return_inverse=True)
+    classes, codes = data.classes_and_codes
     return Evaluation(
         ids=data.store.ids[known],
         y_true=codes[known],
@@ -563,7 +567,7 @@ def _nested(
     Varma and Simon, Bias in error estimation when using cross-validation for model selection
     (BMC Bioinformatics 7:91, 2006): what chose the parameters may not also judge them.
     """
-    classes, codes = np.unique(data.y, return_inverse=True)
+    classes, codes = data.classes_and_codes
     logits, proba = np.full((2, len(data.y), len(classes)), np.nan)
     for train, valid in data.folds:
         rows = TrainingRows.check(data.X[train], data.y[train], _inner_folds(data, train))

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -52,6 +53,17 @@ def table(path: Path, flowers: Path, few: int) -> Path:
     return path
 
 
+def asked(flowers: Path, folder: Path, few: int) -> dict[str, Any]:
+    """Return the variables of make for such a table and an untrained network."""
+    return {
+        "IMAGES": flowers,
+        "LABELS": table(folder / "labels.csv", flowers, few),
+        "BACKBONE": "resnet18",
+        "WEIGHTS": "none",
+        "OUT": folder / "out",
+    }
+
+
 def test_every_option_of_extract_and_train_is_one_of_a_study_too() -> None:
     own = {"output", "as_json", "stores", "images"}
     of_suffix = {one.name for one in train.params if "suffix: " in (getattr(one, "help", "") or "")}
@@ -65,14 +77,7 @@ def test_make_passes_the_options_of_both_stages_on(flower_folder: Path, tmp_path
     pytest.importorskip("bokeh", reason="pip install 'featcache[report]'")
     columns = "--id-column file --suffix .jpg --label-column colour --group-column site"
     chosen = "--truncated accept --exclude '*/0011.jpg' --group --cv 2 --test-size 20%"
-    arguments = {
-        "IMAGES": flower_folder,
-        "LABELS": table(tmp_path / "labels.csv", flower_folder, 8),
-        "BACKBONE": "resnet18",
-        "WEIGHTS": "none",
-        "OUT": tmp_path / "out",
-        "ARGS": f"{FAST} {columns} {chosen}",
-    }
+    arguments = {**asked(flower_folder, tmp_path, 8), "ARGS": f"{FAST} {columns} {chosen}"}
     first, second = make("classify", **arguments)
     assert first.exit_code == second.exit_code == 0, first.output + second.output
     assert "19 computed" in first.output
@@ -87,13 +92,7 @@ def test_make_passes_the_options_of_both_stages_on(flower_folder: Path, tmp_path
 
 
 def test_what_make_advises_is_accepted_as_typed(flower_folder: Path, tmp_path: Path) -> None:
-    arguments = {
-        "IMAGES": flower_folder,
-        "LABELS": table(tmp_path / "labels.csv", flower_folder, 5),
-        "BACKBONE": "resnet18",
-        "WEIGHTS": "none",
-        "OUT": tmp_path / "out",
-    }
+    arguments = asked(flower_folder, tmp_path, 5)
     columns = f"{FAST} --id-column file --suffix .jpg --label-column colour"
     _, refused = make("classify", **arguments, ARGS=columns)
     assert refused.exit_code == 1

@@ -34,6 +34,7 @@ from featcache.networks.taps import Tapped
 from featcache.pixels.preprocessing import Preprocessing
 from pipelines.best import EFFICIENTNET, LITE0_FILE, LITE0_PACKAGE, lite0_weights
 from pipelines.demo_weights import FILE, PACKAGE, link_weights
+from tests.small import put_into_hub_cache
 
 SMALL = "squeezenet1_1"  # 5 MB
 NORMED = "shufflenet_v2_x0_5"  # with BatchNorm
@@ -511,7 +512,6 @@ def test_timms_own_weights_come_from_its_cache_or_fail_clearly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timm = pytest.importorskip("timm")
-    safetensors = pytest.importorskip("safetensors.torch")
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -519,14 +519,10 @@ def test_timms_own_weights_come_from_its_cache_or_fail_clearly(
         _ = Backbone(f"timm/{TINY}").module
     torch.manual_seed(1)
     state = timm.create_model(TINY).state_dict()
-    snapshot = tmp_path / f"models--timm--{TINY}.r160_in1k" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("abc")
-    safetensors.save_file(state, snapshot / "model.safetensors")
+    file = put_into_hub_cache(tmp_path, f"{TINY}.r160_in1k", state)
     backbone = Backbone(f"timm/{TINY}")
     assert backbone.fingerprint().state_sha256 == state_sha256(state)
-    by_file = Backbone(f"timm/{TINY}", weights=snapshot / "model.safetensors")
+    by_file = Backbone(f"timm/{TINY}", weights=file)
     assert by_file.fingerprint().state_sha256 == state_sha256(state)
     assert by_file.is_untrained is None
     image = Image.new("RGB", (200, 180), (200, 30, 90))

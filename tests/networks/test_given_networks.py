@@ -25,7 +25,7 @@ from featcache.networks.backbone import Backbone
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.store.store import FeatureStore
 from tests.cli.test_cli import fail, succeed
-from tests.small import SIDE, TAP, folder, network
+from tests.small import SIDE, TAP, folder, network, put_into_hub_cache
 
 PREPROCESSING = Preprocessing(resize=SIDE, crop=SIDE)
 
@@ -254,7 +254,6 @@ def test_timm_without_a_network_looks_into_its_cache_and_fails_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timm = pytest.importorskip("timm")
-    safetensors = pytest.importorskip("safetensors.torch")
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -271,11 +270,7 @@ def test_timm_without_a_network_looks_into_its_cache_and_fails_at_once(
     assert len(str(caught.value).splitlines()) == 1
     assert constants.HF_HUB_OFFLINE is False
     state = timm.create_model("test_vit").state_dict()
-    snapshot = tmp_path / "models--timm--test_vit.r160_in1k" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("abc")
-    safetensors.save_file(state, snapshot / "model.safetensors")
+    put_into_hub_cache(tmp_path, "test_vit.r160_in1k", state)
     module = Backbone("timm/test_vit").module
     assert torch.equal(module.state_dict()["head.bias"], state["head.bias"])
 
