@@ -37,7 +37,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        quiet = "Print no progress, notes and warnings; errors are still printed."
+        quiet = "Print nothing on standard error but errors: no progress, no warnings."
         self.params.append(click.Option(["-q", "--quiet"], is_flag=True, help=quiet))
 
     def invoke(self, ctx: click.Context) -> Any:
