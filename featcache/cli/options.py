@@ -265,7 +265,10 @@ training = stacked(
         "of the split column too, instead of refusing that column.",
     ),
     click.option(
-        "--scoring", metavar="NAME", default="accuracy", help="Metric, by scikit-learn's name."
+        "--scoring",
+        metavar="NAME",
+        help="Metric that decides, by scikit-learn's name. Default: accuracy, with --class-weight "
+        "balanced_accuracy.",
     ),
     click.option(
         "--class-weight",

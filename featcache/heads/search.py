@@ -100,8 +100,10 @@ class SearchOptions:
 
     Attributes
     ----------
-    scoring : str or callable
-        One of scikit-learn's scorers; what decides.
+    scoring : str, callable or None
+        One of scikit-learn's scorers; what decides. None: accuracy, under class weights balanced
+        accuracy. A rare class that is weighted up costs accuracy, so that accuracy would choose
+        whatever heeds the weights least.
     class_weight : "balanced", dict or None
         As in scikit-learn.
     random_state : int
@@ -116,12 +118,18 @@ class SearchOptions:
         Called with a number of fits whenever so many more are done.
     """
 
-    scoring: Scoring = "accuracy"
+    scoring: Scoring | None = None
     class_weight: ClassWeight = None
     random_state: int = 0
     n_jobs: int = 1
     memory: int | None = None
     progress: Callable[[int], object] | None = None
+
+    @property
+    def decides(self) -> Scoring:
+        """What decides: `scoring`, or what stands for None."""
+        usual = "accuracy" if self.class_weight is None else "balanced_accuracy"
+        return usual if self.scoring is None else self.scoring
 
     @property
     def room(self) -> int:
@@ -211,8 +219,7 @@ class Search:
     def judge_on(self, rows: TrainingRows) -> None:
         """Score what is tried from now on on these rows."""
         self.rows = rows
-        scoring = self.options.scoring
-        self._scorer = FoldScorer.of(scoring, rows.codes, rows.classes, rows.folds)
+        self._scorer = FoldScorer.of(self.options.decides, rows.codes, rows.classes, rows.folds)
 
     @property
     def best(self) -> Trial:
@@ -351,7 +358,7 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
         weights are not for these classes.
     """
     options, start = head.options, time.perf_counter()
-    FoldScorer.of(options.scoring, rows.codes, rows.classes, rows.folds)
+    FoldScorer.of(options.decides, rows.codes, rows.classes, rows.folds)
     try:
         class_factors(options.class_weight, rows.classes, rows.codes, np.ones(len(rows)))
     except ValueError as error:
@@ -373,7 +380,7 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
         found.tried(params, refitted(head, params, found))
     best, middle = found.best, time.perf_counter()
     if not np.isfinite(best.score):
-        raise TrainingError(f"scoring {options.scoring!r} is not a number for any setting")
+        raise TrainingError(f"scoring {options.decides!r} is not a number for any setting")
     assert best.logits is not None
     estimator = FittedHead(head.fit(kept, best.params), rows.classes)
     found.fitted()

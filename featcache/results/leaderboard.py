@@ -222,6 +222,9 @@ class Leaderboard(Sequence[LeaderboardRow]):
     def caption(self) -> list[str]:
         """The best head and how it was chosen, its corrected accuracy, and the features."""
         best = self.rows[0]
+        by = "cross-validation"
+        if self.scoring != "accuracy":
+            by = f"cross-validated {self.scoring}"
         params = ", ".join(f"{name} {_short(value)}" for name, value in best.params.items())
         counts = f"{self.n_fit:,} images to train on, {self.folds}"
         if self.n_test:
@@ -232,7 +235,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
         for row in self.rows:
             heads.setdefault(row.features, []).append(row.head)
         return [
-            f"best by cross-validation: {best.head} ({params}); {counts}",
+            f"best by {by}: {best.head} ({params}); {counts}",
             f"accuracy of the best, corrected for the choice among all: {self.best_corrected}",
         ] + [
             f"features{' of ' + ', '.join(names) if len(heads) > 1 else ''}: {features}"

@@ -45,7 +45,7 @@ class TrainingOptions(SearchOptions):
         ):
             if not right:
                 raise TrainingError(f"{name} is {expected}, not {getattr(self, name)!r}")
-        check_scoring(self.scoring)
+        check_scoring(self.decides)
         if self.drop_crossing_groups and not self.group:
             raise TrainingError("drop_crossing_groups goes with group=True (--group)")
 

@@ -100,7 +100,7 @@ def train(
     head: str | Sequence[str] = "linear",
     layers: str | Sequence[str] | None = None,
     cv: int = 5,
-    scoring: Scoring = "accuracy",
+    scoring: Scoring | None = None,
     class_weight: ClassWeight = None,
     group: bool = False,
     drop_crossing_groups: bool = False,
@@ -132,8 +132,9 @@ def train(
         Taps to use, side by side. None: all.
     cv : int
         Folds.
-    scoring : str or callable
-        One of scikit-learn's scorers; what decides. Of two classes, the second in sorted order is
+    scoring : str or callable, optional
+        One of scikit-learn's scorers; what decides. None: accuracy, under class weights balanced
+        accuracy. Of two classes, the second in sorted order is
         the positive one. See `featcache.heads.search.FoldScorer` for folds that lack a class.
     class_weight : "balanced" or dict of str to float, optional
         As in scikit-learn.
@@ -202,11 +203,11 @@ def train(
         found = _train_heads(data, names, test, progress=progress)
     # Scores that differ by rounding are equal.
     found.sort(key=lambda one: (-round(one[0].cv_score, 9), one[0].cv.log_loss))
-    first, best, _ = found[0]
+    (first, best, _), decides = found[0], options.decides
     best.leaderboard = Leaderboard(
         rows=tuple(row for row, *_ in found),
         best_corrected=_corrected(data, [one for *_, tried in found for one in tried]),
-        scoring=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
+        scoring=decides if isinstance(decides, str) else getattr(decides, "__name__", "score"),
         n_fit=len(data.store),
         n_test=0 if first.held_out is None else first.held_out.images,
         n_unlabelled=splitting.n_unlabelled(store.labels),
@@ -310,7 +311,7 @@ class _TrainingData:
         folds, text = _folds(fit, groups, options)
         own = with_own_groups(fit.groups)
         classes, codes = np.unique(fit.labels, return_inverse=True)
-        scorer = FoldScorer.of(options.scoring, codes, classes, folds)
+        scorer = FoldScorer.of(options.decides, codes, classes, folds)
         chosen = set(fit.resolve(layers))
         columns = [name for name in fit.taps if name in chosen]
         notes = [warning for one in fit.fingerprints for warning in one.warnings]
@@ -539,7 +540,7 @@ def _corrected(data: _TrainingData, tried: Predicted) -> Score:
         codes[known],
         whole,
         None if data.groups is None else data.groups[known],
-        balanced=data.options.scoring == "balanced_accuracy",
+        balanced=data.options.decides == "balanced_accuracy",
     )
 
 
@@ -575,7 +576,7 @@ def _nested(
         found = search(HEADS[head](options), rows)
         logits[valid] = found.estimator.logits(data.X[valid])
         proba[valid] = found.calibration.proba(logits[valid])
-    score, _ = FoldScorer.of(data.options.scoring, codes, classes, data.folds)(logits, proba)
+    score, _ = FoldScorer.of(data.options.decides, codes, classes, data.folds)(logits, proba)
     return logits, proba, score
 
 

@@ -593,5 +593,18 @@ def test_balanced_weights_are_no_reason_to_refuse_a_head(tmp_path: Path) -> None
     )
     y = ["yes" if code else "no" for code in codes[:500]]
     store = make_store(tmp_path / "s.h5", X[:500].astype(np.float32), y)
-    # Accuracy chooses a penalty under which the fits differ in how much of it they give up.
-    assert train(store, head="linear", class_weight="balanced").head == "linear"
+    fit, _ = store.split(0.25, random_state=0)
+    given = {"head": "linear", "class_weight": "balanced", "progress": False}
+    board, named = (
+        train(fit, scoring=one, **given).leaderboard for one in (None, "balanced_accuracy")
+    )
+    assert board is not None and named is not None
+    assert board.scoring == board.to_dict()["scoring"] == "balanced_accuracy"
+    assert "best by cross-validated balanced_accuracy: linear" in board.to_text()
+    assert board[0].candidates[0]["fold_scores"] == named[0].candidates[0]["fold_scores"]
+    # Accuracy chooses a penalty under which nearly all rows get one class, in each fold another.
+    assert board[0].params == named[0].params and board[0].cv.balanced_accuracy > 0.7
+    named = train(fit, scoring="accuracy", **given).leaderboard
+    assert named is not None and named.scoring == "accuracy"
+    assert board[0].cv.balanced_accuracy > named[0].cv.balanced_accuracy + 0.05
+    assert train(fit, head="linear", progress=False).leaderboard.scoring == "accuracy"
