@@ -111,6 +111,7 @@ def layer(help: str) -> Decorator:
     return click.option("--layer", "layers", multiple=True, metavar="TAP", help=help)
 
 
+force = flag("--force", "Replace the file to write even if featcache did not write it.")
 json_output = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
 )

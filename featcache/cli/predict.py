@@ -31,6 +31,7 @@ def _load(predictor: Path, **network: Any) -> featcache.Predictor:
     "Score images of groups named like those trained on: they are other groups in STORE.",
 )
 @options.own_network
+@options.force
 @options.json_output
 def evaluate(
     predictor: Path,
@@ -38,6 +39,7 @@ def evaluate(
     report: Path | None,
     images: str | None,
     other_groups: bool,
+    force: bool,
     as_json: bool,
     **network: Any,
 ) -> None:
@@ -52,7 +54,12 @@ def evaluate(
     if report is not None:
         pictures = None if images is None else featcache.ImageSet.open(images)
         featcache.write_report(
-            evaluation, report, store=opened, images=pictures, leaderboard=loaded.leaderboard
+            evaluation,
+            report,
+            store=opened,
+            images=pictures,
+            leaderboard=loaded.leaderboard,
+            force=force,
         )
     written = "" if report is None else f"\n\nreport: {report}"
     show(as_json, evaluation.to_dict(), f"{evaluation.to_text()}{written}")
@@ -73,6 +80,7 @@ def evaluate(
 @options.workers
 @options.max_pixels
 @click.option("--device", metavar="DEVICE", default="auto", help=f"{options.DEVICES}.")
+@options.force
 @options.json_output
 def predict(
     predictor: Path,
@@ -82,6 +90,7 @@ def predict(
     top_k: int,
     backbone: str | None,
     weights: str | None,
+    force: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -100,7 +109,7 @@ def predict(
     )
     predictions = list(predictions) if as_json else predictions
     if not as_json or output != STDOUT:
-        write_predictions(predictions, output, file_format=format, top_k=top_k)
+        write_predictions(predictions, output, file_format=format, top_k=top_k, force=force)
     if as_json:
         found = [one.to_dict() for one in predictions]
         print_json({"predictor": str(predictor), "output": str(output), "predictions": found})
@@ -110,12 +119,13 @@ def predict(
 @options.path_argument("predictor")
 @options.output("FILE", "File to write: .onnx, or .pt2 for torch.export.load.", required=True)
 @options.own_network
+@options.force
 @options.json_output
-def export_model(predictor: Path, output: Path, as_json: bool, **network: Any) -> None:
+def export_model(predictor: Path, output: Path, force: bool, as_json: bool, **network: Any) -> None:
     """Write network and head as one model: .onnx or .pt2."""
     from featcache.predictor.export import export_model as export_predictor
 
-    export_predictor(_load(predictor, **network), output)
+    export_predictor(_load(predictor, **network), output, force=force)
     size = output.stat().st_size
     values = {"predictor": str(predictor), "output": str(output), "bytes": size}
     show(as_json, values, f"{output}: network and head, {size / 1e6:,.1f} MB")

@@ -13,6 +13,7 @@ from featcache.cli import options
 from featcache.cli.command import Command
 from featcache.cli.extract import extracted, listed
 from featcache.errors import MissingExtra
+from featcache.system.files import atomic_write, check_overwrite, is_table
 
 both_stages = options.stacked(
     click.option(
@@ -75,11 +76,13 @@ class Study:
 
     def classify(self) -> None:
         """Compare heads, keep the best as a predictor, and write leaderboard and report."""
+        leaderboard, report = self.path("-leaderboard.csv"), self.path(".html")
+        check_overwrite(leaderboard, _is_leaderboard, "a leaderboard of featcache")
         result = featcache.train_files(self.path(".h5"), self.path(".featcache"), **self.training)
         click.echo(result.to_text())
-        leaderboard, report = self.path("-leaderboard.csv"), self.path(".html")
         if not (result.up_to_date and leaderboard.exists() and report.exists()):
-            leaderboard.write_text(result.leaderboard.to_csv(), encoding="utf-8")
+            with atomic_write(leaderboard, text=True) as file:
+                file.write(result.leaderboard.to_csv())
             store = featcache.FeatureStore.open(self.path(".h5"))
             try:
                 featcache.write_report(
@@ -98,6 +101,10 @@ class Study:
                 click.echo(f"report: not written. {missing}", err=True)
                 return
         click.echo(f"leaderboard: {leaderboard}\nreport: {report}")
+
+
+def _is_leaderboard(path: Path) -> bool:
+    return is_table(path, lambda names: names[:3] == ["head", "params", "features"], {})
 
 
 @click.command(cls=Command)

@@ -39,7 +39,7 @@ _KEY = "featcache"
 
 
 @library_defaults()
-def export_model(predictor: Predictor, path: str | Path) -> None:
+def export_model(predictor: Predictor, path: str | Path, *, force: bool = False) -> None:
     """Write the whole network of a predictor to one file.
 
     Parameters
@@ -48,6 +48,9 @@ def export_model(predictor: Predictor, path: str | Path) -> None:
         With a head made of layers, see `Predictor.to_torch`.
     path : path
         Ending in ``.onnx`` (for onnxruntime and others) or ``.pt2`` (for ``torch.export.load``).
+        Replaced if it is such a model.
+    force : bool
+        Replace a file of any kind.
 
     Raises
     ------
@@ -64,7 +67,7 @@ def export_model(predictor: Predictor, path: str | Path) -> None:
         raise PredictorError(f"A model is exported to .onnx or .pt2, not to {target.name!r}.")
     if target.suffix == ".onnx":
         _require_onnx()
-    check_overwrite(target, _is_model, "a model that featcache exported")
+    check_overwrite(target, _is_model, "a model that featcache exported", force=force)
     grafted = predictor.to_torch()
     preprocessing = Preprocessing.from_dict(predictor.fingerprints[0].preprocessing)
     program = _program(_Served(grafted, preprocessing), preprocessing.output_shape)

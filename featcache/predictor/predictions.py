@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from featcache.system.files import atomic_write, check_overwrite
+from featcache.system.files import atomic_write, check_overwrite, is_table
 from featcache.system.tables import printable
 
 
@@ -70,6 +70,7 @@ def write_predictions(
     *,
     file_format: str = "csv",
     top_k: int = 1,
+    force: bool = False,
 ) -> int:
     """Write predictions as they come, to a file or to standard output.
 
@@ -79,12 +80,14 @@ def write_predictions(
         For instance from `Predictor.stream`; nothing but the current one is kept.
     output : Path
         ``-`` is standard output. A file is replaced when all is written, and only if it is a file
-        of predictions.
+        of predictions, in every cell.
     file_format : {"csv", "json"}
         CSV has the columns ``id,label,probability[,label_2,probability_2...],error``, JSON is one
         list of objects.
     top_k : int
         Number of pairs of columns.
+    force : bool
+        Replace a file of any kind.
 
     Returns
     -------
@@ -97,7 +100,7 @@ def write_predictions(
         The output is a file of another kind, or cannot be written.
     """
     write = _write_csv if file_format == "csv" else _write_json
-    check_overwrite(output, _is_predictions, "a file of predictions")
+    check_overwrite(output, _is_predictions, "a file of predictions", force=force)
     with atomic_write(output, text=True) as file:
         return write(predictions, file, top_k)
 
@@ -133,6 +136,14 @@ def _write_json(predictions: Iterable[Prediction], file: IO[str], top_k: int) ->
 
 
 def _is_predictions(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(64)
-    return start.startswith((b"id,label,probability", b'[\n {"id": ', b"[]\n"))
+    with path.open(encoding="utf-8") as file:
+        if file.read(1) != "[":
+            return is_table(
+                path,
+                lambda names: names == _header((len(names) - 2) // 2),
+                {r"probability(_\d+)?": r"([01]\.\d{6})?"},
+            )
+        *lines, last = file.read().splitlines()
+    keys = Prediction("", "", 0.0).to_dict().keys()
+    found = (json.loads(line.removesuffix(",")).keys() for line in lines[1:])
+    return last == "]" and all(one == keys for one in found)

@@ -53,6 +53,7 @@ def write_report(
     maps: Sequence[Method] | None = None,
     title: str = "featcache report",
     random_state: int = 0,
+    force: bool = False,
 ) -> None:
     """Write an evaluation as one self-contained HTML page, under 15 MB.
 
@@ -78,6 +79,8 @@ def write_report(
         Title of the page.
     random_state : int
         Seed of the maps, and of the choice of images where there are over 20,000.
+    force : bool
+        Replace a file of any kind.
 
     Raises
     ------
@@ -88,7 +91,7 @@ def write_report(
     """
     _require_bokeh()
     target = Path(path)
-    check_overwrite(target, _is_report, "a report of featcache")
+    check_overwrite(target, _is_report, "a report of featcache", force=force)
     ids, stored, columns = _page_images(evaluation, store, random_state)
     pictures = _Thumbnails(images)
     data: dict[str, Any] = {

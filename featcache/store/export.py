@@ -9,7 +9,7 @@ import csv
 import importlib
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,12 +18,12 @@ import numpy as np
 from featcache.errors import MissingExtra, StoreError
 from featcache.fingerprint import canonical_json
 from featcache.store.store import FeatureStore
-from featcache.system.files import STDOUT, atomic_write, check_overwrite
+from featcache.system.files import STDOUT, atomic_write, check_overwrite, is_table
 
 __all__ = ["export_store"]
 
 
-def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
+def export_store(store: FeatureStore, path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write a store's rows to a file of another kind, chosen by the suffix.
 
     ============ ==================================================================================
@@ -41,8 +41,11 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
     store : FeatureStore
         What to write; also a selection or a join.
     path : path
-        The file to make. A file of the same kind is replaced, another is not. ``-`` is CSV on
-        standard output.
+        The file to make. A file of other features that was written by this function is replaced,
+        another is not; of ``.npy``, which does not say who wrote it, only the very same bytes.
+        ``-`` is CSV on standard output.
+    force : bool
+        Replace a file of any kind.
 
     Returns
     -------
@@ -64,13 +67,9 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str]) -> Path:
         raise StoreError(
             f"Cannot export to {target}: a name ending in {', '.join(_KINDS)} is needed."
         )
-    magic, write = _KINDS[suffix]
-
-    def is_own(path: Path) -> bool:
-        with path.open("rb") as file:
-            return file.read(len(magic)) == magic
-
-    check_overwrite(target, is_own, f"a {suffix} file of this kind")
+    write, is_own = _KINDS[suffix]
+    what = f"a {suffix} file {'of these features' if suffix == '.npy' else 'of an export'}"
+    check_overwrite(target, lambda path: is_own(store, path), what, force=force)
     with atomic_write(target, text=suffix == ".csv") as file:
         write(store, file)
     return target
@@ -125,9 +124,12 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
     np.lib.format.write_array_header_1_0(file, header)
 
 
+def _npy_shape(store: FeatureStore) -> tuple[int, ...]:
+    return (len(store), *([store.views] if store.views > 1 else []), store.width())
+
+
 def _write_npy(store: FeatureStore, file: IO[bytes]) -> None:
-    head = (len(store), store.views) if store.views > 1 else (len(store),)
-    _write_header(file, (*head, store.width()), np.dtype("<f4"))
+    _write_header(file, _npy_shape(store), np.dtype("<f4"))
     for _, block in store.blocks():
         file.write(np.ascontiguousarray(block, "<f4").data)
 
@@ -150,12 +152,7 @@ def _write_csv(store: FeatureStore, file: IO[str]) -> None:
 
 
 def _write_parquet(store: FeatureStore, file: IO[bytes]) -> None:
-    try:
-        pa = importlib.import_module("pyarrow")
-        pq = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise MissingExtra("pyarrow", "parquet", "Exporting to Parquet") from error
-
+    pa, pq = _pyarrow()
     tables = _tables(store)
     fields = [(name, pa.string()) for name in tables]
     for name, info in store.taps.items():
@@ -176,10 +173,59 @@ def _write_parquet(store: FeatureStore, file: IO[bytes]) -> None:
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
-# By suffix: the first bytes of such a file, and who writes it.
-_KINDS: dict[str, tuple[bytes, Callable[[FeatureStore, IO[Any]], None]]] = {
-    ".npz": (b"PK\x03\x04", _write_npz),
-    ".npy": (b"\x93NUMPY", _write_npy),
-    ".parquet": (b"PAR1", _write_parquet),
-    ".csv": (b"id,label", _write_csv),
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "parquet", "Exporting to Parquet") from error
+
+
+# --- what was written here before ----------------------------------------------------------------
+
+
+def _are_columns(names: Sequence[str], needed: set[str], others: set[str]) -> bool:
+    """Return whether columns are those of tables, and taps: only these have a colon."""
+    known = {name for name in names if ":" not in name}
+    return len(known) < len(names) and needed <= known <= needed | others
+
+
+def _is_npz(_: FeatureStore, path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+    return _are_columns(names, {"ids", "labels", "fingerprints"}, {"groups", "splits"})
+
+
+def _is_npy(store: FeatureStore, path: Path) -> bool:
+    """Return whether a file has the very bytes that are going to be written."""
+    found = np.load(path, mmap_mode="r")
+    whole = path.stat().st_size == found.offset + found.nbytes
+    return (
+        whole
+        and (found.shape, found.dtype) == (_npy_shape(store), np.dtype("<f4"))
+        and all(found[part].tobytes() == block.tobytes() for part, block in store.blocks())
+    )
+
+
+def _is_csv(_: FeatureStore, path: Path) -> bool:
+    number = r"-?(\d+(\.\d+)?(e[+-]\d+)?|nan|inf)"
+    return is_table(
+        path,
+        lambda names: _are_columns(names, {"id", "label"}, {"group", "split", "view"}),
+        {"view": r"\d+", r".*:.*": number},
+    )
+
+
+def _is_parquet(_: FeatureStore, path: Path) -> bool:
+    schema = _pyarrow()[1].read_schema(path)
+    ours = b"featcache" in (schema.metadata or {})
+    return ours and _are_columns(schema.names, {"id", "label"}, {"group", "split"})
+
+
+_KINDS: dict[
+    str, tuple[Callable[[FeatureStore, IO[Any]], None], Callable[[FeatureStore, Path], bool]]
+] = {
+    ".npz": (_write_npz, _is_npz),
+    ".npy": (_write_npy, _is_npy),
+    ".parquet": (_write_parquet, _is_parquet),
+    ".csv": (_write_csv, _is_csv),
 }

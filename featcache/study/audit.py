@@ -43,7 +43,7 @@ from featcache.store.store import FeatureStore
 from featcache.study.maps import centred, nearest_rows, pooled
 from featcache.study.options import TrainingOptions
 from featcache.study.train import head_names
-from featcache.system.files import atomic_write, check_overwrite
+from featcache.system.files import atomic_write, check_overwrite, is_table
 from featcache.system.tables import first_names
 
 __all__ = ["Finding", "Findings", "audit", "suspicious_labels"]
@@ -114,8 +114,15 @@ class Findings(Sequence[Finding]):
         """Return the findings of one kind."""
         return [one for one in self.items if one.kind == kind]
 
-    def to_csv(self, path: str | Path) -> None:
+    def to_csv(self, path: str | Path, *, force: bool = False) -> None:
         """Write one line a finding, with a header.
+
+        Parameters
+        ----------
+        path : path
+            The file. Replaced if it is such a table, in every cell; ``-`` is standard output.
+        force : bool
+            Replace a file of any kind.
 
         Raises
         ------
@@ -123,7 +130,7 @@ class Findings(Sequence[Finding]):
             The path holds something else, or cannot be written.
         """
         target = Path(path)
-        check_overwrite(target, _is_findings, "a file of findings")
+        check_overwrite(target, _is_findings, "a file of findings", force=force)
         with atomic_write(target, text=True) as file:
             writer = csv.DictWriter(file, _HEADER, lineterminator="\n")
             writer.writeheader()
@@ -142,8 +149,8 @@ class Findings(Sequence[Finding]):
 
 
 def _is_findings(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.readline(200).decode(errors="replace").strip() == ",".join(_HEADER)
+    kinds = "label|copy|near-duplicate|outlier"
+    return is_table(path, _HEADER.__eq__, {"kind": kinds, "score": r"-?\d+\.\d{6}"})
 
 
 def audit(

@@ -113,16 +113,16 @@ def test_a_failed_export_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = stores.store(tmp_path / "a.h5")
-    before = export_store(store.select([1]), tmp_path / "a.npy").read_bytes()
+    before = export_store(store.select([1]), tmp_path / "a.npz").read_bytes()
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match=r"a\.npy cannot be written: No space left"):
-        export_store(store, tmp_path / "a.npy")
-    assert (tmp_path / "a.npy").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5", "a.npy"]
+    with pytest.raises(OutputError, match=r"a\.npz cannot be written: No space left"):
+        export_store(store, tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5", "a.npz"]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(

@@ -1,0 +1,183 @@
+"""Files that a user keeps are never lost to an output: what is replaced, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import featcache
+from featcache.cli.main import main
+from featcache.errors import OutputError
+from featcache.predictor.predictions import Prediction, write_predictions
+from featcache.store.export import export_store
+from featcache.study.audit import Finding, Findings
+from tests import small, stores
+
+GOOD = Prediction("a,b.jpg", "cat", 0.75, (("cat", 0.75), ("dog", 0.25)))
+FAILED = Prediction.failed("b.jpg", "not an image")
+FOUND = Finding("copy", "a.jpg", "cat", "", 1.0, other_id="b.jpg")
+
+
+def predictions(path: Path, *, force: bool = False, top_k: int = 1) -> None:
+    write_predictions([GOOD, FAILED], path, top_k=top_k, force=force)
+
+
+def json_predictions(path: Path, *, force: bool = False) -> None:
+    write_predictions([GOOD, FAILED], path, file_format="json", force=force)
+
+
+def findings(path: Path, *, force: bool = False) -> None:
+    Findings((FOUND,), 2).to_csv(path, force=force)
+
+
+def export(path: Path, *, force: bool = False) -> None:
+    source = path.parent / "source"
+    source.mkdir(exist_ok=True)
+    f = stores.fingerprint(taps=(stores.POOL, stores.MAPS), views=2)
+    if not (source / "a.h5").exists():
+        stores.store(source / "a.h5", f=f)
+    export_store(featcache.FeatureStore.open(source / "a.h5"), path, force=force)
+
+
+def other_export(path: Path) -> None:
+    """Write the features of other images."""
+    export_store(stores.store(path.parent / "other.h5", stores.images(4)), path)
+
+
+def text(content: str) -> Callable[[Path], None]:
+    return lambda path: path.write_text(content) and None
+
+
+def parquet(path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet", reason="pip install 'featcache[parquet]'")
+    export(path)
+    table = pq.read_table(path)  # with the metadata of the export
+    pq.write_table(table.append_column("mine", table["label"]), path)
+
+
+def npz(*names: str) -> Callable[[Path], None]:
+    return lambda path: np.savez(path, **dict.fromkeys(names, np.zeros(3)))
+
+
+HEADER = "id,label,probability,error\n"
+FINDINGS = "kind,id,label,split,score,suggested,other_id,other_label,other_split,note\n"
+FEATURES = "id,label,avgpool:output:flatten[0],avgpool:output:flatten[1]\n"
+# What is written, over what: True is replaced, False is refused and left byte for byte.
+TABLE = [
+    ("p.csv", predictions, predictions, True),
+    ("p.csv", predictions, lambda path: predictions(path, top_k=2), True),
+    ("p.csv", predictions, json_predictions, True),
+    ("p.json", json_predictions, json_predictions, True),
+    ("p.csv", predictions, text("id,label\na.jpg,cat\n"), False),
+    ("p.csv", predictions, text("id,label,probability,type\na.jpg,cat,0.500000,x\n"), False),
+    ("p.csv", predictions, text(f"{HEADER}a.jpg,cat,certain,\n"), False),
+    ("p.csv", predictions, text(f"{HEADER}a.jpg,cat,0.500000,,mine\n"), False),
+    ("p.csv", predictions, text("x" * 300_000), False),
+    ("p.csv", predictions, findings, False),
+    ("p.json", json_predictions, text('[\n {"id": "a", "label": "cat"}\n]\n'), False),
+    ("p.json", json_predictions, text('[\n {"id": '), False),
+    ("f.csv", findings, findings, True),
+    ("f.csv", findings, text(f"{FINDINGS}mine,a,b,,1.000000,,,,,\n"), False),
+    ("f.csv", findings, text(f"{FINDINGS}copy,a,b,,1.000000,,,,,,mine\n"), False),
+    ("f.csv", findings, predictions, False),
+    ("e.csv", export, export, True),
+    ("e.csv", export, other_export, True),
+    ("e.csv", export, text("id,label\na.jpg,cat\n"), False),
+    ("e.csv", export, text("id,label,notes\na.jpg,cat,[0]\n"), False),
+    ("e.csv", export, text(f"{FEATURES}a.jpg,cat,1.5,mine\n"), False),
+    ("e.csv", export, predictions, False),
+    ("e.npz", export, other_export, True),
+    ("e.npz", export, npz("ids", "labels"), False),
+    ("e.npz", export, npz("ids", "labels", "fingerprints", "mine"), False),
+    ("e.npy", export, export, True),
+    ("e.npy", export, other_export, False),
+    ("e.npy", export, lambda path: np.save(path, np.zeros((2, 2), np.float32)), False),
+    ("e.parquet", export, other_export, True),
+    ("e.parquet", export, parquet, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "write", "there", "replaced"), TABLE)
+def test_what_is_replaced_and_what_is_refused(
+    name: str, write: Callable[..., None], there: Callable[[Path], None], replaced: bool,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow", reason="pip install 'featcache[parquet]'")
+    path = tmp_path / name
+    write(path)
+    expected = path.read_bytes()
+    path.unlink()
+    there(path)
+    before = path.read_bytes()
+    if replaced:
+        write(path)
+    else:
+        with pytest.raises(OutputError, match=r"is there already and is not .*It is left as it"):
+            write(path)
+        assert path.read_bytes() == before
+        write(path, force=True)
+    assert path.read_bytes() == expected
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Return images, their store, and a predictor."""
+    root = tmp_path_factory.mktemp("trained")
+    images = featcache.ImageSet.open(small.folder(root / "images", 24))
+    featcache.extract(images, featcache.Backbone("tests.small:own"), root / "a.h5")
+    featcache.train_files(root / "a.h5", root / "a.featcache", head="ridge", cv=2)
+    return root / "images", root / "a.h5", root / "a.featcache"
+
+
+OWN = ["--backbone", "tests.small:own"]
+COMMANDS = {
+    "export": ("x.npz", lambda images, store, predictor: [store, "-o"]),
+    "predict": ("x.csv", lambda images, store, predictor: [predictor, images, *OWN, "-o"]),
+    "audit": ("x.csv", lambda images, store, predictor: [store, "-o"]),
+    "evaluate": ("x.html", lambda images, store, predictor: [predictor, store, "--report"]),
+    "export-model": ("x.pt2", lambda images, store, predictor: [predictor, *OWN, "-o"]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_force_replaces_what_is_not_ours_and_no_folder(
+    command: str, trained: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    name, arguments = COMMANDS[command]
+    path = tmp_path / name
+    path.write_text("id,label\nmy own work\n")
+
+    def run(*more: object) -> str:
+        result = CliRunner().invoke(
+            main, [command, *map(str, (*arguments(*trained), path, *more))], catch_exceptions=False
+        )
+        assert result.exit_code == (path.is_dir() or not more), result.output
+        return result.stderr
+
+    assert "is there already and is not a" in run()
+    assert path.read_text() == "id,label\nmy own work\n"
+    run("--force")
+    assert "my own work" not in path.read_text(errors="replace")
+    path.unlink()
+    path.mkdir()
+    assert "is a folder" in run("--force")
+
+
+def test_a_study_leaves_a_table_that_is_no_leaderboard(
+    trained: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    table = tmp_path / "images-tests.small_own-leaderboard.csv"
+    table.write_text("head,mine\nsvm,good\n")
+    arguments = ["study", str(trained[0]), *OWN, "-o", str(tmp_path), "--head", "ridge"]
+    for more, status in (([], 1), (["--cv", "2"], 0)):
+        result = CliRunner().invoke(main, [*arguments, *more])
+        assert result.exit_code == status, result.output
+        if status:
+            assert "is not a leaderboard of featcache" in result.stderr
+            assert table.read_text() == "head,mine\nsvm,good\n"
+            table.unlink()
