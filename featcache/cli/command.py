@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import click
 
 from featcache.errors import FeatcacheError, Interrupted
 from featcache.system.console import signals_as_ctrl_c
+from featcache.system.files import STDOUT
 from featcache.system.tables import printable
 
 
@@ -74,23 +75,31 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"{title} {_safe(str(message))}", err=True, color=_colour(sys.stderr))
 
 
-def _safe(text: str) -> str:
+def _safe(text: str, escaped: Callable[[str], str] = ascii) -> str:
     """Return a text of several lines without what else would steer a terminal."""
-    return "\n".join(map(printable, text.split("\n")))
+    return "\n".join(printable(line, escaped) for line in text.split("\n"))
 
 
 def _colour(stream: Any) -> bool:
     return "NO_COLOR" not in os.environ and stream.isatty()
 
 
-def show(as_json: bool, values: Mapping[str, Any], text: str, *, err: bool = False) -> None:
-    """Print a result: one JSON object on standard output, or text, perhaps on standard error."""
+def show(
+    as_json: bool, values: Mapping[str, Any], text: str, *, output: Path | None = None
+) -> None:
+    """Print a result: one JSON object on standard output, or text.
+
+    Where the command wrote `output`, the text is of that file, and does not mix with it.
+    """
     if as_json:
         print_json(values)
+    elif output in (None, STDOUT):
+        click.echo(text, err=output is not None)
     else:
-        click.echo(text, err=err)
+        click.echo(f"{output}: {text}")
 
 
 def print_json(value: Any) -> None:
     """Print one JSON object on standard output."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    click.echo(_safe(text, json.dumps))

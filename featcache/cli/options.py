@@ -265,6 +265,11 @@ training = stacked(
         "With --group: leave images out of training whose group is in the validation or test part "
         "of the split column too, instead of refusing that column.",
     ),
+    flag(
+        "--nested",
+        "Choose the settings anew inside every fold: a figure that their choice does not flatter, "
+        "for several times the time.",
+    ),
     click.option(
         "--scoring",
         metavar="NAME",

@@ -128,4 +128,4 @@ def export_model(predictor: Path, output: Path, force: bool, as_json: bool, **ne
     export_predictor(_load(predictor, **network), output, force=force)
     size = output.stat().st_size
     values = {"predictor": str(predictor), "output": str(output), "bytes": size}
-    show(as_json, values, f"{output}: network and head, {size / 1e6:,.1f} MB")
+    show(as_json, values, f"network and head, {size / 1e6:,.1f} MB", output=output)

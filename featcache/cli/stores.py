@@ -75,7 +75,7 @@ def audit(store: Path, output: Path, force: bool, as_json: bool) -> None:
         findings.to_csv(output, force=force)
     values = {"store": str(store), "output": str(output), "images": findings.n_images}
     values |= {"findings": [vars(one) for one in findings], "notes": findings.notes}
-    show(as_json, values, f"{output}: {findings}", err=output == STDOUT)
+    show(as_json, values, str(findings), output=output)
 
 
 @click.command(cls=Command)
@@ -98,4 +98,4 @@ def export(store: Path, output: Path, force: bool, as_json: bool) -> None:
     export_store(opened, output, force=force)
     n, d = len(opened), opened.width()
     values = {"store": str(store), "output": str(output), "images": n, "columns": d}
-    show(as_json, values, f"{output}: {n:,} images, {d:,} columns", err=output == STDOUT)
+    show(as_json, values, f"{n:,} images, {d:,} columns", output=output)

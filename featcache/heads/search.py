@@ -465,6 +465,12 @@ def check_scoring(scoring: Scoring) -> Callable[..., float]:
         hint = f"Did you mean {' or '.join(near)}?" if near else "Try accuracy."
         raise TrainingError(f"scikit-learn has no scoring {scoring!r}. {hint}")
     scorer: Callable[..., float] = get_scorer(scoring)
+    function = getattr(scorer, "_score_func", None)  # no public way tells what it is of
+    if getattr(function, "__module__", "").endswith("_regression"):
+        raise TrainingError(
+            f"scoring {scoring!r} compares numbers, and classes are none. Try accuracy, "
+            "balanced_accuracy or neg_log_loss"
+        )
     return scorer
 
 
@@ -554,6 +560,7 @@ class FoldScorer:
     def _check(self, present: np.ndarray) -> None:
         """Refuse what cannot score even right predictions of the classes that folds validate."""
         from sklearn.exceptions import UndefinedMetricWarning
+        from sklearn.metrics import get_scorer_names
 
         codes = np.repeat(present, 2)  # every class twice
         right = np.eye(len(self.classes), dtype=np.float32)[codes]
@@ -571,9 +578,13 @@ class FoldScorer:
             lacking = np.delete(self.classes, present)
             if isinstance(error, UndefinedMetricWarning) and len(lacking):
                 why = f"no validation image is of {str(lacking[0])!r}"
+            cure = "balanced_accuracy, f1_macro or neg_log_loss"
+            of_more = {f"{self.scoring}_macro", f"{self.scoring}_ovr"} & {*get_scorer_names()}
+            if of_more and len(self.classes) > 2:
+                why, cure = "it is for two", of_more.pop()
             raise TrainingError(
                 f"scoring {self.scoring!r} cannot score {len(self.classes)} classes such as "
-                f"{str(self.classes[0])!r}: {why}. Try balanced_accuracy, f1_macro or neg_log_loss"
+                f"{str(self.classes[0])!r}: {why}. Try {cure}"
             ) from error
 
     def _one(self, known: _Scored, rows: np.ndarray) -> float:

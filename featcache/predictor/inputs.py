@@ -149,9 +149,11 @@ def _picture(item: Any) -> Image:
     if pixels and (item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4))):
         return Image.fromarray(item)
     came = f"{item.dtype} {item.shape}" if hasattr(item, "dtype") else repr(item)[:60]
+    came = f"{type(item).__name__} {came}"
+    if isinstance(item, str | os.PathLike):
+        came = f"the path {os.fspath(item)!r} in a list that holds other things too"
     raise PredictorError(
-        "Expected paths, or PIL images and arrays of uint8 (h, w, 3) or (h, w); got "
-        f"{type(item).__name__} {came}."
+        f"Expected paths, or PIL images and arrays of uint8 (h, w, 3) or (h, w); got {came}."
     )
 
 

@@ -130,7 +130,7 @@ def _write_json(predictions: Iterable[Prediction], file: IO[str], top_k: int) ->
     file.write("[")
     for count, one in enumerate(predictions, start=1):
         file.write(",\n " if count > 1 else "\n ")
-        file.write(json.dumps(one.to_dict(), ensure_ascii=False))
+        file.write(printable(json.dumps(one.to_dict(), ensure_ascii=False), json.dumps))
     file.write("\n]\n" if count else "]\n")
     return count
 

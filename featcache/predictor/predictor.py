@@ -137,7 +137,15 @@ class Predictor:
         PredictorError
             Another number of features, or a row with a number that is not finite.
         """
-        X = np.asarray(X)
+        try:
+            X = np.asarray(X)
+        except ValueError as error:
+            sizes = [len(row) if hasattr(row, "__len__") else 1 for row in X]
+            first = next((k for k, size in enumerate(sizes) if size != self.n_features), 0)
+            raise PredictorError(
+                f"Expected features (n, {self.n_features}), got rows of other lengths (first: row "
+                f"{first})."
+            ) from error
         if X.dtype.kind not in "fiub":
             raise PredictorError(f"Expected features, an array of numbers, got {X.dtype}.")
         if X.ndim not in (2, 3) or X.shape[-1] != self.n_features:
@@ -147,12 +155,13 @@ class Predictor:
             )
         if not len(X):
             return np.zeros((0, len(self.classes)), np.float32)
-        X = np.ascontiguousarray(X, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            X = np.ascontiguousarray(X, dtype=np.float32)
         finite = np.isfinite(X).all(axis=tuple(range(1, X.ndim)))
         if not finite.all():
             raise PredictorError(
-                f"{np.count_nonzero(~finite):,} rows hold numbers that are not finite, as float32 "
-                f"(first: row {finite.argmin()})."
+                f"{np.count_nonzero(~finite):,} rows hold numbers that are not finite or too large "
+                f"for float32 (first: row {finite.argmin()})."
             )
         self._bind()
         return self.estimator.logits(X)

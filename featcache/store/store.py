@@ -486,7 +486,7 @@ class FeatureStore:
         rows = chosen.astype(np.int64) if chosen.dtype.kind in "iu" or not chosen.size else None
         if rows is None or rows.ndim != 1 or ((rows < -n) | (rows >= n)).any():
             raise IndexError(
-                f"Expected integers from 0 to {n - 1}, or a mask of {n} booleans, got "
+                f"Expected integers from {-n} to {n - 1}, or a mask of {n} booleans, got "
                 f"{chosen.dtype} {chosen.shape}: {chosen.flat[:5].tolist()}"
             )
         chosen = np.where(rows < 0, rows + n, rows)

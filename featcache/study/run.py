@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.errors import PredictorError, TrainingError
 from featcache.finetuning.search import SUFFIX, remove_checkpoints
 from featcache.finetuning.settings import SuffixSettings
+from featcache.heads.table import CLASSICS
 from featcache.predictor.file import is_predictor
 from featcache.predictor.predictor import Predictor
 from featcache.results.leaderboard import Leaderboard
@@ -124,7 +125,7 @@ def train_files(
     known = [one.name for one in fields(TrainingOptions) if one.name != "progress"]
     if unknown := options.keys() - known:
         raise TrainingError(f"There is no option {min(unknown)!r}. Options: {', '.join(known)}")
-    target, names = Path(output), head_names(head)
+    target, names = Path(output), head_names(head or CLASSICS)
     check_overwrite(target, is_predictor, "a featcache predictor")
     paths = [stores] if isinstance(stores, str | Path) else stores
     opened = [FeatureStore.open(path) for path in paths]

@@ -61,7 +61,7 @@ from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead, check_fit
 from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.search import COPIES, FoldScorer, search
-from featcache.heads.table import CLASSICS, HEADS
+from featcache.heads.table import HEADS
 from featcache.predictor.file import CanaryRows, group_hashes
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.predictor import Predictor
@@ -258,17 +258,16 @@ def _train_heads(
 def head_names(heads: str | Sequence[str]) -> list[str]:
     """Return the heads to train."""
     given = [heads] if isinstance(heads, str) else list(heads or ())
-    if not given:
-        return list(CLASSICS)
-    given = [name for each in given for name in (list(HEADS) if each == "all" else [each])]
     known = [*HEADS, SUFFIX]
+    every = f"Heads: {', '.join(known)}, or all."
+    if not given:
+        raise TrainingError(f"head={heads!r} names no head. {every}")
+    given = [name for each in given for name in (list(HEADS) if each == "all" else [each])]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+            near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise TrainingError(
-                f"There is no head {name!r}.{hint} Heads: {', '.join(known)}, or all."
-            )
+            raise TrainingError(f"There is no head {name!r}.{hint} {every}")
     return list(dict.fromkeys(given))
 
 

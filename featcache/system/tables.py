@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from html import escape
 
 SHOWN = 20
@@ -47,9 +47,14 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def printable(text: str) -> str:
-    """Return a text with line breaks and what else would steer a terminal as Python escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def printable(text: str, escaped: Callable[[str], str] = ascii) -> str:
+    """Return a text with line breaks and what else would steer a terminal as Python escapes.
+
+    ``escaped=json.dumps`` makes escapes of JSON.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else escaped(c)[1:-1] for c in text)
 
 
 def first_names(names: Sequence[str], most: int = SHOWN) -> str:

@@ -236,6 +236,8 @@ def test_arrays_of_any_size_are_images(predictor: Predictor, flower_folder: Path
     ):  # fmt: skip
         with pytest.raises(PredictorError, match=r"Expected paths, or .* uint8 \(h, w, 3\)"):
             predictor.predict(wrong, workers=0)
+    with pytest.raises(PredictorError, match="rose' in a list that holds other things too"):
+        predictor.predict([pixels, flower_folder / "rose"], workers=0)
 
 
 def test_streaming_reads_no_further_than_it_must(predictor: Predictor) -> None:
@@ -680,6 +682,10 @@ def test_predictions_as_json(tmp_path: Path) -> None:
         "top": [],
         "error": FOUND[1].error,
     }
+    steering = Prediction("a\x9b1m.jpg", "ca\u0301t\u202e", 0.5)
+    write_predictions([steering], target, file_format="json")
+    assert not set("\x9b\u202e") & set(target.read_text(encoding="utf-8"))
+    assert json.loads(target.read_text(encoding="utf-8"))[0]["label"] == steering.label
     write_predictions([], target, file_format="json")
     assert json.loads(target.read_text()) == []
 

@@ -902,8 +902,8 @@ def test_rows_are_integers_or_a_mask_of_whatever_type(path: Path) -> None:
         assert store.select(same).ids.tolist() == store.ids[mask].tolist()
     assert len(store.select([])) == len(store.select(np.zeros(12, object) == 1)) == 0
     some = [True, 0] * 6
-    for wrong in ([1.0, 2.7], ["1", "2"], np.array(some, object), [None] * 12, mask[None]):
-        with pytest.raises(IndexError, match="integers from 0 to 11, or a mask of 12"):
+    for wrong in ([-13], [1.0, 2.7], ["1", "2"], np.array(some, object), [None] * 12, mask[None]):
+        with pytest.raises(IndexError, match="integers from -12 to 11, or a mask of 12"):
             store.select(wrong)
 
 

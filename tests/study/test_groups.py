@@ -273,6 +273,17 @@ def test_the_command_line_drops_and_refuses(tmp_path: Path) -> None:
     assert "give --group" in CliRunner().invoke(main, command).stdout
 
 
+def test_nested_folds_are_asked_for_on_the_command_line(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "p.featcache")
+    command = ["train", store.paths[0], "-o", out, "--head", "knn", "--cv", "2", "--nested"]
+    assert "2 nested folds" in CliRunner().invoke(main, command).stdout
+    again = CliRunner().invoke(main, [*command, "--json"])
+    assert json.loads(again.stdout)["leaderboard"]["folds"] == "2 nested folds"
+    assert "2 folds" in CliRunner().invoke(main, command[:-1]).stdout
+
+
 # --- learning curves ---------------------------------------------------------------------------
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import featcache as fc
+from featcache.cli.main import main
 from featcache.errors import PredictorError, TrainingError
 from featcache.report.data import write_report
 from featcache.study.audit import audit
@@ -74,6 +77,9 @@ def test_names_do_not_steer_a_terminal(tmp_path: Path) -> None:
     for text in shown:
         assert "\x1b" not in text and "\x9b" not in text
         assert r"\x1b[2Jcat\nfish\x9b1m" in text
+    shown_json = CliRunner().invoke(main, ["info", store.paths[0], "--json"]).stdout
+    assert "\x9b" not in shown_json
+    assert evil in json.loads(shown_json)["classes"]
 
 
 def test_features_that_are_none_are_refused_with_their_row(tmp_path: Path) -> None:
@@ -86,6 +92,12 @@ def test_features_that_are_none_are_refused_with_their_row(tmp_path: Path) -> No
     for wrong, said in ((X, "first: row 7"), ([["a"] * 12], "array of numbers"), ([1], "shape")):
         with pytest.raises(PredictorError, match=said):
             predictor.predict_features(wrong)  # type: ignore[arg-type]
+    X[7, 3] = 0
+    with pytest.raises(PredictorError, match=r"got rows of other lengths \(first: row 1\)"):
+        predictor.predict_features([[1.0] * 12, [2.0] * 11])  # type: ignore[arg-type]
+    large = np.where(np.arange(40)[:, None] == 5, 1e300, X.astype(np.float64))
+    with pytest.raises(PredictorError, match=r"too large for float32 \(first: row 5\)"):
+        predictor.predict_features(large)
 
 
 def test_an_option_that_there_is_not_is_one_line(tmp_path: Path) -> None:

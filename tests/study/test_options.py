@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,38 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
         ("scoring", "f1"),
         ("scoring", "precision"),
         ("head", "linaer"),
+        ("head", None),
+        ("head", []),
+        ("head", ()),
         ("suffix", fc.SuffixSettings()),
     ],
 )
 def test_what_cannot_be_meant_is_one_sentence(store: FeatureStore, option: str, value: Any) -> None:
     with pytest.raises(TrainingError, match=option):
         fc.train(store, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("scoring", "said"),
+    [
+        ("r2", "'r2' compares numbers, and classes are none. Try accuracy"),
+        ("neg_mean_squared_error", "compares numbers"),
+        ("roc_auc", "'roc_auc' cannot score 3 classes .*: it is for two. Try roc_auc_ovr$"),
+        ("f1", "'f1' cannot score 3 classes .*: it is for two. Try f1_macro$"),
+    ],
+)
+def test_a_scoring_that_does_not_fit_names_one_that_does(
+    store: FeatureStore, scoring: str, said: str
+) -> None:
+    with pytest.raises(TrainingError, match=said) as caught:
+        fc.train(store, scoring=scoring)
+    assert not re.search("could not convert|multi_class|average=", str(caught.value))
+
+
+def test_a_scoring_of_numbers_is_refused_where_labels_are_digits(tmp_path: Path) -> None:
+    labels = ["1", "2"] * 20
+    with pytest.raises(TrainingError, match="compares numbers"):
+        fc.train(make_store(tmp_path / "a.h5", clusters(labels), labels), scoring="r2")
 
 
 def test_a_path_is_no_store_and_no_layers_are_all(store: FeatureStore) -> None:
