@@ -15,7 +15,6 @@ images right and a linear head 0.857 [0.829, 0.884]: +0.012 [-0.011, +0.037], no
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ from featcache.version import __version__
 if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone
 
-__all__ = ["SUFFIX", "SuffixHead", "choose_tap", "remove_checkpoints"]
+__all__ = ["SUFFIX", "SuffixHead", "choose_tap"]
 
 SUFFIX = "suffix"
 
@@ -201,15 +200,6 @@ class SuffixHead(HeadKind):
         for array in (store.sha256, np.asarray(images, np.int64), weight):
             digest.update(array.tobytes())
         return Checkpoint(self.checkpoints / f"{name}.pt", digest.hexdigest())
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a search, and their folder if nothing else is in it."""
-    for pattern in ("fold-*.pt", "final.pt"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def choose_tap(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import PredictorError, TrainingError
-from featcache.finetuning.search import SUFFIX, remove_checkpoints
+from featcache.finetuning.checkpoint import remove_checkpoints
+from featcache.finetuning.search import SUFFIX
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.table import CLASSICS
 from featcache.predictor.file import is_predictor
@@ -120,7 +121,8 @@ def train_files(
     TrainingError, Interrupted
         As in `train`.
     OutputError
-        The output is there and is not a predictor; found before anything is trained.
+        The output is there and is not a predictor, or the folder of checkpoints holds something
+        else; found before anything is trained.
     """
     known = [one.name for one in fields(TrainingOptions) if one.name != "progress"]
     if unknown := options.keys() - known:
@@ -170,7 +172,8 @@ def train_files(
     predictor.leaderboard = replace(board, n_unlabelled=unlabelled, notes=notes)
     predictor.request = request
     predictor.save(target)
-    remove_checkpoints(checkpoints)
+    if SUFFIX in names:
+        remove_checkpoints(checkpoints)
     return TrainedFile(predictor, target, up_to_date=False)
 
 

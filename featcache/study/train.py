@@ -56,6 +56,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from featcache.errors import TrainingError
+from featcache.finetuning.checkpoint import check_folder
 from featcache.finetuning.search import SUFFIX, SuffixHead
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead, check_fit
@@ -175,6 +176,8 @@ def train(
         and the count.
     Interrupted
         The head ``suffix`` was stopped by a signal; the same call goes on from its checkpoints.
+    OutputError
+        The folder of checkpoints holds something else, or cannot be written.
     """
     options = TrainingOptions(
         cv=cv,
@@ -190,6 +193,8 @@ def train(
     names = head_names(head)
     _check_arguments(store, names, suffix=suffix, backbone=backbone)
     folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
+    if folder is not None:
+        check_folder(folder)
     kept = f"The finished epochs are kept in {folder}"
     with contextlib.nullcontext() if folder is None else interruptible(kept):
         data = _TrainingData.of(store, test, layers, options)

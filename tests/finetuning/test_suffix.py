@@ -26,6 +26,7 @@ from featcache.errors import (
     FeatcacheError,
     FingerprintMismatch,
     Interrupted,
+    OutputError,
     PredictorError,
     TapError,
     TrainingError,
@@ -529,6 +530,20 @@ def test_a_damaged_or_foreign_checkpoint_counts_as_none(tmp_path: Path) -> None:
     assert checkpoint.read() is None
 
 
+def test_a_flipped_bit_anywhere_in_a_checkpoint_counts_as_none(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "a.pt", "this")
+    checkpoint.write({"tensors": {"weight": torch.arange(9.0)}, "best": 3})
+    content = checkpoint.path.read_bytes()
+    silent = []
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        checkpoint.path.write_bytes(damaged)
+        if checkpoint.read() is not None:
+            silent.append(position)
+    assert silent == []
+
+
 def test_a_signal_waits_until_the_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -799,11 +814,25 @@ def test_the_study_keeps_checkpoints_only_until_it_is_saved(
     options = {"head": ["suffix"], "cv": 2, "suffix": FAST, "backbone": backbone(BODY, "pool")}
     train_files(store.paths, target, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["a.featcache"]
-    foreign = tmp_path / "b.featcache.checkpoints" / "notes.txt"
-    foreign.parent.mkdir()
-    foreign.write_text("mine")
-    train_files(store.paths, tmp_path / "b.featcache", **options)
-    assert list(foreign.parent.iterdir()) == [foreign]
     assert train_files(store.paths, target, **options).up_to_date
     other = {**options, "suffix": SuffixSettings(epochs=1)}
     assert not train_files(store.paths, target, **other).up_to_date
+
+
+@pytest.mark.parametrize("name", ["final.pt", "fold-1.pt", "fold-best.pt", "notes.txt"])
+def test_files_of_the_user_beside_checkpoints_are_left(
+    store: FeatureStore, tmp_path: Path, name: str
+) -> None:
+    target = tmp_path / "a.featcache"
+    foreign = tmp_path / "a.featcache.checkpoints" / name
+    foreign.parent.mkdir()
+    torch.save({"format": "mine", "state": {}}, foreign)
+    before = foreign.read_bytes()
+    train_files(store.paths, target, head="ridge", cv=2)
+    assert foreign.read_bytes() == before
+    with pytest.raises(OutputError, match=f"holds {name}, which is no checkpoint of featcache"):
+        train_files(
+            store.paths, target, head="suffix", cv=2, suffix=FAST, backbone=backbone(BODY, "pool")
+        )
+    assert foreign.read_bytes() == before
+    assert list(foreign.parent.iterdir()) == [foreign]
