@@ -12,6 +12,7 @@ unchanged folder loads no weights at all.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 import warnings
@@ -35,7 +36,9 @@ from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
 from featcache.pixels.decode import bits_in_use
 from featcache.pixels.views import Augmentation
+from featcache.store import disk
 from featcache.store.store import FeatureStore
+from featcache.store.writer import check_unreplaced
 from featcache.system.console import interruptible
 from featcache.system.memory import reuse_memory
 
@@ -235,11 +238,14 @@ def extract(
     path = os.path.realpath(path)
     for earlier in reuse.recorded(path):
         backbone.recall(earlier.request)
+    seen = disk.identity(path)  # before it is opened
     before = reuse.finished_store(path)
     if before is not None and not drop_labels:
         images = reuse.with_labels(images, before)
     wanted = reuse.wanted(precision, store_dtype, augmentation, accept_varying)
-    job = Job(path, images, backbone, options, {**backbone.request, **wanted})
+    request = {**backbone.request, **wanted}
+    locked = functools.partial(check_unreplaced, path, seen)
+    job = Job(path, images, backbone, options, request, locked=locked)
     if before is not None and not retry_failed:
         store = reuse.up_to_date(before, images, drop_labels, rehash=rehash, request=job.request)
         if store is not None:

@@ -63,6 +63,8 @@ class Job:
     settings : Settings, optional
         Of a part: settings of the whole job, for a file in which none are recorded. A machine that
         cannot compute with them refuses to; without them it may choose others.
+    locked : callable
+        Called once the file is locked. What it raises ends the run.
     check : callable
         Called after every batch. What it raises ends the run; everything computed is kept.
     """
@@ -77,6 +79,7 @@ class Job:
     earlier: Sequence[str] = ()
     settings: Settings | None = None
     wait: float = 0
+    locked: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
 
     @property
@@ -127,6 +130,7 @@ def filled(job: Job, summary: Summary) -> Iterator[FeatureWriter]:
         retry_failed=options.retry_failed,
         wait=job.wait,
     ) as writer:
+        job.locked()
         reuse.copy_unchanged(writer, images, options)
         if writer.meta.get("run") is None and len(writer.pending) < len(images):
             writer.pack(writer.pending)  # what is new fills whole batches

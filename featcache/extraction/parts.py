@@ -118,6 +118,7 @@ def in_parts(
     )
     bar = progress_bar(options.progress, total=len(images), unit="img", desc=backbone.name)
     with disk.WriteLock(path), bar:
+        job.locked()
         plan = agree(wanted, options)
 
         def pool() -> contextlib.AbstractContextManager[Executor]:

@@ -184,7 +184,7 @@ def up_to_date(
     touched = (stats[:, 1] != entries["stamp"]) & (entries["status"] == DONE)
     if touched.any():
         with contextlib.suppress(StoreError):  # a file that only others may write
-            restamp(path, theirs[touched], stats[touched, 1])
+            restamp(store, theirs[touched], stats[touched, 1])
     images = images if drop_labels else with_labels(images, store)
     summary = Summary(
         len(images), failed=len(store.failures), unlabelled=images.unlabelled, skipped=True

@@ -169,13 +169,18 @@ def runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
         yield start, int(rows[start]), stop - start
 
 
+def identity(file: int | str) -> tuple[int, int] | None:
+    """Return what tells an open file, or the one at a path, from all others; None: none there."""
+    try:
+        stat = Path(file).stat() if isinstance(file, str) else os.fstat(file)
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
 def is_at(descriptor: int, path: str) -> bool:
     """Return whether `path` still leads to the open file."""
-    try:
-        there, here = Path(path).stat(), os.fstat(descriptor)
-    except FileNotFoundError:
-        return False
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+    return identity(path) == identity(descriptor)
 
 
 def check_unlocked(descriptor: int, path: str) -> None:

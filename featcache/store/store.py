@@ -242,9 +242,8 @@ class FeatureStore:
 
     def close(self) -> None:
         """Close the files. Nothing can be read any more, but arrays that were mapped stay."""
-        for source in self._sources:
-            for file in source.files:
-                file.close()
+        for file in self.files:
+            file.close()
 
     @classmethod
     def join(cls, stores: Sequence[FeatureStore]) -> Self:
@@ -281,9 +280,14 @@ class FeatureStore:
         return f"FeatureStore({', '.join(self.paths)}: {len(self):,} images; {taps})"
 
     @property
+    def files(self) -> list[StoreFile]:
+        """The open files, each once."""
+        return list(dict.fromkeys(file for source in self._sources for file in source.files))
+
+    @property
     def paths(self) -> list[str]:
-        """The files, each once."""
-        return list(dict.fromkeys(f.path for source in self._sources for f in source.files))
+        """Paths of the files, each once."""
+        return list(dict.fromkeys(file.path for file in self.files))
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -391,10 +395,9 @@ class FeatureStore:
     def failures(self) -> list[Failure]:
         """Images that were asked for and have no features."""
         found: dict[str, Failure] = {}
-        for source in self._sources:
-            for file in source.files:
-                for failure in file.failures():
-                    found.setdefault(failure.id, failure)
+        for file in self.files:
+            for failure in file.failures():
+                found.setdefault(failure.id, failure)
         return list(found.values())
 
     @cached_property
@@ -791,8 +794,7 @@ class FeatureStore:
 
         Finds flipped bits, torn, lost and swapped writes, in features and tables.
         """
-        files = {file.path: file for source in self._sources for file in source.files}
-        return checksums.verify(list(files.values()))
+        return checksums.verify(self.files)
 
 
 def _open_finished(path: str) -> StoreFile:

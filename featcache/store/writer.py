@@ -533,13 +533,34 @@ class FeatureWriter:
         self.close()
 
 
-def restamp(path: str, rows: np.ndarray, stamps: np.ndarray) -> None:
+def check_unreplaced(path: str, seen: tuple[int, int] | None) -> None:
+    """Raise `StoreError`, under the lock, if the file at a path is not the one that was looked at.
+
+    Parameters
+    ----------
+    path : str
+        The store.
+    seen : (int, int) or None
+        `featcache.store.disk.identity` of the file that was looked at, before the lock.
+    """
+    if disk.identity(path) != seen:
+        raise StoreError(
+            f"{path} was written by another process meanwhile; that is kept. To go on from there, "
+            "run the same command again."
+        )
+
+
+def restamp(store: FeatureStore, rows: np.ndarray, stamps: np.ndarray) -> None:
     """Note in a finished file that images (k,) of new stamps (k,) were read and are unchanged."""
-    real, lock = _locked(path)
-    with lock, contextlib.closing(StoreFile(real, writable=True)) as file:
+    (seen,) = store.files
+    real, lock = _locked(seen.path)
+    with lock:
+        check_unreplaced(real, disk.identity(seen.descriptor))
+        file = StoreFile(real, writable=True)
         entries = file.read("rows")
         entries["stamp"][rows] = stamps
         file.write_rows(file.datasets["rows"], 0, entries)
+        file.close()
 
 
 def relabel(store: FeatureStore, tables: Tables) -> FeatureStore:
@@ -566,13 +587,15 @@ def relabel(store: FeatureStore, tables: Tables) -> FeatureStore:
     CorruptStore
         The tables do not match their digest. The file is left as it is.
     StoreError
-        A row fails its checksum. The file is left as it is.
+        A row fails its checksum, or another process has written the file since the store was
+        opened. The file is left as it is.
     """
     if len(store.fingerprints) > 1:
         raise StoreError("This is a join of several stores: relabel each by itself.")
-    for path in store.paths:
-        real, lock = _locked(path)
+    for file in store.files:
+        real, lock = _locked(file.path)
         with lock:
+            check_unreplaced(real, disk.identity(file.descriptor))
             _relabel(StoreFile(real), _encoded(tables, real))
     return FeatureStore.open(store.paths)
 

@@ -8,13 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from featcache.errors import ExtractionError, TooManyFailures
+from featcache.errors import ExtractionError, StoreError, TooManyFailures
 from featcache.extraction.extract import extract
 from featcache.images import sources
 from featcache.images.image_set import ImageSet
+from featcache.store import disk
 from featcache.store.store import FeatureStore
 from tests.images.test_images import shard
 from tests.small import backbone, folder
@@ -171,6 +173,43 @@ def test_rows_of_another_folder_are_not_removed_unasked(root: Path) -> None:
         run(root)
     assert len(FeatureStore.open(root.parent / "f.h5")) == 24
     assert run(root, allow_removal=True).extraction.removed == 13
+
+
+@pytest.mark.parametrize("change", ["touched", "relabelled", "removed", "in parts", "begun"])
+def test_a_run_that_looked_before_another_one_wrote_does_not_undo_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The first run is stopped between its look at the file and its lock, and a second runs."""
+    ants = [name for name in ImageSet.from_folder(root).ids.tolist() if name.startswith("ant")]
+    few = ImageSet.from_folder(root).select(np.arange(12))
+    options: dict[str, Any] = {"batch_size": 4, "workers": 0, "device": "cpu"}
+    path = root.parent / "f.h5"
+    if change != "begun":
+        extract(few, backbone(), path, **options)
+    if change == "touched":
+        os.utime(root / ants[0], ns=(1, 1))
+    if change == "relabelled":
+        few = few.with_tables({"labels": np.array(["new"] * 12)})
+    if change in ("removed", "in parts"):
+        few = few.select(np.arange(8))
+    locked = disk.WriteLock.__init__
+
+    def after_another(lock: disk.WriteLock, *args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(disk.WriteLock, "__init__", locked)
+        run(root)
+        locked(lock, *args, **kwargs)
+
+    monkeypatch.setattr(disk.WriteLock, "__init__", after_another)
+    parts = {"parts": 2} if change == "in parts" else {}
+    if change == "touched":  # nothing but a stamp was to be written: none is
+        extract(few, backbone(), path, **options)
+    else:
+        with pytest.raises(StoreError, match="was written by another process meanwhile"):
+            extract(few, backbone(), path, **options, **parts)
+    assert len(FeatureStore.open(path)) == 24
+    assert FeatureStore.open(path).verify().ok
+    assert [p.name for p in root.parent.iterdir() if p.name.startswith("f.h5")] == ["f.h5"]
+    assert run(root).extraction.skipped
 
 
 def test_renamed_images_are_not_gone(root: Path) -> None:

@@ -656,6 +656,23 @@ def test_relabelling_rewrites_labels_only(path: Path) -> None:
         relabel(again, stores.images(5, start=20).tables)
 
 
+@pytest.mark.parametrize("now", [28, 24], ids=["grown", "relabelled"])
+def test_what_another_process_wrote_meanwhile_is_not_relabelled(path: Path, now: int) -> None:
+    store, theirs = stores.store(path, stores.images(24)), stores.images(now)
+    theirs.labels = ["new"] * now
+    with stores.writer(path, theirs) as writer:
+        [earlier] = writer.earlier_stores
+        writer.copy_rows(earlier, np.arange(24), np.arange(24))
+        stores.fill(writer, theirs, writer.pending)
+        writer.finish()
+    mine = Images(stores.images(28).ids, ["old"] * 28).tables
+    with pytest.raises(StoreError, match=rf"{path} was written by another process.*same command"):
+        relabel(store, mine)
+    assert FeatureStore.open(path).labels.tolist() == ["new"] * now
+    assert relabel(FeatureStore.open(path), mine).classes == ["old"]
+    assert beside(path) == ["a.h5"]
+
+
 @pytest.mark.parametrize("how", ["grow", "remove", "relabel"])
 def test_room_for_the_file_that_takes_the_place_is_asked_for_first(
     path: Path, full_disk: Callable[..., AbstractContextManager[None]], how: str
