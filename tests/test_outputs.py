@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import secrets
+import signal
+import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +18,12 @@ from click.testing import CliRunner
 
 import featcache
 from featcache.cli.main import main
-from featcache.errors import OutputError
+from featcache.errors import FeatcacheError, OutputError
+from featcache.finetuning.checkpoint import Checkpoint
 from featcache.predictor.predictions import Prediction, write_predictions
 from featcache.store.export import export_store
 from featcache.study.audit import Finding, Findings
+from featcache.system.files import atomic_write
 from tests import small, stores
 
 GOOD = Prediction("a,b.jpg", "cat", 0.75, (("cat", 0.75), ("dog", 0.25)))
@@ -181,3 +190,114 @@ def test_a_study_leaves_a_table_that_is_no_leaderboard(
             assert "is not a leaderboard of featcache" in result.stderr
             assert table.read_text() == "head,mine\nsvm,good\n"
             table.unlink()
+
+
+# --- how a file comes to its place --------------------------------------------------------------
+
+
+def checkpoint(path: Path) -> None:
+    Checkpoint(path, "this").write({"best": 3})
+
+
+WRITERS = {"p.csv": predictions, "f.csv": findings, "e.npz": export, "c.pt": checkpoint}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_is_durable_when_it_is_said_to_be_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, steps = tmp_path / name, []
+    export(tmp_path / "e.npz")  # makes the store
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        fsync(descriptor)
+        steps.append(kind)
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        steps.append("rename")
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    monkeypatch.setattr(Path, "replace", recorded_replace)
+    WRITERS[name](path)
+    assert steps[-3:] == ["file", "rename", "folder"]
+
+
+def folders_fail(descriptor: int) -> None:
+    """Take the place of `os.fsync` on a disk that is dying."""
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "a.h5"])
+def test_a_folder_that_cannot_be_synced_is_said(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path / "e.npz")
+    monkeypatch.setattr(os, "fsync", folders_fail)
+    with pytest.raises(FeatcacheError, match="Input/output error"):
+        WRITERS.get(name, stores.store)(tmp_path / name)
+
+
+def test_links_beside_an_output_are_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "p.csv"
+    victim.write_text("precious")
+    (tmp_path / f".p.csv.{os.getpid()}.tmp").symlink_to(victim)
+    predictions(path)
+    assert victim.read_text() == "precious"
+    monkeypatch.setattr(secrets, "token_hex", lambda n: "0" * 2 * n)
+    (tmp_path / f".p.csv.{'0' * 16}.tmp").symlink_to(victim)
+    with pytest.raises(OutputError, match=r"p\.csv cannot be written: File exists"):
+        predictions(path)
+    assert victim.read_text() == "precious"
+
+
+def test_the_bits_of_a_file_that_is_replaced_stay(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    predictions(path)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    path.chmod(0o440)
+    predictions(path, top_k=2)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o440
+
+
+def test_what_a_killed_command_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from featcache.system.files import atomic_write\n"
+        "with atomic_write(pathlib.Path(sys.argv[1])) as file:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, path], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (litter,) = tmp_path.iterdir()
+    with atomic_write(path) as file:
+        (mine,) = tmp_path.iterdir()
+        assert mine != litter
+        predictions(path)  # another writer leaves alone what is being written
+        assert mine.exists()
+        file.write(b"last")
+    assert path.read_bytes() == b"last"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pipes_devices_and_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for force in (False, True):
+        with pytest.raises(OutputError, match="is a pipe or a device"):
+            predictions(tmp_path / "pipe", force=force)
+    longest = tmp_path / f"{'é' * 125}.csv"
+    predictions(longest)
+    predictions(longest)
+    (tmp_path / "loop").symlink_to("loop")
+    for name in (f"{'x' * 300}.csv", "a\0b.csv", "loop"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            predictions(tmp_path / name)

@@ -20,7 +20,7 @@ import torch
 
 from featcache.errors import OutputError, TrainingError
 from featcache.system.console import check_stopped
-from featcache.system.files import atomic_write
+from featcache.system.files import atomic_write, sync_folder
 
 __all__ = ["Checkpoint", "check_folder", "remove_checkpoints"]
 
@@ -69,6 +69,7 @@ class Checkpoint:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.path.parent.parent)
         except OSError as error:
             raise TrainingError(
                 f"The checkpoint folder {self.path.parent} cannot be made: {error.strerror}."
@@ -98,10 +99,10 @@ def check_folder(folder: Path) -> None:
 
 def remove_checkpoints(folder: Path) -> None:
     """Delete the checkpoints in a folder, and the folder if nothing else is in it."""
-    for path in folder.glob("*.pt"):
-        if _is_checkpoint(path):
-            path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # what they are for is saved
+        for path in folder.glob("*.pt"):
+            if _is_checkpoint(path):
+                path.unlink(missing_ok=True)
         folder.rmdir()
 
 

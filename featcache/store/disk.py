@@ -22,6 +22,9 @@ from typing import NoReturn, Self
 import numpy as np
 
 from featcache.errors import CorruptStore, DiskFull, StoreError, StoreLocked
+from featcache.system.files import NOT_SUPPORTED
+from featcache.system.files import fsync as fsync
+from featcache.system.files import rename as rename
 
 try:
     import fcntl
@@ -34,7 +37,6 @@ except ImportError as error:  # pragma: no cover (Windows)
 _ZEROS_BYTES = 8 << 20
 _POLL_SECONDS = 0.2
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
 
 def reserve(descriptor: int, start: int, stop: int, *, zeros: bool) -> None:
@@ -55,7 +57,7 @@ def reserve(descriptor: int, start: int, stop: int, *, zeros: bool) -> None:
             fallocate(descriptor, start, stop - start)
             return
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
+            if error.errno not in NOT_SUPPORTED:
                 raise
     if stop - start > shutil.disk_usage(descriptor).free + os.fstat(descriptor).st_size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -134,28 +136,6 @@ def pread_into(descriptor: int, out: memoryview, offset: int) -> None:
         if count == 0:
             raise CorruptStore(f"The file ends at byte {offset}: it was truncated.")
         out, offset = out[count:], offset + count
-
-
-def fsync(descriptor: int) -> None:
-    """Sync the file to the disk itself, through the drive's cache on macOS too."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is not None:
-        with contextlib.suppress(OSError):  # not every file system knows it
-            fcntl.fcntl(descriptor, full)
-            return
-    os.fsync(descriptor)
-
-
-def rename(source: str, target: str) -> None:
-    """Replace `target` by `source` so that a power cut leaves the one or the other."""
-    Path(source).replace(target)
-    folder = os.open(Path(target).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    except OSError:
-        pass  # some network file systems cannot fsync a folder
-    finally:
-        os.close(folder)
 
 
 def runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:

@@ -1,14 +1,26 @@
-"""Write files for the user: whole or not at all, and never over a file of another kind."""
+"""Write files for the user: whole or not at all, and never over a file of another kind.
+
+A file is written beside its place under a name that nobody can foresee, and renamed when it is on
+the disk. Its writer holds a lock on it, so that what a killed one leaves is told from what is being
+written, and is removed by the next that writes to that place.
+"""
 
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
+import glob
+import io
 import os
 import re
+import secrets
 import shlex
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,16 +28,21 @@ from featcache.errors import FeatcacheError, OutputError
 
 STDOUT = Path("-")
 """The path that means standard output wherever text is written."""
+NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
+"""What a file system says that cannot do a thing at all."""
 _LINE = 1 << 26  # characters of the longest line that is looked at
+_NAME = 50  # characters of a file's name in that of its temporary file
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def check_folder(path: Path) -> None:
     """Raise `OutputError` if the folder is missing that a file is going to be written in."""
-    if not path.parent.is_dir():
-        raise OutputError(
-            f"There is no folder {path.parent} to write {path.name} in. To make it, type: "
-            f"mkdir -p {shlex.quote(str(path.parent))}"
-        )
+    with _writing(path):
+        if not path.parent.is_dir():
+            raise OutputError(
+                f"There is no folder {path.parent} to write {path.name} in. To make it, type: "
+                f"mkdir -p {shlex.quote(str(path.parent))}"
+            )
 
 
 def check_overwrite(
@@ -51,11 +68,15 @@ def check_overwrite(
     """
     if path == STDOUT:
         return
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; name a file in it.")
-    check_folder(path)
+    with _writing(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; name a file in it.")
+        check_folder(path)
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is a pipe or a device; name a file.")
+        there = path.exists() and path.stat().st_size > 0
     try:
-        foreign = not force and path.exists() and path.stat().st_size > 0 and not is_own(path)
+        foreign = there and not force and not is_own(path)
     except OSError as error:
         raise OutputError(f"{path} is there and cannot be read: {error.strerror}.") from error
     except FeatcacheError:
@@ -120,17 +141,101 @@ def atomic_write(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
     if text and path == STDOUT:
         yield sys.stdout
         return
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        target = path.resolve()
+        temporary, descriptor = _new_file(target)
+    raw = _Raw(descriptor, "wb")
+    raw.path = path
+    register_after_fork(raw, _Raw.close)  # a child would hold the lock of its killed parent
+    buffered = io.BufferedWriter(raw)
     try:
-        with (
-            temporary.open("w", encoding="utf-8", newline="") if text else temporary.open("wb")
-        ) as file:
+        with io.TextIOWrapper(buffered, "utf-8", newline="") if text else buffered as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+            with _writing(path):
+                fsync(descriptor)
+                rename(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class _Raw(io.FileIO):
+    """A file that says where it is when it cannot be written."""
+
+    path: Path
+
+    def write(self, data: Any) -> int:
+        with _writing(self.path):
+            return super().write(data)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:  # the system, links in a circle, NUL
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{path} cannot be written: {reason}.") from error
+
+
+def _new_file(target: Path) -> tuple[Path, int]:
+    """Make a file beside `target`, with its bits; return its path and descriptor."""
+    start = f".{target.name[:_NAME]}."
+    _remove_leftovers(target.parent, start)
+    while True:
+        path = target.with_name(f"{start}{secrets.token_hex(8)}.tmp")
+        descriptor = os.open(path, _NEW, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # nobody took it for a leftover before it was locked
+            break
+        os.close(descriptor)
+    with suppress(FileNotFoundError):
+        os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
+    return path, descriptor
+
+
+def _remove_leftovers(folder: Path, start: str) -> None:
+    """Remove the files of writers that were killed."""
+    for path in folder.glob(f"{glob.escape(start)}{'[0-9a-f]' * 16}.tmp"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def fsync(descriptor: int) -> None:
+    """Sync the file to the disk itself, through the drive's cache on macOS too."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with suppress(OSError):  # not every file system knows it
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
+
+def rename(source: str | Path, target: str | Path) -> None:
+    """Replace `target` by `source` so that a power cut leaves the one or the other.
+
+    When it returns, a power cut leaves `source` in the place of `target`.
+    """
+    Path(source).replace(target)
+    sync_folder(Path(target).parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to the disk."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Some network file systems cannot, and a folder may be closed to readers.
+        if error.errno not in {*NOT_SUPPORTED, errno.EACCES}:
+            raise
