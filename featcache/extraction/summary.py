@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from featcache.system.tables import counted
+
 
 def new_clock() -> dict[str, float]:
     """Return seconds to count, each 0: see `Summary.seconds`."""
@@ -100,14 +102,18 @@ class Summary:
             failed = f", {self.failed:,} of them failed" if self.failed else ""
             return f"nothing to do: all {self.images:,} images are there{failed}{labels}"
         text = (
-            f"{self.images:,} images: {self.computed:,} computed, {self.copied:,} reused, "
+            f"{counted(self.images, 'image')}: {self.computed:,} computed, {self.copied:,} reused, "
             f"{self.failed:,} failed, in {self.seconds['total']:.1f} s"
         )
         if self.cut_off:
-            text += f"; {_images(self.cut_off)} cut off"
+            text += f"; {counted(self.cut_off, 'image is', 'images are')} cut off"
         if self.removed:
-            features = "its features" if self.removed == 1 else "their features"
-            text += f"; {_images(self.removed)} no longer there: {features} were removed"
+            gone = counted(
+                self.removed,
+                "image is no longer there: its features",
+                "images are no longer there: their features",
+            )
+            text += f"; {gone} were removed"
         return text + labels
 
     def _speed(self) -> Iterator[str]:
@@ -126,7 +132,3 @@ class Summary:
                 f"{self.settings['precision']} features of the test images are "
                 f"{self.rounding:.1%} from their float32 ones"
             )
-
-
-def _images(n: int) -> str:
-    return "1 image is" if n == 1 else f"{n:,} images are"

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import TrainingError
+from featcache.system.tables import counted
 
 IntArray = npt.NDArray[np.int64]
 Labels = Sequence[str] | npt.NDArray[Any]
@@ -210,16 +211,16 @@ def crossing(groups: npt.NDArray[Any], judging: npt.NDArray[Any] | None) -> npt.
 def crossing_text(groups: npt.NDArray[Any], judges: str) -> str:
     """Return which groups some rows share with those that judge, for people."""
     names = np.unique(groups)
-    return f"of {len(names):,} groups that {judges} have too (first: {str(names[0])!r})"
+    return f"of {counted(len(names), 'group')} that {judges} have too (first: {str(names[0])!r})"
 
 
 def crossing_error(groups: npt.NDArray[Any], judges: str) -> TrainingError:
     """Return the error for rows to train on of groups that the rows which judge are of too."""
     return TrainingError(
-        f"{len(groups):,} images to train on are {crossing_text(groups, judges)}, which flatters. "
-        "Correct the split column, or leave these images out of training with "
-        "--drop-crossing-groups (library: store.split(None), then train(..., group=True, "
-        "drop_crossing_groups=True))."
+        f"{counted(len(groups), 'image to train on is', 'images to train on are')} "
+        f"{crossing_text(groups, judges)}, which flatters. Correct the split column, or leave such "
+        "images out of training with --drop-crossing-groups (library: store.split(None), then "
+        "drop_crossing_groups=True)."
     )
 
 
@@ -373,12 +374,10 @@ def _require_units(
     worst = int(per_class.argmin())
     members = int((codes == worst).sum())
     few = int(per_class[worst])
-    if few == members:
-        count = f"{members} image{'s' if members != 1 else ''}"
-    elif grouped:
-        count = f"{members} images in {few} group{'s' if few != 1 else ''}"
-    else:
-        count = f"{members} images of {few} distinct content{'s' if few != 1 else ''}"
+    count = counted(members, "image")
+    if few != members:
+        count += f" {'in' if grouped else 'of'} "
+        count += counted(few, "group" if grouped else "distinct content")
     cure = f"use --cv {few}, " if few >= 2 else ""
     raise TrainingError(
         f"Class {names[worst]!r} has {count}, fewer than {what} can be made of (at least {least} "

@@ -42,9 +42,10 @@ from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.maps import centred, nearest_rows, pooled
 from featcache.study.options import TrainingOptions
+from featcache.study.parts import folds_of
 from featcache.study.train import head_names
 from featcache.system.files import atomic_write, check_overwrite, is_table
-from featcache.system.tables import first_names
+from featcache.system.tables import counted, first_names
 
 __all__ = ["Finding", "Findings", "audit", "suspicious_labels"]
 
@@ -142,8 +143,9 @@ class Findings(Sequence[Finding]):
         marked = "".join(f", {n} {note}" for note, n in sorted(notes.items()))
         pairs = count["copy"] + count["near-duplicate"]
         text = (
-            f"{self.n_images:,} images: {count['label']} suspicious labels, {pairs} pairs of "
-            f"copies or near-duplicates{marked}, {count['outlier']} outliers"
+            f"{counted(self.n_images, 'image')}: {counted(count['label'], 'suspicious label')}, "
+            f"{counted(pairs, 'pair')} of copies or near-duplicates{marked}, "
+            f"{counted(count['outlier'], 'outlier')}"
         )
         return "\n".join([text, *self.notes])
 
@@ -192,7 +194,7 @@ def audit(
     TrainingError
         There are fewer than three images, or there is no such head.
     """
-    options = TrainingOptions(cv=cv, random_state=random_state)
+    options = TrainingOptions(cv=cv, group=True, random_state=random_state)
     name = head_names(head)[0]
     if name not in HEADS:
         raise TrainingError(f"An audit has no head {head!r}. Heads: {', '.join(HEADS)}.")
@@ -239,10 +241,8 @@ def _misjudged(
     store: FeatureStore, X: npt.NDArray[Any], head: str, options: TrainingOptions
 ) -> tuple[list[Finding], int]:
     """Find suspicious labels by what a head says out of fold; also return of how many images."""
-    y, tied = store.labels, {"groups": store.groups, "sha256": store.sha256}
-    seed, cv = options.random_state, splitting.possible_folds(options.cv, y, **tied)
-    folds = splitting.folds(y, **tied, cv=cv, random_state=seed)
-    found = HEADS[head].search(X, y, folds, random_state=seed)
+    y, folds = store.labels, folds_of(store, options, fewer=True)
+    found = HEADS[head].search(X, y, folds, random_state=options.random_state)
     known = ~np.isnan(found.logits).any(axis=1)  # some heads judge a part of many images
     logits = found.logits[known]
     judged = Evaluation(
@@ -309,7 +309,7 @@ def _judgeable(store: FeatureStore) -> tuple[npt.NDArray[np.int64], list[str]]:
     notes = []
     unlabelled = splitting.n_unlabelled(store.labels)
     if unlabelled:
-        notes.append(f"{unlabelled:,} images have no label to judge")
+        notes.append(f"{counted(unlabelled, 'image has', 'images have')} no label to judge")
     unit = splitting.units(len(store), groups=store.groups, sha256=store.sha256)
     pairs = {(str(label), int(u)) for label, u in zip(store.labels, unit, strict=True) if label}
     members = Counter(label for label, _ in pairs)
@@ -317,7 +317,8 @@ def _judgeable(store: FeatureStore) -> tuple[npt.NDArray[np.int64], list[str]]:
     if rare:
         shown = first_names(rare, 5)
         one = "one image" if store.groups is None else "one image or one group"
-        notes.append(f"{len(rare)} classes of {one} cannot be judged: {shown}")
+        classes = counted(len(rare), "class", "classes")
+        notes.append(f"{classes} of {one} cannot be judged: {shown}")
     common = [label for label in members if label not in rare]
     if len(common) < 2:
         two = "two images" if store.groups is None else "two groups"

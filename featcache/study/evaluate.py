@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from featcache.errors import PredictorError, TrainingError
 from featcache.results.evaluation import Evaluation, with_own_groups
-from featcache.system.tables import first_names
+from featcache.system.tables import counted, first_names
 
 if TYPE_CHECKING:
     from featcache.predictor.predictor import Predictor
@@ -110,5 +110,4 @@ def look_alikes(names: Sequence[str]) -> list[str]:
 
 def left_out(rows: npt.NDArray[np.bool_], which: str) -> str:
     """Return how many images are left out, and which they are."""
-    n = int(rows.sum())
-    return f"1 image {which} is left out" if n == 1 else f"{n:,} images {which} are left out"
+    return f"{counted(int(rows.sum()), f'image {which} is', f'images {which} are')} left out"

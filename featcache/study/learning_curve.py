@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import TrainingError
+from featcache.results.evaluation import few_groups, with_own_groups
 from featcache.results.intervals import Score
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate, left_out
 from featcache.study.options import TrainingOptions, is_number
+from featcache.study.parts import hold_out, remarks, without_crossing
 from featcache.study.train import head_names, train
 from featcache.system.console import progress_bar
 from featcache.system.tables import text_table
@@ -91,6 +94,7 @@ def learning_curve(
     layers: str | Sequence[str] | None = None,
     cv: int = 5,
     group: bool = True,
+    drop_crossing_groups: bool = False,
     random_state: int = 0,
     progress: bool | None = None,
 ) -> LearningCurve:
@@ -104,8 +108,8 @@ def learning_curve(
     store : FeatureStore
         Labelled images to train on.
     test : FeatureStore, optional
-        Images to score on, but for those that are in `store` too. None: a quarter of `store` is
-        held out.
+        Images to score on, but for those that are in `store` too, or of groups that are. None: the
+        test part of the split column of `store`, where it has one, else a quarter of its images.
     head : str or list of str
         As in `train`.
     sizes : list of int, optional
@@ -117,6 +121,9 @@ def learning_curve(
     group : bool
         Keep the images of a group together, where `store` has groups: in the folds, and on one side
         of what is trained on and what is scored.
+    drop_crossing_groups : bool
+        Leave images out of training whose group is among the validation or the scored images too.
+        Left out, groups that are in the split column's validation part and in others are refused.
     random_state : int
         Seed.
     progress : bool, optional
@@ -127,14 +134,23 @@ def learning_curve(
     TrainingError
         A size is larger than the images there are, or leaves a class with fewer than two.
     """
-    options = TrainingOptions(cv=cv, random_state=random_state)
+    grouped = store.groups is not None
+    options = TrainingOptions(
+        cv=cv,
+        group=group and grouped,
+        drop_crossing_groups=drop_crossing_groups and grouped,
+        random_state=random_state,
+    )
     names = head_names(head)
-    group = group and store.groups is not None
     if test is None:
-        store, test = store.split(group=group, random_state=random_state)
-    scored, notes = _others(test, store, group=group)
-    groups = store.groups if group else None
-    order = _nested_order(store.labels, groups, random_state)
+        store, test = hold_out(store, None, options)
+    # Under `group`, images to score on are left out, unless those to train on are to be.
+    judging = test if options.drop_crossing_groups or not options.group else None
+    store, notes = without_crossing(store, judging, options)
+    scored, out = _others(test, store, options)
+    notes += [*out, *few_groups(with_own_groups(scored.groups))]
+    notes += remarks(store, store.resolve(layers))
+    order = _nested_order(store, options)
     chosen = _sizes(store.labels) if sizes is None else sorted({*np.atleast_1d(sizes).tolist()})
     if not chosen or not all(is_number(Integral, one, 0, len(order) + 1) for one in chosen):
         raise TrainingError(
@@ -154,10 +170,10 @@ def learning_curve(
                 cv=splitting.possible_folds(
                     options.cv,
                     part.labels,
-                    groups=part.groups if group else None,
+                    groups=part.groups if options.group else None,
                     sha256=part.sha256,
                 ),
-                group=group,
+                group=options.group,
                 random_state=random_state,
                 progress=False,
             )
@@ -167,43 +183,42 @@ def learning_curve(
 
 
 def _others(
-    test: FeatureStore, store: FeatureStore, *, group: bool
+    test: FeatureStore, store: FeatureStore, options: TrainingOptions
 ) -> tuple[FeatureStore, list[str]]:
     """Return the labelled images of `test` that no set to train on can hold, the same for all."""
-    labelled = test.labels != ""
     known = np.isin(splitting.hash_keys(test.sha256), splitting.hash_keys(store.sha256))
-    if group and test.groups is not None:
-        known |= splitting.crossing(test.groups, store.groups)
-    notes = [left_out(known, "that are trained on")] if known.any() else []
-    if not (labelled & ~known).any():
+    akin = np.zeros_like(known)
+    if options.group and test.groups is not None:
+        akin = splitting.crossing(test.groups, store.groups) & ~known
+    notes = [
+        left_out(rows, f"{which} the images to train on")
+        for rows, which in ((known, "that are among"), (akin, "of the groups of"))
+        if rows.any()
+    ]
+    rows = (test.labels != "") & ~known & ~akin
+    if not rows.any():
         raise TrainingError(
-            f"None of the {len(test):,} images to score on can be scored: {'; '.join(notes)}."
+            f"None of the {len(test):,} images to score on can be scored: "
+            f"{'; '.join(notes) or 'none has a label'}. Name other images, or leave such images "
+            "out of what is trained on."
         )
-    return test.select(labelled & ~known), notes
+    return test.select(rows), notes
 
 
-def _nested_order(
-    labels: npt.NDArray[Any], groups: npt.NDArray[Any] | None, random_state: int
-) -> npt.NDArray[np.int64]:
+def _nested_order(store: FeatureStore, options: TrainingOptions) -> npt.NDArray[np.int64]:
     """Return the labelled rows so that every beginning has the classes' shares, and many groups."""
-    rows = np.random.default_rng(random_state).permutation(np.flatnonzero(labels != ""))
+    rows = np.flatnonzero(store.labels != "")
+    rows = np.random.default_rng(options.random_state).permutation(rows)
+    labels, groups = store.labels[rows], store.groups if options.group else None
     unit = splitting.units(len(rows), groups=None if groups is None else groups[rows])
     place = np.empty(len(rows))
-    for name in np.unique(labels[rows]):
-        own = np.flatnonzero(labels[rows] == name)
-        own = own[np.argsort(_occurrence(unit[own]), kind="stable")]
-        place[own] = (np.arange(len(own)) + 0.5) / len(own)
+    for name in np.unique(labels):
+        own = np.flatnonzero(labels == name)
+        before: dict[int, Iterator[int]] = defaultdict(itertools.count)  # images of each unit
+        turn = [next(before[one]) for one in unit[own].tolist()]
+        place[own[np.argsort(turn, kind="stable")]] = (np.arange(len(own)) + 0.5) / len(own)
     order: npt.NDArray[np.int64] = rows[np.argsort(place, kind="stable")]
     return order
-
-
-def _occurrence(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Return how many times each value has come before."""
-    order = np.argsort(values, kind="stable")
-    first = np.searchsorted(values[order], values[order])
-    count = np.empty(len(values), dtype=np.int64)
-    count[order] = np.arange(len(values)) - first
-    return count
 
 
 def _sizes(labels: npt.NDArray[Any]) -> list[int]:

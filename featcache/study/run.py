@@ -19,6 +19,7 @@ from featcache.results.leaderboard import Leaderboard
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.options import TrainingOptions
+from featcache.study.parts import hold_out
 from featcache.study.train import head_names, train
 from featcache.system.files import check_overwrite
 from featcache.version import __version__
@@ -148,11 +149,7 @@ def train_files(
         return TrainedFile(done, target, up_to_date=True)
     checkpoints = target.with_name(f"{target.name}.checkpoints")
     store = _joined(opened)
-    if test_size is None and not splitting.has_test(store.splits):
-        test_size = 0.25
-    # Whether groups cross the split column is looked at by `train`, which may leave them out.
-    grouped = settings.group and test_size is not None
-    fit, test = store.split(test_size, group=grouped, random_state=settings.random_state)
+    fit, test = hold_out(store, test_size, settings)
     predictor = train(
         fit,
         test,
@@ -164,12 +161,9 @@ def train_files(
         progress=progress,
         **options,
     )
-    board = predictor.leaderboard
-    assert board is not None, "train makes one"
-    notes, unlabelled = board.notes, splitting.n_unlabelled(store.labels)  # `split` left these out
-    if failures := store.failures:
-        notes += (f"{len(failures):,} images have no features, such as {failures[0].id}",)
-    predictor.leaderboard = replace(board, n_unlabelled=unlabelled, notes=notes)
+    assert predictor.leaderboard is not None, "train makes one"
+    unlabelled = splitting.n_unlabelled(store.labels)  # `split` left these out
+    predictor.leaderboard = replace(predictor.leaderboard, n_unlabelled=unlabelled)
     predictor.request = request
     predictor.save(target)
     if SUFFIX in names:

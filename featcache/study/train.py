@@ -73,8 +73,9 @@ from featcache.results.selection import corrected_accuracy
 from featcache.store import splitting
 from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
-from featcache.study.evaluate import evaluate, look_alikes
+from featcache.study.evaluate import evaluate
 from featcache.study.options import TrainingOptions
+from featcache.study.parts import folds_of, remarks, without_crossing
 from featcache.system.console import check_stopped, interruptible, progress_bar
 from featcache.system.memory import available_memory, peak_memory
 from featcache.system.tables import first_names
@@ -310,9 +311,12 @@ class _TrainingData:
         if unknown := [name for name in weights if name not in fit.labels]:
             raise TrainingError(f"class_weight names {unknown[0]!r}, which is not a class.")
         _check_classes(fit, test)
-        fit, crossing = _without_crossing(fit, test, options)
-        groups = fit.groups if options.group else None
-        folds, text = _folds(fit, groups, options)
+        fit, crossing = without_crossing(fit, test, options)
+        folds = splitting.validation_fold(fit.splits, fit.labels, sha256=fit.sha256)
+        text = "validation split"
+        if folds is None:
+            folds = folds_of(fit, options)
+            text = f"{options.cv} {'grouped ' * options.group}folds"
         own = with_own_groups(fit.groups)
         classes, codes = np.unique(fit.labels, return_inverse=True)
         scorer = FoldScorer.of(options.decides, codes, classes, folds)
@@ -333,7 +337,7 @@ class _TrainingData:
             folds_text=text.replace("folds", "nested folds") if options.nested else text,
             groups=own,
             memory=available_memory() if options.memory is None else options.memory,
-            notes=(*notes, *crossing, *few_groups(own), *_remarks(fit, columns)),
+            notes=(*notes, *crossing, *few_groups(own), *remarks(fit, columns)),
             options=options,
         )
 
@@ -363,13 +367,9 @@ class _TrainingData:
         return self.groups if self.options.group else None
 
     @cached_property
-    def y(self) -> npt.NDArray[Any]:
-        return self.store.labels
-
-    @cached_property
     def classes_and_codes(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Sorted labels (k,), and the number of each image's, int64 (n,)."""
-        classes, codes = np.unique(self.y, return_inverse=True)
+        classes, codes = np.unique(self.store.labels, return_inverse=True)
         return classes, codes.astype(np.int64)
 
     @property
@@ -407,9 +407,9 @@ class _TrainingData:
     def search(self, head: str, progress: Progress) -> Any:
         options = replace(self.options, memory=self.memory, progress=progress)
         if self.suffix is not None and head == SUFFIX:  # it reads the store by itself
-            rows = TrainingRows.check(self.blocks, self.y, self.folds)
+            rows = TrainingRows.check(self.blocks, self.store.labels, self.folds)
             return search(replace(self.suffix, options=options), rows)
-        rows = TrainingRows.check(self.X, self.y, self.folds)
+        rows = TrainingRows.check(self.X, self.store.labels, self.folds)
         return search(HEADS[head](options), rows)
 
 
@@ -425,68 +425,6 @@ def _check_classes(fit: FeatureStore, test: FeatureStore | None) -> None:
             f"{first_names([*map(repr, unknown)], 5)}. Train on images of these classes too, or "
             "leave them out of the test."
         )
-
-
-def _without_crossing(
-    fit: FeatureStore, test: FeatureStore | None, options: TrainingOptions
-) -> tuple[FeatureStore, list[str]]:
-    """Leave out images to train on of groups that judge, refuse them, or say that they are there.
-
-    Without `TrainingOptions.group` they stay, with a note.
-    """
-    if fit.groups is None:
-        return fit, []
-    valid = splitting.part_of(fit.splits, "valid", fit.labels)
-    held_out = None if test is None or test.groups is None else test.groups[test.labels != ""]
-    by = {
-        "the validation images": ~valid & splitting.crossing(fit.groups, fit.groups[valid]),
-        "the held-out images": splitting.crossing(fit.groups, held_out),
-    }
-    shared = np.logical_or.reduce([*by.values()])
-    judges = " and ".join(name for name, rows in by.items() if rows.any())
-    if not judges:
-        return fit, []
-    groups = fit.groups[shared]
-    count, of = f"{len(groups):,} images to train on are", splitting.crossing_text(groups, judges)
-    if not options.group:
-        return fit, [f"{count} {of}, which flatters: give --group (library: group=True)"]
-    if not options.drop_crossing_groups:
-        raise splitting.crossing_error(groups, judges)
-    if (shared | valid).all():
-        raise TrainingError(f"No image is left to train on: all are {of}.")
-    return fit.select(~shared), [f"{count} left out: they are {of}"]
-
-
-def _remarks(fit: FeatureStore, layers: list[str]) -> list[str]:
-    """Return what is odd about the images that are trained on."""
-    notes = look_alikes(fit.classes)
-    tested = int(splitting.part_of(fit.splits, "test", fit.labels).sum())
-    if tested:
-        notes.append(
-            f"{tested:,} images of the split column's test part are trained on: what is held out "
-            "is not that part"
-        )
-    _, first = next(fit.blocks(layers, 1))
-    if all((block == first).all() for _, block in fit.blocks(layers, 1024)):
-        notes.append("all images have the same features: nothing can be learnt from them")
-    return notes
-
-
-def _folds(
-    store: FeatureStore, groups: npt.NDArray[Any] | None, options: TrainingOptions
-) -> tuple[list[Fold], str]:
-    """Return the folds and what they are called."""
-    validation = splitting.validation_fold(store.splits, store.labels, sha256=store.sha256)
-    if validation is not None:
-        return validation, "validation split"
-    made = splitting.folds(
-        store.labels,
-        groups=groups,
-        sha256=store.sha256,
-        cv=options.cv,
-        random_state=options.random_state,
-    )
-    return made, f"{options.cv} {'grouped ' if groups is not None else ''}folds"
 
 
 # --- one head ----------------------------------------------------------------------------------
@@ -509,7 +447,7 @@ def _train_head(
         judged = out_of_fold.balanced_accuracy if balanced else out_of_fold.accuracy
         low = float(judged) if judged.low is None else judged.low
         known = ~np.isnan(logits).any(axis=1)
-        check_fit(found.estimator, data.X, data.y, known, low, balanced=balanced)
+        check_fit(found.estimator, data.X, data.store.labels, known, low, balanced=balanced)
     predictor = _predictor(data, found)
     held_out = None if test is None else evaluate(predictor, test, other_groups=True)
     row = LeaderboardRow(
@@ -573,29 +511,16 @@ def _nested(
     (BMC Bioinformatics 7:91, 2006): what chose the parameters may not also judge them.
     """
     classes, codes = data.classes_and_codes
-    logits, proba = np.full((2, len(data.y), len(classes)), np.nan)
+    logits, proba = np.full((2, len(codes), len(classes)), np.nan)
     for train, valid in data.folds:
-        rows = TrainingRows.check(data.X[train], data.y[train], _inner_folds(data, train))
+        inner = folds_of(data.store.select(train), data.options, fewer=True)
+        rows = TrainingRows.check(data.X[train], data.store.labels[train], inner)
         options = replace(data.options, memory=None, progress=progress)
         found = search(HEADS[head](options), rows)
         logits[valid] = found.estimator.logits(data.X[valid])
         proba[valid] = found.calibration.proba(logits[valid])
     score, _ = FoldScorer.of(data.options.decides, codes, classes, data.folds)(logits, proba)
     return logits, proba, score
-
-
-def _inner_folds(data: _TrainingData, train: npt.NDArray[np.int64]) -> list[Fold]:
-    """Make folds of a fold's training part: as many as asked for, fewer where a class is small."""
-    store = data.store.select(train)
-    groups = None if data.kept_together is None else data.kept_together[train]
-    cv = splitting.possible_folds(data.options.cv, store.labels, groups=groups, sha256=store.sha256)
-    return splitting.folds(
-        store.labels,
-        groups=groups,
-        sha256=store.sha256,
-        cv=cv,
-        random_state=data.options.random_state,
-    )
 
 
 def _predictor(data: _TrainingData, found: Any) -> Predictor:

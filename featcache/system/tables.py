@@ -57,6 +57,11 @@ def printable(text: str, escaped: Callable[[str], str] = ascii) -> str:
     return "".join(c if c.isprintable() else escaped(c)[1:-1] for c in text)
 
 
+def counted(n: int, one: str, many: str = "") -> str:
+    """Return a number of things for people: ``1 image``, ``2,000 images``."""
+    return f"{n:,} {one if n == 1 else many or f'{one}s'}"
+
+
 def first_names(names: Sequence[str], most: int = SHOWN) -> str:
     """Return the first of some names in one line, and how many more there are."""
     line = ", ".join(map(printable, names[:most]))

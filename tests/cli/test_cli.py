@@ -21,6 +21,7 @@ import torchvision
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from featcache import FeatureStore, train
 from featcache.cli.main import main
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.table import HEADS
@@ -212,8 +213,6 @@ def test_a_feature_file_and_a_predictor_are_told_apart(store: Path, predictor: P
 
 
 def featcache_ids(path: Path) -> list[str]:
-    from featcache import FeatureStore
-
     return FeatureStore.open(path).ids.tolist()
 
 
@@ -232,7 +231,9 @@ def test_what_could_not_be_read_and_what_has_no_label_is_told(
     succeed("extract", images, "-o", path, *NETWORK, *FAST, "--labels", table)
     said = succeed("train", path, "-o", tmp_path / "p.featcache", "--head", "ridge", "--cv", "2")
     assert "1 without a label left out" in said
-    assert "1 images have no features, such as rose/broken.jpg" in said
+    assert "1 image has no features, such as rose/broken.jpg" in said
+    notes = train(FeatureStore.open(path), head="ridge", cv=2).leaderboard.notes
+    assert "1 image has no features, such as rose/broken.jpg" in notes
 
 
 def test_a_file_without_features_stops_no_other_command(

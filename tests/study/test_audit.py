@@ -58,7 +58,7 @@ def test_planted_trouble_is_found(tmp_path: Path) -> None:
 
     assert [one.id for one in found.of("outlier")] == ["00090.jpg"]
     assert "2 pairs of copies or near-duplicates, 2 across splits, 1 other label" in str(found)
-    assert "1 outliers" in str(found)
+    assert "1 outlier" in str(found)
 
 
 def test_clean_data_gives_no_pairs_and_no_outliers(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_labels_that_cannot_be_judged_are_named(tmp_path: Path) -> None:
     y[0], y[1] = "", "unicorn"
     found = audit(make_store(tmp_path / "a.h5", clusters(TRUE, spread=0.8), y))
     assert found.notes == (
-        "1 images have no label to judge",
-        "1 classes of one image cannot be judged: unicorn",
+        "1 image has no label to judge",
+        "1 class of one image cannot be judged: unicorn",
     )
     assert not {"00000.jpg", "00001.jpg"} & {one.id for one in found.of("label")}
 

@@ -100,9 +100,7 @@ def test_crossing_groups_are_left_out_of_training_and_counted(tmp_path: Path) ->
         fc.train_files(store.paths, out, head="linear", group=True)
     made = fc.train_files(store.paths, out, head="linear", group=True, drop_crossing_groups=True)
     board = made.leaderboard
-    assert "72 images to train on are left out: they are of 24 groups that" in "\n".join(
-        board.notes
-    )
+    assert "72 images to train on are left out: of 24 groups that" in "\n".join(board.notes)
     # Train: 12 groups of 6; val: 10 groups of 3, 4 groups of 6; and 14 of 3 are held out.
     assert (board.n_fit, board.n_test, board.folds) == (72 + 30 + 24, 42, "validation split")
     assert board[0].cv.images == 54
@@ -298,11 +296,48 @@ def test_a_learning_curve_is_scored_on_the_same_images_at_every_size(tmp_path: P
     store = make_store(tmp_path / "a.h5", clusters(labels), labels)
     curve = fc.learning_curve(store.select(np.arange(100)), store.select(np.arange(60, 120)))
     assert curve.n_test == 20
-    assert "40 images that are trained on are left out" in str(curve)
+    assert "40 images that are among the images to train on are left out" in str(curve)
     # An accuracy of so many images is a whole number of twentieths.
     assert all(float(point.accuracy * 20).is_integer() for point in curve)
-    with pytest.raises(TrainingError, match="None of the 60 images"):
-        fc.learning_curve(store, store.select(np.arange(60)))
+    # At these sizes, no more than 15 of the 60 are trained on.
+    known = "None of the 60 images .*: 60 images that are among the images to train on"
+    with pytest.raises(TrainingError, match=known):
+        fc.learning_curve(store, store.select(np.arange(60)), sizes=[10, 15])
+
+
+def test_a_learning_curve_says_what_it_does_with_groups_and_parts(tmp_path: Path) -> None:
+    # Of 40 groups, 10 are in train and val, and 10 others in train and test.
+    number, odd = np.repeat(np.arange(40), 6), np.arange(240) % 2 == 0
+    column = np.where(number < 10, np.where(odd, "train", "val"), "train")
+    column[(number >= 10) & (number < 20) & odd] = "test"
+    store = split_store(tmp_path / "a.h5", column.tolist())
+    with pytest.raises(TrainingError, match=f"of 10 groups that the validation.*{DROP}"):
+        fc.learning_curve(store, head="knn", sizes=[30])
+    dropped = fc.learning_curve(store, head="knn", sizes=[30], drop_crossing_groups=True)
+    assert dropped.n_test == 30 and all(point.accuracy < 0.85 for point in dropped)
+    (note,) = dropped.notes
+    assert "60 images to train on are left out: of 20 groups that the validation images" in note
+    flat = fc.learning_curve(store, head="knn", sizes=[30], group=False)
+    assert flat.n_test == 30
+    assert "which flatters: give --group" in flat.notes[0]
+    with pytest.raises(TrainingError, match=r"sizes .* 150 labelled"):
+        fc.learning_curve(store, sizes=[151], drop_crossing_groups=True)
+
+
+def test_a_learning_curve_is_scored_on_the_test_part(tmp_path: Path) -> None:
+    labels = ["a", "b"] * 40
+    column = ["train"] * 50 + ["test"] * 30
+    store = make_store(tmp_path / "a.h5", clusters(labels), labels, splits=column)
+    curve = fc.learning_curve(store, head="knn", sizes=[20])
+    assert (curve.n_test, curve.notes) == (30, ())
+    other = fc.learning_curve(store.select(np.arange(20, 70)), store, head="knn", sizes=[20])
+    assert "20 images of the split column's test part are trained on" in "\n".join(other.notes)
+    with pytest.raises(TrainingError, match="goes with group"):
+        fc.learning_curve(
+            make_store(tmp_path / "b.h5", clusters(labels), labels, groups=labels),
+            group=False,
+            drop_crossing_groups=True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -346,7 +381,7 @@ def test_a_class_of_one_group_cannot_be_judged(tmp_path: Path) -> None:
     X, y, groups = draw()
     y = ["one" if name == "g00" else label for name, label in zip(groups, y, strict=True)]
     found = audit(make_store(tmp_path / "a.h5", X, y, groups=groups))
-    assert found.notes == ("1 classes of one image or one group cannot be judged: one",)
+    assert found.notes == ("1 class of one image or one group cannot be judged: one",)
 
 
 def test_an_audit_by_a_head_that_judges_a_part_judges_that_part(
