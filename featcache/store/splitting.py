@@ -84,9 +84,8 @@ def units(
         return unit
     joined = keys[0] if len(keys) == 1 else _connect(keys[0], keys[1])
     _, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
-    order = np.empty(len(first), dtype=np.int64)
-    order[np.argsort(first)] = np.arange(len(first))
-    return order[inverse]
+    rank: IntArray = np.argsort(np.argsort(first))
+    return rank[inverse]
 
 
 def hash_keys(sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:

@@ -40,6 +40,7 @@ from featcache.heads.table import HEADS
 from featcache.results.evaluation import Evaluation
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
+from featcache.study.evaluate import out_of_fold
 from featcache.study.maps import centred, nearest_rows, pooled
 from featcache.study.options import TrainingOptions
 from featcache.study.parts import folds_of
@@ -243,15 +244,9 @@ def _misjudged(
     """Find suspicious labels by what a head says out of fold; also return of how many images."""
     y, folds = store.labels, folds_of(store, options, fewer=True)
     found = HEADS[head].search(X, y, folds, random_state=options.random_state)
-    known = ~np.isnan(found.logits).any(axis=1)  # some heads judge a part of many images
-    logits = found.logits[known]
-    judged = Evaluation(
-        ids=store.ids[known],
-        y_true=np.searchsorted(found.classes, y[known]),
-        proba=found.calibration.proba(logits),
-        predicted=logits.argmax(axis=1),
-        classes=tuple(found.classes.tolist()),
-    )
+    # Some heads judge a part of many images.
+    judged = out_of_fold(store, found.classes, found.logits, found.calibration.proba(found.logits))
+    known = np.isin(store.ids, judged.ids)
     splits = None if store.splits is None else store.splits[known]
     return suspicious_labels(judged, splits), len(judged)
 

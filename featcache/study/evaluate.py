@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from featcache.predictor.predictor import Predictor
     from featcache.store.store import FeatureStore
 
-__all__ = ["evaluate", "left_out", "look_alikes"]
+__all__ = ["evaluate", "left_out", "look_alikes", "out_of_fold"]
 
 
 def evaluate(
@@ -92,6 +92,25 @@ def evaluate(
         groups=with_own_groups(chosen.groups),
         notes=tuple(notes),
         layers=tuple(layers),
+    )
+
+
+def out_of_fold(
+    store: FeatureStore,
+    classes: npt.NDArray[Any],
+    logits: npt.NDArray[Any],
+    proba: npt.NDArray[np.float64],
+    groups: npt.NDArray[Any] | None = None,
+) -> Evaluation:
+    """Return the metrics of out-of-fold scores and probabilities (n, k); NaN where none judges."""
+    known = ~np.isnan(logits).any(axis=1)
+    return Evaluation(
+        ids=store.ids[known],
+        y_true=np.searchsorted(classes, store.labels[known]),
+        proba=proba[known],
+        predicted=logits[known].argmax(axis=1),
+        classes=tuple(classes.tolist()),
+        groups=None if groups is None else groups[known],
     )
 
 

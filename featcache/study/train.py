@@ -66,14 +66,14 @@ from featcache.heads.table import HEADS
 from featcache.predictor.file import CanaryRows, group_hashes
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.predictor import Predictor
-from featcache.results.evaluation import Evaluation, few_groups, with_own_groups
+from featcache.results.evaluation import few_groups, with_own_groups
 from featcache.results.intervals import Score
 from featcache.results.leaderboard import Leaderboard, LeaderboardRow
 from featcache.results.selection import corrected_accuracy
 from featcache.store import splitting
 from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
-from featcache.study.evaluate import evaluate
+from featcache.study.evaluate import evaluate, out_of_fold
 from featcache.study.options import TrainingOptions
 from featcache.study.parts import folds_of, remarks, without_crossing
 from featcache.system.console import check_stopped, interruptible, progress_bar
@@ -349,8 +349,9 @@ class _TrainingData:
         The other heads then use the other taps, unless there are none or taps were named
         (`apart` is False).
         """
+        groups = self.groups if self.options.group else None
         suffix = SuffixHead.of(
-            self.store, layers=self.layers, settings=settings, groups=self.kept_together, **options
+            self.store, layers=self.layers, settings=settings, groups=groups, **options
         )
         others = [name for name in self.layers if name != suffix.maps.tap]
         return replace(self, suffix=suffix, layers=others if apart and others else self.layers)
@@ -360,11 +361,6 @@ class _TrainingData:
         if head != SUFFIX or self.suffix is None:
             return self
         return replace(self, layers=[self.suffix.maps.tap])
-
-    @property
-    def kept_together(self) -> npt.NDArray[Any] | None:
-        """Groups whose images are in one fold."""
-        return self.groups if self.options.group else None
 
     @cached_property
     def classes_and_codes(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
@@ -406,11 +402,10 @@ class _TrainingData:
 
     def search(self, head: str, progress: Progress) -> Any:
         options = replace(self.options, memory=self.memory, progress=progress)
-        if self.suffix is not None and head == SUFFIX:  # it reads the store by itself
-            rows = TrainingRows.check(self.blocks, self.store.labels, self.folds)
-            return search(replace(self.suffix, options=options), rows)
-        rows = TrainingRows.check(self.X, self.store.labels, self.folds)
-        return search(HEADS[head](options), rows)
+        suffix = self.suffix if head == SUFFIX else None
+        kind = HEADS[head](options) if suffix is None else replace(suffix, options=options)
+        X = self.X if suffix is None else self.blocks  # it reads the store by itself
+        return search(kind, TrainingRows.check(X, self.store.labels, self.folds))
 
 
 def _check_classes(fit: FeatureStore, test: FeatureStore | None) -> None:
@@ -440,12 +435,12 @@ def _train_head(
     logits, proba, score = found.logits, found.calibration.proba(found.logits), found.score
     if data.options.nested and head != SUFFIX:  # the folds of a suffix choose nothing
         logits, proba, score = _nested(data, head, progress)
-    out_of_fold = _evaluation(data, logits, proba)
+    judged = out_of_fold(data.store, found.classes, logits, proba, data.groups)
     if head != SUFFIX:  # whose features are large, and whose network is not loaded for it
         # Class weights give accuracy up for the rare classes, more or less of it from fit to fit.
         balanced = data.options.class_weight is not None
-        judged = out_of_fold.balanced_accuracy if balanced else out_of_fold.accuracy
-        low = float(judged) if judged.low is None else judged.low
+        figure = judged.balanced_accuracy if balanced else judged.accuracy
+        low = float(figure) if figure.low is None else figure.low
         known = ~np.isnan(logits).any(axis=1)
         check_fit(found.estimator, data.X, data.store.labels, known, low, balanced=balanced)
     predictor = _predictor(data, found)
@@ -455,7 +450,7 @@ def _train_head(
         params=dict(found.params),
         features=data.features,
         cv_score=score,
-        cv=out_of_fold.figures,
+        cv=judged.figures,
         cv_corrected=_corrected(data, tried),
         held_out=None if held_out is None else held_out.figures,
         search_seconds=found.search_seconds,
@@ -466,7 +461,7 @@ def _train_head(
         notes=found.notes + (() if held_out is None else held_out.notes),
     )
     predictor.metrics = {
-        "out_of_fold": out_of_fold.summary(),
+        "out_of_fold": judged.summary(),
         "held_out": None if held_out is None else held_out.summary(),
     }
     return row, predictor, tried
@@ -483,22 +478,6 @@ def _corrected(data: _TrainingData, tried: Predicted) -> Score:
         whole,
         None if data.groups is None else data.groups[known],
         balanced=data.options.decides == "balanced_accuracy",
-    )
-
-
-def _evaluation(
-    data: _TrainingData, logits: npt.NDArray[Any], proba: npt.NDArray[np.float64]
-) -> Evaluation:
-    """Return the metrics of scores and probabilities (n, k); NaN where no fold judges."""
-    known = ~np.isnan(logits).any(axis=1)
-    classes, codes = data.classes_and_codes
-    return Evaluation(
-        ids=data.store.ids[known],
-        y_true=codes[known],
-        proba=proba[known],
-        predicted=logits[known].argmax(axis=1),
-        classes=tuple(classes.tolist()),
-        groups=None if data.groups is None else data.groups[known],
     )
 
 
