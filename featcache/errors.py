@@ -24,6 +24,7 @@
     ├── TrainingError            labels, classes or folds that cannot be trained on
     ├── PredictorError           a predictor file that cannot be used
     ├── OutputError              a file that cannot be written, or holds something else
+    ├── SystemFault              the system refuses: a failing disk, too many open files
     ├── DeviceError              a device or precision that this machine does not have
     └── MissingExtra             an optional package is not installed (the message has the command)
 
@@ -32,6 +33,30 @@ prints it on standard error and exits with `exit_status`.
 """
 
 from __future__ import annotations
+
+import errno
+import os
+
+_HELP = {
+    errno.EMFILE: "Type: ulimit -n 65536, and run the same command again",
+    errno.EIO: "The disk fails, or the network that it is on; copy what it holds elsewhere",
+    errno.ENOSPC: "Make room and run the same command again",
+    errno.ENOMEM: "Use less memory: --memory, or a smaller --batch-size",
+}
+_PASSING = {*_HELP, errno.ENFILE, errno.EACCES, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
+
+
+def explained(error: OSError) -> str:
+    """Return what the system said and what helps, in one line without a full stop."""
+    if error.errno == errno.ENOENT and error.filename is None:
+        return "The folder that this command runs in is gone. Type: cd FOLDER"
+    text = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+    return f"{text}. {_HELP[error.errno]}" if error.errno in _HELP else text
+
+
+def is_of_system(error: OSError) -> bool:
+    """Return whether an error says nothing about what is in a file, only that it was not read."""
+    return error.errno in _PASSING
 
 
 class FeatcacheError(Exception):
@@ -146,6 +171,17 @@ class PredictorError(FeatcacheError):
 
 class OutputError(FeatcacheError):
     """A file that cannot be written, or that would replace one of another kind."""
+
+
+class SystemFault(FeatcacheError):
+    """The system refuses what was asked of it: a disk fails, too many files are open."""
+
+    @classmethod
+    def of(cls, error: OSError | MemoryError) -> SystemFault:
+        """Return what to tell of an error of the system that nothing else has explained."""
+        if isinstance(error, MemoryError):
+            error = OSError(errno.ENOMEM, "")
+        return cls(f"{error.filename}: {explained(error)}." if error.filename else explained(error))
 
 
 class DeviceError(FeatcacheError):

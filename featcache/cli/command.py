@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -13,9 +14,9 @@ from typing import Any
 
 import click
 
-from featcache.errors import FeatcacheError, Interrupted
+from featcache.errors import FeatcacheError, Interrupted, SystemFault
 from featcache.system.console import signals_as_ctrl_c
-from featcache.system.files import STDOUT
+from featcache.system.files import STDOUT, told_output
 from featcache.system.tables import printable
 
 
@@ -41,6 +42,15 @@ class Command(click.Command):
         quiet = "Print nothing on standard error but errors: no progress, no warnings."
         self.params.append(click.Option(["-q", "--quiet"], is_flag=True, help=quiet))
 
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Run the command line."""
+        _open_streams()
+        try:
+            return super().main(*args, **more)
+        except FeatcacheError as error:  # of what click prints itself, such as help
+            Message(error).show()
+            sys.exit(error.exit_status)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a `FeatcacheError` becomes a `Message`, and so does a signal."""
         try:
@@ -49,9 +59,16 @@ class Command(click.Command):
                 if ctx.params.pop("quiet"):  # errors are printed after this
                     nowhere = stack.enter_context(Path(os.devnull).open("w"))
                     stack.enter_context(contextlib.redirect_stderr(nowhere))
-                return super().invoke(ctx)
+                Path.cwd()  # if it is gone, libraries fail in ways of their own
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
         except FeatcacheError as error:
             raise Message(error) from error
+        except BrokenPipeError:  # whoever read standard output wants no more
+            raise
+        except (OSError, MemoryError) as error:
+            raise Message(SystemFault.of(error)) from error
         except KeyboardInterrupt:
             raise Message(Interrupted("Stopped by a signal. Run the same command again.")) from None
 
@@ -68,6 +85,17 @@ class Commands(Command, click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order in which they were added."""
         return list(self.commands)
+
+
+def _open_streams() -> None:
+    """Open what was closed when the process began: a file would get its number, and its output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # What is printed to a closed standard output fails, and is told.
+            os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
+    if type(sys.stdout) is io.TextIOWrapper:
+        sys.stdout = told_output(sys.stdout)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -94,9 +122,14 @@ def show(
     if as_json:
         print_json(values)
     elif output in (None, STDOUT):
-        click.echo(text, err=output is not None)
+        say(text, err=output is not None)
     else:
-        click.echo(f"{output}: {text}")
+        say(f"{output}: {text}")
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print lines of text for people, on standard output or standard error."""
+    click.echo(_safe(str(text)), err=err)
 
 
 def print_json(value: Any) -> None:

@@ -11,7 +11,7 @@ import click
 
 import featcache
 from featcache.cli import options
-from featcache.cli.command import Command, print_json
+from featcache.cli.command import Command, print_json, say
 from featcache.system.console import doing
 from featcache.system.tables import text_table
 
@@ -51,8 +51,8 @@ def layers(backbone: str, weights: str | None, as_json: bool, **settings: Any) -
         for row in table
     ]
     header = ("layer", "kind", "output", "parameters", "cost")
-    click.echo(text_table(header, cells, right=(3, 4)))
-    click.echo(f"\nDefault tap: {', '.join(network.taps)}")
+    say(text_table(header, cells, right=(3, 4)))
+    say(f"\nDefault tap: {', '.join(network.taps)}")
 
 
 def listed(images: str | tuple[str, ...], settings: dict[str, Any]) -> featcache.ImageSet:
@@ -132,10 +132,10 @@ def extract(
     """
     found = listed(images, settings)
     if not as_json:
-        click.echo(found)
+        say(found)
     store = extracted(found, output, backbone=backbone, **settings)
     if as_json:
         about = {"classes": found.classes, "ignored": found.ignored, "notes": found.notes}
         print_json({"store": str(output), **about, **store.extraction.to_dict()})
     else:
-        click.echo(f"{output}: {store.extraction}")
+        say(f"{output}: {store.extraction}")

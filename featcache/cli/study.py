@@ -10,7 +10,7 @@ import click
 
 import featcache
 from featcache.cli import options
-from featcache.cli.command import Command
+from featcache.cli.command import Command, say
 from featcache.cli.extract import extracted, listed
 from featcache.errors import MissingExtra
 from featcache.system.files import atomic_write, check_overwrite, is_table
@@ -70,16 +70,16 @@ class Study:
 
     def extract(self) -> None:
         """Compute the features; nothing that has not changed is computed again."""
-        click.echo(self.images)
+        say(self.images)
         store = extracted(self.images, self.path(".h5"), **self.extraction)
-        click.echo(f"{self.path('.h5')}: {store.extraction}")
+        say(f"{self.path('.h5')}: {store.extraction}")
 
     def classify(self) -> None:
         """Compare heads, keep the best as a predictor, and write leaderboard and report."""
         leaderboard, report = self.path("-leaderboard.csv"), self.path(".html")
         check_overwrite(leaderboard, _is_leaderboard, "a leaderboard of featcache")
         result = featcache.train_files(self.path(".h5"), self.path(".featcache"), **self.training)
-        click.echo(result.to_text())
+        say(result.to_text())
         if not (result.up_to_date and leaderboard.exists() and report.exists()):
             with atomic_write(leaderboard, text=True) as file:
                 file.write(result.leaderboard.to_csv())
@@ -97,10 +97,10 @@ class Study:
                     title=report.stem,
                 )
             except MissingExtra as missing:
-                click.echo(f"leaderboard: {leaderboard}")
-                click.echo(f"report: not written. {missing}", err=True)
+                say(f"leaderboard: {leaderboard}")
+                say(f"report: not written. {missing}", err=True)
                 return
-        click.echo(f"leaderboard: {leaderboard}\nreport: {report}")
+        say(f"leaderboard: {leaderboard}\nreport: {report}")
 
 
 def _is_leaderboard(path: Path) -> bool:

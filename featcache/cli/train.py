@@ -9,7 +9,7 @@ import click
 
 import featcache
 from featcache.cli import options
-from featcache.cli.command import Command, print_json
+from featcache.cli.command import Command, print_json, say
 from featcache.finetuning.settings import SuffixSettings
 
 
@@ -69,4 +69,4 @@ def train(
     if as_json:
         print_json(result.to_dict())
     else:
-        click.echo(result.to_text())
+        say(result.to_text())

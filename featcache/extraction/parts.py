@@ -132,7 +132,7 @@ def in_parts(
             results = _fill(plan, pool, named, lambda: bar.update(plan.done - bar.n))
         except BaseException:
             if plan.settings is None and not plan.earlier:  # nothing was begun
-                plan_file(path).unlink()
+                disk.remove(plan_file(path))
             raise
         _summarize(plan, results, time.perf_counter() - loop, summary)
         plan.merging = True
@@ -151,8 +151,8 @@ def in_parts(
         replace(plan, merging=False).write()  # the next run looks at the images that failed
         raise
     for file in [*beside(path, "old-part"), *beside(path, "part")]:  # of parts only locks
-        Path(file).unlink()
-    plan_file(path).unlink()
+        disk.remove(file)
+    disk.remove(plan_file(path))
     summary.copied, summary.failed = len(store) - summary.computed, len(store.failures)
     return store
 

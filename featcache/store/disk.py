@@ -21,9 +21,17 @@ from typing import NoReturn, Self
 
 import numpy as np
 
-from featcache.errors import CorruptStore, DiskFull, StoreError, StoreLocked
+from featcache.errors import (
+    CorruptStore,
+    DiskFull,
+    StoreError,
+    StoreLocked,
+    explained,
+    is_of_system,
+)
 from featcache.system.files import NOT_SUPPORTED
 from featcache.system.files import fsync as fsync
+from featcache.system.files import remove as remove
 from featcache.system.files import rename as rename
 
 try:
@@ -107,7 +115,7 @@ def raise_for(
         raise StoreError(
             f"Cannot write in {folder}: {error.strerror}. Choose a folder of your own with -o."
         ) from error
-    raise StoreError(f"Cannot write {path}: {error}. {so_far}".rstrip()) from error
+    raise StoreError(f"Cannot write {path}: {explained(error)}. {so_far}".rstrip()) from error
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
@@ -123,18 +131,25 @@ def pwrite_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def pread_into(descriptor: int, out: memoryview, offset: int) -> None:
-    """Fill `out` from the file.
+def pread_into(descriptor: int, out: memoryview, offset: int, path: str) -> None:
+    """Fill `out` from the file that is open, which messages call `path`.
 
     Raises
     ------
     CorruptStore
         The file ends before.
+    StoreError
+        The system cannot read it.
     """
     while len(out):
-        count = os.preadv(descriptor, [out], offset)
+        try:
+            count = os.preadv(descriptor, [out], offset)
+        except OSError as error:
+            if not is_of_system(error):
+                raise
+            raise StoreError(f"Cannot read {path}: {explained(error)}.") from error
         if count == 0:
-            raise CorruptStore(f"The file ends at byte {offset}: it was truncated.")
+            raise CorruptStore(f"{path} ends at byte {offset}: it was truncated.")
         out, offset = out[count:], offset + count
 
 

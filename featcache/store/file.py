@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.errors import CorruptStore, FormatVersionError, MissingStore, StoreError
+from featcache.errors import CorruptStore, FormatVersionError, MissingStore, StoreError, explained
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from featcache.store import disk
 from featcache.store.disk import as_bytes
@@ -65,8 +64,7 @@ class StoreFile:
         except OSError as error:
             if writable:
                 disk.raise_for(error, path)
-            hint = " Type: ulimit -n 65536" if error.errno == errno.EMFILE else ""
-            raise StoreError(f"Cannot read {path}: {error.strerror}.{hint}") from error
+            raise StoreError(f"Cannot read {path}: {explained(error)}.") from error
         if Path(path).is_dir():
             raise StoreError(f"{path} is a folder, not a feature file.")
         disk.check_unlocked(self.descriptor, path)
@@ -150,7 +148,7 @@ class StoreFile:
         """Fill a contiguous array of the dataset's type with its rows from `start` on."""
         if out.nbytes:
             offset = dataset.offset + start * dataset.row_bytes
-            disk.pread_into(self.descriptor, as_bytes(out), offset)
+            disk.pread_into(self.descriptor, as_bytes(out), offset, self.path)
 
     def write_rows(self, dataset: Dataset, start: int, array: np.ndarray) -> None:
         """Write rows from `start` on; the array has the dataset's type and is contiguous."""
@@ -223,7 +221,7 @@ class StoreFile:
     def _reasons(self) -> dict[int, tuple[str, str]]:
         """Return (stage, reason) by row from the last whole line of each; a kill may tear one."""
         text = bytearray(os.fstat(self.descriptor).st_size - self._end)
-        disk.pread_into(self.descriptor, memoryview(text), self._end)
+        disk.pread_into(self.descriptor, memoryview(text), self._end, self.path)
         found = {}
         for line in text.split(b"\n"):
             try:
@@ -291,7 +289,7 @@ class StoreFile:
             digest.update(name.encode() + b"\0" + dataset.nbytes.to_bytes(8, "little"))
             for start in range(0, dataset.nbytes, step):
                 block = buffer[: min(step, dataset.nbytes - start)]
-                disk.pread_into(self.descriptor, block, dataset.offset + start)
+                disk.pread_into(self.descriptor, block, dataset.offset + start, self.path)
                 if name == "rows":
                     np.frombuffer(block, dataset.dtype)["stamp"] = 0
                 digest.update(block)

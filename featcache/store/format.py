@@ -61,6 +61,7 @@ the datasets' offsets, and the file is valid HDF5 at any moment.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections import Counter
@@ -72,7 +73,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from featcache.errors import CorruptStore, StoreError
+from featcache.errors import CorruptStore, StoreError, explained, is_of_system
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from featcache.store import disk
 from featcache.store.disk import as_bytes
@@ -341,7 +342,10 @@ def create_file(path: str, contents: Contents, *, room: int | None = None) -> No
         # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
         with Path(temporary).open("wb") as file:
             disk.reserve(file.fileno(), 0, bound, zeros=False)
-        _write_layout(temporary, plan)
+        try:
+            _write_layout(temporary, plan)
+        except RuntimeError as error:  # so libhdf5 says that it could not write
+            raise OSError(errno.EIO, f"libhdf5: {error}") from error
         datasets, _ = read_datasets(temporary)
         with Path(temporary).open("rb+", buffering=0) as file:
             descriptor = file.fileno()
@@ -381,7 +385,7 @@ def _write_layout(path: str, plan: Plan) -> None:
     utf8 = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     utf8.set_char_encoding(h5py.h5t.CSET_UTF8)
 
-    file = h5py.h5f.create(path.encode(), h5py.h5f.ACC_TRUNC, for_file, access)
+    file = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, for_file, access)
     groups = {""}
     for name, (shape, dtype, _) in plan.items():
         for depth in range(1, name.count("/") + 1):
@@ -424,6 +428,8 @@ def read_datasets(path: str) -> tuple[dict[str, Dataset], list[str]]:
         with h5py.File(path, "r", locking=False) as file:
             file.visititems(visit)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, OSError) and is_of_system(error):
+            raise StoreError(f"Cannot read {path}: {explained(error)}.") from error
         if not h5py.is_hdf5(path):
             raise CorruptStore(
                 f"{path} is not a feature file: it does not begin as HDF5 does. If it was one, "

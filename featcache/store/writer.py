@@ -178,7 +178,7 @@ class FeatureWriter:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None and self._lock is not None and _holds_nothing(self._file):
-            Path(f"{self.path}.partial").unlink(missing_ok=True)  # nothing is lost
+            disk.remove(f"{self.path}.partial")  # nothing is lost
         self.close()
 
     # --- state ----------------------------------------------------------------------------------
@@ -244,7 +244,8 @@ class FeatureWriter:
 
     def set_meta(self, key: str, value: Any) -> None:
         """Keep a JSON value under /meta: ``settings`` (4 KB) or ``run`` (32 KB)."""
-        self._file.set_meta(key, value)
+        with self._keeping():
+            self._file.set_meta(key, value)
 
     @property
     def canaries(self) -> Canaries | None:
@@ -256,7 +257,8 @@ class FeatureWriter:
         for tap in self._file.features:
             dataset = self._file.datasets[f"canaries/{format.feature_name(tap)}"]
             values = np.ascontiguousarray(features[tap], dataset.dtype)
-            self._file.write_rows(dataset, 0, values.reshape(dataset.shape))
+            with self._keeping():
+                self._file.write_rows(dataset, 0, values.reshape(dataset.shape))
 
     # --- filling --------------------------------------------------------------------------------
 
@@ -450,7 +452,7 @@ class FeatureWriter:
             _check_copied(file, theirs[~np.isin(ours, copied)])
             file.close()
             self.commit()
-            Path(part).unlink()
+            disk.remove(part)
 
     # --- ending ---------------------------------------------------------------------------------
 
@@ -529,7 +531,7 @@ class FeatureWriter:
     def _clean_up(self) -> None:
         """Remove what only an unfinished file needs, and close."""
         for leftover in ("", ".old", ".compact", ".fresh", ".relabelled"):
-            Path(f"{self.path}.partial{leftover}").unlink(missing_ok=True)
+            disk.remove(f"{self.path}.partial{leftover}")
         self.close()
 
 
@@ -747,7 +749,7 @@ def _make(
     except OSError as error:
         disk.raise_for(error, path, needed=contents.feature_bytes, so_far=kept)
     finally:
-        Path(working).unlink(missing_ok=True)
+        disk.remove(working)
 
 
 def _check_copied(file: StoreFile, refused: np.ndarray) -> None:
@@ -797,6 +799,9 @@ def _begun(path: str, contents: Contents, room: int | None = None) -> StoreFile:
     check_replaceable(partial, contents.fingerprint)
     try:
         format.create_file(f"{partial}.fresh", contents, room=room)
+        if Path(partial).exists():
+            _keep_earlier_partial(partial)
+        disk.rename(f"{partial}.fresh", partial)
     except OSError as error:
         so_far, advice = "Nothing was computed.", "; --store-dtype float16 needs half the space"
         if Path(path).exists():
@@ -805,9 +810,6 @@ def _begun(path: str, contents: Contents, room: int | None = None) -> StoreFile:
             so_far, advice = "The parts are kept.", ""
         needed = contents.feature_bytes if room is None else room
         disk.raise_for(error, path, needed=needed, so_far=so_far, advice=advice)
-    if Path(partial).exists():
-        _keep_earlier_partial(partial)
-    disk.rename(f"{partial}.fresh", partial)
     return StoreFile(partial, writable=True)
 
 

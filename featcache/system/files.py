@@ -24,13 +24,14 @@ from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import IO, Any
 
-from featcache.errors import FeatcacheError, OutputError
+from featcache.errors import FeatcacheError, OutputError, explained
 
 STDOUT = Path("-")
 """The path that means standard output wherever text is written."""
 NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 """What a file system says that cannot do a thing at all."""
 _LINE = 1 << 26  # characters of the longest line that is looked at
+_ESCAPED = "backslashreplace"  # names of files that are not UTF-8
 _NAME = 50  # characters of a file's name in that of its temporary file
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -140,6 +141,7 @@ def atomic_write(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
     """
     if text and path == STDOUT:
         yield sys.stdout
+        sys.stdout.flush()
         return
     with _writing(path):
         target = path.resolve()
@@ -149,33 +151,57 @@ def atomic_write(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
     register_after_fork(raw, _Raw.close)  # a child would hold the lock of its killed parent
     buffered = io.BufferedWriter(raw)
     try:
-        with io.TextIOWrapper(buffered, "utf-8", newline="") if text else buffered as file:
+        with (
+            io.TextIOWrapper(buffered, "utf-8", _ESCAPED, newline="") if text else buffered as file
+        ):
             yield file
             file.flush()
             with _writing(path):
                 fsync(descriptor)
                 rename(temporary, target)
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def told_output(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Return a stream like standard output that raises `OutputError` when it cannot be written."""
+    raw = _Told(stream.fileno(), "wb", closefd=False)
+    raw.path = "Standard output"
+    errors = _ESCAPED if stream.errors == "strict" else stream.errors
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, errors, line_buffering=stream.line_buffering
+    )
 
 
 class _Raw(io.FileIO):
     """A file that says where it is when it cannot be written."""
 
-    path: Path
+    path: Path | str
 
     def write(self, data: Any) -> int:
         with _writing(self.path):
             return super().write(data)
 
 
+class _Told(_Raw):
+    """A stream that fails once: what is left in buffers at the end goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OutputError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            raise
+
+
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path | str) -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # the system, links in a circle, NUL
-        reason = getattr(error, "strerror", None) or error
+        reason = explained(error) if isinstance(error, OSError) else error
         raise OutputError(f"{path} cannot be written: {reason}.") from error
 
 
@@ -225,6 +251,12 @@ def rename(source: str | Path, target: str | Path) -> None:
     """
     Path(source).replace(target)
     sync_folder(Path(target).parent)
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file that nobody needs any more, if it is there; one that cannot be, stays."""
+    with suppress(OSError):
+        Path(path).unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,0 +1,156 @@
+"""Commands where the system refuses: closed or full streams, failing disks, limits, odd names."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+from click.testing import CliRunner
+
+from featcache.cli.main import main
+from featcache.errors import StoreError
+from featcache.store.store import FeatureStore
+from tests import small, stores
+
+ROOT = Path(__file__).parents[2]
+BACKBONE = ["--backbone", "tests.small:own", "--quiet"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    stores.store(tmp_path / "a.h5")
+    return tmp_path / "a.h5"
+
+
+def run(*arguments: object, status: int = 0) -> str:
+    """Return what a command says, which ends with this status and no traceback."""
+    result = CliRunner().invoke(main, [str(one) for one in arguments], catch_exceptions=False)
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def shell(line: str, folder: Path) -> tuple[int, str]:
+    """Return the status of a line of the shell and what it says on standard error."""
+    python = f"{sys.executable} -m featcache.cli"
+    done = subprocess.run(
+        ["bash", "-c", line.replace("featcache", python)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return done.returncode, done.stderr
+
+
+FULL = "OutputError: Standard output cannot be written: No space left on device"
+CLOSED = "OutputError: Standard output cannot be written: Bad file descriptor"
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "said"),
+    [
+        ("featcache --help > /dev/full", 1, FULL),
+        ("featcache info a.h5 > /dev/full", 1, FULL),
+        ("featcache export a.h5 -o - > /dev/full", 1, FULL),
+        ("featcache info a.h5 >&-", 1, CLOSED),
+        ("featcache export a.h5 -o a.npz 0<&- 2>&-", 0, ""),
+        ("featcache info none.h5 2>&-", 1, ""),
+        ("set -o pipefail; featcache export a.h5 -o - | true", 1, ""),
+        ("mkdir d; cd d; rmdir ../d; featcache export ../a.h5 -o x.csv", 1, "SystemFault: The fol"),
+    ],
+)
+def test_closed_and_full_streams_and_a_folder_that_is_gone(
+    line: str, status: int, said: str, store: Path
+) -> None:
+    found, message = shell(line, store.parent)
+    assert (found, message.count("\n")) == (status, 1 if said else 0), message
+    assert message.startswith(said)
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    images = small.folder(tmp_path / "images", 6)
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/\xff\x1b.h5"))
+    (images / "ant" / "0000.jpg").rename(Path(os.fsdecode(bytes(images) + b"/ant/\xff.jpg")))
+    assert "5 computed" in run("extract", images, "-o", odd, *BACKBONE)
+    assert "intact" in run("verify", odd)
+    assert "\\xff.jpg" in run("info", odd)
+    assert "5 images" in run("export", odd, "-o", odd.with_suffix(".csv"))
+    assert "There is no feature file" in run("info", odd.with_suffix(".no"), status=1)
+
+
+def test_a_limit_of_open_files_is_not_reported_as_damage(store: Path) -> None:
+    run("verify", store)  # what is imported at the first use
+    with Path(os.devnull).open() as file:
+        free = file.fileno()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    said = []
+    for more in range(200):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + more, limits[1]))
+        try:
+            result = CliRunner().invoke(main, ["verify", str(store)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        if result.exit_code == 0:
+            break
+        said.append(result.output)
+    assert "intact" in result.output and said
+    for message in said:
+        assert message.startswith("StoreError: Cannot read ")
+        assert "Too many open files. Type: ulimit -n 65536" in message
+
+
+@pytest.mark.parametrize("command", ["verify", "info", "export"])
+def test_a_disk_that_cannot_be_read_is_one_message(
+    command: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["-o", store.with_suffix(".csv")] if command == "export" else []
+    preadv, calls = os.preadv, 0
+
+    def failing(*arguments: object) -> int:
+        nonlocal calls
+        calls += 1
+        if calls >= first:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    for number in range(1, 100):
+        first, calls = number, 0
+        result = CliRunner().invoke(main, [command, *map(str, (store, *more))])
+        if result.exit_code == 0:
+            break
+        assert f"Cannot read {store}: Input/output error." in result.output
+    assert first > 5
+
+
+def test_what_libhdf5_cannot_write_is_an_error_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Unable to create dataset (file write failed)")
+
+    monkeypatch.setattr(h5py.h5d, "create", fail)
+    with pytest.raises(StoreError, match=r"Cannot write .*a\.h5: Input/output error.*Nothing was"):
+        stores.store(tmp_path / "a.h5")
+    assert [one.name for one in tmp_path.iterdir()] == []
+
+
+def test_leftovers_that_cannot_be_removed_do_not_fail_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.h5"
+    Path(f"{path}.partial.old").write_bytes(b"of an earlier run")
+
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        stores.store(path)
+    assert FeatureStore.open(path).verify().ok
