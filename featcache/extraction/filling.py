@@ -142,6 +142,7 @@ def filled(job: Job, summary: Summary) -> Iterator[FeatureWriter]:
         else:
             for source in writer.earlier_stores:
                 job.check_code(source)
+            reuse.copy_record(writer)
         yield writer
 
 

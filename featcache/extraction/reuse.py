@@ -343,6 +343,16 @@ def copy_unchanged(writer: FeatureWriter, images: ImageSet, options: Options) ->
         writer.copy_rows(store, theirs[same], rows[same], size=size, stamp=stamp)
 
 
+def copy_record(writer: FeatureWriter) -> None:
+    """Keep how the rows of earlier stores were computed, where a run only copies rows."""
+    for store in writer.earlier_stores:
+        ours, theirs = writer.canaries, store.canaries
+        if ours and theirs and not ours.features and theirs.images == ours.images:
+            writer.set_canaries(theirs.features)
+        if writer.meta.get("settings") is None:
+            writer.set_meta("settings", store.meta.get("settings"))
+
+
 def _find_by_content(
     images: ImageSet, rows: np.ndarray, store: FeatureStore, theirs: np.ndarray, same: np.ndarray
 ) -> None:

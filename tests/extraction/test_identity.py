@@ -72,6 +72,10 @@ def test_other_code_with_the_same_weights_is_another_network(
     np.testing.assert_array_equal(FeatureStore.open(path).load()[0], before)
     again = extract(fewer, networks[0], path, device="cpu")
     assert again.extraction.computed == 0
+    # a run that computed nothing keeps what shows that the network is another
+    with pytest.raises(FingerprintMismatch, match="the code of the network is another"):
+        extract(images, networks[1], path, device="cpu")
+    assert FeatureStore.open(path).meta["settings"]["batch_size"]
 
 
 @pytest.mark.parametrize("other_encoder", [False, True])
