@@ -14,6 +14,7 @@ from featcache.cli import options
 from featcache.cli.command import Command, show
 from featcache.errors import CorruptStore
 from featcache.system.files import STDOUT
+from featcache.system.tables import counted
 
 
 def _opened(path: Path) -> featcache.FeatureStore | featcache.Predictor:
@@ -98,4 +99,4 @@ def export(store: Path, output: Path, force: bool, as_json: bool) -> None:
     export_store(opened, output, force=force)
     n, d = len(opened), opened.width()
     values = {"store": str(store), "output": str(output), "images": n, "columns": d}
-    show(as_json, values, f"{n:,} images, {d:,} columns", output=output)
+    show(as_json, values, f"{counted(n, 'image')}, {counted(d, 'column')}", output=output)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from featcache.errors import TrainingError
 from featcache.results.intervals import FEWEST_GROUPS, Score, rate_scores
-from featcache.system.tables import SHOWN, html_table, printable, text_table
+from featcache.system.tables import SHOWN, counted, html_table, printable, text_table
 
 Floats = npt.NDArray[np.float64]
 
@@ -373,7 +373,7 @@ class Evaluation:
         """Return the metrics, the classes, and the most confident mistakes, for people."""
         return "\n".join(
             [
-                f"accuracy {self.accuracy} on {len(self):,} images",
+                f"accuracy {self.accuracy} on {counted(len(self), 'image')}",
                 f"balanced accuracy {self.balanced_accuracy}, macro F1 {self.macro_f1}",
                 f"log loss {self.log_loss:.3f}, Brier score {self.brier:.3f}, calibration error "
                 f"{self.ece:.3f}, by class {self.classwise_ece:.3f}"
@@ -442,7 +442,7 @@ class Evaluation:
             ("calibration error by class", f"{self.classwise_ece:.3f}", ""),
         ]
         return (
-            html_table([f"{len(self):,} images", "", "95 % interval"], figures)
+            html_table([counted(len(self), "image"), "", "95 % interval"], figures)
             + html_table(*self._shown_classes())
             + "".join(f"<p>{escape(note)}</p>" for note in self.remarks)
         )
@@ -452,7 +452,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return (
-            f"<Evaluation: accuracy {self.accuracy}, {len(self):,} images, "
+            f"<Evaluation: accuracy {self.accuracy}, {counted(len(self), 'image')}, "
             f"{len(self.classes)} classes>"
         )
 

@@ -39,7 +39,7 @@ from featcache.store import checksums, disk, format
 from featcache.store.checksums import VerifyReport
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, Canaries, Dataset, Failure
-from featcache.system.tables import first_names, html_table
+from featcache.system.tables import counted, first_names, html_table
 
 __all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "VerifyReport"]
 
@@ -277,7 +277,7 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         taps = ", ".join(f"{name} {info.shape}" for name, info in self.taps.items())
-        return f"FeatureStore({', '.join(self.paths)}: {len(self):,} images; {taps})"
+        return f"FeatureStore({', '.join(self.paths)}: {counted(len(self), 'image')}; {taps})"
 
     @property
     def files(self) -> list[StoreFile]:
@@ -457,7 +457,9 @@ class FeatureStore:
         return sum(Path(path).stat().st_size for path in self.paths)
 
     def _title(self) -> str:
-        return f"{', '.join(self.paths)}: {len(self):,} images, {self._bytes / 1e6:,.1f} MB"
+        return (
+            f"{', '.join(self.paths)}: {counted(len(self), 'image')}, {self._bytes / 1e6:,.1f} MB"
+        )
 
     def to_text(self) -> str:
         """Return what the store holds, for people."""

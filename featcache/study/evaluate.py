@@ -74,10 +74,12 @@ def evaluate(
     columns = {name: i for i, name in enumerate(predictor.classes)}
     unknown = sorted(set(chosen.classes) - columns.keys())
     if unknown:
+        of = f"of {', '.join(store.paths)}"
         count = int(np.isin(chosen.labels, unknown).sum())
+        have = counted(count, f"image {of} has", f"images {of} have")
         raise PredictorError(
-            f"{count:,} images of {', '.join(store.paths)} have labels that the predictor does not "
-            f"know ({first_names([*map(repr, unknown)], 5)}); it knows "
+            f"{have} labels that the predictor does not know "
+            f"({first_names([*map(repr, unknown)], 5)}); it knows "
             f"{first_names([*map(repr, predictor.classes)], 5)}. "
             + "".join(f"Note: {text}. " for text in look_alikes([*unknown, *columns]))
             + "Train again with these classes, or select the images that it can judge."

@@ -78,7 +78,7 @@ from featcache.study.options import TrainingOptions
 from featcache.study.parts import folds_of, remarks, without_crossing
 from featcache.system.console import check_stopped, interruptible, progress_bar
 from featcache.system.memory import available_memory, peak_memory
-from featcache.system.tables import first_names
+from featcache.system.tables import counted, first_names
 
 if TYPE_CHECKING:
     from featcache.networks.backbone import Backbone
@@ -416,9 +416,9 @@ def _check_classes(fit: FeatureStore, test: FeatureStore | None) -> None:
     if unknown:
         count = int(np.isin(test.labels, unknown).sum())
         raise TrainingError(
-            f"{count:,} held-out images have labels that no image to train on has: "
-            f"{first_names([*map(repr, unknown)], 5)}. Train on images of these classes too, or "
-            "leave them out of the test."
+            f"{counted(count, 'held-out image has', 'held-out images have')} labels that no image "
+            f"to train on has: {first_names([*map(repr, unknown)], 5)}. Train on images of "
+            "these classes too, or leave them out of the test."
         )
 
 

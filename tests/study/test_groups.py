@@ -315,6 +315,9 @@ def test_a_learning_curve_says_what_it_does_with_groups_and_parts(tmp_path: Path
         fc.learning_curve(store, head="knn", sizes=[30])
     dropped = fc.learning_curve(store, head="knn", sizes=[30], drop_crossing_groups=True)
     assert dropped.n_test == 30 and all(point.accuracy < 0.85 for point in dropped)
+    crossed = split_store(tmp_path / "b.h5", splits("train", "test"))
+    with pytest.raises(TrainingError, match=r"120 images of the groups.* drop_crossing_groups"):
+        fc.learning_curve(crossed)
     (note,) = dropped.notes
     assert "60 images to train on are left out: of 20 groups that the validation images" in note
     flat = fc.learning_curve(store, head="knn", sizes=[30], group=False)
