@@ -27,7 +27,18 @@ REDUCTIONS: tuple[str, ...] = ("mean", "max", "flatten", "map", "cls", "patches"
 GRAMMAR = "LAYER[#K][:input|:output][:mean|:max|:flatten|:map|:cls|:patches]"
 
 #: Version of the feature file's format. Another version is refused, never guessed at.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+
+# Types of a fingerprint's fields in JSON that are not str.
+_FIELD_TYPES: dict[str, Any] = {
+    "taps": list | tuple,
+    "preprocessing": dict,
+    "augmentation": dict | None,
+    "checkpoint": dict | None,
+    "untrained": str | None,
+    "varying": bool,
+    "format_version": int,
+}
 
 
 def canonical_json(value: Any) -> str:
@@ -150,6 +161,18 @@ class Fingerprint(Record):
             raise CorruptStore(
                 f"The fingerprint has missing or unknown fields: {', '.join(sorted(odd))}"
             )
+        kinds = {name: _FIELD_TYPES.get(name, str) for name in values}
+        wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
+        if not wrong:
+            dtypes, views = ("float32", "float16"), (values["augmentation"] or {}).get("views", 1)
+            right = {
+                "taps": values["taps"] and all(isinstance(tap, str) for tap in values["taps"]),
+                "store_dtype": values["store_dtype"] in dtypes,
+                "augmentation": isinstance(views, int) and views > 0,
+            }
+            wrong = [name for name, fits in right.items() if not fits]
+        if wrong:
+            raise CorruptStore(f"The fingerprint's {wrong[0]} cannot be {values[wrong[0]]!r:.60}")
         return cls(**values)
 
     def to_json(self) -> str:

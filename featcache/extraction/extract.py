@@ -240,8 +240,9 @@ def extract(
         backbone.recall(earlier.request)
     seen = disk.identity(path)  # before it is opened
     before = reuse.finished_store(path)
-    if before is not None and not drop_labels:
-        images = reuse.with_labels(images, before)
+    labelled = before or reuse.unfinished_store(path)
+    if labelled is not None and not drop_labels:
+        images = reuse.with_labels(images, labelled)
     wanted = reuse.wanted(precision, store_dtype, augmentation, accept_varying)
     request = {**backbone.request, **wanted}
     locked = functools.partial(check_unreplaced, path, seen)

@@ -200,11 +200,20 @@ def up_to_date(
 def finished_store(path: str) -> FeatureStore | None:
     """Return the store at `path` that an earlier run finished."""
     try:
-        return FeatureStore.open(path)
+        store = FeatureStore.open(path)
+        store.checked_files()
+        return store
     except StoreError:
         if Path(path).exists() and not Path(f"{path}.partial").exists():
             raise
         return None
+
+
+def unfinished_store(path: str) -> FeatureStore | None:
+    """Return the file of a run that did not finish, or of a store that is being mended."""
+    with contextlib.suppress(StoreError):
+        return FeatureStore.of_file(StoreFile(f"{path}.partial"))
+    return None
 
 
 def check_removal(before: FeatureStore, images: ImageSet) -> None:
@@ -250,12 +259,10 @@ def with_labels(images: ImageSet, store: FeatureStore) -> ImageSet:
     """
     if images.labels is not None or not (store.labels != "").any():
         return images
-    rows = np.arange(len(images))
-    _, theirs = _by_id(store, images, rows)
+    place_of = {name: k for k, name in enumerate(store.ids.tolist())}
+    theirs = np.array([place_of.get(name, -1) for name in images.ids.tolist()], np.int64)
     same = theirs >= 0
-    _find_by_content(images, rows, store, theirs, same)
-    same &= theirs < len(store)
-    theirs[~same] = 0
+    _find_by_content(images, np.arange(len(images)), store, theirs, same)
     kept = {}
     for name in {"labels", "groups", "splits"} - images.tables.keys():
         if (table := getattr(store, name)) is not None:

@@ -17,6 +17,7 @@ from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from featcache.store import disk
 from featcache.store.disk import as_bytes
 from featcache.store.format import (
+    COPIED,
     FAILED,
     META_SLOTS,
     NOT_TABLES,
@@ -26,6 +27,8 @@ from featcache.store.format import (
     Failure,
     decode_table,
     feature_name,
+    hash_of,
+    misfit,
     read_datasets,
 )
 
@@ -35,6 +38,11 @@ _DIGEST_BYTES = 8 << 20
 _REASON_BYTES = 1000
 _NEEDED = ("rows", "ids", "failures/id", "digest", "meta/fingerprint", "meta/datasets")
 _NO_REASON = ("unknown", "the record of the reason was lost")
+# What is made anew with each file.
+_INNER = {"copy", "datasets", "sha256"}
+# Types of JSON values that are no objects.
+_META_TYPES = {"classes": list, "datasets": list, "command": str, "sha256": str}
+_ELSEWHERE = "Restore it from a copy, or compute the features again, into another file."
 
 
 class StoreFile:
@@ -57,6 +65,10 @@ class StoreFile:
     def __init__(self, path: str, *, writable: bool = False) -> None:
         self.path = path
         self.descriptor = -1
+        self._checked: tuple[int, int] | None = None  # when the tables were: time of change, size
+        self._digest = b""
+        self._rows_only = False
+        self._known: dict[str, Any] = {}
         try:
             self.descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -72,14 +84,7 @@ class StoreFile:
         if not disk.is_at(self.descriptor, path):
             raise StoreError(f"{path} was replaced while it was opened. Try again.")
         self._check_format(others)
-        try:
-            self.fingerprint = Fingerprint.from_dict(self.meta("fingerprint"))
-            self.features = {tap: self.datasets[feature_name(tap)] for tap in self.fingerprint.taps}
-        except (CorruptStore, KeyError) as error:
-            raise CorruptStore(
-                f"{path} is damaged, nothing tells which network its features are of: {error}. "
-                "Compute them again, into another file"
-            ) from error
+        self.features = {tap: self.datasets[feature_name(tap)] for tap in self.fingerprint.taps}
         self.n = self.datasets["ids"].shape[0]
 
     def __del__(self) -> None:
@@ -96,31 +101,67 @@ class StoreFile:
             self.descriptor = -1
 
     def _check_format(self, others: Sequence[str]) -> None:
-        """Leave datasets of this format in `datasets`, and the names of others in `foreign`."""
-        if "meta/versions" not in self.datasets:
-            raise CorruptStore(f"{self.path} is HDF5 but not a feature file of featcache.")
-        version = self.meta("versions").get("format")
-        if version != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"{self.path} has format version {version}; this featcache reads version "
-                f"{FORMAT_VERSION}. "
-                + (
-                    "Type: pip install --upgrade featcache"
-                    if isinstance(version, int) and version > FORMAT_VERSION
-                    else "Run `featcache extract` into a new file."
-                )
-            )
-        found, size = self.datasets, os.fstat(self.descriptor).st_size
-        ours = {*_NEEDED, *(self.meta("datasets") or ())}
+        """Compare everything with the format.
+
+        Leaves datasets of this format in `datasets`, and the names of others in `foreign`.
+        """
+        found, damaged = self.datasets, f"{self.path} is damaged"
+        self._known = self._identity()
+        ours = {*_NEEDED, *self._known["datasets"]}
         for name in ours:
             if name not in found:
-                raise CorruptStore(f"{self.path} is damaged: it has no contiguous /{name}.")
-            if found[name].offset + found[name].nbytes > size:
+                raise CorruptStore(f"{damaged}: it has no contiguous /{name}.")
+            if found[name].offset + found[name].nbytes > os.fstat(self.descriptor).st_size:
                 raise CorruptStore(f"{self.path} was truncated: {name!r} reaches beyond its end.")
         self.datasets = {name: found[name] for name in found if name in ours}
         groups = {name.split("/")[0] for name in ours}
         top = {name: name.split("/")[0] for name in {*found, *others} - ours}
         self.foreign = sorted({name if top[name] in groups else top[name] for name in top})
+        try:
+            self.fingerprint = Fingerprint.from_dict(self._known["fingerprint"])
+        except CorruptStore as error:
+            raise CorruptStore(f"{damaged}: {error}. {_ELSEWHERE}") from error
+        if odd := misfit(self.datasets, self.fingerprint):
+            raise CorruptStore(
+                f"{damaged}: /{odd} is not there in the shape and type that the format says. "
+                f"{_ELSEWHERE}"
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what tells how the file is to be read, of which two copies and a hash are kept."""
+
+        def told(key: str) -> Any:
+            try:
+                return self.meta(key)
+            except CorruptStore:
+                return None
+
+        plain, copy, sha256 = {key: told(key) for key in COPIED}, told("copy"), told("sha256")
+        if copy is None and plain["versions"] is None:
+            raise CorruptStore(f"{self.path} is HDF5 but not a feature file of featcache.")
+        both = [values for values in (plain, copy) if values and values.keys() == plain.keys()]
+        intact = [values for values in both if hash_of(values) == sha256]
+        known = plain if plain == copy else next(iter(intact), None)
+        self.is_torn = len(intact) < 2
+        names, versions = (known or plain)["datasets"], (known or plain)["versions"]
+        version = versions.get("format") if isinstance(versions, dict) else None
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{self.path} has format version {version}; this featcache reads version "
+                f"{FORMAT_VERSION}. "
+                + (
+                    "Type: pip install --upgrade featcache"
+                    if version > FORMAT_VERSION
+                    else "Run `featcache extract` into a new file."
+                )
+            )
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if known is None or version is None or not is_list:
+            raise CorruptStore(
+                f"{self.path} is damaged, and nothing tells which network its features are of: "
+                f"/meta/fingerprint and its copy are not what was written. {_ELSEWHERE}"
+            )
+        return known
 
     def refuse_foreign(self) -> None:
         """Raise `StoreError` if the file holds more than a new one would that takes its place."""
@@ -189,6 +230,8 @@ class StoreFile:
         rows : ndarray of int, optional
             The rows that failed; left out, those whose status says so.
         """
+        if self._rows_only:
+            return []
         texts = [decode_table(self.read(f"failures/{x}")) for x in ("id", "stage", "reason")]
         numbers = [self.read(f"failures/{x}") for x in ("size", "stamp")]
         columns = [column.tolist() for column in (*texts, *numbers)]
@@ -235,20 +278,29 @@ class StoreFile:
 
     def meta(self, key: str) -> Any:
         """Return the JSON value under /meta, None if there is none."""
-        if f"meta/{key}" not in self.datasets:
+        if key in self._known:
+            return self._known[key]
+        dataset = self.datasets.get(f"meta/{key}")
+        if dataset is None:
             return None
-        text = bytes(self.read(f"meta/{key}").item())
         try:
-            return json.loads(text)
-        except ValueError as error:
+            if dataset.shape or dataset.dtype.kind != "S":
+                raise ValueError("not a text")
+            value = json.loads(bytes(self.read(f"meta/{key}").item()))
+            canonical_json(value).encode()  # raises for what a text cannot hold
+            if not isinstance(value, _META_TYPES.get(key, dict | None)):
+                raise ValueError("not what the format says")
+            return value
+        except (ValueError, RecursionError) as error:
             if key in META_SLOTS and not self.finished:
                 return None  # a kill tore the writing of it
-            raise CorruptStore(f"{self.path} is damaged: /meta/{key} is not JSON.") from error
+            raise CorruptStore(f"{self.path} is damaged: /meta/{key} is {error}.") from error
 
     @property
     def all_meta(self) -> dict[str, Any]:
         """The JSON values under /meta by key."""
-        return {name[5:]: self.meta(name[5:]) for name in self.datasets if name[:5] == "meta/"}
+        keys = [name[5:] for name in self.datasets if name[:5] == "meta/"]
+        return {key: self.meta(key) for key in keys if key not in _INNER}
 
     def set_meta(self, key: str, value: Any) -> None:
         """Write a JSON value into the place that /meta keeps for it."""
@@ -302,18 +354,57 @@ class StoreFile:
 
     def check_tables(self) -> None:
         """Raise `CorruptStore` if the file is finished and not intact."""
-        if not self.intact:
+        if self.finished and not self.intact:
             raise CorruptStore(
                 f"The tables of {self.path} (ids, labels, rows, metadata) are not what was written:"
                 " they do not match their digest. To write them again and keep the features that "
                 f"are intact: {self.again}"
             )
 
+    def recheck(self) -> bool:
+        """Check the tables, once for each time of change; return whether that was done now.
+
+        Raises
+        ------
+        CorruptStore
+            They are not what was written.
+        StoreError
+            The file was overwritten in place since it was first looked at.
+        """
+        stat = os.fstat(self.descriptor)
+        changed = (stat.st_mtime_ns, stat.st_size)
+        if changed == self._checked or self._rows_only:
+            return False
+        digest = self.read("digest").tobytes()
+        if digest != (self._digest or digest):
+            raise StoreError(
+                f"{self.path} was overwritten while it was open, and what was read of it before "
+                "is of another file. Run the command again; to replace a file in use, mv is safe "
+                "and cp is not."
+            )
+        self.check_tables()
+        self._digest, self._checked = digest, changed
+        return True
+
+    def keep_rows_only(self) -> None:
+        """Forget all tables but ids and rows, whose checksums are their own: they are damaged."""
+        kept = {"ids", "rows", "digest"}
+        self.datasets = {
+            name: dataset
+            for name, dataset in self.datasets.items()
+            if name in kept or name.startswith("features/")
+        }
+        self._rows_only = True
+
     @property
     def again(self) -> str:
-        """What to type to write again what is damaged."""
-        path = self.path
-        return f"mv {path} {path}.partial, then run the same `featcache extract` command."
+        """What to type to write again what is damaged, and lose nothing by it."""
+        partial, run = f"{self.path}.partial", "run the same `featcache extract` command"
+        if self.path.endswith(".partial"):
+            return f"{run} with its labels (--labels FILE), or with --drop-labels."
+        if Path(partial).exists():  # it goes on, and takes from here what is intact
+            return f"{run}."
+        return f"{shlex.join(['mv', self.path, partial])}, then {run}."
 
     @property
     def left_open(self) -> bool:
@@ -324,6 +415,12 @@ class StoreFile:
     def finished(self) -> bool:
         """True if the digest is written, the last act of finishing."""
         return bool(self.read("digest").any())
+
+    def unseal(self) -> None:
+        """Let the file count as unfinished, before the first byte of it is changed."""
+        if self.finished:
+            disk.pwrite_all(self.descriptor, bytes(32), self.datasets["digest"].offset)
+            disk.fsync(self.descriptor)
 
     def seal(self) -> None:
         """Cut off the reasons behind the HDF5 file, write the digest, and sync everything."""

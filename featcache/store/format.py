@@ -1,6 +1,6 @@
 """The feature file on disk: one plain HDF5 file that any HDF5 reader opens.
 
-Specification (format version 3)
+Specification (format version 4)
 --------------------------------
 A writer MUST lay the file out as follows; a reader MAY rely on it.
 
@@ -19,6 +19,9 @@ dataset              shape, type            content
 /meta/KEY            scalar UTF-8           JSON: fingerprint, request, versions, classes, ...
 /meta/datasets       scalar UTF-8           JSON: names of all datasets of this format in the file,
                                             its own among them; any others are a user's
+/meta/copy           scalar UTF-8           JSON: datasets, fingerprint and versions once more, in
+                                            an object with sorted keys and no spaces
+/meta/sha256         scalar UTF-8           JSON: the SHA-256 of the text of /meta/copy
 /canaries/names      (k,) UTF-8             names of test images; the group may be absent
 /canaries/images/I   (bytes,) uint8         test image I = 0, 1, ..., as encoded
 /canaries/features/T (k, ...) float32       their features, without views; NaN = not computed
@@ -46,6 +49,9 @@ that the tables, too, are plain arrays at a known offset.
 The digest is taken over the datasets in the order of their names (without the leading ``/``),
 each as: name, NUL, number of bytes as 8 little-endian bytes, bytes.
 
+Datasets, fingerprint and versions are what two of three agree on: the values as they stand, those
+of /meta/copy, and the hash.
+
 A file that is not finished may go on behind the end of the HDF5 file (HDF5 ignores what is there)
 with the reasons of failed rows, one JSON array ``[row, stage, reason]`` a line; the last line of a
 row counts. Whether a row failed is said by its ``status`` alone. Finishing leaves the failed rows
@@ -62,6 +68,7 @@ the datasets' offsets, and the file is valid HDF5 at any moment.
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 from collections import Counter
@@ -90,6 +97,8 @@ _ALIGNMENT = 4096
 _METADATA_BYTES = 65_536
 # JSON that is written after the layout is made needs its place beforehand.
 META_SLOTS = {"settings": 4_096, "run": 32_768}
+# What tells how a file is to be read.
+COPIED = ("datasets", "fingerprint", "versions")
 # Names at the root of the file that are not tables of text.
 NOT_TABLES = {"features", "rows", "failures", "meta", "canaries", "digest"}
 
@@ -232,7 +241,11 @@ class Contents:
                 values[...] = self.canaries.features.get(tap, np.nan)
                 add(f"canaries/{feature_name(tap)}", values)
         add("digest", np.zeros(32, np.uint8))
-        add_meta("datasets", sorted({*plan, "meta/datasets"}))
+        names = sorted({*plan, "meta/datasets", "meta/copy", "meta/sha256"})
+        add_meta("datasets", names)
+        meta = self._all_meta() | {"datasets": names}
+        add_meta("copy", copy := {key: meta[key] for key in COPIED})
+        add_meta("sha256", hash_of(copy))
         return plan
 
     def _all_meta(self) -> dict[str, Any]:
@@ -246,6 +259,11 @@ class Contents:
             "versions": versions,
         }
         return {"settings": None, "run": None, **self.meta, **own}
+
+
+def hash_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def feature_name(tap: str) -> str:
@@ -309,6 +327,42 @@ def counts(table: np.ndarray) -> Counter[str]:
         found.update(table[start : start + 65_536].tolist())
     names = decode_table(np.array(list(found), table.dtype))
     return Counter(dict(zip(names.tolist(), found.values(), strict=True)))
+
+
+def misfit(found: Mapping[str, Dataset], fingerprint: Fingerprint) -> str:
+    """Return the name of a dataset that is not what `Contents.plan` makes; "" if there is none."""
+
+    def rows(name: str) -> tuple[int, ...]:
+        return found[name].shape[:1] if name in found and found[name].shape else (0,)
+
+    n, k, images = rows("ids"), rows("failures/id"), rows("canaries/names")
+    views = (fingerprint.views,) if fingerprint.views > 1 else ()
+    dtype = np.dtype(fingerprint.store_dtype).newbyteorder("<")
+    plan: dict[str, tuple[tuple[int, ...], Any]] = {
+        name: (() if "/" in name else n, "S")
+        for name in found
+        if name.startswith("meta/") or ("/" not in name and name not in NOT_TABLES)
+    }
+    plan |= {f"failures/{key}": (k, "S") for key in ("id", "stage", "reason")}
+    plan |= {f"failures/{key}": (k, "<i8") for key in ("size", "stamp")}
+    plan |= {"rows": (n, rows_dtype(len(fingerprint.taps))), "digest": ((32,), "u1")}
+    for name in map(feature_name, fingerprint.taps):
+        shape = found[name].shape[1 + len(views) :] if name in found else ()
+        plan[name] = (n + views + shape, dtype)
+        if images != (0,):
+            plan[f"canaries/{name}"] = (images + shape, "<f4")
+    if images != (0,):
+        plan["canaries/names"] = (images, "S")
+        for name in (f"canaries/images/{i}" for i in range(min(*images, len(found)))):
+            plan[name] = (rows(name), "u1")
+
+    def is_odd(name: str) -> bool:
+        if name not in plan or name not in found:
+            return True
+        kind: Any = found[name].dtype
+        return (found[name].shape, "S" if kind.kind == "S" else kind) != plan[name]
+
+    return min(filter(is_odd, plan.keys() | found.keys()), default="" if n != (0,) else "ids")
 
 
 def create_file(path: str, contents: Contents, *, room: int | None = None) -> None:
@@ -416,13 +470,15 @@ def read_datasets(path: str) -> tuple[dict[str, Dataset], list[str]]:
     def visit(name: str, node: Any) -> None:
         if not isinstance(node, h5py.Dataset):
             return
-        offset = node.id.get_offset()
-        if offset is None and node.nbytes:
+        try:
+            kind, shape, offset = node.dtype, node.shape, node.id.get_offset()
+        except TypeError:  # a type that numpy does not have
+            shape = None
+        if shape is None or (offset is None and math.prod(shape)):
             others.append(name)
             return
         # Without h5py's marks on strings; a compound type has none.
-        dtype = node.dtype if node.dtype.names else np.dtype(node.dtype.str)
-        found[name] = Dataset(offset or 0, node.shape, dtype)
+        found[name] = Dataset(offset or 0, shape, kind if kind.names else np.dtype(kind.str))
 
     try:
         with h5py.File(path, "r", locking=False) as file:

@@ -27,6 +27,7 @@ from typing import Any, Self
 import numpy as np
 
 from featcache.errors import (
+    CorruptStore,
     FingerprintMismatch,
     IncompleteStore,
     MissingFeatures,
@@ -77,12 +78,25 @@ class FileGroup:
     """Rows of one fingerprint: some rows, or all (None), of files one after the other."""
 
     def __init__(self, files: Sequence[StoreFile], rows: np.ndarray | None = None) -> None:
-        self.files = list(files)
+        self.unchecked = list(files)
         self.rows = rows
         self.fingerprint = files[0].fingerprint
         self.name = self.fingerprint.backbone
         self.starts = np.cumsum([0, *(file.n for file in files)]).tolist()
         self._tables: dict[str, np.ndarray] = {}
+        self._right: dict[str, np.ndarray] = {}  # by tap: rows of all whose checksum was right
+
+    @property
+    def files(self) -> list[StoreFile]:
+        """The files, whose tables are what was written."""
+        self._recheck()
+        return self.unchecked
+
+    def _recheck(self) -> None:
+        """Check the tables of files that were not looked at since they changed, and rows again."""
+        for file in self.unchecked:
+            if file.recheck():
+                self._right.clear()
 
     def __len__(self) -> int:
         return int(self.starts[-1]) if self.rows is None else len(self.rows)
@@ -99,19 +113,52 @@ class FileGroup:
 
     def table(self, name: str) -> np.ndarray:
         """Return a table; of a file that does not have it, ``""`` for each row."""
+        whole = self._whole(name)
+        return whole if self.rows is None else whole[self.rows]
+
+    def _whole(self, name: str) -> np.ndarray:
+        """Return a table of all rows of the files."""
         if name not in self._tables:
             parts = [
                 file.read(name) if name in file.datasets else np.zeros(file.n, "S1")
                 for file in self.files
             ]
             self._tables[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        whole = self._tables[name]
-        return whole if self.rows is None else whole[self.rows]
+        return self._tables[name]
 
     def locate(self, tap: str, row: int) -> tuple[StoreFile, Dataset, int]:
         """Return the file that holds a row of all, the dataset, and the row's number there."""
         k = bisect.bisect_right(self.starts, row) - 1
-        return self.files[k], self.files[k].features[tap], row - self.starts[k]
+        return self.unchecked[k], self.unchecked[k].features[tap], row - self.starts[k]
+
+    def check(self, tap: str, start: int, values: np.ndarray) -> None:
+        """Compare rows that were read from `start` on with their checksums, each row once.
+
+        Raises
+        ------
+        CorruptStore
+            They are not what was written.
+        """
+        self._recheck()
+        stop = start + len(values)
+        rows = np.arange(start, stop) if self.rows is None else self.rows[start:stop]
+        right = self._right.setdefault(tap, np.zeros(self.starts[-1], bool))
+        new = np.flatnonzero(~right[rows])
+        if not len(new):
+            return
+        rows, values = rows[new], values if len(new) == len(values) else values[new]
+        entries = self._whole("rows")[rows]
+        sums = checksums.row_checksums(values, checksums.row_seeds(entries["sha256"]))
+        wrong = entries["crc32"][:, self.fingerprint.taps.index(tap)] != np.array(sums, np.uint32)
+        right[rows] = ~wrong
+        if wrong.any():
+            file, _, _ = self.locate(tap, int(rows[wrong][0]))
+            names = format.decode_table(self._whole("ids")[rows[wrong]]).tolist()
+            raise CorruptStore(
+                f"{file.path} is damaged: features {tap} of {first_names(names)} are not what was "
+                f"written. To compute only damaged rows again: {file.again} To list all of them: "
+                f"featcache verify {file.path}"
+            )
 
     def fetch(self, tap: str, start: int, out: np.ndarray) -> None:
         """Fill `out` (m, ...), in the type stored, with m of these rows."""
@@ -129,7 +176,7 @@ class FileGroup:
 
     def _fetch_ascending(self, tap: str, rows: np.ndarray, out: np.ndarray) -> None:
         """Read rows with small gaps between them as one span, and pick them from it."""
-        row_bytes = max(self.files[0].features[tap].row_bytes, 1)
+        row_bytes = max(self.unchecked[0].features[tap].row_bytes, 1)
         cuts = np.flatnonzero(np.diff(rows) > max(1, _GAP_BYTES // row_bytes)) + 1
         for start, stop in itertools.pairwise([0, *cuts.tolist(), len(rows)]):
             first, last = int(rows[start]), int(rows[stop - 1])
@@ -231,9 +278,10 @@ class FeatureStore:
                     f"{files[0].path} and {file.path} hold features of different origin and "
                     f"cannot be one store:\n{difference}"
                 )
+        group = FileGroup(files)
         if len(files) > 1:
-            _check_disjoint(files)
-        return cls([FileGroup(files)])
+            _check_disjoint(group.files)
+        return cls([group])
 
     @classmethod
     def of_file(cls, file: StoreFile, rows: np.ndarray | None = None) -> Self:
@@ -242,7 +290,7 @@ class FeatureStore:
 
     def close(self) -> None:
         """Close the files. Nothing can be read any more, but arrays that were mapped stay."""
-        for file in self.files:
+        for file in self._unchecked:
             file.close()
 
     @classmethod
@@ -279,15 +327,18 @@ class FeatureStore:
         taps = ", ".join(f"{name} {info.shape}" for name, info in self.taps.items())
         return f"FeatureStore({', '.join(self.paths)}: {counted(len(self), 'image')}; {taps})"
 
-    @property
-    def files(self) -> list[StoreFile]:
-        """The open files, each once."""
+    def checked_files(self) -> list[StoreFile]:
+        """Return the open files, each once, whose tables are what was written."""
         return list(dict.fromkeys(file for source in self._sources for file in source.files))
+
+    @property
+    def _unchecked(self) -> list[StoreFile]:
+        return list(dict.fromkeys(file for source in self._sources for file in source.unchecked))
 
     @property
     def paths(self) -> list[str]:
         """Paths of the files, each once."""
-        return list(dict.fromkeys(file.path for file in self.files))
+        return list(dict.fromkeys(file.path for file in self._unchecked))
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -395,7 +446,7 @@ class FeatureStore:
     def failures(self) -> list[Failure]:
         """Images that were asked for and have no features."""
         found: dict[str, Failure] = {}
-        for file in self.files:
+        for file in self.checked_files():
             for failure in file.failures():
                 found.setdefault(failure.id, failure)
         return list(found.values())
@@ -629,6 +680,10 @@ class FeatureStore:
         """Return one tap's rows in a type: mapped from the file if possible."""
         mapped = self._mapped(name)
         if mapped is not None and mapped.dtype == dtype:
+            source, tap = self._columns[name]
+            step = max(1, _PIECE_BYTES // max(mapped[0].nbytes, 1))
+            for start in range(0, len(mapped), step):
+                source.check(tap, start, mapped[start : start + step])
             return mapped
         out = np.empty((len(self), *self.taps[name].shape), dtype)
         self._read(name, slice(0, len(self)), out)
@@ -672,6 +727,7 @@ class FeatureStore:
             target = out[start - part.start : stop - part.start]
             piece = target if direct else buffer[: stop - start]
             source.fetch(tap, start, piece)
+            source.check(tap, start, piece)
             if not direct:
                 convert(piece.reshape(target.shape), target)
 
@@ -786,7 +842,8 @@ class FeatureStore:
         found = {}
         for k, (name, info) in enumerate(self.taps.items()):
             found[name] = np.empty((len(self), *info.shape), info.dtype)
-            self._read(name, slice(0, len(self)), found[name])
+            source, tap = self._columns[name]
+            source.fetch(tap, 0, found[name])
             sums = np.array(checksums.row_checksums(found[name], seeds), np.uint32)
             intact &= sums == entries["crc32"][:, k]
         return found, intact
@@ -796,7 +853,7 @@ class FeatureStore:
 
         Finds flipped bits, torn, lost and swapped writes, in features and tables.
         """
-        return checksums.verify(self.files)
+        return checksums.verify(self._unchecked)
 
 
 def _open_finished(path: str) -> StoreFile:

@@ -370,12 +370,14 @@ class FeatureWriter:
 
         These are the finished store, an older partial file, and those that `begin` was given, if
         their fingerprint is the same. Of partial ones the rows that are done; whether their bytes
-        are intact is checked by `copy_rows`.
+        are intact is checked by `copy_rows`. Where tables are damaged nothing but rows is believed.
         """
         found = []
         for path in self._earlier:
             with contextlib.suppress(StoreError):
                 file = StoreFile(path)
+                if file.finished and not file.intact:
+                    file.keep_rows_only()
                 if file.fingerprint == self.fingerprint:
                     done = np.flatnonzero(checksums.row_status(file, features=False) == DONE)
                     found.append(FeatureStore.of_file(file, done))
@@ -554,7 +556,7 @@ def check_unreplaced(path: str, seen: tuple[int, int] | None) -> None:
 
 def restamp(store: FeatureStore, rows: np.ndarray, stamps: np.ndarray) -> None:
     """Note in a finished file that images (k,) of new stamps (k,) were read and are unchanged."""
-    (seen,) = store.files
+    (seen,) = store.checked_files()
     real, lock = _locked(seen.path)
     with lock:
         check_unreplaced(real, disk.identity(seen.descriptor))
@@ -594,7 +596,7 @@ def relabel(store: FeatureStore, tables: Tables) -> FeatureStore:
     """
     if len(store.fingerprints) > 1:
         raise StoreError("This is a join of several stores: relabel each by itself.")
-    for file in store.files:
+    for file in store.checked_files():
         real, lock = _locked(file.path)
         with lock:
             check_unreplaced(real, disk.identity(file.descriptor))
@@ -704,8 +706,9 @@ def _merging(
         file = StoreFile(partial, writable=True)
         known = {failure.id for failure in file.failures()}
         keep = np.array([name.decode() not in known for name in ids.tolist()])
-        same = _has_tables(file, {name: table[keep] for name, table in tables.items()})
-        if same and known >= {failure.id for _, failure in failures}:
+        if known >= {failure.id for _, failure in failures} and _take_up(
+            file, {name: table[keep] for name, table in tables.items()}
+        ):
             return file
     if model is None or not covered.all():
         first = ids[np.argmin(covered)].decode()
@@ -756,10 +759,10 @@ def _check_copied(file: StoreFile, refused: np.ndarray) -> None:
     """Raise if rows of a file could not be copied because they are damaged."""
     if len(refused):
         path, first = file.path, file.read("ids")[refused[0]].decode()
+        again = file.again if file.finished else "run the same `featcache extract` command."
         raise StoreError(
             f"{len(refused):,} rows of {path} are damaged on the disk and cannot be copied (first: "
-            f"{first}). Nothing else is lost. To compute them again, run `featcache extract` with "
-            f"the same arguments; a finished file is first renamed: mv {path} {path}.partial"
+            f"{first}). Nothing else is lost. To compute them again: {again}"
         )
 
 
@@ -856,9 +859,7 @@ def _resumed(path: str, contents: Contents) -> StoreFile | None:
     file = StoreFile(partial, writable=True)
     if file.fingerprint != contents.fingerprint:  # and nothing in it
         return None
-    if file.datasets["failures/id"].nbytes or not _has_tables(file, contents.tables):
-        return None
-    if file.finished and not file.intact:  # renamed, so that what is damaged is written again
+    if file.datasets["failures/id"].nbytes or not _take_up(file, contents.tables):
         return None
     try:  # what a merge began has room for the parts that were merged only
         size = os.fstat(file.descriptor).st_size
@@ -869,11 +870,18 @@ def _resumed(path: str, contents: Contents) -> StoreFile | None:
     return file
 
 
-def _has_tables(file: StoreFile, tables: Tables) -> bool:
-    """Return whether a file has exactly these columns of text."""
-    return file.tables == sorted(tables) and all(
-        np.array_equal(file.read(name), table) for name, table in tables.items()
-    )
+def _take_up(file: StoreFile, tables: Tables) -> bool:
+    """Return whether a file has exactly these columns of text, all intact: it may be filled.
+
+    A finished file, which was renamed so that damaged rows are computed again, counts as unfinished
+    from then on: a kill may tear what is written into it.
+    """
+    if file.tables != sorted(tables) or file.is_torn or (file.finished and not file.intact):
+        return False
+    if not all(np.array_equal(file.read(name), table) for name, table in tables.items()):
+        return False
+    file.unseal()
+    return True
 
 
 def _check_failures(

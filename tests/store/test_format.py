@@ -26,6 +26,7 @@ from featcache.errors import (
     MissingStore,
     StoreError,
 )
+from featcache.fingerprint import Fingerprint
 from featcache.store.file import StoreFile
 from featcache.store.store import FeatureStore
 from tests import stores
@@ -66,7 +67,7 @@ def test_plain_h5py_reads_everything(path: Path) -> None:
         assert file["failures/size"][:].tolist() == [-1]
         assert json.loads(file["meta/fingerprint"][()]) == json.loads(f.to_json())
         assert json.loads(file["meta/classes"][()]) == ["a", "b", "c"]
-        assert json.loads(file["meta/versions"][()])["format"] == 3
+        assert json.loads(file["meta/versions"][()])["format"] == 4
         assert list(file["canaries/names"].asstr()) == ["grey", "exif"]
         assert file["canaries/images/1"][:].tobytes() == b"\xff\xd8 22"
 
@@ -328,16 +329,201 @@ def test_somebody_elses_hdf5_is_refused_and_left_alone(path: Path) -> None:
         assert list(file) == ["x"]
 
 
-@pytest.mark.parametrize(("version", "advice"), [(4, "pip install"), (2, "featcache extract")])
+def change_meta(path: Path, key: str, old: str, new: str, copies: str) -> None:
+    """Replace a text in what is kept twice: the "first" copy, the "second" one, or the "hash"."""
+    datasets, data = StoreFile(str(path)).datasets, bytearray(path.read_bytes())
+
+    def replace(name: str, change: Callable[[str], str]) -> str:
+        place = slice(datasets[name].offset, datasets[name].offset + datasets[name].nbytes)
+        data[place] = change(data[place].decode()).encode()
+        return data[place].decode()
+
+    if "first" in copies:
+        replace(f"meta/{key}", lambda text: text.replace(old, new))
+    if "second" in copies:
+        copy = replace("meta/copy", lambda text: text.replace(old, new))
+        sha256 = hashlib.sha256(copy.encode()).hexdigest()
+        if "right hash" in copies:
+            replace("meta/sha256", lambda _: f'"{sha256}"')
+    if "wrong hash" in copies:
+        replace("meta/sha256", lambda text: text.translate(str.maketrans("0123", "1230")))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("copies", ["first", "second", "wrong hash"])
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("versions", '"format":4', '"format":5'),
+        ("versions", '{"', '("'),
+        ("fingerprint", "resnet18", "resnet19"),
+        ("fingerprint", '"backbone"', '"backbond"'),
+        ("fingerprint", '"taps":[', '"taps":{'),
+        ("datasets", '"labels"', '"lebels"'),
+    ],
+)
+def test_one_damaged_copy_of_what_tells_how_to_read_costs_no_row(
+    path: Path, key: str, old: str, new: str, copies: str
+) -> None:
+    imgs = stores.images()
+    stores.store(path, imgs, failed=[5])
+    whole = path.read_bytes()
+    change_meta(path, key, old, new, copies)
+    store = FeatureStore.open(path)
+    assert store.fingerprint == stores.fingerprint()
+    assert store.verify().bad_rows == [] and not store.verify().ok
+    with pytest.raises(CorruptStore, match="mv ") as error:
+        store.load()
+    assert "computed again" not in str(error.value)
+    path.rename(f"{path}.partial")
+    with stores.writer(path, imgs) as writer:
+        [earlier] = writer.earlier_stores
+        rows = np.array([imgs.ids.index(name) for name in earlier.ids.tolist()])
+        writer.copy_rows(earlier, np.arange(len(rows)), rows)
+        assert writer.pending.tolist() == [5]
+        writer.fail(5, "decode", "not an image")
+        writer.finish(max_failures=1)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("copies", ["first", "second", "wrong hash"])
+def test_a_damaged_copy_in_an_unfinished_file_costs_no_row_and_is_not_sealed(
+    path: Path, copies: str
+) -> None:
+    imgs, partial = stores.images(), path.with_name("a.h5.partial")
+    with stores.writer(path, imgs) as writer:
+        stores.fill(writer, imgs, np.arange(7))
+    change_meta(partial, "fingerprint", "resnet18", "resnet19", copies)
+    with stores.writer(path, imgs) as writer:
+        [earlier] = writer.earlier_stores
+        writer.copy_rows(earlier, np.arange(7), np.arange(7))
+        stores.fill(writer, imgs, writer.pending)
+        assert writer.finish().verify().ok
+    assert b"resnet19" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("copies", ["first, second", "first, wrong hash", "second, wrong hash"])
+def test_features_of_a_network_that_nothing_tells_are_refused(path: Path, copies: str) -> None:
+    stores.store(path)
+    for copy in copies.split(", "):
+        change_meta(path, "fingerprint", "resnet18", "resnet" + copy[:2], copy)
+    with pytest.raises(CorruptStore, match="nothing tells which network"):
+        FeatureStore.open(path)
+
+
+def sign(path: Path) -> None:
+    """Write the digest that the specification asks for."""
+    digest, data = hashlib.sha256(), bytearray(path.read_bytes())
+    with h5py.File(path) as file:
+        names: list[str] = []
+        file.visit(names.append)
+        for name in sorted(names):
+            if name == "digest" or name.startswith("features") or not hasattr(file[name], "shape"):
+                continue
+            start, size = file[name].id.get_offset() or 0, file[name].nbytes
+            content = bytes(data[start : start + size])
+            if name == "rows" and "stamp" in (file[name].dtype.names or ()):
+                content = without_stamps(np.frombuffer(content, file[name].dtype))
+            digest.update(name.encode() + b"\0" + size.to_bytes(8, "little") + content)
+        start = file["digest"].id.get_offset()
+    data[start : start + 32] = digest.digest()
+    path.write_bytes(data)
+
+
+ROWS = [("sha256", "u1", 32), ("size", "<i8"), ("crc32", "<u4", 1), ("status", "u1")]
+WRONG = {
+    "ids": [np.arange(12), np.array(["a"] * 11, "S"), np.full((12, 1), "a", "S1"), b"abc"],
+    "labels": [np.array(["a", "b"], "S"), np.arange(12.0), np.array([], "S1")],
+    "rows": [
+        np.zeros(12, "u1"),
+        np.zeros(12, ROWS),
+        np.zeros(11, [*ROWS, ("entry_crc", "<u4"), ("stamp", "<i8")]),
+        np.zeros(12, [*ROWS, ("entry_crc", "<u4"), ("stamp", "<f8")]),
+        np.zeros(
+            12, [*ROWS[:2], ("crc32", "<u4", 3), *ROWS[3:], ("entry_crc", "<u4"), ("stamp", "<i8")]
+        ),
+    ],
+    f"features/{POOL}": [
+        np.zeros((11, 8), "<f4"),
+        np.zeros((12, 8), "<f2"),
+        np.zeros((12, 8), ">f4"),
+        np.zeros((12, 8), "<i4"),
+        np.float32(3),
+    ],
+    "failures/size": [np.zeros(2, "<i8"), np.zeros(1, "<f8"), np.array(["x"], "S")],
+    "failures/reason": [np.zeros(1), np.array(["a", "b"], "S")],
+    "meta/run": [np.arange(3), np.int64(9), np.array(["{}"], "S2")],
+    "canaries/names": [np.zeros(2), np.array(["a"] * 3, "S"), np.array(["a"] * 3000, "S")],
+    "canaries/images/1": [np.zeros(4, "<f4"), np.zeros((2, 2), "u1"), np.uint8(2)],
+    f"canaries/features/{POOL}": [
+        np.zeros((2, 7), "<f4"),
+        np.zeros((3, 8), "<f4"),
+        np.zeros((2, 8)),
+    ],
+    "digest": [np.ones(31, "u1"), np.ones((32, 1), "u1"), np.ones(32, "<u2")],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+def test_a_structure_that_is_not_the_formats_is_refused_though_it_is_signed(
+    path: Path, name: str, value: np.ndarray
+) -> None:
+    stores.store(path, stores.images(13), failed=[5])
+    with h5py.File(path, "a") as file:
+        del file[name]
+        file[name] = value
+    if name != "digest":
+        sign(path)
+    for refused in (FeatureStore.open, lambda path: stores.writer(path, stores.images(14))):
+        with pytest.raises(CorruptStore, match="damaged: "):
+            refused(path)
+    partial = path.rename(f"{path}.partial")
+    with pytest.raises(CorruptStore):
+        stores.writer(path, stores.images(13))
+    assert partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("taps", "avgpool"),
+        ("taps", [3]),
+        ("taps", []),
+        ("store_dtype", "object"),
+        ("store_dtype", 3),
+        ("augmentation", {"views": "four"}),
+        ("augmentation", [1]),
+        ("preprocessing", None),
+        ("backbone", 7),
+        ("checkpoint", "x.pt"),
+        ("varying", None),
+    ],
+)
+def test_a_fingerprint_that_is_none_is_refused(field: str, value: object) -> None:
+    fields = stores.fingerprint().to_dict()
+    with pytest.raises(CorruptStore, match=f"fingerprint's {field} cannot be"):
+        Fingerprint.from_dict({**fields, field: value})
+
+
+def test_what_h5py_cannot_name_is_a_users_own(path: Path) -> None:
+    stores.store(path)
+    with h5py.File(path, "a") as file:
+        file["nothing"] = h5py.Empty("f4")
+        time = h5py.h5t.UNIX_D32LE
+        h5py.h5d.create(file.id, b"time", time, h5py.h5s.create_simple((3,)))
+        file["links"] = np.array([file["ids"].ref], h5py.ref_dtype)
+        file["texts"] = ["a", "bc"]
+    store = FeatureStore.open(path)
+    assert store.verify().ok and "links, nothing, texts, time" in str(store.verify())
+    assert store.load()[0].shape == (12, 8)
+
+
+@pytest.mark.parametrize(("version", "advice"), [(5, "pip install"), (2, "featcache extract")])
 def test_other_format_versions_are_refused(path: Path, version: int, advice: str) -> None:
     stores.store(path)
-    with h5py.File(path) as file:
-        meta = file["meta/versions"]
-        offset, text = meta.id.get_offset(), meta[()]
-    changed = text.replace(b'"format":3', b'"format":%d' % version)
-    data = bytearray(path.read_bytes())
-    data[offset : offset + len(text)] = changed
-    path.write_bytes(data)
+    change_meta(path, "versions", '"format":4', f'"format":{version}', "first second right hash")
     with pytest.raises(FormatVersionError, match=advice) as error:
         FeatureStore.open(path)
     assert f"version {version}" in str(error.value)

@@ -31,10 +31,11 @@ from featcache.errors import (
     TooManyFailures,
     TrainingError,
 )
-from featcache.store import disk
+from featcache.store import checksums, disk
+from featcache.store.export import export_store
 from featcache.store.file import StoreFile
 from featcache.store.store import FeatureStore
-from featcache.store.writer import FeatureWriter, relabel
+from featcache.store.writer import FeatureWriter, relabel, restamp
 from tests import stores
 from tests.stores import MAPS, POOL, Images
 
@@ -47,6 +48,14 @@ def path(tmp_path: Path) -> Path:
 def beside(path: Path) -> list[str]:
     """Return what lies in the store's folder."""
     return sorted(p.name for p in path.parent.iterdir())
+
+
+def flip(path: Path, name: str, position: int) -> None:
+    """Flip a bit of a dataset on the disk."""
+    at = StoreFile(str(path)).datasets[name].offset + position
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 def test_a_path_is_opened_with_open() -> None:
@@ -130,6 +139,20 @@ def test_torn_metadata_counts_as_not_written(path: Path) -> None:
         stores.fill(writer, imgs, writer.pending)
         writer.set_meta("run", {"computed": 8})
         assert writer.finish().meta["run"] == {"computed": 8}
+
+
+def test_a_kill_while_a_renamed_store_is_mended_costs_no_row(path: Path) -> None:
+    imgs = stores.images(8)
+    stores.store(path, imgs)
+    path.rename(f"{path}.partial")
+    with stores.writer(path, imgs) as writer:
+        writer.set_meta("run", {"text": "x" * 9000})
+    data = Path(f"{path}.partial").read_bytes()
+    end = data.index(b"x" * 9000) + 5000
+    Path(f"{path}.partial").write_bytes(data[:end] + bytes(5000) + data[end + 5000 :])
+    with stores.writer(path, imgs) as writer:
+        assert len(writer.pending) == 0
+        assert writer.finish().verify().ok
 
 
 def test_rows_can_be_asked_for_again(path: Path) -> None:
@@ -747,7 +770,7 @@ def test_damaged_tables_get_no_new_digest_and_are_written_again(path: Path, name
     assert path.read_bytes() == damaged
     assert not FeatureStore.open(path).verify().ok
     if name in ("labels", "ids"):  # 0xff is in no UTF-8
-        with pytest.raises(CorruptStore, match="featcache verify"):
+        with pytest.raises(CorruptStore, match="do not match their digest"):
             getattr(FeatureStore.open(path), name)
     path.rename(f"{path}.partial")
     with stores.writer(path, imgs) as writer:
@@ -759,6 +782,116 @@ def test_damaged_tables_get_no_new_digest_and_are_written_again(path: Path, name
         again = writer.finish()
     assert again.verify().ok and again.canaries == canaries
     assert again.labels.tolist() == imgs.labels
+
+
+@pytest.mark.parametrize("read", ["load", "matrix", "blocks", "select", "export", "pickle"])
+@pytest.mark.parametrize("tap", [POOL, MAPS])
+def test_damaged_rows_are_named_where_they_are_read(
+    path: Path, tmp_path: Path, read: str, tap: str
+) -> None:
+    f, imgs = stores.fingerprint(taps=(POOL, MAPS)), stores.images(40)
+    stores.store(path, imgs, f)
+    flip(path, f"features/{tap}", 9 * (32 if tap == POOL else 72) + 3)
+    reader: Callable[[FeatureStore], object] = {
+        "load": lambda store: store.load(tap),
+        "matrix": lambda store: store.matrix(dtype="float64"),
+        "blocks": lambda store: list(store.blocks(rows=7)),
+        "select": lambda store: store.select([12, 30, 9, 4]).load(tap),
+        "export": lambda store: export_store(store, tmp_path / "x.npz"),
+        "pickle": lambda store: pickle.loads(pickle.dumps(store)).load(tap),
+    }[read]
+    with pytest.raises(CorruptStore, match=rf"{tap} of {imgs.ids[9]} are not what") as error:
+        reader(FeatureStore.open(path))
+    assert f"mv {path} {path}.partial, then run the same `featcache extract`" in str(error.value)
+    assert f"featcache verify {path}" in str(error.value)
+    assert beside(path) == ["a.h5"]
+    other = MAPS if tap == POOL else POOL
+    FeatureStore.open(path).load(other)
+    FeatureStore.open(path).select([3, 8, 10]).load(tap)  # those are right
+
+
+def test_nothing_advised_destroys_what_another_run_has_begun(path: Path) -> None:
+    imgs, more = stores.images(12), stores.images(14)
+    stores.store(path, imgs)
+    with stores.writer(path, more) as writer:
+        stores.fill(writer, more, np.array([12]))
+    flip(path, f"features/{POOL}", 3)
+    with pytest.raises(CorruptStore, match="again: run the same `featcache extract` command"):
+        FeatureStore.open(path).load()
+    flip(path, "labels", 0)
+    report = FeatureStore.open(path).verify()
+    assert len(report.problems) == 2 and "mv " not in str(report)
+    with stores.writer(path, more) as writer:  # as they say
+        [earlier] = writer.earlier_stores
+        writer.copy_rows(earlier, np.arange(12), np.arange(12))
+        assert writer.pending.tolist() == [0, 13]
+        stores.fill(writer, more, writer.pending)
+        assert writer.finish().verify().ok
+
+
+@pytest.mark.parametrize("table", ["labels", "failures/reason", "meta/run", "canaries/names"])
+def test_damaged_tables_are_not_read(path: Path, table: str) -> None:
+    stores.store(path, stores.images(12), failed=[3])
+    flip(path, table, 0)
+    read: dict[str, Callable[[FeatureStore], object]] = {
+        "labels": lambda store: store.labels,
+        "load": lambda store: store.load(),
+        "failures": lambda store: store.failures,
+        "meta": lambda store: store.meta,
+        "canaries": lambda store: store.canaries,
+        "digest": lambda store: store.digest,
+        "join": lambda store: FeatureStore.join([store, store]),
+        "open": lambda store: FeatureStore.open([path, path]),
+    }
+    for name, reader in read.items():
+        store = FeatureStore.open(path)
+        with pytest.raises(CorruptStore, match="do not match their digest"):
+            print(name, reader(store))
+
+
+def test_a_file_that_is_overwritten_while_it_is_open_is_not_read_on(path: Path) -> None:
+    other = stores.store(path.with_name("b.h5"), stores.images(12, start=3))
+    store = stores.store(path)
+    assert len(list(store.blocks(rows=4))) == 3
+    path.write_bytes(Path(other.paths[0]).read_bytes())  # as cp does
+    for read in (store.load, store.matrix, lambda: list(store.blocks()), lambda: store.failures):
+        with pytest.raises(StoreError, match=r"was overwritten while it was open.*mv is safe"):
+            read()
+    assert FeatureStore.open(path).ids.tolist() == other.ids.tolist()
+
+
+def test_features_that_change_in_an_open_file_are_noticed_and_stamps_may(path: Path) -> None:
+    imgs = stores.images(12)
+    store = stores.store(path, imgs)
+    store.load()
+    restamp(store, np.arange(12), np.arange(12) + 7)
+    np.testing.assert_array_equal(
+        store.load()[0], stores.features(imgs.ids, store.fingerprint)[POOL]
+    )
+    flip(path, f"features/{POOL}", 3 * 32)
+    with pytest.raises(CorruptStore, match=imgs.ids[3]):
+        store.load()
+
+
+def test_each_row_is_compared_with_its_checksum_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imgs = stores.images(12)
+    stores.store(path, imgs)
+    compared: list[int] = []
+    row_checksums = checksums.row_checksums
+
+    def counted(features: np.ndarray, seeds: list[int]) -> list[int]:
+        compared.append(len(features))
+        return row_checksums(features, seeds)
+
+    monkeypatch.setattr(checksums, "row_checksums", counted)
+    store = FeatureStore.open(path)
+    for part in (store.select([1, 4, 4]), store.select([4, 5]), store, store.select([2, 1])):
+        part.load(dtype="float64")
+    store.load()
+    list(store.blocks(rows=3))
+    assert sum(compared) == 3 + 1 + 9
 
 
 # --- test images --------------------------------------------------------------------------------
