@@ -203,8 +203,9 @@ class Loader:
     their own, an image whose process dies twice is recorded as failed, and decoding goes on with
     half the workers.
 
-    Without workers, threads read the next batch ahead, and decode it when it is asked for. A
-    daemonic process, such as Dask's worker, may have no children and decodes in threads as well.
+    Without workers, or where there is no shared memory for them, threads read the next batch ahead,
+    and decode it when it is asked for. A daemonic process, such as Dask's worker, may have no
+    children and decodes in threads as well.
 
     Parameters
     ----------
@@ -239,8 +240,22 @@ class Loader:
 
     def _batches(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
         if self.workers:
-            yield from self._from_processes(tasks)
-            return
+            done = 0
+            try:
+                for batch in self._from_processes(tasks):
+                    done += 1
+                    yield batch
+                return
+            except RuntimeError as error:
+                if "shared memory" not in str(error):  # as torch says it
+                    raise
+            warnings.warn(
+                "Images are decoded in this process: worker processes need more shared memory "
+                "(/dev/shm) than there is. Make it larger (docker run --shm-size=1g), or type "
+                "--workers 0 (workers=0).",
+                stacklevel=2,
+            )
+            tasks = tasks[done:]
         yield from self._decode_one_by_one(tasks[: self.suspects])
         yield from self._from_threads(tasks[self.suspects :])
 

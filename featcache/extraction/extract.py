@@ -41,6 +41,7 @@ from featcache.store.store import FeatureStore
 from featcache.store.writer import check_unreplaced
 from featcache.system.console import interruptible
 from featcache.system.memory import reuse_memory
+from featcache.system.tables import printable
 
 
 def features(
@@ -270,7 +271,7 @@ def extract(
         summary.removed = reuse.count_removed(before, store, images)
     summary.notes = store.fingerprint.notes
     if failures := store.failures:
-        why = f"not read: {failures[0].id} ({failures[0].reason})"
+        why = f"not read: {printable(failures[0].id)} ({failures[0].reason})"
         more = f", and {len(failures) - 1:,} more: featcache info {path}"
         summary.notes.append(why + more * (len(failures) > 1))
     store.extraction = summary

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -154,3 +155,21 @@ def test_leftovers_that_cannot_be_removed_do_not_fail_a_run(
         patch.setattr(Path, "unlink", fail)
         stores.store(path)
     assert FeatureStore.open(path).verify().ok
+
+
+@pytest.mark.parametrize("options", ["ro", "size=64k"])
+def test_without_shared_memory_images_are_decoded_in_the_process(
+    options: str, tmp_path: Path
+) -> None:
+    inside = ["unshare", "--mount", "--map-root-user"]
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not have mounts of his own")
+    small.folder(tmp_path / "images", 12)
+    command = f"mount -t tmpfs -o {options} none /dev/shm; featcache extract images -o a.h5"
+    line = f"{command} --backbone tests.small:own --workers 2"
+    status, said = shell(f"{' '.join(inside)} bash -c '{line}'", tmp_path)
+    assert status == 0, said
+    assert "Warning: Images are decoded in this process: worker processes need more" in said
+    run("extract", tmp_path / "images", "-o", tmp_path / "b.h5", *BACKBONE, "--workers", 2)
+    a, b = (FeatureStore.open(tmp_path / name).load()[0] for name in ("a.h5", "b.h5"))
+    np.testing.assert_array_equal(a, b)
