@@ -55,7 +55,8 @@ notebook: $(VENV)/.notebook ## Explore the cached features in Jupyter
 test: $(VENV)/.dev ## Run the test suite (under 10 minutes on 2 cores)
 	$(TESTS)
 
-campaign: $(VENV)/.dev ## Run the long tests: 50 kills, every backbone, memory, awkward images
+campaign: $(VENV)/.dev ## Attack everything that is written, for hours; then the long tests
+	$(BIN)/python -m tests.campaign --jobs 2 --output campaign.jsonl
 	$(BIN)/python -m pytest -q -m campaign
 
 benchmark: $(VENV)/.dev ## Measure against the alternatives; the tables of the README

@@ -1,0 +1,169 @@
+"""Stages that disturb a command at one of its calls: kills, errors of the disk, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from tests.campaign import process
+from tests.campaign.operations import OPERATIONS, Ground, Operation, rerun
+from tests.campaign.process import READS, WRITES, Arm, Ended, Process
+from tests.campaign.trial import Trial
+
+
+def _checked(
+    ground: Ground, operation: Operation, here: Path, ended: Ended, *, must_work: bool = False
+) -> str:
+    """Return the fault of a disturbed run, then of the same command run again in peace."""
+    before, after = ground.oracles[operation.name]
+    if ended.fault:
+        return f"{ended.fault}: {ended.err[-3000:]}"
+    if must_work and ended.status:
+        return f"lost: ended with {ended.status}: {ended.err[-2000:]}"
+    if ended.status not in {0, 1, 75, -signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM,
+                            -signal.SIGHUP}:  # fmt: skip
+        return f"traceback: ended with {ended.status}: {ended.err[-2000:]}"
+    if ended.status == 1 and not ended.err.strip():
+        return "silent: ended with 1 and said nothing"
+    return rerun(ground, operation, here, [after] if ended.status == 0 else [before, after])
+
+
+def kills(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
+    """Kill before, inside and after every call that writes; at random moments; ten in a row."""
+    draw = random.Random(seed)
+    counts = {operation.name: ground.calls(operation) for operation in OPERATIONS}
+    ways = {"before": process.KILL_BEFORE, "inside": process.KILL_INSIDE,
+            "after": process.KILL_AFTER}  # fmt: skip
+    every = [
+        (operation, way, at)
+        for operation in OPERATIONS
+        for way in ways
+        for at in range(1, counts[operation.name] + 1)
+    ]
+    draw.shuffle(every)
+    here = ground.root / "trial"
+    for number, (operation, way, at) in enumerate(islice(cycle(every), trials)):
+        ground.begin(operation, here)
+        run = ground.command(operation, here)
+        if number % 10 == 8:
+            how = f"ten kills, seed {seed}"
+            for _ in range(10):
+                attack = Arm(here, WRITES, draw.choice(list(ways.values())), draw.randint(1, at))
+                ended = process.run(run, attack)
+        elif number % 10 == 9:
+            moment = draw.uniform(0, 0.3)
+            how = f"at {moment:.4f} s"
+            one = Process(run)
+            time.sleep(moment)
+            one.signal(signal.SIGKILL)
+            ended = one.wait()
+        else:
+            how = f"{way} call {at}"
+            ended = process.run(run, Arm(here, WRITES, ways[way], at))
+        yield Trial("kills", operation.name, how, _checked(ground, operation, here, ended))
+
+
+def faults(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
+    """Let the n-th call fail, or all from the n-th on; interrupt or shorten it."""
+    draw = random.Random(seed)
+    ways = [
+        (f"{name} {verb}", kinds, action, number)
+        for name, number in (("EIO", errno.EIO), ("ENOSPC", errno.ENOSPC),
+                             ("EMFILE", errno.EMFILE))
+        for verb, action in (("once", process.FAIL), ("from then on", process.FAIL_FROM))
+        for kinds in (WRITES, READS)
+        if (number, kinds) != (errno.ENOSPC, READS)
+    ]  # fmt: skip
+    ways = [way if way[3] != errno.EMFILE else
+            (way[0], process.CREATE if way[1] == WRITES else process.OPEN, *way[2:])
+            for way in ways]  # fmt: skip
+    ways += [("short", kinds, process.SHORT, 0) for kinds in (WRITES, READS)]
+    ways += [("EINTR", kinds, process.FAIL, errno.EINTR) for kinds in (WRITES, READS)]
+    every = []
+    for operation in OPERATIONS:
+        counts = {kinds: ground.calls(operation, kinds) for _, kinds, *_ in ways}
+        every += [(operation, way, at) for way in ways for at in range(1, counts[way[1]] + 1)]
+    draw.shuffle(every)
+    here = ground.root / "trial"
+    for operation, (name, kinds, action, error), at in islice(cycle(every), trials):
+        ground.begin(operation, here)
+        ended = process.run(ground.command(operation, here), Arm(here, kinds, action, at, error))
+        side = "reading" if kinds & READS else "writing"
+        fault = _checked(ground, operation, here, ended, must_work=name in ("short", "EINTR"))
+        yield Trial("faults", f"{name}, {side}", f"{operation.name}, call {at}", fault)
+
+
+# Modules in whose lines a signal is most likely to meet a lock or a half-done step.
+_MODULES = ("extraction/stream", "extraction/parts", "extraction/filling", "store/writer",
+            "store/disk", "store/format", "system/console", "system/files", "networks/forward",
+            "finetuning/checkpoint")  # fmt: skip
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _counted(hit: int, number: int, lines: list[int]) -> Callable[[], None]:
+    """Return what makes a process send itself a signal at line `hit` of these modules."""
+
+    def on_line(frame: Any, event: str, argument: Any) -> Any:
+        if event == "line":
+            lines[0] += 1
+            if lines[0] == hit:
+                os.kill(os.getpid(), number)
+        return on_line
+
+    def on_call(frame: Any, event: str, argument: Any) -> Any:
+        name = frame.f_code.co_filename
+        return on_line if name.endswith(tuple(f"{m}.py" for m in _MODULES)) else None
+
+    def begin() -> None:
+        threading.settrace(on_call)
+        sys.settrace(on_call)
+
+    return begin
+
+
+def signals(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
+    """Send signals: at a line of the code that queues, locks and writes, and at random moments."""
+    draw = random.Random(seed)
+    here = ground.root / "trial"
+    totals = {}
+    for operation in OPERATIONS:
+        ground.begin(operation, here)
+        run, lines = ground.command(operation, here), [0]
+
+        def count(run: Callable[[], None] = run, lines: list[int] = lines) -> int:
+            with contextlib.suppress(SystemExit):
+                run()
+            return lines[0]
+
+        totals[operation.name] = process.run(count, before=_counted(-1, 0, lines)).result or 1
+    for number in range(trials):
+        operation = draw.choice(OPERATIONS)
+        ground.begin(operation, here)
+        run = ground.command(operation, here)
+        which = draw.choice(_SIGNALS)
+        if number % 3:
+            at = draw.randint(1, totals[operation.name])
+            how = f"{which.name} at line {at}, {operation.name}"
+            ended = process.run(run, before=_counted(at, which, [0]))
+        else:
+            moments = sorted(draw.uniform(0, 0.3) for _ in range(draw.choice((1, 1, 2, 3))))
+            how = f"{which.name} at {moments}, {operation.name}"
+            one, begun = Process(run), time.monotonic()
+            for moment in moments:
+                time.sleep(max(0.0, begun + moment - time.monotonic()))
+                one.signal(which)
+            ended = one.wait()
+        fault = _checked(ground, operation, here, ended)
+        if not fault and ended.status == 1:
+            fault = f"lost: {which.name} ended with 1, not 75: {ended.err[-500:]}"
+        yield Trial("signals", which.name, how, fault)

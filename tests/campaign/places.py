@@ -1,0 +1,231 @@
+"""Places: disks that are small, full or read-only, streams that are closed, awkward names."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.campaign.operations import (
+    OPERATIONS,
+    Ground,
+    Operation,
+    contents_here,
+    difference,
+    rerun,
+)
+from tests.campaign.process import Ended, command, run
+from tests.campaign.trial import Trial
+
+_NEW_MOUNTS, _NEW_USERS = 0x00020000, 0x10000000
+_READ_ONLY, _BIND, _REMOUNT = 1, 4096, 32
+_SIZES = (0, 16, 32, 64, 96, 128, 192, 256, 512, 1024)  # kilobytes
+_NAMES = ("a b.h5", "é.h5", "-x.h5", "'\"`$(id).h5", "new\nline.h5", "\x1b[31m.h5", "%s{}.h5",
+          "x" * 252 + ".h5", "x" * 240 + ".h5", "\udcff.h5", "日本.h5", "....h5")  # fmt: skip
+
+
+def _own_mounts() -> None:
+    """Give this process mounts of its own, where the system allows it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_NEW_MOUNTS) and libc.unshare(_NEW_USERS | _NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), "no mounts of one's own")
+    _mount(b"none", b"/", None, 1 << 18 | 16384)  # nothing of it is seen outside
+
+
+def _mount(source: bytes, target: bytes, kind: bytes | None, flags: int, data: bytes = b"") -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(source, target, kind, ctypes.c_ulong(flags), data or None):
+        number = ctypes.get_errno()
+        raise OSError(number, f"mount of {target!r}: {os.strerror(number)}")
+
+
+def _tmpfs(here: Path, options: str) -> Callable[[], None]:
+    def mount() -> None:
+        _own_mounts()
+        copies = [(path.name, path.read_bytes()) for path in here.iterdir()]
+        _mount(b"tmpfs", os.fsencode(here), b"tmpfs", 0, options.encode())
+        with contextlib.suppress(OSError):  # it is full then
+            for name, content in copies:
+                (here / name).write_bytes(content)
+
+    return mount
+
+
+def _read_only(here: Path) -> Callable[[], None]:
+    def mount() -> None:
+        _own_mounts()
+        _mount(os.fsencode(here), os.fsencode(here), None, _BIND)
+        _mount(os.fsencode(here), os.fsencode(here), None, _BIND | _REMOUNT | _READ_ONLY)
+
+    return mount
+
+
+def _no_shared_memory() -> None:
+    _own_mounts()
+    _mount(b"tmpfs", b"/dev/shm", b"tmpfs", _READ_ONLY, b"size=4k")
+
+
+def _closed(*numbers: int) -> Callable[[], None]:
+    def close() -> None:  # as Python begins where they are closed
+        for number in numbers:
+            os.close(number)
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+    return close
+
+
+def _full(number: int) -> Callable[[], None]:
+    def replace() -> None:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+
+    return replace
+
+
+def _gone(here: Path) -> Callable[[], None]:
+    def remove() -> None:
+        away = here / "away"
+        away.mkdir()
+        os.chdir(away)
+        away.rmdir()
+
+    return remove
+
+
+def _limit(which: int, value: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
+
+
+def _places(here: Path) -> dict[str, list[tuple[str, Callable[[], None]]]]:
+    """Return the places by kind, each with what makes it."""
+    return {
+        "small tmpfs": [(f"{size} kB", _tmpfs(here, f"size={size}k")) for size in _SIZES[1:]],
+        "no inodes": [(f"{n} inodes", _tmpfs(here, f"nr_inodes={n}")) for n in (2, 3, 4)],
+        "read-only folder": [("", _read_only(here))],
+        "no shared memory": [("", _no_shared_memory)],
+        "closed streams": [(str(n), _closed(*n)) for n in ((0,), (1,), (2,), (1, 2), (0, 1, 2))],
+        "full streams": [(str(number), _full(number)) for number in (1, 2)],
+        "deleted working directory": [("", _gone(here))],
+        "limits": [
+            *((f"{n} open files", _limit(resource.RLIMIT_NOFILE, n)) for n in (6, 10, 16, 24, 40)),
+            *((f"files of {n}", _limit(resource.RLIMIT_FSIZE, n)) for n in (0, 5_000, 60_000)),
+        ],
+    }
+
+
+def places(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
+    """Run commands where something is missing; then again where nothing is."""
+    draw = random.Random(seed)
+    here = ground.root / "place"
+    kinds = _places(here)
+    others = ("names", "FIFOs")
+    for number in range(trials):
+        kind = draw.choice([*kinds, *others])
+        if kind in others:
+            how, fault = _named(ground, draw) if kind == "names" else _fifo(ground, draw)
+            yield Trial("places", kind, how, fault)
+            continue
+        what, prepare = draw.choice(kinds[kind])
+        operation = draw.choice(OPERATIONS)
+        ground.begin(operation, here)
+        ended = _there(ground, operation, here, prepare)
+        if ended.status == 77:
+            yield Trial("places", f"{kind} (not possible here)", what)
+            continue
+        fault = _fault(ground, operation, here, ended, streams="streams" in kind)
+        yield Trial("places", kind, f"{what}, {operation.name}, {number}", fault)
+
+
+def _there(ground: Ground, operation: Operation, here: Path, prepare: Callable[[], None]) -> Ended:
+    """Run an operation in a place; the result is what is there at the end, seen from inside."""
+
+    def go() -> object:
+        try:
+            prepare()
+        except OSError:
+            os._exit(77)
+        status = 0
+        try:
+            ground.command(operation, here)()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        for which in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
+            hard = resource.getrlimit(which)[1]
+            resource.setrlimit(which, (hard, hard))
+        return status, None if status else contents_here(here)
+
+    return run(go)
+
+
+def _fault(ground: Ground, operation: Operation, here: Path, ended: Ended, *, streams: bool) -> str:
+    if ended.fault:
+        return f"{ended.fault}: {ended.err[-3000:]}"
+    if ended.result is None:
+        return f"traceback: ended with {ended.status}: {ended.err[-2000:]}"
+    status, found = ended.result
+    if status not in {0, 1, 2}:
+        return f"traceback: ended with {status}: {ended.err[-2000:]}"
+    if status and not ended.err.strip() and not streams:
+        return f"silent: ended with {status} and said nothing"
+    before, after = ground.oracles[operation.name]
+    if not status and found is not None:
+        wrong = difference(found, [after], operation.output)
+        if wrong:
+            return wrong
+    return rerun(ground, operation, here, [before, after])
+
+
+def _named(ground: Ground, draw: random.Random) -> tuple[str, str]:
+    """Write under a strange name; what is printed steers no terminal."""
+    here = ground.root / "named"
+    shutil.rmtree(here, ignore_errors=True)
+    here.mkdir()
+    name = draw.choice(_NAMES)
+    argv = ["extract", str(ground.root / "images"), "-o", str(here / name), "--backbone",
+            "tests.campaign.network:own", "--workers", "0"]  # fmt: skip
+    followers = (["info"], ["verify"], ["train", "-o", str(here / "p.featcache"), "--cv", "2",
+                                        "--head", "ridge"])  # fmt: skip
+    for one in (argv, *([*f, str(here / name)] for f in followers)):
+        ended = run(command(*one))
+        if ended.fault or ended.status not in {0, 1}:
+            return repr(name), f"{ended.fault or 'traceback'}: {one[0]}: {ended.err[-2000:]}"
+        if "\x1b" in ended.out + ended.err:
+            return repr(name), f"touched: {one[0]} prints an escape code"
+        if ended.status:
+            break
+    return repr(name), ""
+
+
+def _fifo(ground: Ground, draw: random.Random) -> tuple[str, str]:
+    """Give a FIFO or a device where a file belongs."""
+    here = ground.root / "fifo"
+    shutil.rmtree(here, ignore_errors=True)
+    (here / "images" / "ant").mkdir(parents=True)
+    fifo = Path(draw.choice((str(here / "f"), "/dev/zero", "/dev/null", "/dev/random")))
+    if fifo.parent == here:
+        os.mkfifo(fifo)
+    os.mkfifo(here / "images" / "ant" / "a.jpg")
+    images, store = str(ground.root / "images"), str(ground.root / "store" / "s.h5")
+    network = ("--backbone", "tests.campaign.network:own", "--workers", "0")
+    argv = draw.choice((
+        ("info", str(fifo)),
+        ("verify", str(fifo)),
+        ("train", str(fifo), "-o", str(here / "p.featcache")),
+        ("predict", str(fifo), images),
+        ("evaluate", str(fifo), store),
+        ("extract", images, "-o", str(here / "s.h5"), "--labels", str(fifo), *network),
+        ("extract", images, "-o", str(fifo), *network),
+        ("extract", str(here / "images"), "-o", str(here / "s.h5"), *network),
+        ("extract", images, "-o", str(here / "s.h5"), *network, "--weights", str(fifo)),
+        ("export", store, "-o", str(fifo)),
+    ))  # fmt: skip
+    ended = run(command(*argv, "--quiet"), deadline=15)
+    fault = ended.fault and f"{ended.fault}: {ended.err[-1500:]}"
+    if not fault and ended.status not in {0, 1, 2}:
+        fault = f"traceback: ended with {ended.status}: {ended.err[-1500:]}"
+    return f"{fifo.name}: {' '.join(argv)}", fault

@@ -1,0 +1,247 @@
+"""Processes under attack: forks of this one, armed with the shim, watched with a deadline."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import functools
+import gc
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Kinds of calls and what is done to the n-th of them, as in shim.c.
+WRITE, SYNC, NAME, CREATE, READ, OPEN = (1 << k for k in range(6))
+WRITES, READS = WRITE | SYNC | NAME | CREATE, READ | OPEN
+KILL_BEFORE, KILL_INSIDE, KILL_AFTER, FAIL, FAIL_FROM, SHORT, STOP_BEFORE, RECORD = range(1, 9)
+
+DEADLINE = 60.0  # seconds that a command may take, which takes less than one
+_PRELOADED = "FEATCACHE_CAMPAIGN"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What happens to call number `at` of some kinds that touch a folder."""
+
+    folder: Path
+    kinds: int
+    action: int
+    at: int = -1
+    error: int = 0
+    log: int = -1
+
+
+@dataclass
+class Ended:
+    """How a process ended: its exit status (minus a signal), and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+    hung: bool = False
+    result: Any = None
+    calls: int = field(default=0)
+
+    @property
+    def fault(self) -> str:
+        """The word for what no command may do, whatever happens to it; empty if it did not."""
+        if self.hung:
+            return "hung"
+        if any(x in self.err for x in ("Traceback (most", "Exception ignored", "Fatal Python")):
+            return "traceback"
+        if self.status in {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, 70}:
+            return "traceback"
+        return ""
+
+
+def preload(arguments: list[str]) -> str | None:
+    """Start this program again with the shim loaded; return why that cannot be, or None."""
+    if os.environ.get(_PRELOADED):
+        return None
+    library = Path(tempfile.mkdtemp(prefix="featcache-shim-")) / "shim.so"
+    source = Path(__file__).with_name("shim.c")
+    command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"the shim cannot be built with cc: {error}"
+    ones = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    settings = {_PRELOADED: str(library), "LD_PRELOAD": str(library), **ones}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "tests.campaign", *arguments],
+              os.environ | settings)  # fmt: skip
+    return None  # never
+
+
+@functools.cache
+def _shim() -> Any:
+    return ctypes.CDLL(os.environ[_PRELOADED])
+
+
+def arm(what: Arm) -> None:
+    """Let it happen in this process from now on."""
+    _shim().campaign_arm(
+        os.fsencode(what.folder), what.kinds, what.action, ctypes.c_long(what.at), what.error,
+        what.log,
+    )  # fmt: skip
+
+
+def disarm() -> int:
+    """Return how many calls there were, and count no more."""
+    _shim().campaign_disarm()
+    calls = _shim().campaign_calls
+    calls.restype = ctypes.c_long
+    return int(calls())
+
+
+def import_everything() -> None:
+    """Import what any command may need, so that a fork has it."""
+    import importlib
+    import pkgutil
+
+    import torch
+
+    import featcache
+
+    torch.set_num_threads(1)
+    for module in pkgutil.walk_packages(featcache.__path__, "featcache."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in (
+        "cleanlab.filter",
+        "pyarrow.parquet",
+        "pyarrow.csv",
+        "lightgbm",
+        "tests.campaign.network",
+    ):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    # A run of two dozen images writes several times then, as one of millions does.
+    sys.modules["featcache.extraction.stream"]._IMAGES_A_THREAD = 2  # type: ignore[attr-defined]
+    gc.collect()
+    gc.freeze()
+
+
+def command(*argv: str) -> Callable[[], None]:
+    """Return the function that runs a command of featcache as a terminal would."""
+
+    def run() -> None:
+        main = sys.modules["featcache.cli.main"].main
+        main([str(part) for part in argv], prog_name="featcache")
+
+    return run
+
+
+class Process:
+    """A fork that runs a function; what the function returns comes back pickled."""
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        attack: Arm | None = None,
+        *,
+        before: Callable[[], object] | None = None,
+        deadline: float = DEADLINE,
+    ) -> None:
+        self._files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 (out, err, result)
+        self._deadline = deadline
+        self.pid = os.fork()
+        if not self.pid:
+            self._live(function, attack, before)
+        self._watch = os.pidfd_open(self.pid)
+
+    def _live(
+        self,
+        function: Callable[[], Any],
+        attack: Arm | None,
+        before: Callable[[], object] | None,
+    ) -> None:
+        """Be the child, to the end."""
+        status = 0
+        out, err, result = self._files
+        try:
+            os.setsid()
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            faulthandler.enable(err)
+            faulthandler.dump_traceback_later(0.9 * self._deadline, file=err)
+            if before:
+                before()
+            if attack:
+                arm(attack)
+            value = function()
+            calls = disarm()
+            pickle.dump((value, calls), result)
+            result.flush()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            pickle.dump((None, disarm()), result)
+            result.flush()
+        except BaseException:
+            traceback.print_exc()
+            status = 70
+        finally:
+            with contextlib.suppress(BaseException):
+                threading._shutdown()  # type: ignore[attr-defined]  # as at the end of Python
+                gc.collect()
+                atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(AttributeError, OSError, ValueError):
+                    stream.flush()
+            os._exit(status)
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait_stopped(self) -> bool:
+        """Wait until it is stopped or has ended; return whether it is stopped."""
+        end = time.monotonic() + self._deadline
+        while time.monotonic() < end:
+            options = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+            info = os.waitid(os.P_PID, self.pid, options)
+            if info is not None:
+                return info.si_code == os.CLD_STOPPED
+            time.sleep(0.002)
+        return False
+
+    def wait(self) -> Ended:
+        """Wait for its end; a process past its deadline is killed and has hung."""
+        hung = not select.select([self._watch], [], [], self._deadline)[0]
+        if hung:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # what it left behind
+        os.close(self._watch)
+        texts = []
+        for file in self._files:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        result, calls = pickle.loads(texts[2]) if texts[2] else (None, 0)
+        out, err = (text.decode("utf-8", "replace") for text in texts[:2])
+        return Ended(os.waitstatus_to_exitcode(status), out, err, hung, result, calls)
+
+
+def run(function: Callable[[], Any], attack: Arm | None = None, **options: Any) -> Ended:
+    """Run a function in a fork to its end."""
+    return Process(function, attack, **options).wait()
