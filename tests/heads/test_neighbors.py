@@ -4,9 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_breast_cancer
+from sklearn.datasets import load_breast_cancer, load_wine
 from sklearn.metrics.pairwise import cosine_similarity
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -142,3 +144,19 @@ def test_with_little_memory_it_keeps_a_part_of_each_class_and_says_so():
 def test_a_sample_leaves_no_class_out():
     codes = np.array([0] * 1000 + [1])
     assert set(codes[stratified(codes, 10, 0)]) == {0, 1}
+
+
+def test_few_images_choose_a_treatment_that_holds_on_others() -> None:
+    X, y = load_wine(return_X_y=True)
+    scores = []
+    for seed in range(12):
+        A, B, a, b = train_test_split(
+            X.astype(np.float32), y, test_size=0.5, stratify=y, random_state=seed
+        )
+        found = HEADS["knn"].search(A, a, folds(a.astype(str), cv=5))
+        search = GridSearchCV(KNeighborsClassifier(), {"n_neighbors": [1, 3, 5, 10, 20]}, cv=5)
+        rival = make_pipeline(StandardScaler(), search).fit(A, a)
+        right = found.estimator.logits(B).argmax(axis=1) == b
+        scores.append([right.mean(), rival.score(B, b)])
+    ours, theirs = np.mean(scores, axis=0)
+    assert ours > theirs - 0.01

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import (
     ExtraTreesClassifier,
@@ -11,7 +12,7 @@ from sklearn.ensemble import (
     RandomForestClassifier,
 )
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.heads.rows import FeatureBlocks
@@ -183,3 +184,21 @@ def test_of_many_rows_a_part_chooses_the_kind_and_all_grow_fewer_trees(monkeypat
     assert found.params["trees"] == 12 and found.estimator.steps[-2].roots.size == 12
     assert [one.rough for one in found.trials] == [True] * (len(found.trials) - 1) + [False]
     assert sum(fits) == len(found.trials) * len(folds_of(y)) + 1
+
+
+def test_few_columns_are_also_tried_as_they_are(monkeypatch) -> None:
+    monkeypatch.setattr("featcache.heads.trees._SIZES", (128, 512))
+    monkeypatch.setattr("featcache.heads.trees._ROUNDS", (20, 60))
+    X, y = load_digits(return_X_y=True)
+    scores = []
+    for seed in range(2):
+        A, B, a, b = train_test_split(
+            X.astype(np.float32), y, test_size=0.5, stratify=y, random_state=seed
+        )
+        found = HEADS["boosting"].search(A, a, folds_of(a))
+        assert "n_components" not in found.params
+        plain = HistGradientBoostingClassifier(random_state=0).fit(A, a)
+        right = found.estimator.logits(B).argmax(axis=1) == b
+        scores.append([right.mean(), plain.score(B, b)])
+    ours, theirs = np.mean(scores, axis=0)
+    assert ours > theirs - 0.006
