@@ -162,7 +162,8 @@ def _steadiest(search: Search) -> str:
     """
     scores: dict[tuple[str, float], list[float]] = {}
     for one in search.trials:
-        scores.setdefault((one.params["treatment"], one.params["temperature"]), []).append(one.score)
+        vote = one.params["treatment"], one.params["temperature"]
+        scores.setdefault(vote, []).append(one.score)
     treatment, _ = max(scores, key=lambda key: np.nan_to_num(np.mean(scores[key]), nan=-np.inf))
     for one in search.trials:
         one.rough = one.params["treatment"] != treatment

@@ -133,7 +133,7 @@ class BoostedTrees(Head):
     def grow(
         self, Z: np.ndarray, codes: np.ndarray, weight: np.ndarray, classes: np.ndarray
     ) -> tuple[np.ndarray, Trees]:
-        """Return the discriminants and columns (r, m) in principal components Z (n, r), and trees on them."""
+        """Return what turns principal components Z (n, r) into m columns, and trees on these."""
         from sklearn.ensemble import HistGradientBoostingClassifier
 
         factors = class_factors(self.class_weight, classes, codes, weight)
@@ -262,7 +262,8 @@ class BoostingHead(HeadKind):
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Grow the most rounds on each size, and look at fewer on the way."""
         d = rows.X.shape[-1]
-        sizes = [size for size in _SIZES if size < d] or [None, d]
+        sizes: list[int | None] = [size for size in _SIZES if size < d]
+        sizes = sizes or [None, d]
         rounds = _ROUNDS if len(rows.classes) <= _MANY_CLASSES else _ROUNDS[:-1]
         settings = list(itertools.product(sizes, rounds))
         per_fold = []
