@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import os
 import secrets
 import signal
@@ -301,3 +303,72 @@ def test_pipes_devices_and_names_that_cannot_be_are_refused(tmp_path: Path) -> N
     for name in (f"{'x' * 300}.csv", "a\0b.csv", "loop"):
         with pytest.raises(OutputError, match="cannot be written"):
             predictions(tmp_path / name)
+
+
+# --- what stands in it --------------------------------------------------------------------------
+
+HOSTILE = ["=cmd|'/C calc'!A0", "+1", "-1", "@SUM(1)", "\tx", "\rx", "a\x1b]0;title\x07", "\x9b2J"]
+
+
+def hostile_store(path: Path) -> featcache.FeatureStore:
+    """Return a store whose ids and labels are formulas and steer a terminal."""
+    return stores.store(path, stores.Images(HOSTILE, labels=HOSTILE))
+
+
+def hostile_findings(path: Path, **how: bool) -> None:
+    Findings(tuple(Finding("outlier", id, id, "", 1.5) for id in HOSTILE), 8).to_csv(path, **how)
+
+
+def hostile_predictions(path: Path, **how: bool) -> None:
+    write_predictions([Prediction(id, id, 0.5, ((id, 0.5),)) for id in HOSTILE], path, **how)
+
+
+def hostile_export(path: Path, **how: bool) -> None:
+    export_store(hostile_store(path.parent / "a.h5"), path, **how)
+
+
+@pytest.mark.parametrize("write", [hostile_findings, hostile_predictions, hostile_export])
+def test_for_spreadsheets_formulas_become_text(write: Callable[..., None], tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    for excel in (False, True, True):
+        write(path, excel=excel)
+        content = path.read_bytes()
+        assert content.startswith(b"\xef\xbb\xbf") == excel
+        lines = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+        expected = [f"'{id}" if excel and id[0] in "=+-@\t\r" else id for id in HOSTILE]
+        assert [line["id"] for line in lines] == [line["label"] for line in lines] == expected
+        for name, cell in lines[0].items():
+            assert not name.endswith("]") or float(cell) is not None
+
+
+def test_help_says_why_spreadsheets_have_an_option_of_their_own() -> None:
+    for command in ("export", "predict", "audit"):
+        text = " ".join(CliRunner().invoke(main, [command, "--help"]).output.split())
+        assert "--excel Write CSV for spreadsheets" in text and "it changes ids such as -1" in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("write", [hostile_findings, hostile_predictions, export_store])
+def test_nothing_in_a_store_steers_a_terminal(
+    write: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = hostile_store(tmp_path / "a.h5")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    given = [store] if write is export_store else []
+    write(*given, Path("-"))
+    assert sys.stdout.getvalue().replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["info"], ["info", "--json"], ["verify"], ["train", "-o", "x"], ["audit", "-o", "-"]],
+)
+def test_no_command_steers_a_terminal(arguments: list[str], tmp_path: Path) -> None:
+    hostile_store(tmp_path / "a\x1b.h5")
+    found = CliRunner().invoke(main, [arguments[0], str(tmp_path / "a\x1b.h5"), *arguments[1:]])
+    said = found.stderr if arguments[0] == "audit" else found.output
+    assert said.replace("\n", "").isprintable()

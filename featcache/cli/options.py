@@ -112,6 +112,11 @@ def layer(help: str) -> Decorator:
 
 
 force = flag("--force", "Replace the file to write even if featcache did not write it.")
+excel = flag(
+    "--excel",
+    "Write CSV for spreadsheets: with the mark of UTF-8, and with ' before texts that they would "
+    "run as formulas, which begin with = + - or @. Not the default, as it changes ids such as -1.",
+)
 json_output = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
 )

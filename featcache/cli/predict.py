@@ -80,6 +80,7 @@ def evaluate(
 @options.workers
 @options.max_pixels
 @click.option("--device", metavar="DEVICE", default="auto", help=f"{options.DEVICES}.")
+@options.excel
 @options.force
 @options.json_output
 def predict(
@@ -90,6 +91,7 @@ def predict(
     top_k: int,
     backbone: str | None,
     weights: str | None,
+    excel: bool,
     force: bool,
     as_json: bool,
     **settings: Any,
@@ -101,6 +103,8 @@ def predict(
     """
     from featcache.predictor.predictions import Prediction, write_predictions
 
+    if excel and format == "json":
+        raise click.UsageError("--excel is for --format csv.")
     predictions: Iterable[Prediction] = _load(predictor, backbone=backbone, weights=weights).stream(
         list(images),
         top_k=top_k,
@@ -109,7 +113,9 @@ def predict(
     )
     predictions = list(predictions) if as_json else predictions
     if not as_json or output != STDOUT:
-        write_predictions(predictions, output, file_format=format, top_k=top_k, force=force)
+        write_predictions(
+            predictions, output, file_format=format, top_k=top_k, force=force, excel=excel
+        )
     if as_json:
         found = [one.to_dict() for one in predictions]
         print_json({"predictor": str(predictor), "output": str(output), "predictions": found})

@@ -65,15 +65,16 @@ def verify(file: Path, as_json: bool) -> None:
 @options.output(
     "FILE.csv", "Table of findings to write; - is standard output.", text=True, required=True
 )
+@options.excel
 @options.force
 @options.json_output
-def audit(store: Path, output: Path, force: bool, as_json: bool) -> None:
+def audit(store: Path, output: Path, as_json: bool, **how: bool) -> None:
     """List images whose label, copies or features look wrong."""
     from featcache.study.audit import audit as audit_store
 
     findings = audit_store(featcache.FeatureStore.open(store))
     if not as_json or output != STDOUT:
-        findings.to_csv(output, force=force)
+        findings.to_csv(output, **how)
     values = {"store": str(store), "output": str(output), "images": findings.n_images}
     values |= {"findings": [vars(one) for one in findings], "notes": findings.notes}
     show(as_json, values, str(findings), output=output)
@@ -87,16 +88,17 @@ def audit(store: Path, output: Path, force: bool, as_json: bool) -> None:
     text=True,
     required=True,
 )
+@options.excel
 @options.force
 @options.json_output
-def export(store: Path, output: Path, force: bool, as_json: bool) -> None:
+def export(store: Path, output: Path, as_json: bool, **how: bool) -> None:
     """Write the features of STORE as .npz, .npy, .parquet or .csv."""
     from featcache.store.export import export_store
 
     if as_json and output == STDOUT:
         raise click.UsageError("--json and -o - both write to standard output; name a file.")
     opened = featcache.FeatureStore.open(store)
-    export_store(opened, output, force=force)
+    export_store(opened, output, **how)
     n, d = len(opened), opened.width()
     values = {"store": str(store), "output": str(output), "images": n, "columns": d}
     show(as_json, values, f"{counted(n, 'image')}, {counted(d, 'column')}", output=output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from featcache.system.files import atomic_write, check_overwrite, is_table
+from featcache.system.files import atomic_write, check_overwrite, csv_writer, is_table
 from featcache.system.tables import printable
 
 
@@ -71,6 +70,7 @@ def write_predictions(
     file_format: str = "csv",
     top_k: int = 1,
     force: bool = False,
+    excel: bool = False,
 ) -> int:
     """Write predictions as they come, to a file or to standard output.
 
@@ -88,6 +88,8 @@ def write_predictions(
         Number of pairs of columns.
     force : bool
         Replace a file of any kind.
+    excel : bool
+        CSV for spreadsheets: see `featcache.system.files.csv_writer`.
 
     Returns
     -------
@@ -99,10 +101,11 @@ def write_predictions(
     OutputError
         The output is a file of another kind, or cannot be written.
     """
-    write = _write_csv if file_format == "csv" else _write_json
     check_overwrite(output, _is_predictions, "a file of predictions", force=force)
     with atomic_write(output, text=True) as file:
-        return write(predictions, file, top_k)
+        if file_format == "json":
+            return _write_json(predictions, file)
+        return _write_csv(predictions, file, top_k, excel)
 
 
 def _header(top_k: int) -> list[str]:
@@ -110,22 +113,21 @@ def _header(top_k: int) -> list[str]:
     return ["id", "label", "probability", *more, "error"]
 
 
-def _write_csv(predictions: Iterable[Prediction], file: IO[str], top_k: int) -> int:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(_header(top_k))
+def _write_csv(predictions: Iterable[Prediction], file: IO[str], top_k: int, excel: bool) -> int:
+    write = csv_writer(file, excel=excel)
+    write(_header(top_k))
     count = 0
     for one in predictions:
         cells: list[str] = []
         for label, probability in one.top[:top_k]:
             cells += [label, f"{probability:.6f}"]
         cells += [""] * (2 * top_k - len(cells))
-        row = [one.id, *cells, one.error]
-        writer.writerow(map(printable, row) if file.isatty() else row)
+        write([one.id, *cells, one.error])
         count += 1
     return count
 
 
-def _write_json(predictions: Iterable[Prediction], file: IO[str], top_k: int) -> int:
+def _write_json(predictions: Iterable[Prediction], file: IO[str]) -> int:
     count = 0
     file.write("[")
     for count, one in enumerate(predictions, start=1):

@@ -5,7 +5,7 @@ Everything is written block by block, so a store larger than memory can be expor
 
 from __future__ import annotations
 
-import csv
+import functools
 import importlib
 import os
 import zipfile
@@ -18,12 +18,18 @@ import numpy as np
 from featcache.errors import MissingExtra, StoreError
 from featcache.fingerprint import canonical_json
 from featcache.store.store import FeatureStore
-from featcache.system.files import STDOUT, atomic_write, check_overwrite, is_table
+from featcache.system.files import STDOUT, atomic_write, check_overwrite, csv_writer, is_table
 
 __all__ = ["export_store"]
 
 
-def export_store(store: FeatureStore, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+def export_store(
+    store: FeatureStore,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    excel: bool = False,
+) -> Path:
     """Write a store's rows to a file of another kind, chosen by the suffix.
 
     ============ ==================================================================================
@@ -46,6 +52,8 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str], *, force: bo
         ``-`` is CSV on standard output.
     force : bool
         Replace a file of any kind.
+    excel : bool
+        Of ``.csv``, for spreadsheets: see `featcache.system.files.csv_writer`.
 
     Returns
     -------
@@ -55,7 +63,7 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str], *, force: bo
     Raises
     ------
     StoreError
-        The suffix is of no kind above.
+        The suffix is of no kind above, or not ``.csv`` with `excel`.
     OutputError
         A file of another kind is there, or it cannot be written.
     MissingExtra
@@ -67,7 +75,11 @@ def export_store(store: FeatureStore, path: str | os.PathLike[str], *, force: bo
         raise StoreError(
             f"Cannot export to {target}: a name ending in {', '.join(_KINDS)} is needed."
         )
+    if excel and suffix != ".csv":
+        raise StoreError(f"Spreadsheets read .csv; {target} is to be {suffix}. Leave out --excel.")
     write, is_own = _KINDS[suffix]
+    if excel:
+        write = functools.partial(_write_csv, excel=True)
     what = f"a {suffix} file {'of these features' if suffix == '.npy' else 'of an export'}"
     check_overwrite(target, lambda path: is_own(store, path), what, force=force)
     with atomic_write(target, text=suffix == ".csv") as file:
@@ -134,21 +146,21 @@ def _write_npy(store: FeatureStore, file: IO[bytes]) -> None:
         file.write(np.ascontiguousarray(block, "<f4").data)
 
 
-def _write_csv(store: FeatureStore, file: IO[str]) -> None:
+def _write_csv(store: FeatureStore, file: IO[str], excel: bool = False) -> None:
     views = store.views
     tables = {name: table.tolist() for name, table in _tables(store).items()}
     columns = [
         f"{name}[{column}]" for name, info in store.taps.items() for column in range(info.width)
     ]
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*tables, *(["view"] if views > 1 else []), *columns])
+    writerow = csv_writer(file, excel=excel)
+    writerow([*tables, *(["view"] if views > 1 else []), *columns])
     for part, block in store.blocks():
         # numpy writes the shortest text that reads back as the same float32
         values = block.reshape(-1, block.shape[-1]).astype(str).tolist()
         for k, row in enumerate(values):
             image, view = part.start + k // views, k % views
             known = [table[image] for table in tables.values()]
-            writer.writerow([*known, *([view] if views > 1 else []), *row])
+            writerow(known, [*([view] if views > 1 else []), *row])
 
 
 def _write_parquet(store: FeatureStore, file: IO[bytes]) -> None:

@@ -24,7 +24,6 @@ marked: the first are mistakes, the second flatter every test.
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ from featcache.study.maps import centred, nearest_rows, pooled
 from featcache.study.options import TrainingOptions
 from featcache.study.parts import folds_of
 from featcache.study.train import head_names
-from featcache.system.files import atomic_write, check_overwrite, is_table
+from featcache.system.files import atomic_write, check_overwrite, csv_writer, is_table
 from featcache.system.tables import counted, first_names
 
 __all__ = ["Finding", "Findings", "audit", "suspicious_labels"]
@@ -116,7 +115,7 @@ class Findings(Sequence[Finding]):
         """Return the findings of one kind."""
         return [one for one in self.items if one.kind == kind]
 
-    def to_csv(self, path: str | Path, *, force: bool = False) -> None:
+    def to_csv(self, path: str | Path, *, force: bool = False, excel: bool = False) -> None:
         """Write one line a finding, with a header.
 
         Parameters
@@ -125,6 +124,8 @@ class Findings(Sequence[Finding]):
             The file. Replaced if it is such a table, in every cell; ``-`` is standard output.
         force : bool
             Replace a file of any kind.
+        excel : bool
+            For spreadsheets: see `featcache.system.files.csv_writer`.
 
         Raises
         ------
@@ -134,9 +135,10 @@ class Findings(Sequence[Finding]):
         target = Path(path)
         check_overwrite(target, _is_findings, "a file of findings", force=force)
         with atomic_write(target, text=True) as file:
-            writer = csv.DictWriter(file, _HEADER, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**vars(one), "score": f"{one.score:.6f}"} for one in self.items)
+            write = csv_writer(file, excel=excel)
+            write(_HEADER)
+            for one in self.items:
+                write((vars(one) | {"score": f"{one.score:.6f}"}).values())
 
     def __str__(self) -> str:
         count = Counter(one.kind for one in self.items)

@@ -18,13 +18,14 @@ import secrets
 import shlex
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import IO, Any
 
 from featcache.errors import FeatcacheError, OutputError, explained
+from featcache.system.tables import printable
 
 STDOUT = Path("-")
 """The path that means standard output wherever text is written."""
@@ -32,6 +33,7 @@ NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 """What a file system says that cannot do a thing at all."""
 _LINE = 1 << 26  # characters of the longest line that is looked at
 _ESCAPED = "backslashreplace"  # names of files that are not UTF-8
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _NAME = 50  # characters of a file's name in that of its temporary file
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -91,6 +93,38 @@ def check_overwrite(
         )
 
 
+def csv_writer(file: IO[str], *, excel: bool = False) -> Callable[..., None]:
+    """Return what writes a row of a CSV table: its cells of text, and then its numbers as they are.
+
+    What would steer a terminal is escaped where the file is one.
+
+    Parameters
+    ----------
+    file : text file
+        Where to write.
+    excel : bool
+        For spreadsheets: begin with the mark of UTF-8, and write ``'`` before a text that begins as
+        a formula.
+    """
+    plain, quoted = (
+        csv.writer(file, lineterminator="\n", quoting=how)
+        for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+    )
+    shown: Callable[[Any], str] = printable if file.isatty() else str
+    if excel:
+        file.write("\ufeff")
+
+    def write(texts: Iterable[object], numbers: Iterable[object] = ()) -> None:
+        cells = [shown(str(text)) for text in texts]
+        if excel:
+            cells = [f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in cells]
+        # Python 3.11 leaves a return bare, where readers see the end of a line.
+        writer = quoted if any("\r" in cell for cell in cells) else plain
+        writer.writerow([*cells, *numbers])
+
+    return write
+
+
 def is_table(path: Path, is_header: Callable[[list[str]], bool], cells: Mapping[str, str]) -> bool:
     """Return whether a CSV file is exactly of one kind, to its last cell.
 
@@ -108,7 +142,7 @@ def is_table(path: Path, is_header: Callable[[list[str]], bool], cells: Mapping[
     OSError, ValueError, csv.Error
         It cannot be read, or is no table.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(iter(lambda: file.readline(_LINE), ""))
         names = next(rows)
         checks = [
