@@ -49,7 +49,7 @@ from featcache.errors import (
 from featcache.extraction import reuse
 from featcache.extraction.canaries import compare_canaries
 from featcache.extraction.filling import Job, filled
-from featcache.extraction.plan import Plan, agree, beside, plan_file, stopping
+from featcache.extraction.plan import Plan, agree, stopping
 from featcache.extraction.stream import Options
 from featcache.extraction.summary import Summary, new_clock
 from featcache.images.image_set import ImageSet
@@ -61,7 +61,7 @@ from featcache.store import disk
 from featcache.store.file import StoreFile
 from featcache.store.format import FAILED
 from featcache.store.store import FeatureStore
-from featcache.store.writer import check_replaceable, merge
+from featcache.store.writer import check_replaceable, locked, merge
 from featcache.system.console import check_stopped, progress_bar
 from featcache.system.memory import reuse_memory
 from featcache.system.processes import die_with_parent, start_processes
@@ -101,7 +101,6 @@ def in_parts(
             f"{', '.join(sorted(kinds))} came. Name those of one kind with --device."
         )
     started = time.perf_counter()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     known = job.layout
     check_replaceable(path, known.fingerprint)
     wanted = Plan(
@@ -117,7 +116,7 @@ def in_parts(
         threads=default_threads(),
     )
     bar = progress_bar(options.progress, total=len(images), unit="img", desc=backbone.name)
-    with disk.WriteLock(path), bar:
+    with locked(path)[1], bar:
         job.locked()
         plan = agree(wanted, options)
 
@@ -132,7 +131,7 @@ def in_parts(
             results = _fill(plan, pool, named, lambda: bar.update(plan.done - bar.n))
         except BaseException:
             if plan.settings is None and not plan.earlier:  # nothing was begun
-                disk.remove(plan_file(path))
+                disk.remove(reuse.plan_file(path))
             raise
         _summarize(plan, results, time.perf_counter() - loop, summary)
         plan.merging = True
@@ -150,9 +149,7 @@ def in_parts(
     except TooManyFailures:
         replace(plan, merging=False).write()  # the next run looks at the images that failed
         raise
-    for file in [*beside(path, "old-part"), *beside(path, "part")]:  # of parts only locks
-        disk.remove(file)
-    disk.remove(plan_file(path))
+    reuse.remove_parts(path)
     summary.copied, summary.failed = len(store) - summary.computed, len(store.failures)
     return store
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import warnings
@@ -17,6 +16,7 @@ import torch
 
 from featcache.errors import ExtractionError, FingerprintMismatch, Interrupted, StoreError
 from featcache.extraction import reuse
+from featcache.extraction.reuse import beside, plan_file
 from featcache.extraction.stream import Options
 from featcache.fingerprint import Fingerprint
 from featcache.store import disk
@@ -81,7 +81,7 @@ class Plan:
     def read(cls, path: str) -> Self | None:
         """Return the plan beside the store at `path`, None if there is none."""
         try:
-            return cls(path=path, **json.loads(plan_file(path).read_bytes()))
+            return cls(path=path, **json.loads(reuse.plan_text(path)))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError) as error:
@@ -96,7 +96,7 @@ class Plan:
         del values["path"]
         text, target = json.dumps(values).encode(), str(plan_file(self.path))
         try:
-            with Path(f"{target}.new").open("wb") as file:
+            with os.fdopen(disk.new_file(f"{target}.new"), "wb") as file:
                 file.write(text)
                 file.flush()
                 disk.fsync(file.fileno())
@@ -151,17 +151,6 @@ class Plan:
                     done += (opened.meta("run") or {}).get("rows", 0)
                     opened.close()
         return done
-
-
-def plan_file(path: str) -> Path:
-    """Return the file of the plan of the store at `path`."""
-    return Path(f"{path}.partial.plan")
-
-
-def beside(path: str, what: str) -> list[str]:
-    """Return the files that are named like the store, with `what` behind, in order."""
-    where = Path(path)
-    return sorted(map(str, where.parent.glob(f"{glob.escape(where.name)}.{what}-*")))
 
 
 def agree(wanted: Plan, options: Options) -> Plan:

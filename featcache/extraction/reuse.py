@@ -10,6 +10,9 @@ Nothing here imports torch, so that "nothing to do" is said at once (`up_to_date
 from __future__ import annotations
 
 import contextlib
+import glob
+import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +25,12 @@ from featcache.extraction.summary import Summary
 from featcache.fingerprint import Fingerprint, differences
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.pixels.views import Augmentation
+from featcache.store import disk
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, ENTRY, FAILED, PENDING
 from featcache.store.splitting import hash_keys
 from featcache.store.store import FeatureStore
-from featcache.store.writer import FeatureWriter, relabel, restamp
+from featcache.store.writer import FeatureWriter, relabel, remove_leftovers, restamp
 from featcache.system.console import check_stopped
 
 if TYPE_CHECKING:
@@ -168,7 +172,7 @@ def up_to_date(
         With its `Summary`. None if something is to be done: it has other features, images were
         added, removed, changed or rewritten, or another run has begun.
     """
-    (path,) = store.paths
+    path = os.path.realpath(*store.paths)
     if Path(f"{path}.partial").exists():
         return None
     if any(differing(store.meta.get(key), value) for key, value in wanted.items()):
@@ -190,11 +194,39 @@ def up_to_date(
         len(images), failed=len(store.failures), unlabelled=images.unlabelled, skipped=True
     )
     summary.notes = store.fingerprint.notes
+    remove_leftovers(path)
+    remove_parts(path)
     if not _same_tables(store, images):
         store = relabel(store, images.tables)
         summary.relabelled = True
     store.extraction = summary
     return store
+
+
+def beside(path: str, what: str) -> list[str]:
+    """Return the files that are named like the store, with `what` behind, in order."""
+    where = Path(path)
+    return sorted(map(str, where.parent.glob(f"{glob.escape(where.name)}.{what}-*")))
+
+
+def plan_file(path: str) -> Path:
+    """Return the file of the plan of the store at `path`."""
+    return Path(f"{path}.partial.plan")
+
+
+def plan_text(path: str) -> bytes:
+    """Return what that file holds."""
+    with os.fdopen(disk.open_file(str(plan_file(path))), "rb") as file:
+        return file.read()
+
+
+def remove_parts(path: str) -> None:
+    """Remove what a job in parts left beside its store, if all parts are in it."""
+    locks = beside(path, "part")
+    with contextlib.suppress(OSError, StoreError, ValueError, KeyError, TypeError):
+        if json.loads(plan_text(path))["merging"] and all(x.endswith(".lock") for x in locks):
+            for file in [*locks, *beside(path, "old-part"), str(plan_file(path))]:
+                disk.remove(file)
 
 
 def finished_store(path: str) -> FeatureStore | None:

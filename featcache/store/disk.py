@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from multiprocessing.util import register_after_fork
@@ -105,17 +106,57 @@ def raise_for(
     folder = str(Path(path).parent)
     if error.errno in _NO_SPACE:
         free = shutil.disk_usage(folder).free
+        sizes = [f"{x / 1e6:,.1f} MB" if x > 1e5 else f"{x:,} bytes" for x in (needed, free)]
         raise DiskFull(
-            f"There is no room for {path}: it needs {needed / 1e6:,.1f} MB and "
-            f"{free / 1e6:,.1f} MB are free in {folder} ({error.strerror}). "
-            f"{so_far} Free some space or choose another disk with -o, and run the command "
-            f"again{advice}."
+            f"There is no room for {path}: it needs {' and '.join(sizes)} are free in {folder} "
+            f"({error.strerror}). {so_far} Free some space or choose another disk with -o, and run "
+            f"the command again{advice}."
+        ) from error
+    if error.errno == errno.ELOOP:
+        raise StoreError(
+            f"{error.filename} is a symbolic link, and is not followed. Move it away and run the "
+            "same command again."
         ) from error
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         raise StoreError(
             f"Cannot write in {folder}: {error.strerror}. Choose a folder of your own with -o."
         ) from error
     raise StoreError(f"Cannot write {path}: {explained(error)}. {so_far}".rstrip()) from error
+
+
+def open_file(path: str, *, writable: bool = False) -> int:
+    """Open a file: what is no file is not waited for, and for writing no link is followed.
+
+    Raises
+    ------
+    StoreError
+        It is a folder, a pipe or a device; or a link, for writing.
+    OSError
+    """
+    for_writing = os.O_RDWR | os.O_NOFOLLOW if writable else os.O_RDONLY
+    descriptor = os.open(path, for_writing | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        check_is_file(path, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_is_file(path: str, status: os.stat_result) -> None:
+    """Raise `StoreError` if what is at a path is no file."""
+    if stat.S_ISREG(status.st_mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}
+    kind = kinds.get(stat.S_IFMT(status.st_mode), "a pipe or a device")
+    raise StoreError(f"{path} is {kind}, not a feature file. Move it away, or name a file.")
+
+
+def new_file(path: str) -> int:
+    """Make an empty file in the place of one that a killed process left; no link is followed."""
+    Path(path).unlink(missing_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o666)
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
@@ -232,17 +273,26 @@ class WriteLock:
         self._descriptor = -1
         until = time.monotonic() + wait
         while self._descriptor < 0:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            # Not to be waited for if it is a pipe, not followed if it is a link.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(self._path, flags, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Its last holder may have removed the file between our open and our lock.
                 if is_at(descriptor, self._path):
+                    check_is_file(self._path, os.fstat(descriptor))
+                    if not _is_signature(os.pread(descriptor, 4096, 0).strip(b"\0")):
+                        raise StoreError(
+                            f"{self._path} is not what featcache makes of that name. Move it away "
+                            "and run the same command again."
+                        )
                     self._descriptor, descriptor = descriptor, -1
             except BlockingIOError as error:
                 if time.monotonic() >= until:
+                    holder = _holder(os.pread(descriptor, 4096, 0))
                     raise StoreLocked(
-                        f"{store} is being written by {_holder(descriptor)}. Wait until it is "
-                        "done, or stop it and run the same command again."
+                        f"{store} is being written by {holder}. Wait until it is done, or stop it "
+                        "and run the same command again."
                     ) from error
                 time.sleep(_POLL_SECONDS)
             finally:
@@ -250,8 +300,9 @@ class WriteLock:
                     os.close(descriptor)
         # For those who come second.
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(who).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(who).encode(), 0)
         register_after_fork(self, WriteLock._forget)
 
     def _forget(self) -> None:
@@ -274,10 +325,16 @@ class WriteLock:
         self.release()
 
 
-def _holder(descriptor: int) -> str:
+def _is_signature(text: bytes) -> bool:
+    """Return whether a lock file holds what we write into it, whole or torn."""
+    start = b'{"pid": '
+    return text.startswith(start) or start.startswith(text)
+
+
+def _holder(text: bytes) -> str:
     """Return a text that names the process which signed the lock file."""
     try:
-        who = json.loads(os.pread(descriptor, 4096, 0))
+        who = json.loads(text)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who["since"]))
         return f"process {who['pid']} on {who['host']} (since {since})"
     except (ValueError, KeyError, TypeError):

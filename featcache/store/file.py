@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = ["StoreFile"]
 
 _DIGEST_BYTES = 8 << 20
 _REASON_BYTES = 1000
+_TRIES = 10
 _NEEDED = ("rows", "ids", "failures/id", "digest", "meta/fingerprint", "meta/datasets")
 _NO_REASON = ("unknown", "the record of the reason was lost")
 # What is made anew with each file.
@@ -69,26 +71,40 @@ class StoreFile:
         self._digest = b""
         self._rows_only = False
         self._known: dict[str, Any] = {}
-        try:
-            self.descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise MissingStore(f"There is no feature file {path}.") from error
-        except OSError as error:
-            if writable:
-                disk.raise_for(error, path)
-            raise StoreError(f"Cannot read {path}: {explained(error)}.") from error
-        if Path(path).is_dir():
-            raise StoreError(f"{path} is a folder, not a feature file.")
-        disk.check_unlocked(self.descriptor, path)
-        self.datasets, others = read_datasets(path)
-        if not disk.is_at(self.descriptor, path):
-            raise StoreError(f"{path} was replaced while it was opened. Try again.")
-        self._check_format(others)
+        self._check_format(self._open(writable))
         self.features = {tap: self.datasets[feature_name(tap)] for tap in self.fingerprint.taps}
         self.n = self.datasets["ids"].shape[0]
 
-    def __del__(self) -> None:
-        self.close()
+    def _open(self, writable: bool) -> list[str]:
+        """Open the file, list its contiguous datasets, and return the names of the others."""
+        path = self.path
+        for _ in range(_TRIES):
+            try:
+                self.descriptor = disk.open_file(path, writable=writable)
+            except FileNotFoundError as error:
+                raise MissingStore(f"There is no feature file {path}.") from error
+            except OSError as error:
+                if writable and isinstance(error, PermissionError) and Path(path).exists():
+                    raise StoreError(
+                        f"{path} is protected from writing. To go on with it, type: chmod u+w "
+                        f"{shlex.quote(path)}, and run the same command again."
+                    ) from error
+                if writable:
+                    disk.raise_for(error, path)
+                raise StoreError(f"Cannot read {path}: {explained(error)}.") from error
+            # At exit it runs while there are still modules.
+            self._finalizer = weakref.finalize(self, os.close, self.descriptor)
+            disk.check_unlocked(self.descriptor, path)
+            try:
+                self.datasets, others = read_datasets(path)
+            except CorruptStore:
+                if disk.is_at(self.descriptor, path):
+                    raise
+            else:
+                if disk.is_at(self.descriptor, path):
+                    return others
+            self.close()  # the path leads to another file meanwhile
+        raise StoreError(f"{path} is replaced again and again while it is opened.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For processes of joblib: they open the file themselves, if it is still this one.
@@ -96,9 +112,8 @@ class StoreFile:
 
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        self._finalizer()
+        self.descriptor = -1
 
     def _check_format(self, others: Sequence[str]) -> None:
         """Compare everything with the format.

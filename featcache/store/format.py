@@ -74,7 +74,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -202,6 +201,13 @@ class Contents:
         """Bytes of all features."""
         values = sum(math.prod(self.shapes[tap]) for tap in self.fingerprint.taps)  # of one image
         return values * np.dtype(self.fingerprint.store_dtype).itemsize * len(self.tables["ids"])
+
+    def file_bytes(self, room: int | None = None) -> int:
+        """Return the bytes that the file takes at most, with `room` bytes of features or all."""
+        plan = self.plan()
+        found = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in plan.values())
+        found += _METADATA_BYTES * len(plan)
+        return found if room is None else found + room - self.feature_bytes
 
     def plan(self) -> Plan:
         """Return shape, type and first bytes (None = zeros) of each dataset by name."""
@@ -368,12 +374,10 @@ def misfit(found: Mapping[str, Dataset], fingerprint: Fingerprint) -> str:
 def create_file(path: str, contents: Contents, *, room: int | None = None) -> None:
     """Make a feature file, valid HDF5, closed and fsynced, with its space reserved.
 
-    The file is made as ``PATH.new`` and renamed: at `path` there is a whole layout or none.
-
     Parameters
     ----------
     path : str
-        The file to make.
+        The file to make; one that a killed process left there is removed.
     contents : Contents
         What it holds.
     room : int, optional
@@ -386,36 +390,30 @@ def create_file(path: str, contents: Contents, *, room: int | None = None) -> No
         The space cannot be reserved or the folder not be written to; nothing is left behind.
         `disk.raise_for` says it in words.
     """
-    plan = contents.plan()
-    temporary = f"{path}.new"
-    bound = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in plan.values())
-    bound += _METADATA_BYTES * len(plan)
-    if room is not None:
-        bound += room - contents.feature_bytes
+    plan, bound = contents.plan(), contents.file_bytes(room)
+    descriptor = disk.new_file(path)
     try:
         # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
-        with Path(temporary).open("wb") as file:
-            disk.reserve(file.fileno(), 0, bound, zeros=False)
+        disk.reserve(descriptor, 0, bound, zeros=False)
         try:
-            _write_layout(temporary, plan)
+            _write_layout(path, plan)
         except RuntimeError as error:  # so libhdf5 says that it could not write
             raise OSError(errno.EIO, f"libhdf5: {error}") from error
-        datasets, _ = read_datasets(temporary)
-        with Path(temporary).open("rb+", buffering=0) as file:
-            descriptor = file.fileno()
-            if room is None:
-                disk.reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
-            for name, (_, _, data) in plan.items():
-                start, size = datasets[name].offset, datasets[name].nbytes
-                if not name.startswith("features/"):
-                    disk.reserve(descriptor, start, start + size, zeros=True)
-                if data is not None and size:
-                    disk.pwrite_all(descriptor, as_bytes(data), start)
-            disk.fsync(descriptor)
-        disk.rename(temporary, path)
+        datasets, _ = read_datasets(path)
+        if room is None:
+            disk.reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
+        for name, (_, _, data) in plan.items():
+            start, size = datasets[name].offset, datasets[name].nbytes
+            if not name.startswith("features/"):
+                disk.reserve(descriptor, start, start + size, zeros=True)
+            if data is not None and size:
+                disk.pwrite_all(descriptor, as_bytes(data), start)
+        disk.fsync(descriptor)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        disk.remove(path)
         raise
+    finally:
+        os.close(descriptor)
 
 
 def _write_layout(path: str, plan: Plan) -> None:

@@ -7,6 +7,8 @@ Beside ``flowers.h5`` there may be, until it is complete:
 ``flowers.h5.partial.lock``             held by the writer; the kernel lets go when it dies
 ``flowers.h5.partial.old``              an earlier partial file of other images, kept until its
                                         rows are copied
+``flowers.h5.partial.new``              a file that is being laid out, or written anew; useless once
+                                        its process is dead
 ======================================= =========================================================
 
 Order of writing: a row's features first, then its entry with checksum. Whatever a kill, a crash or
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +48,7 @@ from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Fa
 from featcache.store.store import FeatureStore, convert
 from featcache.system.console import check_stopped
 
-__all__ = ["FeatureWriter", "check_replaceable", "merge", "relabel", "restamp"]
+__all__ = ["FeatureWriter", "check_replaceable", "locked", "merge", "relabel", "restamp"]
 
 _COPY_ROWS_BYTES = 8 << 20
 
@@ -148,7 +151,7 @@ class FeatureWriter:
         StoreError
             No images, or the folder cannot be written to.
         """
-        real, lock = _locked(path, wait)
+        real, lock = locked(path, wait)
         with contextlib.ExitStack() as unless_begun:
             unless_begun.enter_context(lock)
             check_replaceable(real, fingerprint)
@@ -494,7 +497,8 @@ class FeatureWriter:
         else:
             with self._keeping():
                 self._file.seal()
-                disk.rename(self._file.path, self.path)
+                disk.remove(f"{self.path}.partial.old")  # nothing but the lock is left after a kill
+                _take_place(self._file, self.path)
         self._clean_up()
         return FeatureStore.open(self.path)
 
@@ -509,7 +513,7 @@ class FeatureWriter:
         self._check_complete()
         self.commit()
         with self._keeping():
-            disk.rename(self._file.path, self.path)
+            _take_place(self._file, self.path)
         self._clean_up()
 
     def _check_complete(self) -> None:
@@ -528,13 +532,20 @@ class FeatureWriter:
             "images needs the room."
         )
         contents = self._file.contents(tables, failures)
-        _make(self._file, done, contents, f"{partial}.compact", self.path, kept=kept)
+        _make(self._file, done, contents, self.path, kept=kept)
 
     def _clean_up(self) -> None:
         """Remove what only an unfinished file needs, and close."""
-        for leftover in ("", ".old", ".compact", ".fresh", ".relabelled"):
+        for leftover in ("", ".old", ".new"):
             disk.remove(f"{self.path}.partial{leftover}")
         self.close()
+
+
+def remove_leftovers(path: str) -> None:
+    """Remove what a process that was killed left beside a finished store, unless one writes it."""
+    if any(Path(f"{path}.partial{end}").exists() for end in (".lock", ".new")):
+        with contextlib.suppress(StoreError), locked(path)[1]:
+            disk.remove(f"{path}.partial.new")
 
 
 def check_unreplaced(path: str, seen: tuple[int, int] | None) -> None:
@@ -557,7 +568,7 @@ def check_unreplaced(path: str, seen: tuple[int, int] | None) -> None:
 def restamp(store: FeatureStore, rows: np.ndarray, stamps: np.ndarray) -> None:
     """Note in a finished file that images (k,) of new stamps (k,) were read and are unchanged."""
     (seen,) = store.checked_files()
-    real, lock = _locked(seen.path)
+    real, lock = locked(seen.path)
     with lock:
         check_unreplaced(real, disk.identity(seen.descriptor))
         file = StoreFile(real, writable=True)
@@ -597,7 +608,7 @@ def relabel(store: FeatureStore, tables: Tables) -> FeatureStore:
     if len(store.fingerprints) > 1:
         raise StoreError("This is a join of several stores: relabel each by itself.")
     for file in store.checked_files():
-        real, lock = _locked(file.path)
+        real, lock = locked(file.path)
         with lock:
             check_unreplaced(real, disk.identity(file.descriptor))
             _relabel(StoreFile(real), _encoded(tables, real))
@@ -617,9 +628,8 @@ def _relabel(file: StoreFile, tables: Tables) -> None:
         )
     new = {name: table[rows] for name, table in tables.items()}
     contents = file.contents(new, file.failures())
-    working = f"{file.path}.partial.relabelled"
     kept = f"{file.path} is as it was; what takes its place is written beside it."
-    _make(file, np.arange(file.n), contents, working, file.path, kept=kept)
+    _make(file, np.arange(file.n), contents, file.path, kept=kept)
 
 
 def merge(
@@ -670,7 +680,7 @@ def merge(
     StoreError
         A row of a part fails its checksum. The part is kept.
     """
-    real, lock = _locked(path, wait)
+    real, lock = locked(path, wait)
     with lock:
         there = [os.path.realpath(part) for part in parts if Path(part).exists()]
         file = _merging(real, _encoded(tables, real), there, max_failures)
@@ -728,12 +738,11 @@ def _make(
     source: StoreFile,
     rows: np.ndarray,
     contents: Contents,
-    working: str,
     path: str,
     *,
     kept: str,
 ) -> None:
-    """Make the finished file `path`, by way of `working`, from some rows of another file.
+    """Make the finished file `path` from some rows of another file.
 
     Raises
     ------
@@ -741,6 +750,7 @@ def _make(
         Rows fail their checksums. Nothing is made.
     """
     source.refuse_foreign()
+    working = f"{path}.partial.new"
     try:
         format.create_file(working, contents)
         with FeatureWriter(path, StoreFile(working, writable=True), None, kept=kept) as target:
@@ -748,11 +758,18 @@ def _make(
             copied = target.copy_rows(store, numbers, numbers)
             _check_copied(source, np.delete(rows, copied))
             target._file.seal()
-            disk.rename(working, path)
+            _take_place(target._file, path)
     except OSError as error:
-        disk.raise_for(error, path, needed=contents.feature_bytes, so_far=kept)
+        disk.raise_for(error, path, needed=contents.file_bytes(), so_far=kept)
     finally:
         disk.remove(working)
+
+
+def _take_place(file: StoreFile, path: str) -> None:
+    """Give an open file its name, and the rights of the file that had it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.fchmod(file.descriptor, stat.S_IMODE(Path(path).stat().st_mode))
+    disk.rename(file.path, path)
 
 
 def _check_copied(file: StoreFile, refused: np.ndarray) -> None:
@@ -773,7 +790,7 @@ def _positions(ids: np.ndarray, names: np.ndarray) -> np.ndarray:
     return np.where(ids[found] == names, found, -1)
 
 
-def _locked(path: str | Path, wait: float = 0) -> tuple[str, WriteLock]:
+def locked(path: str | Path, wait: float = 0) -> tuple[str, WriteLock]:
     """Return the real path of a store, its folder made, and the lock on it."""
     real = os.path.realpath(path)
     try:
@@ -801,17 +818,17 @@ def _begun(path: str, contents: Contents, room: int | None = None) -> StoreFile:
     partial = f"{path}.partial"
     check_replaceable(partial, contents.fingerprint)
     try:
-        format.create_file(f"{partial}.fresh", contents, room=room)
+        format.create_file(f"{partial}.new", contents, room=room)
         if Path(partial).exists():
             _keep_earlier_partial(partial)
-        disk.rename(f"{partial}.fresh", partial)
+        disk.rename(f"{partial}.new", partial)
     except OSError as error:
         so_far, advice = "Nothing was computed.", "; --store-dtype float16 needs half the space"
         if Path(path).exists():
             so_far, advice = f"{path} is as it was; what takes its place is written beside it.", ""
         if room is not None:
             so_far, advice = "The parts are kept.", ""
-        needed = contents.feature_bytes if room is None else room
+        needed = contents.file_bytes(room)
         disk.raise_for(error, path, needed=needed, so_far=so_far, advice=advice)
     return StoreFile(partial, writable=True)
 
@@ -836,7 +853,12 @@ def _holds_nothing(file: StoreFile) -> bool:
 
 def check_replaceable(path: str, fingerprint: Fingerprint) -> None:
     """Raise if `path` holds something that a file of such features must not replace."""
-    if not Path(path).exists() or Path(path).stat().st_size == 0:
+    try:
+        status = Path(path).lstat()
+    except FileNotFoundError:
+        return
+    disk.check_is_file(path, status)
+    if status.st_size == 0:
         return
     file = StoreFile(path)
     if not file.finished and not (file.read("rows")["status"] == DONE).any():
@@ -853,9 +875,9 @@ def check_replaceable(path: str, fingerprint: Fingerprint) -> None:
 def _resumed(path: str, contents: Contents) -> StoreFile | None:
     """Open the partial file if it has exactly these tables."""
     partial = f"{path}.partial"
+    check_replaceable(partial, contents.fingerprint)
     if not Path(partial).exists() or Path(partial).stat().st_size == 0:
         return None
-    check_replaceable(partial, contents.fingerprint)
     file = StoreFile(partial, writable=True)
     if file.fingerprint != contents.fingerprint:  # and nothing in it
         return None
@@ -866,7 +888,7 @@ def _resumed(path: str, contents: Contents) -> StoreFile | None:
         disk.reserve(file.descriptor, 0, size, zeros=False)
     except OSError as error:
         so_far = f"Everything computed so far is kept in {partial}."
-        disk.raise_for(error, path, needed=contents.feature_bytes, so_far=so_far)
+        disk.raise_for(error, path, needed=contents.file_bytes(), so_far=so_far)
     return file
 
 

@@ -1,0 +1,253 @@
+"""Links, pipes and what killed processes left at the names that a store uses; rights and room."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featcache.errors import DiskFull, MissingStore, StoreError
+from featcache.extraction.extract import extract
+from featcache.images.image_set import ImageSet
+from featcache.store import file as file_module
+from featcache.store.store import FeatureStore
+from featcache.store.writer import relabel
+from featcache.system import files
+from tests import stores
+from tests.small import backbone, folder
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.h5"
+
+
+def beside(path: Path) -> list[str]:
+    return sorted(p.name for p in path.parent.iterdir() if p.name.startswith(path.name))
+
+
+def grown(path: Path, failed: list[int] = []) -> FeatureStore:  # noqa: B006
+    return stores.store(path, stores.images(14), failed=failed)
+
+
+WAYS: dict[str, Callable[[Path], object]] = {
+    "grow": grown,
+    "leave out": lambda path: grown(path, failed=[3]),
+    "relabel": lambda path: relabel(FeatureStore.open(path), stores.images(12).tables),
+}
+NAMES = [".partial", ".partial.lock", ".partial.new", ".partial.old"]
+
+
+# --- links and pipes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NAMES)
+def test_links_at_the_names_that_are_written_are_not_followed(
+    path: Path, tmp_path: Path, name: str, way: str
+) -> None:
+    stores.store(path)
+    whole = path.read_bytes()
+    victim, link = tmp_path / "victim", Path(f"{path}{name}")
+    victim.write_bytes(whole)  # what looks like ours most of all
+    link.symlink_to(victim)
+    try:
+        WAYS[way](path)
+    except StoreError as error:
+        assert f"{link} is a symbolic link" in str(error) and "Move it away" in str(error)
+        assert path.read_bytes() == whole
+        link.unlink()  # as it says
+        WAYS[way](path)
+    assert victim.read_bytes() == whole
+    assert FeatureStore.open(path).verify().ok
+    assert beside(path) in (["a.h5"], ["a.h5", f"a.h5{name}"])
+
+
+@pytest.mark.parametrize("name", ["", *NAMES, ".partial.plan"])
+def test_pipes_are_not_waited_for(path: Path, tmp_path: Path, name: str) -> None:
+    if name:
+        stores.store(path)
+    pipe = Path(f"{path}{name}")
+    os.mkfifo(pipe)
+    root = folder(tmp_path / "images", 4)
+    try:
+        extract(ImageSet.from_folder(root), backbone(), path, device="cpu", allow_removal=True)
+    except StoreError as error:
+        assert "Move it away" in str(error) or "other features" in str(error)
+    if not name:
+        with pytest.raises(StoreError, match=f"{path} is a pipe or a device"):
+            FeatureStore.open(path)
+    if pipe.exists():
+        assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_device_is_no_store_and_is_not_replaced() -> None:
+    with pytest.raises(StoreError, match="/dev/null is a pipe or a device"):
+        FeatureStore.open("/dev/null")
+    with pytest.raises(StoreError, match="/dev/null is a pipe or a device"):
+        stores.store(Path("/dev/null"))
+    assert not Path("/dev/null.partial").exists()
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b'{"mine": 1}', b"\x00\x01"])
+def test_a_lock_file_that_is_not_ours_is_left_as_it_is(path: Path, content: bytes) -> None:
+    lock = Path(f"{path}.partial.lock")
+    lock.write_bytes(content)
+    with pytest.raises(StoreError, match=f"{lock} is not what featcache makes .* Move it away"):
+        stores.store(path)
+    assert lock.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", bytes(90), b'{"pi', b'{"pid": 1, "ho', b'{"pid": 1}'])
+def test_a_lock_file_of_a_dead_process_is_taken_over_whatever_is_left_of_it(
+    path: Path, content: bytes
+) -> None:
+    Path(f"{path}.partial.lock").write_bytes(content)
+    assert stores.store(path).verify().ok
+    assert beside(path) == ["a.h5"]
+
+
+# --- what is left after a kill --------------------------------------------------------------------
+
+
+def test_a_run_that_has_nothing_to_do_removes_what_killed_ones_left(tmp_path: Path) -> None:
+    root, path = folder(tmp_path / "images", 8), tmp_path / "f.h5"
+    images = ImageSet.from_folder(root)
+    extract(images, backbone(), path, device="cpu", workers=0)
+    Path(f"{path}.partial.lock").write_bytes(b'{"pid": 1')
+    Path(f"{path}.partial.new").write_bytes(path.read_bytes()[:9000])
+    Path(f"{path}.partial.plan").write_text('{"merging": true}')
+    Path(f"{path}.part-0001.partial.lock").touch()
+    Path(f"{path}.old-part-0001").write_bytes(b"")
+    assert extract(images, backbone(), path, device="cpu", workers=0).extraction.skipped
+    assert beside(path) == ["f.h5"]
+
+
+@pytest.mark.parametrize("rest", [["a.h5.part-0001"], ["a.h5.part-0002.partial"], []])
+def test_parts_of_another_job_are_no_leftovers(tmp_path: Path, rest: list[str]) -> None:
+    root, path = folder(tmp_path / "images", 8), tmp_path / "a.h5"
+    images = ImageSet.from_folder(root)
+    extract(images, backbone(), path, device="cpu", workers=0)
+    merging = "true" if rest else "false"
+    Path(f"{path}.partial.plan").write_text(f'{{"merging": {merging}}}')
+    for name in rest:
+        path.with_name(name).write_bytes(b"rows")
+    assert extract(images, backbone(), path, device="cpu", workers=0).extraction.skipped
+    assert beside(path) == ["a.h5", *sorted([*rest, "a.h5.partial.plan"])]
+
+
+def test_nothing_but_the_lock_is_left_between_the_last_rename_and_the_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, more = stores.images(6), stores.images(9)
+    with stores.writer(path, few) as writer:
+        stores.fill(writer, few, np.arange(3))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(source: object, target: object) -> None:
+        rename(source, target)
+        if str(target) == str(path):
+            raise Killed
+
+    rename = files.rename
+    with stores.writer(path, more) as writer:
+        [earlier] = writer.earlier_stores
+        writer.copy_rows(earlier, np.arange(3), np.arange(3))
+        stores.fill(writer, more, writer.pending)
+        monkeypatch.setattr("featcache.store.disk.rename", killed)
+        with pytest.raises(Killed):
+            writer.finish()
+        assert beside(path) == ["a.h5", "a.h5.partial.lock"]
+
+
+# --- rights, room, replacement --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_takes_the_place_of_a_store_has_its_rights(path: Path, way: str) -> None:
+    stores.store(path)
+    path.chmod(0o440)
+    WAYS[way](path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o440
+
+
+def test_a_protected_file_says_how_it_is_opened(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores.store(path)
+    path.rename(f"{path}.partial")
+    opened = os.open
+
+    def refuse(name: str, flags: int, *rest: int) -> int:
+        if str(name).endswith(".partial") and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        return opened(name, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StoreError, match=rf"protected .* type: chmod u\+w {path}.partial, and"):
+        stores.store(path)
+
+
+def test_the_room_that_is_missing_is_not_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: Callable[..., object]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: os.terminal_size((0, 0)))
+    usage = type("usage", (), {"free": 30_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with full_disk(), pytest.raises(DiskFull, match=r"needs [1-9]\.\d MB and 30,000 bytes are"):  # type: ignore[attr-defined]
+        stores.store(path)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores.store(path)
+    others = [stores.store(path.with_name(f"{k}.h5"), stores.images(13 + k)) for k in range(3)]
+    waiting = [Path(other.paths[0]) for other in others]
+    read = file_module.read_datasets
+
+    def replaced(name: str) -> object:
+        if waiting:
+            waiting.pop(0).rename(path)
+        return read(name)
+
+    monkeypatch.setattr(file_module, "read_datasets", replaced)
+    assert len(FeatureStore.open(path)) == 15
+
+    def gone(name: str) -> object:
+        Path(name).unlink(missing_ok=True)
+        return read(name)
+
+    monkeypatch.setattr(file_module, "read_datasets", gone)
+    with pytest.raises(MissingStore):
+        FeatureStore.open(path)
+
+
+def test_stores_that_are_open_at_the_end_of_a_program_say_nothing(path: Path) -> None:
+    stores.store(path)
+    code = f"""
+import gc, sys
+from featcache.store.store import FeatureStore
+store = FeatureStore.open({str(path)!r})
+class Cycle: pass
+sys.kept = cycle = Cycle()
+cycle.store, cycle.cycle, cycle.other = store, cycle, FeatureStore.open({str(path)!r})
+try:
+    FeatureStore.open("nowhere.h5")
+except Exception as error:
+    sys.error = error
+FeatureStore.open.__func__.kept = cycle
+gc.disable()
+"""
+    command = [sys.executable, "-W", "error", "-X", "dev", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stderr == ""
