@@ -79,16 +79,18 @@ def fit_calibration(
     for number, (_, valid) in enumerate(folds if len(folds) > 1 else ()):
         part[valid] = number
     some, gains = _known(logits, _COMPARED_CELLS), []
+    near = [_fit(logits, y, sample_weight, some)] * 2
+    near[1] = _fit(logits, y, sample_weight, some, biased=True, near=near[0])
     for number in np.unique(part[some]):
         others, own = some[part[some] != number], some[part[some] == number]
         plain, biased = (
-            _fit(logits, y, sample_weight, others, bias).losses(logits[own], y[own])
+            _fit(logits, y, sample_weight, others, bias, near[bias]).losses(logits[own], y[own])
             for bias in (False, True)
         )
         gains.append((plain - biased) * (1 if sample_weight is None else sample_weight[own]))
     gain = np.concatenate(gains) if gains else np.zeros(1)
     better = bool(gain.sum() > gain.std() * np.sqrt(len(gain)))
-    return _fit(logits, y, sample_weight, _known(logits, _CELLS), better)
+    return _fit(logits, y, sample_weight, _known(logits, _CELLS), better, near[better])
 
 
 def fit_temperature(logits: np.ndarray, y: np.ndarray, sample_weight: Weights = None) -> float:
@@ -97,9 +99,14 @@ def fit_temperature(logits: np.ndarray, y: np.ndarray, sample_weight: Weights = 
 
 
 def _fit(
-    logits: np.ndarray, y: np.ndarray, weight: Weights, rows: np.ndarray, biased: bool = False
+    logits: np.ndarray,
+    y: np.ndarray,
+    weight: Weights,
+    rows: np.ndarray,
+    biased: bool = False,
+    near: Calibration | None = None,
 ) -> Calibration:
-    """Minimise the log loss on some rows.
+    """Minimise the log loss on some rows, from what minimises that of nearly the same rows.
 
     As in Platt's method, one part in n + 2 of each target goes to the other classes: scores
     without a single mistake would otherwise call for a temperature of zero.
@@ -107,29 +114,40 @@ def _fit(
     The search is bounded in units of the scores' own spread: a strong penalty makes scores of any
     smallness, and they are as good as larger ones. Scores that are all the same get 1.
     """
-    values = logits[rows].astype(np.float64)
-    n, k = values.shape
-    spread = float(values.std(axis=1).mean()) if n else 0.0
+    # A class a row: sums over few classes are slow in the other order.
+    values = np.array(logits[rows].T, np.float64, order="C")  # (k, n)
+    k, n = values.shape
+    spread = float(values.std(axis=0).mean()) if n else 0.0
     if not spread > 0:
         return Calibration(1.0, (0.0,) * k)
     values /= spread
-    target = np.full((n, k), 1 / ((n + 2) * (k - 1)))
-    target[np.arange(n), y[rows]] = (n + 1) / (n + 2)
+    other = 1 / ((n + 2) * (k - 1))
+    own, cells = (n + 1) / (n + 2) - other, (y[rows], np.arange(n))
     share = np.ones(n) if weight is None else weight[rows]
     share = share / share.sum()
+    free_bias = k if biased else 0
 
     def loss(free: np.ndarray) -> tuple[float, np.ndarray]:
-        logs = log_softmax(values * free[0] + free[1:], axis=1)
-        slope = np.exp(logs)
-        slope -= target
-        slope *= share[:, None]
-        ends = np.concatenate([[np.vdot(slope, values)], slope.sum(axis=0)])
-        return -float(share @ np.einsum("ij,ij->i", target, logs)), ends
+        scores = values * free[0]
+        if biased:
+            scores += free[1:, None]
+        scores -= scores.max(axis=0)
+        fit = other * scores.sum(axis=0) + own * scores[cells]
+        slope = np.exp(scores, out=scores)
+        total = slope.sum(axis=0)
+        slope /= total
+        slope -= other
+        slope[cells] -= own
+        slope *= share
+        # Not by the BLAS, whose threads would cost more than they sum.
+        ends = np.append(np.einsum("ij,ij->", slope, values), slope.sum(axis=1)[:free_bias])
+        return float(np.sum(share * (np.log(total) - fit))), ends
 
-    bounds = [(np.exp(-7.0), np.exp(7.0)), *[(-50.0, 50.0) if biased else (0.0, 0.0)] * k]
-    start = np.concatenate([[1.0], np.zeros(k)])
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x.tolist()
-    return Calibration(spread / found[0], tuple(found[1:]))
+    bounds = [(np.exp(-7.0), np.exp(7.0)), *[(-50.0, 50.0)] * free_bias]
+    first = (1.0, *[0.0] * k) if near is None else (spread / near.temperature, *near.bias)
+    start = np.clip(first[: len(bounds)], *np.transpose(bounds))
+    scale, *bias = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x.tolist()
+    return Calibration(spread / scale, tuple(bias or [0.0] * k))
 
 
 def _known(logits: np.ndarray, cells: int) -> np.ndarray:
