@@ -93,7 +93,8 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             # What is printed to a closed standard output fails, and is told.
             os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
-            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))  # it may be replaced below
     if type(sys.stdout) is io.TextIOWrapper:
         sys.stdout = told_output(sys.stdout)
 

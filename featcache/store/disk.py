@@ -154,7 +154,7 @@ def check_is_file(path: str, status: os.stat_result) -> None:
 
 def new_file(path: str) -> int:
     """Make an empty file in the place of one that a killed process left; no link is followed."""
-    Path(path).unlink(missing_ok=True)
+    remove(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, 0o666)
 
