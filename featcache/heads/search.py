@@ -8,6 +8,7 @@ calibration of probabilities and the audit all come from them.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import time
@@ -219,7 +220,7 @@ class Search:
     def judge_on(self, rows: TrainingRows) -> None:
         """Score what is tried from now on on these rows."""
         self.rows = rows
-        self._scorer = FoldScorer.of(self.options.decides, rows.codes, rows.classes, rows.folds)
+        self._scorer = FoldScorer(self.options.decides, rows.codes, rows.classes, rows.folds)
 
     @property
     def best(self) -> Trial:
@@ -358,7 +359,7 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
         weights are not for these classes.
     """
     options, start = head.options, time.perf_counter()
-    FoldScorer.of(options.decides, rows.codes, rows.classes, rows.folds)
+    FoldScorer(options.decides, rows.codes, rows.classes, rows.folds)  # refuses before all else
     try:
         class_factors(options.class_weight, rows.classes, rows.codes, np.ones(len(rows)))
     except ValueError as error:
@@ -474,7 +475,6 @@ def check_scoring(scoring: Scoring) -> Callable[..., float]:
     return scorer
 
 
-@dataclass(frozen=True, eq=False)
 class FoldScorer:
     """Any of scikit-learn's scorers on out-of-fold scores, also where folds lack classes.
 
@@ -484,78 +484,62 @@ class FoldScorer:
     mean of the folds that have every class. Of two classes, the second in sorted order is the
     positive one.
 
-    Attributes
+    Parameters
     ----------
     scoring : str or callable
-        What was asked for.
-    scorer : callable
-        ``scorer(estimator, X, y)``.
+        One of scikit-learn's scorers.
     codes, classes : ndarray of shape (n,), ndarray of shape (k,)
         Column of the true class, and labels.
-    folds : list of ndarray
-        Numbers of the validation images.
-    counted : list of bool
-        Which folds count.
-    together : bool
-        Whether the score is that of all folds' images together.
+    folds : list of (train, valid)
+        Row numbers.
+
+    Attributes
+    ----------
     notes : list of str
-        What the user should be told of this.
+        What the user should be told of the score.
+
+    Raises
+    ------
+    TrainingError
+        scikit-learn knows no such scoring, or it is not defined for these labels and folds.
     """
 
-    scoring: Scoring
-    scorer: Callable[..., float]
-    codes: np.ndarray
-    classes: np.ndarray
-    folds: Sequence[np.ndarray]
-    counted: Sequence[bool]
-    together: bool
-    notes: Sequence[str]
+    def __init__(
+        self, scoring: Scoring, codes: np.ndarray, classes: np.ndarray, folds: Folds
+    ) -> None:
+        from sklearn.metrics import roc_auc_score
 
-    @classmethod
-    def of(
-        cls, scoring: Scoring, codes: np.ndarray, classes: np.ndarray, folds: Folds
-    ) -> FoldScorer:
-        """Prepare a scorer for labels (n,), as numbers of the classes (k,), and folds.
-
-        Raises
-        ------
-        TrainingError
-            scikit-learn knows no such scoring, or it is not defined for these labels and folds.
-        """
-        from sklearn.metrics import make_scorer, roc_auc_score
-
+        self.scoring, self.codes, self.classes = scoring, codes, classes
+        self.notes: list[str] = []
         scorer: Any = check_scoring(scoring)
         function = getattr(scorer, "_score_func", None)  # no public way tells what it takes
         takes = inspect.signature(function).parameters if function else {}
         predicts = bool(function) and scorer._response_method == "predict"
-        options, notes = {}, []
+        options = {}
         if len(classes) == 2 and "pos_label" in takes and "pos_label" not in scorer._kwargs:
             options["pos_label"] = classes[1]
-            notes.append(f"{scoring}: {str(classes[1])!r} is the positive class")
+            self.notes.append(f"{scoring}: {str(classes[1])!r} is the positive class")
         if "labels" in takes and not predicts and function is not roc_auc_score:
             options["labels"] = classes
         if options:
-            scorer = make_scorer(
-                function,
-                response_method=scorer._response_method,
-                greater_is_better=scorer._sign > 0,
-                **{**options, **scorer._kwargs},
-            )
-        valid = [np.asarray(rows) for _, rows in folds]
-        present = np.stack([np.bincount(codes[rows], minlength=len(classes)) > 0 for rows in valid])
+            scorer = copy.copy(scorer)
+            scorer._kwargs = {**options, **scorer._kwargs}
+        self.scorer: Callable[..., float] = scorer
+        self.folds = [np.asarray(valid) for _, valid in folds]
+        present = np.stack([np.isin(np.arange(len(classes)), codes[rows]) for rows in self.folds])
         whole = present.all(axis=1)
-        counted = np.logical_or(whole, predicts or "labels" in options)
-        together = predicts and not bool(whole.all())
-        if together and len(valid) > 1:
-            notes.append("a fold lacks a class: the score is that of all folds' images together")
-        if not counted.all():
-            notes.append(
-                f"the score is the mean of {counted.sum()} of {len(valid)} folds: the others lack "
-                "a class"
+        self.counted = np.logical_or(whole, predicts or "labels" in options)
+        self.together = predicts and not whole.all()
+        if self.together and len(folds) > 1:
+            self.notes.append(
+                "a fold lacks a class: the score is that of all folds' images together"
             )
-        made = cls(scoring, scorer, codes, classes, valid, counted.tolist(), together, notes)
-        made._check(np.flatnonzero(present.any(axis=0)))
-        return made
+        if not self.counted.all():
+            self.notes.append(
+                f"the score is the mean of {self.counted.sum()} of {len(folds)} folds: the others "
+                "lack a class"
+            )
+        self._check(np.flatnonzero(present.any(axis=0)))
 
     def _check(self, present: np.ndarray) -> None:
         """Refuse what cannot score even right predictions of the classes that folds validate."""
@@ -569,7 +553,7 @@ class FoldScorer:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", UndefinedMetricWarning)
-                if not any(self.counted):
+                if not self.counted.any():
                     raise ValueError("no fold has validation images of every class")
                 if not np.isfinite(self._one(known, np.arange(len(codes)))):
                     raise ValueError("it is not a number")

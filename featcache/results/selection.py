@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.results.intervals import FEWEST_GROUPS, Score, rate_scores
+from featcache.results.intervals import Score, rate_scores
 
 _MOST, _FEWEST = 1000, 200  # resamples
 _WORK = 1 << 28  # cells that the resamples read, between these numbers of them
@@ -50,8 +50,7 @@ def corrected_accuracy(
     """
     right = np.stack([one == y_true for one in predicted], axis=1).astype(np.float32)  # (n, m)
     n = len(right)
-    group = None if groups is None else np.unique(groups, return_inverse=True)[1]
-    unit = np.arange(n) if group is None else group
+    unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     units = int(unit.max()) + 1
     weight = 1 / np.bincount(y_true)[y_true] if balanced else np.ones(n)
     rng = np.random.default_rng(0)  # the same predictions give the same figure
@@ -62,15 +61,13 @@ def corrected_accuracy(
         if left.any():
             best = ((drawn * weight).astype(np.float32) @ right).argmax()
             scores.append(right[left, best].mean())
-    if not scores:  # a single image or group is always drawn
-        return Score(float(right.mean(axis=0).max()), None, None)
-    value = float(np.mean(scores))
-    if groups is not None and units < FEWEST_GROUPS:
+    rates = right.mean(axis=0)
+    value = float(np.mean(scores or rates.max()))  # a single image or group is always drawn
+    # Never narrower than that of the best as it is: of few errors or groups resamples know less.
+    mine: npt.NDArray[np.int64] = right[:, rates.argmax()].astype(np.int64)
+    plain = rate_scores(np.ones(n, np.int64), mine, 2, groups)[0]
+    if plain.low is None or plain.high is None or not scores:
         return Score(value, None, None)
     low, high = np.percentile(scores, [2.5, 97.5]).tolist()
-    # Never narrower than that of the best as it is: of few errors or groups resamples know less.
-    mine: npt.NDArray[np.int64] = right[:, right.mean(axis=0).argmax()].astype(np.int64)
-    plain = rate_scores(np.ones(n, np.int64), mine, 2, group)[0]
-    assert plain.low is not None and plain.high is not None
     low, high = min(low, value - plain + plain.low), max(high, value + plain.high - plain)
     return Score(value, max(low, 0.0), min(high, 1.0))

@@ -319,7 +319,7 @@ class _TrainingData:
             text = f"{options.cv} {'grouped ' * options.group}folds"
         own = with_own_groups(fit.groups)
         classes, codes = np.unique(fit.labels, return_inverse=True)
-        scorer = FoldScorer.of(options.decides, codes, classes, folds)
+        scorer = FoldScorer(options.decides, codes, classes, folds)
         chosen = set(fit.resolve(layers))
         columns = [name for name in fit.taps if name in chosen]
         notes = [warning for one in fit.fingerprints for warning in one.warnings]
@@ -498,7 +498,7 @@ def _nested(
         found = search(HEADS[head](options), rows)
         logits[valid] = found.estimator.logits(data.X[valid])
         proba[valid] = found.calibration.proba(logits[valid])
-    score, _ = FoldScorer.of(data.options.decides, codes, classes, data.folds)(logits, proba)
+    score, _ = FoldScorer(data.options.decides, codes, classes, data.folds)(logits, proba)
     return logits, proba, score
 
 
