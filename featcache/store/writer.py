@@ -47,6 +47,7 @@ from featcache.store.file import StoreFile
 from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Failure
 from featcache.store.store import FeatureStore, convert
 from featcache.system.console import check_stopped
+from featcache.system.files import sync_folder
 
 __all__ = ["FeatureWriter", "check_replaceable", "locked", "merge", "relabel", "restamp"]
 
@@ -796,7 +797,10 @@ def locked(path: str | Path, wait: float = 0) -> tuple[str, WriteLock]:
     try:
         if Path(real).is_dir():
             raise StoreError(f"{path} is a folder. Name a file: -o {path}/features.h5")
+        made = [folder for folder in Path(real).parents if not folder.exists()]
         Path(real).parent.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            sync_folder(folder.parent)
         return real, WriteLock(real, wait=wait)
     except OSError as error:
         disk.raise_for(error, real)

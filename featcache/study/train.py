@@ -179,6 +179,8 @@ def train(
         The head ``suffix`` was stopped by a signal; the same call goes on from its checkpoints.
     OutputError
         The folder of checkpoints holds something else, or cannot be written.
+    CorruptStore, StoreError
+        Features are not what was written, or a file was overwritten in place meanwhile.
     """
     options = TrainingOptions(
         cv=cv,
@@ -207,6 +209,8 @@ def train(
                 checkpoints=folder,
             )
         found = _train_heads(data, names, test, progress=progress)
+    for read in filter(None, (store, test)):
+        read.checked_files()  # features that are mapped were read until now
     # Scores that differ by rounding are equal.
     found.sort(key=lambda one: (-round(one[0].cv_score, 9), one[0].cv.log_loss))
     (first, best, _), decides = found[0], options.decides

@@ -180,6 +180,67 @@ def test_what_takes_the_place_of_a_store_has_its_rights(path: Path, way: str) ->
     assert stat.S_IMODE(path.stat().st_mode) == 0o440
 
 
+def test_reasons_are_synced_with_their_rows_and_the_name_with_its_folder(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each call would find on the disk after a power cut: whatever was synced by then."""
+    imgs, fsync = stores.images(12), os.fsync
+    synced: dict[int, bytes] = {}  # by inode
+    names: list[list[str]] = []  # in the folder, at each of its syncs
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            names.append(beside(path))
+        else:
+            synced[status.st_ino] = os.pread(descriptor, status.st_size, 0)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with stores.writer(path, imgs) as writer:
+        partial = Path(f"{path}.partial")
+        writer.fail(3, "decode", "the reason of a failure")
+        stores.fill(writer, imgs, writer.pending)
+        writer.commit()
+        assert synced[partial.stat().st_ino] == partial.read_bytes()
+        assert b"the reason of a failure" in partial.read_bytes()
+        writer.finish(max_failures=1)
+    assert synced[path.stat().st_ino] == path.read_bytes()
+    assert "a.h5" in names[-1] and "a.h5" not in names[-2]
+
+
+def test_a_folder_that_cannot_be_synced_is_not_passed_over(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imgs, fsync = stores.images(12), os.fsync
+
+    def fails(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    with stores.writer(path, imgs) as writer:
+        stores.fill(writer, imgs, writer.pending)
+        monkeypatch.setattr(os, "fsync", fails)
+        with pytest.raises(StoreError, match="Input/output error"):
+            writer.finish()
+
+
+def test_folders_that_are_made_are_synced_into_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, synced = os.fsync, set()
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    stores.store(tmp_path / "deep" / "er" / "a.h5")
+    for folder_ in (tmp_path, tmp_path / "deep", tmp_path / "deep" / "er"):
+        assert folder_.stat().st_ino in synced
+
+
 def test_a_protected_file_says_how_it_is_opened(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
