@@ -8,7 +8,6 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from PIL import Image
 from featcache.errors import DecodeError, ImageSetError
 from featcache.images.sources import Source, label_text, numbered, sorted_tables
 from featcache.pixels import decode
+from featcache.system.files import open_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,15 +92,16 @@ def arrays(
 def array_file(path: str) -> Arrays:
     """List a ``.npy`` of images, or a ``.npz`` with ``images`` and perhaps ``labels``, ``ids``."""
     try:
-        if path.lower().endswith(".npy"):
-            return arrays(np.load(path, mmap_mode="r"), None, None, path)
-        # numpy leaves a damaged .npz open when it is given a name
-        with Path(path).open("rb") as file, np.load(file) as parts:
-            if "images" not in parts:
-                raise ImageSetError(f"{path}: expected an array 'images', got {parts.files}")
-            labels = parts.get("labels")
-            ids = parts["ids"].astype(str).tolist() if "ids" in parts else None
-            return arrays(parts["images"], labels, ids, path)
+        # numpy leaves a damaged .npz open when it is given a name, and waits for a pipe's writer
+        with open_file(path) as file:
+            if path.lower().endswith(".npy"):
+                return arrays(np.load(path, mmap_mode="r"), None, None, path)
+            with np.load(file) as parts:
+                if "images" not in parts:
+                    raise ImageSetError(f"{path}: expected an array 'images', got {parts.files}")
+                labels = parts.get("labels")
+                ids = parts["ids"].astype(str).tolist() if "ids" in parts else None
+                return arrays(parts["images"], labels, ids, path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ImageSetError(f"{path}: cannot read this array: {error}") from error
 

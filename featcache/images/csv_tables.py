@@ -11,7 +11,6 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from featcache.images.sources import (
     leave_out,
     sorted_tables,
 )
+from featcache.system.files import open_file
 
 _SAVE = "In Excel: Save As, type CSV UTF-8"
 _REGRESSION = 0.9  # of labels that are fractions, so many must differ to be no classes
@@ -163,7 +163,8 @@ _SPELLINGS: tuple[Callable[[str], list[str]], ...] = (
 def _read(path: str, columns: dict[str, str]) -> dict[str, list[str]]:
     """Return the wanted columns, line by line."""
     try:
-        raw = Path(path).read_bytes()
+        with open_file(path) as file:
+            raw = file.readall()
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ImageSetError(f"{path}: expected UTF-8 text, got UTF-16. {_SAVE}")
         text = raw.decode("utf-8-sig")

@@ -1,18 +1,18 @@
 """Images that are files: those below a folder, those that a pattern matches, or a list of them."""
 # Not pathlib: there may be millions of paths, and some are not text.
-# ruff: noqa: PTH100, PTH110, PTH112, PTH114, PTH115, PTH116, PTH118, PTH122, PTH123, PTH207, PTH208
+# ruff: noqa: PTH100, PTH110, PTH112, PTH114, PTH115, PTH116, PTH118, PTH122, PTH207, PTH208
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from featcache.errors import DecodeError, ImageSetError
+from featcache.errors import ImageSetError
 from featcache.images import sources
+from featcache.system.files import open_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,7 @@ class Files(sources.Source):
 
     def read(self, row: int) -> bytes:
         """Return the file's bytes."""
-        # Without O_NONBLOCK, opening a named pipe would wait for ever.
-        descriptor = os.open(self._path(row), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise DecodeError("read", "not a regular file")
+        with open_file(self._path(row)) as file:
             return file.readall()
 
     def where(self, row: int) -> str:

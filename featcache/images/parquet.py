@@ -85,7 +85,7 @@ def parquet(names: list[str]) -> ParquetRows:
         name = os.path.relpath(path, home)
         split = re.split(r"[-./]", name)[0]
         try:
-            shards.append(Shard(path, os.stat(path)))
+            shards.append(Shard.of(path))
             with _opened(path) as file:
                 image, label, others = _columns(file.schema_arrow, path)
                 columns[path] = image

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.dtypes import StringDType
 
 from featcache.errors import DecodeError, ExtractionError, ImageSetError
+from featcache.system.files import open_file
 from featcache.system.tables import first_names
 
 if TYPE_CHECKING:
@@ -138,6 +139,12 @@ class Shard:
 
     path: str
     status: os.stat_result
+
+    @classmethod
+    def of(cls, path: str) -> Shard:
+        """Return what a path leads to now, which is no pipe."""
+        with open_file(path) as file:
+            return cls(path, os.fstat(file.fileno()))
 
     def check(self, now: os.stat_result) -> None:
         """Raise `DecodeError` if its content is another; its permissions may be."""

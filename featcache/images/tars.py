@@ -1,5 +1,5 @@
 """Images in the members of WebDataset shards: uncompressed tar files, read in place."""
-# ruff: noqa: PTH100, PTH116, PTH119, PTH122, PTH123
+# ruff: noqa: PTH100, PTH119, PTH122, PTH123
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tars(names: list[str]) -> TarMembers:
     unused: Counter[str] = Counter()
     for number, path in enumerate(paths):
         try:
-            shards.append(sources.Shard(path, os.stat(path)))
+            shards.append(sources.Shard.of(path))
             with tarfile.open(path, "r:") as tar:
                 for name, label, place in _members(tar, os.path.basename(path), left_out, unused):
                     ids.append(sources.id_of(name, unreadable))

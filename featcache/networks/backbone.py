@@ -8,10 +8,11 @@ numbers. Weights are loaded when `Backbone.module` or `Backbone.fingerprint` is 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,14 +27,29 @@ from featcache.networks.tracing import LayerRow, Trace, default_float32, trace
 from featcache.pixels.decode import Truncated
 from featcache.pixels.preprocessing import Preprocessing
 
-__all__ = ["RANDOM_SEED", "Backbone", "backbones"]
+__all__ = ["RANDOM_SEED", "Backbone", "backbones", "shared_property"]
+
+T = TypeVar("T")
+_lock = threading.RLock()
+
+
+class shared_property(functools.cached_property[T]):
+    """A `functools.cached_property` that one thread computes at a time, of all that there are.
+
+    Computing it may put hooks on a network, and hooks are called in whatever thread runs it.
+    """
+
+    def __get__(self, instance: Any, owner: Any = None) -> T:  # type: ignore[override]
+        with _lock:  # before the lock that Python 3.11 has for each of them
+            value: T = super().__get__(instance, owner)
+            return value
 
 
 class Backbone:
     """A frozen pretrained network with its preprocessing and its taps.
 
-    Making one loads no weights. A backbone can be pickled; it travels without the weights that it
-    can load again.
+    Making one loads no weights. Several threads may use one. A backbone can be pickled; it travels
+    without the weights that it can load again.
 
     Parameters
     ----------
@@ -188,17 +204,17 @@ class Backbone:
         built = self._family.skeleton()
         return self.module if built is None else built.eval()
 
-    @functools.cached_property
+    @shared_property
     def points(self) -> list[ResolvedTap]:
         """The resolved taps, which `featcache.networks.taps.Tapped` takes with `module`."""
         return resolve(self.traced, self._asked)
 
-    @functools.cached_property
+    @shared_property
     def traced(self) -> Trace:
         """What one forward pass does, layer by layer."""
         return self._trace()
 
-    @functools.cached_property
+    @shared_property
     def used(self) -> set[str]:
         """Names of the parameters, buffers and layers that the taps use."""
         return set().union(*(self.traced.used_at(point.tap) for point in self.points))
@@ -292,13 +308,13 @@ class Backbone:
         heavy = ("_loaded", "traced", "used")
         return {name: value for name, value in self.__dict__.items() if name not in heavy}
 
-    @functools.cached_property
+    @shared_property
     @default_float32()
     def _loaded(self) -> tuple[nn.Module, PartialReport | None]:
         module, report = self._family.load()
         return module.eval().requires_grad_(False), report
 
-    @functools.cached_property
+    @shared_property
     def _random(self) -> list[str]:
         """What the taps use and a weights file left at random; refused unless it was asked for."""
         report = self._loaded[1]
@@ -306,19 +322,20 @@ class Backbone:
             return []
         return self._family.file.check(report, self.used)
 
-    @functools.cached_property
+    @shared_property
     def _state_sha256(self) -> str:
         return state_sha256(self.module.state_dict())
 
     @default_float32()
     def _trace(self, *, flops: bool = False) -> Trace:
         example = torch.zeros((1, *self.preprocessing.output_shape))
-        skeleton = self._family.skeleton()
-        if skeleton is not None:
-            try:
-                return trace(skeleton.eval(), example, flops=flops)
-            except BackboneError as error:
-                # Without numbers a few networks cannot run; any other error is the user's.
-                if "meta" not in str(error):
-                    raise
-        return trace(self._loaded[0], example, flops=flops)
+        with _lock:
+            skeleton = self._family.skeleton()
+            if skeleton is not None:
+                try:
+                    return trace(skeleton.eval(), example, flops=flops)
+                except BackboneError as error:
+                    # Without numbers a few networks cannot run; any other error is the user's.
+                    if "meta" not in str(error):
+                        raise
+            return trace(self._loaded[0], example, flops=flops)

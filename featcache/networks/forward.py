@@ -19,7 +19,6 @@ run or another machine repeats them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import BackboneError, DeviceError
-from featcache.networks.backbone import Backbone
+from featcache.networks.backbone import Backbone, shared_property
 from featcache.networks.faster import faster_copy, find_speed_ups, products_pay
 from featcache.networks.taps import Tapped
 from featcache.networks.tracing import default_float32
@@ -270,7 +269,7 @@ class Runtime:
         self._count = count
         self._compute: _Compute
 
-    @functools.cached_property
+    @shared_property
     def settings(self) -> Settings:
         """Settings in use. First access loads the network."""
         return self._prepare()

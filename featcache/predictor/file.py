@@ -44,6 +44,7 @@ from featcache.pixels.views import Augmentation
 from featcache.predictor.inputs import InputTap
 from featcache.results.json_types import check_types
 from featcache.results.leaderboard import Leaderboard
+from featcache.system.files import open_file
 from featcache.system.tables import first_names
 from featcache.version import __version__
 
@@ -109,7 +110,7 @@ def group_hashes(groups: npt.NDArray[Any] | None) -> npt.NDArray[np.uint8]:
 
 def is_predictor(path: Path) -> bool:
     """Return whether a file is a predictor, of whatever version, intact or not."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(_DIGITS.start)[8:] == _START
 
 

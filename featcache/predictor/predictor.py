@@ -34,7 +34,7 @@ from featcache.results.evaluation import label_first
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
 from featcache.system.console import doing, progress_bar
-from featcache.system.files import atomic_write, check_overwrite
+from featcache.system.files import atomic_write, check_overwrite, open_file
 from featcache.system.tables import first_names, html_table
 
 if TYPE_CHECKING:
@@ -563,7 +563,7 @@ class Predictor:
         """
         target = Path(path)
         try:
-            opened = target.open("rb")
+            opened = open_file(target)
         except OSError as error:
             raise PredictorError(
                 f"Cannot read a predictor from {target}: {error.strerror or error}. Make one with: "

@@ -48,6 +48,22 @@ def check_folder(path: Path) -> None:
             )
 
 
+def open_file(path: str | bytes | Path) -> io.FileIO:
+    """Open a file for reading, unbuffered. A pipe, which might never have an end, is none.
+
+    Raises
+    ------
+    OSError
+        There is none, or it cannot be read.
+    """
+    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.ENODEV, "not a regular file", os.fspath(path))
+    return file
+
+
 def check_overwrite(
     path: Path, is_own: Callable[[Path], bool], what: str, *, force: bool = False
 ) -> None:

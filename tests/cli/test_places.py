@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,43 @@ def test_without_shared_memory_images_are_decoded_in_the_process(
     run("extract", tmp_path / "images", "-o", tmp_path / "b.h5", *BACKBONE, "--workers", 2)
     a, b = (FeatureStore.open(tmp_path / name).load()[0] for name in ("a.h5", "b.h5"))
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["info", "pipe.featcache"], "PredictorError: Cannot read a predictor from pipe.featcache"),
+        (["predict", "pipe", "x.jpg"], "PredictorError: Cannot read a predictor from pipe: not a"),
+        (["train", "a.h5", "-o", "pipe"], "OutputError: pipe is a pipe or a device; name a file."),
+        (
+            ["extract", "images", "--labels", "pipe.csv"],
+            "ImageSetError: pipe.csv: cannot read this",
+        ),
+        (["extract", "pipe.tar"], "pipe.tar: cannot read this tar: not a regular file"),
+        (["extract", "pipe.parquet"], "not a regular file"),
+        (["extract", "pipe.npy"], "ImageSetError: pipe.npy: cannot read this array: "),
+        (["extract", "pipe.npz"], "ImageSetError: pipe.npz: cannot read this array: "),
+        (["extract", "pipe.jpg"], "pipe.jpg (read: not a regular file)"),
+        (["layers", "resnet18", "--weights", "./pipe.pth"], "WeightsError: There is no checkpoint"),
+    ],
+)
+def test_nothing_waits_for_a_pipe(
+    arguments: list[str], said: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store.parent)
+    small.folder(Path("images"), 4)
+    os.mkfifo(next((one for one in arguments if "pipe" in one), ""))
+    if arguments[0] == "extract":
+        arguments = [*arguments, *BACKBONE, "-o", "new.h5", "--workers", "0"]
+
+    def hang(*_: object) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(60)
+    try:
+        message = run(*arguments, status=1)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert said in message

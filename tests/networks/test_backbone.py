@@ -8,9 +8,11 @@ import pickle
 import sys
 import urllib.error
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -29,11 +31,13 @@ from featcache.fingerprint import Fingerprint, state_sha256
 from featcache.networks.backbone import Backbone, backbones
 from featcache.networks.checkpoints import read_checkpoint
 from featcache.networks.families import RANDOM_SEED
+from featcache.networks.forward import Runtime
 from featcache.networks.identity import rebuild
 from featcache.networks.taps import Tapped
 from featcache.pixels.preprocessing import Preprocessing
 from pipelines.best import EFFICIENTNET, LITE0_FILE, LITE0_PACKAGE, lite0_weights
 from pipelines.demo_weights import FILE, PACKAGE, link_weights
+from tests import small
 from tests.small import put_into_hub_cache
 
 SMALL = "squeezenet1_1"  # 5 MB
@@ -633,3 +637,25 @@ def test_lite0s_weights_belong_into_the_network_that_pads_like_tensorflow(
 def test_every_error_of_this_module_is_featcaches_own() -> None:
     assert issubclass(WeightsError, BackboneError)
     assert issubclass(UnknownBackbone, FeatcacheError)
+
+
+def test_threads_may_share_a_backbone() -> None:
+    pixels = np.full((3, 3, small.SIDE, small.SIDE), 7, np.uint8)
+    expected = Runtime(small.backbone(), device="cpu", batch_size=2)(pixels)[small.TAP]
+
+    def compute(backbone: Backbone) -> np.ndarray:
+        return Runtime(backbone, device="cpu", batch_size=2)(pixels)[small.TAP]
+
+    def describe(backbone: Backbone) -> tuple[int, list[str]]:
+        return len(backbone.layers()), backbone.taps
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(8):
+            backbone = small.backbone()
+            used = [compute, describe] * 2
+            for done in [threads.submit(use, backbone) for use in used]:
+                found = done.result()
+                if isinstance(found, tuple):
+                    assert found[1] == [small.TAP]
+                else:
+                    np.testing.assert_array_equal(found, expected)
