@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> int:
             with options.output.open("a") as file:
                 write(trial, file)
     print(table(found), flush=True)
-    return int(any(trial.fault for trial in found))
+    return int(any(trial.is_fault for trial in found))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def damage(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
             ways.append((way, damaged(content, way, draw)))
         left -= len(ways)
         ended = Process(_read_many(targets[name], here, ways, oracles[name]), deadline=120).wait()
-        faults = ended.result or [f"{ended.fault or 'traceback'}: {ended.err[-2000:]}"] * len(ways)
+        faults = ended.result or [ended.fault or f"traceback: {ended.said}"] * len(ways)
         for number, ((way, _), fault) in enumerate(zip(ways, faults, strict=True)):
             yield Trial("damage", name, f"{way}, seed {seed}, {number}", fault)
     yield from _commands(ground, commands, draw, targets["store"], here)
@@ -167,7 +167,7 @@ def _commands(
             return status, contents_here(here)
 
         ended = run(go)
-        fault = ended.fault and f"{ended.fault}: {ended.err[-2000:]}"
+        fault = ended.fault
         if not fault and ended.result is not None:
             status, found = ended.result
             if status == 0:

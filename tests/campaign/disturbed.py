@@ -27,12 +27,12 @@ def _checked(
     """Return the fault of a disturbed run, then of the same command run again in peace."""
     before, after = ground.oracles[operation.name]
     if ended.fault:
-        return f"{ended.fault}: {ended.err[-3000:]}"
+        return ended.fault
     if must_work and ended.status:
-        return f"lost: ended with {ended.status}: {ended.err[-2000:]}"
+        return f"lost: ended with {ended.status}: {ended.said}"
     if ended.status not in {0, 1, 75, -signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM,
                             -signal.SIGHUP}:  # fmt: skip
-        return f"traceback: ended with {ended.status}: {ended.err[-2000:]}"
+        return f"traceback: ended with {ended.status}: {ended.said}"
     if ended.status == 1 and not ended.err.strip():
         return "silent: ended with 1 and said nothing"
     return rerun(ground, operation, here, [after] if ended.status == 0 else [before, after])
@@ -165,5 +165,5 @@ def signals(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
             ended = one.wait()
         fault = _checked(ground, operation, here, ended)
         if not fault and ended.status == 1:
-            fault = f"lost: {which.name} ended with 1, not 75: {ended.err[-500:]}"
+            fault = f"lost: {which.name} ended with 1, not 75: {ended.said}"
         yield Trial("signals", which.name, how, fault)

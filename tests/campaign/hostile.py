@@ -95,8 +95,10 @@ def _mutated(content: bytes, blocks: list[tuple[int, int]], draw: random.Random)
     return bytes(data)
 
 
-def _replaced(path: Path, name: str, make: Callable[[h5py.File], object]) -> None:
-    with h5py.File(path, "r+", libver=("v108", "v108")) as file:
+def _replaced(
+    path: Path, name: str, make: Callable[[h5py.File], object], version: str = "v108"
+) -> None:
+    with h5py.File(path, "r+", libver=(version, version)) as file:
         if name in file:
             del file[name]
         make(file)
@@ -132,7 +134,7 @@ def _stores(store: Path, secret: Path) -> dict[str, Callable[[Path, random.Rando
         shape, kind = shapes[name]
         layout = h5py.VirtualLayout(shape, kind)
         layout[...] = h5py.VirtualSource(str(secret), "data", shape, kind)[...]
-        _replaced(path, name, lambda f: f.create_virtual_dataset(name, layout))
+        _replaced(path, name, lambda f: f.create_virtual_dataset(name, layout), "latest")
 
     def bomb(path: Path, draw: random.Random) -> None:
         name = draw.choice([n for n in names if shapes[n][0]])
@@ -165,8 +167,8 @@ def _stores(store: Path, secret: Path) -> dict[str, Callable[[Path, random.Rando
         if draw.random() < 0.2:
             raw = b"\xff\xfe" + raw[:50]
         kind = h5py.string_dtype("utf-8", len(raw))
-        _replaced(path, name, lambda f: f.create_dataset(
-            name, shape, kind, data=np.full(shape, raw)))  # fmt: skip
+        data = np.full(shape, raw, f"S{len(raw)}").astype(kind)
+        _replaced(path, name, lambda f: f.create_dataset(name, shape, kind, data=data))
 
     def metadata(path: Path, draw: random.Random) -> None:
         path.write_bytes(_mutated(content, blocks, draw))
@@ -359,9 +361,11 @@ def hostile(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
         }
         ended = run(command(*map(str, argv)), before=_limited, deadline=30)
         printed = ended.err + ended.out * (argv[0] != "predict")  # whose CSV is data
-        fault = ended.fault and f"{ended.fault}: {ended.err[-3000:]}"
+        fault = ended.fault
+        if kind == "metadata" and "/h5py/_hl/" in ended.said.partition("\n  File ")[2][:150]:
+            fault = f"libhdf5: {ended.said}"
         if not fault and ended.status not in {0, 1}:
-            fault = f"traceback: ended with {ended.status}: {ended.err[-2000:]}"
+            fault = f"traceback: ended with {ended.status}: {ended.said}"
         if not fault and ("\x1b" in printed or "\x9b" in printed or "\x07" in printed):
             fault = f"touched: an escape code was printed: {printed[-500:]!r}"
         if not fault and _SECRET in printed:

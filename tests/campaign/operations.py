@@ -278,9 +278,9 @@ def rerun(ground: Ground, operation: Operation, here: Path, possible: Sequence[C
 
     ended = run(look_run_look)
     if ended.fault:
-        return f"{ended.fault}: {ended.err[-3000:]}"
+        return ended.fault
     if ended.result is None:
-        return f"lost: the same command ended with {ended.status}: {ended.err[-2000:]}"
+        return f"lost: the same command ended with {ended.status}: {ended.said}"
     before, after = ended.result
     wrong = difference(before, possible, operation.output)
     wrong = wrong or difference(after, [oracle], operation.output)

@@ -113,7 +113,7 @@ def _places(here: Path) -> dict[str, list[tuple[str, Callable[[], None]]]]:
         "deleted working directory": [("", _gone(here))],
         "limits": [
             *((f"{n} open files", _limit(resource.RLIMIT_NOFILE, n)) for n in (6, 10, 16, 24, 40)),
-            *((f"files of {n}", _limit(resource.RLIMIT_FSIZE, n)) for n in (0, 5_000, 60_000)),
+            *((f"files of {n}", _limit(resource.RLIMIT_FSIZE, n)) for n in (5_000, 60_000)),
         ],
     }
 
@@ -164,12 +164,12 @@ def _there(ground: Ground, operation: Operation, here: Path, prepare: Callable[[
 
 def _fault(ground: Ground, operation: Operation, here: Path, ended: Ended, *, streams: bool) -> str:
     if ended.fault:
-        return f"{ended.fault}: {ended.err[-3000:]}"
+        return ended.fault
     if ended.result is None:
-        return f"traceback: ended with {ended.status}: {ended.err[-2000:]}"
+        return f"traceback: ended with {ended.status}: {ended.said}"
     status, found = ended.result
     if status not in {0, 1, 2}:
-        return f"traceback: ended with {status}: {ended.err[-2000:]}"
+        return f"traceback: ended with {status}: {ended.said}"
     if status and not ended.err.strip() and not streams:
         return f"silent: ended with {status} and said nothing"
     before, after = ground.oracles[operation.name]
@@ -193,7 +193,7 @@ def _named(ground: Ground, draw: random.Random) -> tuple[str, str]:
     for one in (argv, *([*f, str(here / name)] for f in followers)):
         ended = run(command(*one))
         if ended.fault or ended.status not in {0, 1}:
-            return repr(name), f"{ended.fault or 'traceback'}: {one[0]}: {ended.err[-2000:]}"
+            return repr(name), ended.fault or f"traceback: {one[0]}: {ended.said}"
         if "\x1b" in ended.out + ended.err:
             return repr(name), f"touched: {one[0]} prints an escape code"
         if ended.status:
@@ -225,7 +225,7 @@ def _fifo(ground: Ground, draw: random.Random) -> tuple[str, str]:
         ("export", store, "-o", str(fifo)),
     ))  # fmt: skip
     ended = run(command(*argv, "--quiet"), deadline=15)
-    fault = ended.fault and f"{ended.fault}: {ended.err[-1500:]}"
+    fault = ended.fault
     if not fault and ended.status not in {0, 1, 2}:
-        fault = f"traceback: ended with {ended.status}: {ended.err[-1500:]}"
+        fault = f"traceback: ended with {ended.status}: {ended.said}"
     return f"{fifo.name}: {' '.join(argv)}", fault

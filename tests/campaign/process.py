@@ -56,15 +56,21 @@ class Ended:
     calls: int = field(default=0)
 
     @property
+    def said(self) -> str:
+        """What it wrote on standard error, without the list of modules after a crash."""
+        return self.err.split("\nExtension modules:")[0][-2500:]
+
+    @property
     def fault(self) -> str:
-        """The word for what no command may do, whatever happens to it; empty if it did not."""
+        """What no command may do, whatever happens to it; empty if it did not."""
+        word = ""
+        signs = ("Traceback (most", "Exception ignored", "Fatal Python")
+        crashes = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, 70}
         if self.hung:
-            return "hung"
-        if any(x in self.err for x in ("Traceback (most", "Exception ignored", "Fatal Python")):
-            return "traceback"
-        if self.status in {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, 70}:
-            return "traceback"
-        return ""
+            word = "hung"
+        elif any(sign in self.err for sign in signs) or self.status in crashes:
+            word = "traceback"
+        return word and f"{word}: {self.status}: {self.said}"
 
 
 def preload(arguments: list[str]) -> str | None:

@@ -46,9 +46,9 @@ def _fault(
     """Return what is wrong after all have ended, and after one more, quiet run."""
     for name, ended in ran:
         if ended.fault:
-            return f"{ended.fault}: {name}: {ended.err[-2000:]}"
+            return f"{ended.fault} ({name})"
         if ended.status not in {0, 1}:
-            return f"traceback: {name} ended with {ended.status}: {ended.err[-2000:]}"
+            return f"traceback: {name} ended with {ended.status}: {ended.said}"
         if ended.status == 1 and not ended.err.strip():
             return f"silent: {name} ended with 1 and said nothing"
     succeeded = [oracles[name] for name, ended in ran if ended.status == 0 and name in oracles]
@@ -61,7 +61,7 @@ def _fault(
             return f"silent: the store is none of those that the commands make: {wrong}"
     ended = process.run(ground.command(last, here))
     if ended.fault or ended.status:
-        return f"{ended.fault or 'lost'}: the quiet run at the end: {ended.err[-2000:]}"
+        return ended.fault or f"lost: the quiet run at the end: {ended.said}"
     after = contents(here)
     if wrong := _other(after["s.h5"], oracles[last.name]["s.h5"]):
         return f"silent: the quiet run at the end made another store: {wrong}"

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
-OUTCOMES = ("lost", "silent", "hung", "traceback", "litter", "touched")
+FAULTS = ("lost", "silent", "hung", "traceback", "litter", "touched")
+# Crashes inside libhdf5, of files that were made to crash it, are counted apart.
+OUTCOMES = (*FAULTS, "libhdf5")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Trial:
     def outcome(self) -> str:
         """The first word of the fault, one of `OUTCOMES`."""
         return self.fault.split(":")[0]
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether featcache did what it may not do."""
+        return self.outcome in FAULTS
 
 
 def table(trials: Iterable[Trial]) -> str:
