@@ -133,7 +133,7 @@ def differing(
 
     def compared(request: Mapping[str, Any] | None) -> dict[str, Any]:
         request = dict(request or {})
-        if checkpoint := request.get("checkpoint"):
+        if isinstance(checkpoint := request.get("checkpoint"), dict):
             request |= {"weights": None, "checkpoint": checkpoint.get("sha256", checkpoint)}
         return request
 
@@ -144,6 +144,7 @@ def recorded(path: str) -> Iterator[StoredLayout]:
     """Yield what the store at `path` records, unfinished and finished, where it can be opened."""
     for candidate in (f"{path}.partial", path):
         with contextlib.suppress(StoreError), contextlib.closing(StoreFile(candidate)) as file:
+            file.recheck()
             shapes = {tap: dataset.shape[1:] for tap, dataset in file.features.items()}
             yield StoredLayout(file.fingerprint, shapes, file.meta("request"))
 
@@ -222,10 +223,12 @@ def plan_text(path: str) -> bytes:
 
 def remove_parts(path: str) -> None:
     """Remove what a job in parts left beside its store, if all parts are in it."""
-    locks = beside(path, "part")
+    rest = beside(path, "part")
     with contextlib.suppress(OSError, StoreError, ValueError, KeyError, TypeError):
-        if json.loads(plan_text(path))["merging"] and all(x.endswith(".lock") for x in locks):
-            for file in [*locks, *beside(path, "old-part"), str(plan_file(path))]:
+        if json.loads(plan_text(path))["merging"] and all(
+            x.endswith((".lock", ".new")) for x in rest
+        ):
+            for file in [*rest, *beside(path, "old-part"), str(plan_file(path))]:
                 disk.remove(file)
 
 
@@ -386,7 +389,13 @@ def copy_record(writer: FeatureWriter) -> None:
     """Keep how the rows of earlier stores were computed, where a run only copies rows."""
     for store in writer.earlier_stores:
         ours, theirs = writer.canaries, store.canaries
-        if ours and theirs and not ours.features and theirs.images == ours.images:
+        if (
+            ours
+            and not ours.features
+            and theirs
+            and theirs.features
+            and theirs.images == ours.images
+        ):
             writer.set_canaries(theirs.features)
         if writer.meta.get("settings") is None:
             writer.set_meta("settings", store.meta.get("settings"))

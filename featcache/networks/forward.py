@@ -182,7 +182,8 @@ class Settings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self | None:
         """Return the settings that `to_dict` gave, None where they are of another version."""
-        if set(values) != {field.name for field in fields(cls)}:
+        types = {field.name: field.type for field in fields(cls)}
+        if {name: type(value).__name__ for name, value in values.items()} != types:
             return None
         return cls(**values)
 

@@ -6,6 +6,11 @@ until it is asked for, and the file's arrays are mapped, not loaded: `load` of f
 costs no memory of its own. float16 features come as float32 (scikit-learn would make float64 of
 them); `blocks` walks through files that are larger than memory, in the order of the disk.
 
+What is read is compared with its checksums: tables before the first of them is used, each row when
+it is first read, and both again once the file has changed. A mapped array cannot be watched: while
+a store is in use, replace its file by ``mv``, which leaves those who read it the old one, never in
+place, as ``cp`` does: mapped arrays would change, or end the process if the file shrinks.
+
 The format is specified in `featcache.store.format`.
 """
 
@@ -623,7 +628,9 @@ class FeatureStore:
         -------
         X : ndarray, shape (n, d), (n, c, h, w), or (n, views, ...)
             Mapped from the file, copy-on-write, if it is one run of rows in the type stored,
-            otherwise read. Writing to it never changes the file.
+            otherwise read. Writing to it never changes the file. Rows are read once for their
+            checksums, at 2 to 5 GB/s; a selection that is needed alone is loaded alone:
+            ``store.select(rows).load()``.
         y : ndarray of str, shape (n,)
             ``""`` = no label.
 
@@ -631,6 +638,8 @@ class FeatureStore:
         ------
         MissingFeatures
             No such tap; near names are given.
+        CorruptStore
+            Features or tables are not what was written; the message names rows and what to type.
         """
         name = self._resolve(tap)
         wanted = self.taps[name].dtype if dtype is None else np.dtype(dtype)

@@ -123,3 +123,36 @@ def test_damaged_labels_may_be_dropped(root: Path) -> None:
     path.rename(f"{path}.partial")
     again = run(root, labels=False, drop_labels=True)
     assert (again.extraction.computed, again.classes) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("meta/settings", {b'"batch_size":4': b'"batch_size":{}'}),
+        ("meta/request", {b'{"state_sha256":"': b'"state_sha256:   ', b'"},"prec': b' ","prec'}),
+        (f"canaries/features/{TAP}", {b"": b"\xff\xff\xff\xff"}),
+    ],
+)
+def test_values_that_no_run_writes_are_not_built_upon_though_they_are_signed(
+    root: Path, name: str, changes: dict[bytes, bytes]
+) -> None:
+    path = root.parent / "f.h5"
+    expected = run(root).load()[0].copy()
+    file = StoreFile(str(path), writable=True)
+    dataset = file.datasets[name]
+    text = file.read(name).tobytes()
+    for old, new in changes.items():
+        text = text.replace(old, new, 1)[: dataset.nbytes]
+    file.write_rows(dataset, 0, np.frombuffer(text, np.uint8))
+    file.seal()
+    file.close()
+    if name == "meta/request":
+        path.rename(f"{path}.partial")
+    elif name == "meta/settings":
+        folder(root, 13, classes=(".",))  # an image is to be computed
+    else:
+        (root / "0011.jpg").unlink()  # none is
+    again = run(root, labels=False, batch_size=None)
+    both = min(len(again), 12)
+    np.testing.assert_allclose(again.load()[0][:both], expected[:both], rtol=1e-5)
+    assert again.verify().ok
