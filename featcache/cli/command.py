@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -50,6 +52,8 @@ class Command(click.Command):
         except FeatcacheError as error:  # of what click prints itself, such as help
             Message(error).show()
             sys.exit(error.exit_status)
+        finally:  # Ctrl-C while Python takes itself down would be a traceback of some library
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a `FeatcacheError` becomes a `Message`, and so does a signal."""
