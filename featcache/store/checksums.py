@@ -186,6 +186,12 @@ def verify(files: Sequence[StoreFile]) -> VerifyReport:
             file.check_tables()
         except CorruptStore as error:
             problems.append(f"{error}")
+        if file.is_torn:
+            problems.append(
+                f"{file.path}: /meta/fingerprint, versions or datasets, or their copy or its hash, "
+                "is damaged. The others agree, so that the file can be used. To write it again: "
+                f"{file.again}"
+            )
         if file.foreign:
             notes.append(
                 f"{file.path} also holds what featcache did not write, and does not check: "

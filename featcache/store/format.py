@@ -50,7 +50,7 @@ The digest is taken over the datasets in the order of their names (without the l
 each as: name, NUL, number of bytes as 8 little-endian bytes, bytes.
 
 Datasets, fingerprint and versions are what two of three agree on: the values as they stand, those
-of /meta/copy, and the hash.
+of /meta/copy, and the hash. The digest is taken with what they agree on in the place of the third.
 
 A file that is not finished may go on behind the end of the HDF5 file (HDF5 ignores what is there)
 with the reasons of failed rows, one JSON array ``[row, stage, reason]`` a line; the last line of a
