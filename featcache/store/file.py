@@ -38,6 +38,7 @@ __all__ = ["StoreFile"]
 _DIGEST_BYTES = 8 << 20
 _REASON_BYTES = 1000
 _TRIES = 10
+_SPARSE = 100  # times that a file system may make tables smaller by compressing them
 _NEEDED = ("rows", "ids", "failures/id", "digest", "meta/fingerprint", "meta/datasets")
 _NO_REASON = ("unknown", "the record of the reason was lost")
 # What is made anew with each file.
@@ -121,10 +122,17 @@ class StoreFile:
         Leaves datasets of this format in `datasets`, and the names of others in `foreign`.
         """
         found, damaged = self.datasets, f"{self.path} is damaged"
-        size = os.fstat(self.descriptor).st_size
+        status = os.fstat(self.descriptor)
         for name, dataset in found.items():
-            if dataset.offset + dataset.nbytes > size:
+            if dataset.offset + dataset.nbytes > status.st_size:
                 raise CorruptStore(f"{self.path} was truncated: {name!r} reaches beyond its end.")
+        there = status.st_blocks * 512
+        tables = sum(x.nbytes for name, x in found.items() if not name.startswith("features/"))
+        if tables > _SPARSE * (there + _DIGEST_BYTES):  # reading nothing but holes takes for ever
+            raise CorruptStore(
+                f"{damaged}: its tables are said to have {tables:,} bytes, and the disk holds "
+                f"{there:,} in all. {_ELSEWHERE}"
+            )
         self._known = self._identity()
         ours = {*_NEEDED, *self._known["datasets"]}
         if missing := sorted(ours - found.keys()):
@@ -281,7 +289,7 @@ class StoreFile:
 
     def _reasons(self) -> dict[int, tuple[str, str]]:
         """Return (stage, reason) by row from the last whole line of each; a kill may tear one."""
-        text = bytearray(os.fstat(self.descriptor).st_size - self._end)
+        text = bytearray(max(os.fstat(self.descriptor).st_size - self._end, 0))
         disk.pread_into(self.descriptor, memoryview(text), self._end, self.path)
         found = {}
         for line in text.split(b"\n"):

@@ -510,6 +510,20 @@ def test_a_fingerprint_that_is_none_is_refused(field: str, value: object) -> Non
         Fingerprint.from_dict({**fields, field: value})
 
 
+def test_tables_that_are_nothing_but_holes_are_not_read(path: Path) -> None:
+    stores.store(path)
+    with h5py.File(path, "a") as file:
+        del file["canaries/images/1"]
+        early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        space = h5py.h5s.create_simple((1 << 42,))
+        h5py.h5d.create(file.id, b"canaries/images/1", h5py.h5t.STD_U8LE, space, early)
+    assert path.stat().st_size > 1 << 42
+    with pytest.raises(CorruptStore, match=r"said to have 4,398,0\d\d,\d\d\d,\d\d\d bytes"):
+        FeatureStore.open(path)
+
+
 def test_what_h5py_cannot_name_is_a_users_own(path: Path) -> None:
     stores.store(path)
     with h5py.File(path, "a") as file:
