@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 _HELP = {
     errno.EMFILE: "Type: ulimit -n 65536, and run the same command again",
@@ -54,9 +55,14 @@ def explained(error: OSError) -> str:
     return f"{text}. {_HELP[error.errno]}" if error.errno in _HELP else text
 
 
-def is_of_system(error: OSError) -> bool:
-    """Return whether an error says nothing about what is in a file, only that it was not read."""
-    return error.errno in _PASSING
+def of_system(error: Exception) -> OSError | None:
+    """Return the system's error if it is why a file was not read; None: what is in it may be.
+
+    libhdf5 has the number of such an error in its text alone.
+    """
+    found = re.search(r"\berrno = (\d+)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return OSError(number, "") if number in _PASSING else None
 
 
 class FeatcacheError(Exception):

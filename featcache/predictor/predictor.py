@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import PredictorError
+from featcache.errors import PredictorError, explained, of_system
 from featcache.finetuning.head import SuffixStep
 from featcache.fingerprint import Fingerprint
 from featcache.heads.base import FittedHead
@@ -563,21 +563,20 @@ class Predictor:
         """
         target = Path(path)
         try:
-            opened = open_file(target)
-        except OSError as error:
-            raise PredictorError(
-                f"Cannot read a predictor from {target}: {error.strerror or error}. Make one with: "
-                f"featcache train STORE.h5 -o {target}"
-            ) from error
-        try:
-            with opened:
+            with open_file(target) as opened:
                 predictor = cls(**file.read(opened))
             predictor._check_head()
         except Exception as error:
             # What hostile bytes can make of JSON and arrays is endless; all of it is one error.
-            raise PredictorError(
-                f"{target} is not a usable predictor: {' '.join(str(error).split())}"
-            ) from error
+            what = f"{target} is not a usable predictor: {' '.join(str(error).split())}"
+            if fault := of_system(error):
+                what = f"Cannot read {target}: {explained(fault)}."
+            elif isinstance(error, OSError):
+                what = (
+                    f"Cannot read a predictor from {target}: {error.strerror or error}. Make one "
+                    f"with: featcache train STORE.h5 -o {target}"
+                )
+            raise PredictorError(what) from error
         return predictor
 
     def _check_head(self) -> None:

@@ -28,7 +28,7 @@ from featcache.errors import (
     StoreError,
     StoreLocked,
     explained,
-    is_of_system,
+    of_system,
 )
 from featcache.system.files import NOT_SUPPORTED
 from featcache.system.files import fsync as fsync
@@ -186,7 +186,7 @@ def pread_into(descriptor: int, out: memoryview, offset: int, path: str) -> None
         try:
             count = os.preadv(descriptor, [out], offset)
         except OSError as error:
-            if not is_of_system(error):
+            if not of_system(error):
                 raise
             raise StoreError(f"Cannot read {path}: {explained(error)}.") from error
         if count == 0:

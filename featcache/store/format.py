@@ -79,7 +79,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from featcache.errors import CorruptStore, StoreError, explained, is_of_system
+from featcache.errors import CorruptStore, StoreError, explained, of_system
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from featcache.store import disk
 from featcache.store.disk import as_bytes
@@ -482,8 +482,8 @@ def read_datasets(path: str) -> tuple[dict[str, Dataset], list[str]]:
         with h5py.File(path, "r", locking=False) as file:
             file.visititems(visit)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        if isinstance(error, OSError) and is_of_system(error):
-            raise StoreError(f"Cannot read {path}: {explained(error)}.") from error
+        if fault := of_system(error):
+            raise StoreError(f"Cannot read {path}: {explained(fault)}.") from error
         if not h5py.is_hdf5(path):
             raise CorruptStore(
                 f"{path} is not a feature file: it does not begin as HDF5 does. If it was one, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 import signal
@@ -214,3 +215,31 @@ def test_nothing_waits_for_a_pipe(
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     assert said in message
+
+
+def test_what_libhdf5_cannot_read_is_not_reported_as_damage(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Object visitation failed (file read failed: errno = 5, error message = 'Input/output'"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(h5py.File, "visititems", fail)
+    assert f"StoreError: Cannot read {store}: Input/output error" in run("info", store, status=1)
+
+
+def test_a_predictor_that_cannot_be_read_now_is_not_to_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.featcache"
+    path.write_bytes(b"content")
+
+    class Failing(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(io, "FileIO", Failing)
+    message = run("info", path, status=1)
+    assert message.startswith(f"PredictorError: Cannot read {path}: Input/output error.")
+    assert "featcache train" not in message
