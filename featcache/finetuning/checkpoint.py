@@ -20,7 +20,7 @@ import torch
 
 from featcache.errors import OutputError, TrainingError
 from featcache.system.console import check_stopped
-from featcache.system.files import atomic_write, sync_folder
+from featcache.system.files import atomic_write, remove_leftovers, sync_folder
 
 __all__ = ["Checkpoint", "check_folder", "remove_checkpoints"]
 
@@ -103,6 +103,7 @@ def remove_checkpoints(folder: Path) -> None:
         for path in folder.glob("*.pt"):
             if _is_checkpoint(path):
                 path.unlink(missing_ok=True)
+        remove_leftovers(folder, "*.pt")
         folder.rmdir()
 
 

@@ -144,10 +144,12 @@ def train_files(
     }
     if SUFFIX in names:
         request["suffix"] = asdict(suffix or SuffixSettings())
+    checkpoints = target.with_name(f"{target.name}.checkpoints")
     done = _up_to_date(target, request)
     if done is not None:
+        if SUFFIX in names:  # the run that saved it may have been killed before it did this
+            remove_checkpoints(checkpoints)
         return TrainedFile(done, target, up_to_date=True)
-    checkpoints = target.with_name(f"{target.name}.checkpoints")
     store = _joined(opened)
     fit, test = hold_out(store, test_size, settings)
     predictor = train(

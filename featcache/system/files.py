@@ -257,10 +257,10 @@ def _writing(path: Path | str) -> Iterator[None]:
 
 def _new_file(target: Path) -> tuple[Path, int]:
     """Make a file beside `target`, with its bits; return its path and descriptor."""
-    start = f".{target.name[:_NAME]}."
-    _remove_leftovers(target.parent, start)
+    start = target.name[:_NAME]
+    remove_leftovers(target.parent, glob.escape(start))
     while True:
-        path = target.with_name(f"{start}{secrets.token_hex(8)}.tmp")
+        path = target.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
         descriptor = os.open(path, _NEW, 0o666)
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -272,9 +272,9 @@ def _new_file(target: Path) -> tuple[Path, int]:
     return path, descriptor
 
 
-def _remove_leftovers(folder: Path, start: str) -> None:
-    """Remove the files of writers that were killed."""
-    for path in folder.glob(f"{glob.escape(start)}{'[0-9a-f]' * 16}.tmp"):
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove what writers that were killed left of files with such names."""
+    for path in folder.glob(f".{pattern}.{'[0-9a-f]' * 16}.tmp"):
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:

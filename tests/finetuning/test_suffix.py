@@ -814,7 +814,11 @@ def test_the_study_keeps_checkpoints_only_until_it_is_saved(
     options = {"head": ["suffix"], "cv": 2, "suffix": FAST, "backbone": backbone(BODY, "pool")}
     train_files(store.paths, target, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["a.featcache"]
+    # a run that was killed after it had saved leaves them, and what it was writing
+    Checkpoint(tmp_path / "a.featcache.checkpoints" / "final.pt", "a request").write({})
+    (tmp_path / "a.featcache.checkpoints" / f".final.pt.{16 * '0'}.tmp").touch()
     assert train_files(store.paths, target, **options).up_to_date
+    assert [path.name for path in tmp_path.iterdir()] == ["a.featcache"]
     other = {**options, "suffix": SuffixSettings(epochs=1)}
     assert not train_files(store.paths, target, **other).up_to_date
 
