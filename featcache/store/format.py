@@ -465,9 +465,11 @@ def read_datasets(path: str) -> tuple[dict[str, Dataset], list[str]]:
     found: dict[str, Dataset] = {}
     others: list[str] = []
 
-    def visit(name: str, node: Any) -> None:
+    def visit(raw: str | bytes, node: Any) -> None:
         if not isinstance(node, h5py.Dataset):
             return
+        # A name that is not UTF-8 comes as bytes.
+        name = raw if isinstance(raw, str) else raw.decode(errors="backslashreplace")
         try:
             kind, shape, offset = node.dtype, node.shape, node.id.get_offset()
         except TypeError:  # a type that numpy does not have

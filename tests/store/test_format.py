@@ -532,8 +532,9 @@ def test_what_h5py_cannot_name_is_a_users_own(path: Path) -> None:
         h5py.h5d.create(file.id, b"time", time, h5py.h5s.create_simple((3,)))
         file["links"] = np.array([file["ids"].ref], h5py.ref_dtype)
         file["texts"] = ["a", "bc"]
+        file[b"\xff"] = [1]
     store = FeatureStore.open(path)
-    assert store.verify().ok and "links, nothing, texts, time" in str(store.verify())
+    assert store.verify().ok and "\\xff, links, nothing, texts, time" in str(store.verify())
     assert store.load()[0].shape == (12, 8)
 
 
