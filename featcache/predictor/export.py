@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import mmap
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -181,4 +182,5 @@ def _is_model(path: Path) -> bool:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(METADATA) for name in archive.namelist())
-    return path.suffix == ".onnx" and b'{"featcache": "' in path.read_bytes()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return path.suffix == ".onnx" and content.find(b'{"featcache": "') >= 0
