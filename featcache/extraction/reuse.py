@@ -389,13 +389,7 @@ def copy_record(writer: FeatureWriter) -> None:
     """Keep how the rows of earlier stores were computed, where a run only copies rows."""
     for store in writer.earlier_stores:
         ours, theirs = writer.canaries, store.canaries
-        if (
-            ours
-            and not ours.features
-            and theirs
-            and theirs.features
-            and theirs.images == ours.images
-        ):
+        if ours and not ours.features and theirs and theirs.images == ours.images:
             writer.set_canaries(theirs.features)
         if writer.meta.get("settings") is None:
             writer.set_meta("settings", store.meta.get("settings"))

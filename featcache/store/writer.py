@@ -258,7 +258,7 @@ class FeatureWriter:
 
     def set_canaries(self, features: Mapping[str, np.ndarray]) -> None:
         """Keep the features of the test images: by tap, (k, ...) float32, without views."""
-        for tap in self._file.features:
+        for tap in features:
             dataset = self._file.datasets[f"canaries/{format.feature_name(tap)}"]
             values = np.ascontiguousarray(features[tap], dataset.dtype)
             with self._keeping():
