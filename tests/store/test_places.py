@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -266,6 +267,24 @@ def test_the_room_that_is_missing_is_not_nothing(
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with full_disk(), pytest.raises(DiskFull, match=r"needs [1-9]\.\d MB and 30,000 bytes are"):  # type: ignore[attr-defined]
         stores.store(path)
+
+
+def test_a_call_of_libhdf5_that_a_signal_interrupted_is_repeated(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, calls = h5py.h5d.create, []
+
+    def interrupted(*args: object, **options: object) -> object:
+        calls.append(args)
+        if len(calls) in (3, 9):
+            raise RuntimeError("Unable to create dataset (Interrupted system call)")
+        return create(*args, **options)
+
+    quiet = stores.store(path.with_name("b.h5"))
+    monkeypatch.setattr(h5py.h5d, "create", interrupted)
+    stores.store(path)
+    assert path.read_bytes() == Path(quiet.paths[0]).read_bytes()
+    assert len(calls) > 12
 
 
 def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(
