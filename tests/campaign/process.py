@@ -53,7 +53,7 @@ class Ended:
     err: str
     hung: bool = False
     result: Any = None
-    calls: int = field(default=0)
+    calls: dict[int, int] = field(default_factory=dict)  # by kind
 
     @property
     def said(self) -> str:
@@ -105,12 +105,12 @@ def arm(what: Arm) -> None:
     )  # fmt: skip
 
 
-def disarm() -> int:
-    """Return how many calls there were, and count no more."""
+def disarm() -> dict[int, int]:
+    """Return how many calls there were by kind, and count no more."""
     _shim().campaign_disarm()
     calls = _shim().campaign_calls
     calls.restype = ctypes.c_long
-    return int(calls())
+    return {1 << k: int(calls(k)) for k in range(6)}
 
 
 def import_everything() -> None:
@@ -243,7 +243,7 @@ class Process:
             file.seek(0)
             texts.append(file.read())
             file.close()
-        result, calls = pickle.loads(texts[2]) if texts[2] else (None, 0)
+        result, calls = pickle.loads(texts[2]) if texts[2] else (None, {})
         out, err = (text.decode("utf-8", "replace") for text in texts[:2])
         return Ended(os.waitstatus_to_exitcode(status), out, err, hung, result, calls)
 

@@ -24,19 +24,20 @@ static char folder[4096];
 static size_t folder_length;
 static int kinds, action, error_number, log_fd = -1;
 static pid_t owner;
-static long at, calls;
+static long at, calls, of_kind[6];
 
 void campaign_arm(const char *path, int which, int what, long number, int error, int log) {
     snprintf(folder, sizeof folder, "%s", path);
     folder_length = strlen(folder);
     kinds = which, at = number, error_number = error, log_fd = log, calls = 0;
+    memset(of_kind, 0, sizeof of_kind);
     owner = getpid();
     action = what;
 }
 
 void campaign_disarm(void) { action = NOTHING; }
 
-long campaign_calls(void) { return calls; }
+long campaign_calls(int kind) { return of_kind[kind]; }
 
 /* The C library's own function. */
 #define REAL(name) ((__typeof__(&name))next((void **)&real_##name, #name))
@@ -75,7 +76,9 @@ static void now(int number) {
 
 /* Count a call. Return 1 if it has to fail (errno is set), 2 if it has to be cut short, else 0. */
 static int before(int kind, int counts) {
-    if (!action || action == RECORD || !(kinds & kind) || !counts || getpid() != owner) return 0;
+    if (!action || action == RECORD || !counts || getpid() != owner) return 0;
+    __atomic_add_fetch(&of_kind[__builtin_ctz(kind)], 1, __ATOMIC_SEQ_CST);
+    if (!(kinds & kind)) return 0;
     long number = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
     if (action == FAIL_FROM ? number < at : number != at) return 0;
     switch (action) {
