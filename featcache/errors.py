@@ -45,6 +45,7 @@ _HELP = {
     errno.ENOMEM: "Use less memory: --memory, or a smaller --batch-size",
 }
 _PASSING = {*_HELP, errno.ENFILE, errno.EACCES, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
+_PASSING |= {errno.EINTR, errno.EDQUOT, errno.EROFS}
 
 
 def explained(error: OSError) -> str:

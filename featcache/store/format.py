@@ -72,7 +72,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -411,7 +411,7 @@ def _lay_out(path: str, plan: Plan, bound: int, *, reserved: bool) -> None:
     try:
         # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
         disk.reserve(descriptor, 0, bound, zeros=False)
-        _write_layout(path, plan)
+        _through_libhdf5(_write_layout, path, plan)
         datasets, _ = read_datasets(path)
         if reserved:
             disk.reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
@@ -424,6 +424,19 @@ def _lay_out(path: str, plan: Plan, bound: int, *, reserved: bool) -> None:
         disk.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _through_libhdf5(function: Callable[..., None], *arguments: Any) -> None:
+    """Call what uses libhdf5, which does not go on after a signal, and has errors of its own."""
+    while True:
+        try:
+            return function(*arguments)
+        except (OSError, RuntimeError, KeyError) as error:
+            fault = of_system(error)
+            if fault is None:
+                raise
+            if fault.errno != errno.EINTR:
+                raise fault from error
 
 
 def _write_layout(path: str, plan: Plan) -> None:
@@ -490,9 +503,12 @@ def read_datasets(path: str) -> tuple[dict[str, Dataset], list[str]]:
         # Without h5py's marks on strings; a compound type has none.
         found[name] = Dataset(offset or 0, shape, kind if kind.names else np.dtype(kind.str))
 
-    try:
+    def look() -> None:
         with h5py.File(path, "r", locking=False) as file:
             file.visititems(visit)
+
+    try:
+        _through_libhdf5(look)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         if fault := of_system(error):
             raise StoreError(f"Cannot read {path}: {explained(fault)}.") from error

@@ -9,7 +9,9 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -243,3 +245,25 @@ def test_a_predictor_that_cannot_be_read_now_is_not_to_be_made_again(
     message = run("info", path, status=1)
     assert message.startswith(f"PredictorError: Cannot read {path}: Input/output error.")
     assert "featcache train" not in message
+
+
+def test_a_signal_while_libhdf5_works_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, create, calls = h5py.File.__init__, h5py.h5f.create, 0
+
+    def interrupted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def sometimes(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls in (1, 3):
+                raise OSError("unable to open file: errno = 4, error message = 'Interrupted'")
+            return call(*arguments, **options)
+
+        return sometimes
+
+    monkeypatch.setattr(h5py.File, "__init__", interrupted(opened))
+    monkeypatch.setattr(h5py.h5f, "create", interrupted(create))
+    stores.store(tmp_path / "a.h5")
+    assert "intact" in run("verify", tmp_path / "a.h5")
+    assert calls > 3
