@@ -92,7 +92,6 @@ PENDING, DONE, FAILED = 0, 1, 2
 ENTRY = np.dtype([("status", "u1"), ("size", "<i8"), ("stamp", "<i8"), ("sha256", "u1", (32,))])
 
 _ALIGNMENT = 4096
-_LAYOUTS = 3  # tries: libhdf5 does not repeat all calls that a signal interrupts
 # Metadata of the layout itself: a few kilobytes a dataset, measured; generous for reserving.
 _METADATA_BYTES = 65_536
 # JSON that is written after the layout is made needs its place beforehand.
@@ -392,28 +391,16 @@ def create_file(path: str, contents: Contents, *, room: int | None = None) -> No
         `disk.raise_for` says it in words.
     """
     plan, bound = contents.plan(), contents.file_bytes(room)
-    try:
-        for tries in range(_LAYOUTS, 0, -1):
-            try:
-                _lay_out(path, plan, bound, reserved=room is None)
-                return
-            except RuntimeError as error:  # so libhdf5 says that it could not write
-                if tries == 1:
-                    raise OSError(errno.EIO, f"libhdf5: {error}") from error
-    except BaseException:
-        disk.remove(path)
-        raise
-
-
-def _lay_out(path: str, plan: Plan, bound: int, *, reserved: bool) -> None:
-    """Make the file of a plan, for which there is room of `bound` bytes, or `RuntimeError`."""
     descriptor = disk.new_file(path)
     try:
         # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
         disk.reserve(descriptor, 0, bound, zeros=False)
-        _through_libhdf5(_write_layout, path, plan)
+        try:
+            _through_libhdf5(_write_layout, path, plan)
+        except RuntimeError as error:  # so libhdf5 says that it could not write
+            raise OSError(errno.EIO, f"libhdf5: {error}") from error
         datasets, _ = read_datasets(path)
-        if reserved:
+        if room is None:
             disk.reserve(descriptor, 0, os.fstat(descriptor).st_size, zeros=True)
         for name, (_, _, data) in plan.items():
             start, size = datasets[name].offset, datasets[name].nbytes
@@ -422,6 +409,9 @@ def _lay_out(path: str, plan: Plan, bound: int, *, reserved: bool) -> None:
             if data is not None and size:
                 disk.pwrite_all(descriptor, as_bytes(data), start)
         disk.fsync(descriptor)
+    except BaseException:
+        disk.remove(path)
+        raise
     finally:
         os.close(descriptor)
 
