@@ -1,5 +1,16 @@
-"""``python -m featcache.cli`` is the `featcache` command."""
+"""The program `featcache`, which ``python -m featcache.cli`` is, too."""
 
-from featcache.cli.main import main
+import sys
 
-main(prog_name="featcache")
+
+def main() -> None:
+    """Run a command; Ctrl-C while Python imports it ends it as it does later."""
+    try:
+        from featcache.cli.main import main as command
+    except KeyboardInterrupt:
+        sys.exit(75)
+    command(prog_name="featcache")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,6 +36,9 @@ class Message(click.ClickException):
         click.echo(f"{kind} {_safe(self.format_message())}", err=True, color=_colour(sys.stderr))
 
 
+_STOPPED = Message(Interrupted("Stopped by a signal. Run the same command again."))
+
+
 class Command(click.Command):
     """A command that turns what featcache raises into messages, and that can be quiet."""
 
@@ -54,6 +57,13 @@ class Command(click.Command):
             sys.exit(error.exit_status)
         finally:  # Ctrl-C while Python takes itself down would be a traceback of some library
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """Read the command line."""
+        try:
+            return super().make_context(*args, **more)
+        except KeyboardInterrupt:
+            raise _STOPPED from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a `FeatcacheError` becomes a `Message`, and so does a signal."""
@@ -74,7 +84,7 @@ class Command(click.Command):
         except (OSError, MemoryError) as error:
             raise Message(SystemFault.of(error)) from error
         except KeyboardInterrupt:
-            raise Message(Interrupted("Stopped by a signal. Run the same command again.")) from None
+            raise _STOPPED from None
 
 
 class Commands(Command, click.Group):

@@ -69,3 +69,24 @@ def test_what_is_asked_for_otherwise_is_never_taken_for_done(place: Path, other:
 def test_training_and_evaluation_import_no_torchvision(place: Path, command: list[str]) -> None:
     _, heavy = imported(place, *command)
     assert "torchvision" not in heavy
+
+
+@pytest.mark.parametrize("where", ["click", "featcache.cli.extract", "parse_args"])
+def test_ctrl_c_before_the_command_has_begun_ends_it_with_75(where: str) -> None:
+    code = (
+        "import importlib.abc, sys\n"
+        "class Stop(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {where!r}: raise KeyboardInterrupt\n"
+        "def stop(*args): raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from featcache.cli.__main__ import main\n"
+        f"if {where == 'parse_args'}:\n"
+        "    import click\n"
+        "    click.Command.parse_args = stop\n"
+        "sys.argv = ['featcache', 'info', 'x.h5']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 75
+    assert "Traceback" not in done.stderr and "Aborted" not in done.stderr
