@@ -133,6 +133,12 @@ class SearchOptions:
         return usual if self.scoring is None else self.scoring
 
     @property
+    def decides_name(self) -> str:
+        """What decides, for people."""
+        decides = self.decides
+        return decides if isinstance(decides, str) else getattr(decides, "__name__", "score")
+
+    @property
     def room(self) -> int:
         """Bytes of working memory."""
         return self.memory or 1 << 30
@@ -153,7 +159,7 @@ class Trial:
         count.
     seconds : float
         Wall-clock seconds since the trial before.
-    predicted : ndarray of shape (n,), int32, or None
+    predicted : ndarray of shape (n,), int32
         Number of the class with the highest out-of-fold score; -1 in rows that no fold validates.
     logits : ndarray of shape (n, k), float32, or None
         Out-of-fold scores, NaN in such rows; None where they were given up to save memory.
@@ -166,8 +172,8 @@ class Trial:
     params: Params
     score: float
     fold_scores: tuple[float, ...]
-    seconds: float = 0.0
-    predicted: np.ndarray | None = None
+    seconds: float
+    predicted: np.ndarray
     logits: np.ndarray | None = None
     rough: bool = False
     log_loss: float | None = None
@@ -497,6 +503,9 @@ class FoldScorer:
     ----------
     notes : list of str
         What the user should be told of the score.
+    of_images, resampled : bool
+        Whether it is of single images, and whether at least folds can be drawn: otherwise there is
+        but one score of all images.
 
     Raises
     ------
@@ -539,6 +548,8 @@ class FoldScorer:
                 f"the score is the mean of {self.counted.sum()} of {len(folds)} folds: the others "
                 "lack a class"
             )
+        self.of_images = scoring in ("accuracy", "balanced_accuracy")
+        self.resampled = self.of_images or (self.counted.sum() > 1 and not self.together)
         self._check(np.flatnonzero(present.any(axis=0)))
 
     def _check(self, present: np.ndarray) -> None:

@@ -35,9 +35,9 @@ class LeaderboardRow:
         the cross-validation was nested, that of choosing anew in each outer fold.
     cv : Figures
         Of the out-of-fold predictions.
-    cv_corrected : Score
+    cv_corrected : Score or None
         Accuracy of the out-of-fold predictions, without what the choice among the settings of this
-        head adds to it; see `featcache.results.selection`.
+        head adds to it; see `featcache.results.selection`. None where a note says why.
     held_out : Figures or None
         On the held-out images; None where there are none.
     search_seconds, fit_seconds : float
@@ -59,7 +59,7 @@ class LeaderboardRow:
     features: str
     cv_score: float
     cv: Figures
-    cv_corrected: Score
+    cv_corrected: Score | None
     held_out: Figures | None
     search_seconds: float
     fit_seconds: float
@@ -80,7 +80,7 @@ class LeaderboardRow:
             "features": self.features,
             "cv_score": self.cv_score,
             **self.cv.to_dict("cv_"),
-            **self.cv_corrected.to_dict("cv_accuracy_corrected"),
+            **_values(self.cv_corrected, "cv_accuracy_corrected"),
             **(nothing if self.held_out is None else self.held_out.to_dict()),
             **{name: getattr(self, name) for name in _MEASURED},
             "notes": list(self.notes),
@@ -94,14 +94,14 @@ class LeaderboardRow:
         kinds = {
             **get_type_hints(cls),
             **{f"cv_{name}": kind for name, kind in FIGURES.items()},
-            **Score.types("cv_accuracy_corrected"),
+            **_types("cv_accuracy_corrected"),
             **(FIGURES if scored else dict.fromkeys(FIGURES, type(None))),
         }
         del kinds["cv"], kinds["cv_corrected"], kinds["held_out"]
         check_types("leaderboard", values, kinds)
         return cls(
             cv=Figures.from_dict(values, "cv_"),
-            cv_corrected=Score.from_dict(values, "cv_accuracy_corrected"),
+            cv_corrected=_score(values, "cv_accuracy_corrected"),
             held_out=Figures.from_dict(values) if scored else None,
             notes=tuple(values["notes"]),
             candidates=tuple(values["candidates"]),
@@ -134,7 +134,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
     ----------
     rows : tuple of LeaderboardRow
         By falling `LeaderboardRow.cv_score`; of equal scores, that of the lower log loss first.
-    best_corrected : Score
+    best_corrected : Score or None
         Accuracy of the best of all settings of all heads, without what that choice adds to it.
     scoring : str
         What `LeaderboardRow.cv_score` is.
@@ -147,7 +147,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
     """
 
     rows: tuple[LeaderboardRow, ...]
-    best_corrected: Score
+    best_corrected: Score | None
     scoring: str
     n_fit: int
     n_test: int
@@ -165,7 +165,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
         """Return the leaderboard as JSON values."""
         return {
             **vars(self),
-            **self.best_corrected.to_dict("best_corrected"),
+            **_values(self.best_corrected, "best_corrected"),
             "notes": list(self.notes),
             "rows": [row.to_dict() for row in self.rows],
         }
@@ -179,14 +179,14 @@ class Leaderboard(Sequence[LeaderboardRow]):
         PredictorError
             It is none.
         """
-        kinds = get_type_hints(cls) | Score.types("best_corrected")
+        kinds = get_type_hints(cls) | _types("best_corrected")
         check_types("leaderboard", values, kinds | {"rows": tuple[Mapping[str, Any], ...]})
         if not values["rows"]:
             raise PredictorError("Its leaderboard has no rows.")
         others = {name: values[name] for name in values if name != "best_corrected_interval"}
         read = {
             "rows": tuple(map(LeaderboardRow.from_dict, values["rows"])),
-            "best_corrected": Score.from_dict(values, "best_corrected"),
+            "best_corrected": _score(values, "best_corrected"),
             "notes": tuple(values["notes"]),
         }
         return cls(**others | read)
@@ -234,10 +234,11 @@ class Leaderboard(Sequence[LeaderboardRow]):
         heads: dict[str, list[str]] = {}
         for row in self.rows:
             heads.setdefault(row.features, []).append(row.head)
-        return [
-            f"best by {by}: {best.head} ({params}); {counts}",
-            f"accuracy of the best, corrected for the choice among all: {self.best_corrected}",
-        ] + [
+        lines = [f"best by {by}: {best.head} ({params}); {counts}"]
+        if self.best_corrected is not None:
+            said = "accuracy of the best, corrected for the choice among all"
+            lines.append(f"{said}: {self.best_corrected}")
+        return lines + [
             f"features{' of ' + ', '.join(names) if len(heads) > 1 else ''}: {features}"
             for features, names in heads.items()
         ]
@@ -246,13 +247,14 @@ class Leaderboard(Sequence[LeaderboardRow]):
         score = [] if self.scoring == "accuracy" else [f"CV {self.scoring}"]
         test = ["held-out accuracy", "balanced", "macro F1"] if self.n_test else []
         measured = ["fit s", "predict us", "peak MB"]
-        header = ["head", *score, "CV accuracy", "corrected", *test, *measured]
+        freed = [] if self.best_corrected is None else ["corrected"]
+        header = ["head", *score, "CV accuracy", *freed, *test, *measured]
         rows = [header]
         for row in self.rows:
             cells = [row.head]
             if score:
                 cells.append(f"{row.cv_score:.4f}")
-            cells += [str(row.cv.accuracy), str(row.cv_corrected)]
+            cells += [str(row.cv.accuracy), *[str(row.cv_corrected)] * len(freed)]
             if row.held_out is not None:
                 balanced, f1 = row.held_out.balanced_accuracy, row.held_out.macro_f1
                 cells += [str(row.held_out.accuracy), f"{balanced:.3f}", f"{f1:.3f}"]
@@ -274,6 +276,18 @@ class Leaderboard(Sequence[LeaderboardRow]):
 
     def __repr__(self) -> str:
         return f"<Leaderboard: {len(self)} heads, the best: {self.rows[0]!r}>"
+
+
+def _values(score: Score | None, name: str) -> dict[str, Any]:
+    return dict.fromkeys(Score.types(name)) if score is None else score.to_dict(name)
+
+
+def _score(values: Mapping[str, Any], name: str) -> Score | None:
+    return None if values[name] is None else Score.from_dict(values, name)
+
+
+def _types(name: str) -> dict[str, Any]:
+    return {key: kind | None for key, kind in Score.types(name).items()}
 
 
 def _short(value: Any) -> str:

@@ -27,6 +27,7 @@ def corrected_accuracy(
     groups: npt.NDArray[Any] | None = None,
     *,
     balanced: bool = False,
+    by_fold: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None = None,
 ) -> Score:
     """Return the accuracy of the best of several settings, with its 95 % interval.
 
@@ -40,6 +41,9 @@ def corrected_accuracy(
         Groups that are drawn as a whole; below 5 of them there is no interval.
     balanced : bool
         Choose by balanced accuracy.
+    by_fold : tuple of ndarray of shape (n,) and ndarray of shape (folds, m), optional
+        Choose by another score: the fold that judged each image, and the score of each setting
+        there. Folds are then drawn as a whole, since such a score is of a fold and not of an image.
 
     Returns
     -------
@@ -50,22 +54,25 @@ def corrected_accuracy(
     """
     right = np.stack([one == y_true for one in predicted], axis=1).astype(np.float32)  # (n, m)
     n = len(right)
-    unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    units = int(unit.max()) + 1
-    weight = 1 / np.bincount(y_true)[y_true] if balanced else np.ones(n)
+    if by_fold is None:
+        unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+        worth, of = (right / np.bincount(y_true)[y_true, None] if balanced else right), unit
+    else:
+        unit, worth = by_fold
+        of = np.arange(len(worth))
+    worth, units = worth.astype(np.float32, copy=False), int(unit.max()) + 1
     rng = np.random.default_rng(0)  # the same predictions give the same figure
     scores = []
     for _ in range(int(np.clip(_WORK // right.size, _FEWEST, _MOST))):
-        drawn = np.bincount(rng.integers(0, units, units), minlength=units)[unit]  # (n,)
-        left = drawn == 0
+        drawn = np.bincount(rng.integers(0, units, units), minlength=units)  # (units,)
+        left = (drawn == 0)[unit]
         if left.any():
-            best = ((drawn * weight).astype(np.float32) @ right).argmax()
+            best = (drawn[of].astype(np.float32) @ worth).argmax()
             scores.append(right[left, best].mean())
-    rates = right.mean(axis=0)
-    value = float(np.mean(scores or rates.max()))  # a single image or group is always drawn
+    mine = right[:, worth.sum(axis=0).argmax()]
+    value = float(np.mean(scores or mine))  # a single image or group is always drawn
     # Never narrower than that of the best as it is: of few errors or groups resamples know less.
-    mine: npt.NDArray[np.int64] = right[:, rates.argmax()].astype(np.int64)
-    plain = rate_scores(np.ones(n, np.int64), mine, 2, groups)[0]
+    plain = rate_scores(np.ones(n, np.int64), mine.astype(np.int64), 2, groups)[0]
     if plain.low is None or plain.high is None or not scores:
         return Score(value, None, None)
     low, high = np.percentile(scores, [2.5, 97.5]).tolist()

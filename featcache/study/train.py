@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +62,7 @@ from featcache.finetuning.search import SUFFIX, SuffixHead
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead, check_fit
 from featcache.heads.rows import FeatureBlocks, TrainingRows
-from featcache.heads.search import COPIES, FoldScorer, search
+from featcache.heads.search import COPIES, FoldScorer, Trial, search
 from featcache.heads.table import HEADS
 from featcache.predictor.file import CanaryRows, group_hashes
 from featcache.predictor.inputs import InputTap, source_taps
@@ -88,7 +89,6 @@ __all__ = ["head_names", "train"]
 Scoring = str | Callable[..., float]
 
 Progress = Callable[[int], object]
-Predicted = Sequence[npt.NDArray[np.int32]]
 
 _CANARY_ROWS = 8  # kept where the store has no canary images
 _TIMED_ROWS = 1000
@@ -213,11 +213,11 @@ def train(
         read.checked_files()  # features that are mapped were read until now
     # Scores that differ by rounding are equal.
     found.sort(key=lambda one: (-round(one[0].cv_score, 9), one[0].cv.log_loss))
-    (first, best, _), decides = found[0], options.decides
+    first, best, _ = found[0]
     best.leaderboard = Leaderboard(
         rows=tuple(row for row, *_ in found),
         best_corrected=_corrected(data, [one for *_, tried in found for one in tried]),
-        scoring=decides if isinstance(decides, str) else getattr(decides, "__name__", "score"),
+        scoring=options.decides_name,
         n_fit=len(data.store),
         n_test=0 if first.held_out is None else first.held_out.images,
         n_unlabelled=splitting.n_unlabelled(store.labels),
@@ -244,7 +244,7 @@ def _train_heads(
     test: FeatureStore | None,
     *,
     progress: bool | None,
-) -> list[tuple[LeaderboardRow, Predictor, Predicted]]:
+) -> list[tuple[LeaderboardRow, Predictor, list[Trial]]]:
     """Train each head, with a bar that moves with the fits."""
     if data.options.nested and not data.in_memory and names != [SUFFIX]:
         raise TrainingError(
@@ -290,6 +290,7 @@ class _TrainingData:
     folds: list[Fold]
     folds_text: str
     groups: npt.NDArray[Any] | None  # which intervals are made over
+    scorer: FoldScorer
     memory: int
     notes: tuple[str, ...]
     options: TrainingOptions
@@ -328,6 +329,11 @@ class _TrainingData:
         columns = [name for name in fit.taps if name in chosen]
         notes = [warning for one in fit.fingerprints for warning in one.warnings]
         notes += scorer.notes
+        if not scorer.resampled:
+            notes.append(
+                "no accuracy is corrected for the choice: that takes scores of single images, or "
+                f"of two or more folds, and {options.decides_name} gives one score of all images"
+            )
         several = "folds" in text and own is not None and len(np.unique(own)) < len(fit)
         if several and not options.group:
             notes.append(
@@ -340,6 +346,7 @@ class _TrainingData:
             folds=folds,
             folds_text=text.replace("folds", "nested folds") if options.nested else text,
             groups=own,
+            scorer=scorer,
             memory=available_memory() if options.memory is None else options.memory,
             notes=(*notes, *crossing, *few_groups(own), *remarks(fit, columns)),
             options=options,
@@ -431,11 +438,11 @@ def _check_classes(fit: FeatureStore, test: FeatureStore | None) -> None:
 
 def _train_head(
     data: _TrainingData, head: str, test: FeatureStore | None, progress: Progress
-) -> tuple[LeaderboardRow, Predictor, Predicted]:
-    """Search, fit and score one head; also return what its settings predicted out of fold."""
+) -> tuple[LeaderboardRow, Predictor, list[Trial]]:
+    """Search, fit and score one head; also return its trials, without their logits."""
     with peak_memory() as peak:
         found = data.search(head, progress)
-    tried = [one.predicted for one in found.trials if one.predicted is not None]
+    tried = [replace(one, logits=None) for one in found.trials]
     logits, proba, score = found.logits, found.calibration.proba(found.logits), found.score
     if data.options.nested and head != SUFFIX:  # the folds of a suffix choose nothing
         logits, proba, score = _nested(data, head, progress)
@@ -471,17 +478,30 @@ def _train_head(
     return row, predictor, tried
 
 
-def _corrected(data: _TrainingData, tried: Predicted) -> Score:
-    """Return the accuracy of the best of the settings that are scored on the most images."""
-    _, codes = data.classes_and_codes
-    judged = [predicted >= 0 for predicted in tried]
+def _corrected(data: _TrainingData, tried: Sequence[Trial]) -> Score | None:
+    """Return the accuracy of the best of the settings that are scored on the most images.
+
+    None where what chooses gives one score of all images.
+    """
+    scorer, by_fold = data.scorer, None
+    if not scorer.resampled:
+        return None
+    judged = [one.predicted >= 0 for one in tried]
     known = max(judged, key=np.count_nonzero)
-    whole = [one[known] for one, of in zip(tried, judged, strict=True) if (of == known).all()]
+    whole = [one for one, of in zip(tried, judged, strict=True) if (of == known).all()]
+    if not scorer.of_images:
+        scores = np.array([one.fold_scores for one in whole]).T[scorer.counted]  # (folds, m)
+        fold = np.full(len(known), -1)
+        for number, valid in enumerate(itertools.compress(scorer.folds, scorer.counted)):
+            fold[valid] = number
+        known &= fold >= 0
+        by_fold = fold[known], np.nan_to_num(scores, nan=-1e9)  # NaN is never best
     return corrected_accuracy(
-        codes[known],
-        whole,
+        data.classes_and_codes[1][known],
+        [one.predicted[known] for one in whole],
         None if data.groups is None else data.groups[known],
-        balanced=data.options.decides == "balanced_accuracy",
+        balanced=scorer.scoring == "balanced_accuracy",
+        by_fold=by_fold,
     )
 
 
@@ -502,8 +522,7 @@ def _nested(
         found = search(HEADS[head](options), rows)
         logits[valid] = found.estimator.logits(data.X[valid])
         proba[valid] = found.calibration.proba(logits[valid])
-    score, _ = FoldScorer(data.options.decides, codes, classes, data.folds)(logits, proba)
-    return logits, proba, score
+    return logits, proba, data.scorer(logits, proba)[0]
 
 
 def _predictor(data: _TrainingData, found: Any) -> Predictor:

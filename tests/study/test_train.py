@@ -7,9 +7,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.datasets import make_classification
+from sklearn.metrics import accuracy_score, make_scorer
 
 from featcache import learning_curve, train, train_files
 from featcache.errors import (
@@ -275,6 +278,38 @@ def test_scoring_decides(folder: Path) -> None:
     assert "CV balanced_accuracy" in str(board)
     plain = train(uneven, head=["svm"]).leaderboard
     assert board[0].cv.balanced_accuracy > plain[0].cv.balanced_accuracy
+
+
+@pytest.mark.parametrize(
+    "scoring", ["roc_auc", make_scorer(accuracy_score, greater_is_better=False)]
+)
+def test_a_corrected_accuracy_is_of_what_the_scoring_chose(folder: Path, scoring: Any) -> None:
+    X, y = make_classification(
+        800, 12, n_informative=4, weights=[0.916], class_sep=0.7, random_state=3
+    )
+    names = np.array(["no", "yes"])[y[:500]].tolist()
+    rare = make_store(folder / "rare.h5", X[:500].astype(np.float32), names)
+    board = train(
+        rare, head=["ridge", "knn"], scoring=scoring, class_weight="balanced", progress=False
+    ).leaderboard
+    found = [(row.cv.accuracy, row.cv_corrected) for row in board]
+    for plain, corrected in (*found, (board[0].cv.accuracy, board.best_corrected)):
+        assert corrected.low < plain < corrected.high
+
+
+def test_no_accuracy_is_corrected_where_one_score_of_all_images_chose(folder: Path) -> None:
+    splits = (["train"] * 3 + ["val"] * 3) * 15
+    one = make_store(folder / "one.h5", clusters(LABELS, spread=3.0), LABELS, splits=splits)
+    predictor = train(one, scoring="f1_macro", progress=False)
+    predictor.save(folder / "one.featcache")
+    board = Predictor.load(folder / "one.featcache").leaderboard
+    assert board.best_corrected is None and board[0].cv_corrected is None
+    assert "corrected" not in board.to_text().replace("is corrected for the choice", "")
+    assert "no accuracy is corrected for the choice: " in str(board)
+    values = json.loads(board.to_json())
+    assert values["best_corrected"] is None and values["rows"][0]["cv_accuracy_corrected"] is None
+    assert board == predictor.leaderboard
+    assert train(one, progress=False).leaderboard.best_corrected is not None
 
 
 # --- larger than memory ------------------------------------------------------------------------
