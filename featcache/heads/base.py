@@ -130,7 +130,7 @@ def class_factors(
         if class_weight != "balanced":
             raise ValueError(f"class_weight is 'balanced', a dict or None, got {class_weight!r}.")
         counts = np.bincount(codes, weights=weight, minlength=len(classes))
-        return np.asarray(weight.sum() / (len(classes) * np.maximum(counts, 1e-300)))
+        return np.asarray(counts.sum() / (len(classes) * np.maximum(counts, 1e-300)))
     known = classes.tolist()
     unknown = [label for label in class_weight if label not in known]
     if unknown:

@@ -47,19 +47,26 @@ _SCORES = 1 << 25  # bytes of out-of-fold scores computed in one pass
 
 
 def loss_weights(
-    loss: str, weights: np.ndarray, codes: np.ndarray, factors: np.ndarray
+    loss: str,
+    class_weight: ClassWeight,
+    classes: np.ndarray,
+    codes: np.ndarray,
+    weights: np.ndarray,
 ) -> tuple[np.ndarray, Tensor | None]:
-    """Return the weights (folds, n) in a loss, and factors (k, 1) on those of the own class.
+    """Return the weights (folds, n) in a loss, and factors (folds, k, 1) on the own class's.
 
-    As liblinear does, one-vs-rest with more than two classes weights only the rows of the class
-    that a problem is about.
+    "balanced" counts the rows of each fold, as its own fit does: with a strong penalty, one row of
+    a class more or less would move the scores by more than the features do. As in liblinear,
+    one-vs-rest with more than two classes weights only the rows of the class that a problem is
+    about.
     """
-    factors = factors.astype(weights.dtype)
+    by_fold = [class_factors(class_weight, classes, codes, own) for own in weights]
+    factors = np.stack(by_fold).astype(weights.dtype)
     if (factors == 1.0).all():
         return weights, None
-    if loss == "squared_hinge" and len(factors) > 2:
-        return weights, torch.from_numpy(factors)[:, None]
-    return weights * factors[codes], None
+    if loss == "squared_hinge" and len(classes) > 2:
+        return weights, torch.from_numpy(factors)[:, :, None]
+    return weights * factors[:, codes], None
 
 
 class LinearModel(Head):
@@ -88,8 +95,9 @@ class LinearModel(Head):
         treatment: Step | None = None,
     ) -> Matrix:
         """Return the step for rows in memory or in blocks, behind a row-wise treatment."""
-        factors = class_factors(self.class_weight, self.classes_, codes, weight)
-        in_loss, positive = loss_weights(self.loss, weight[None], codes, factors)
+        in_loss, positive = loss_weights(
+            self.loss, self.class_weight, self.classes_, codes, weight[None]
+        )
         design = Design.build(
             X, codes, weight[None], in_loss, standardize=self.standardize, treatment=treatment
         )
@@ -201,7 +209,7 @@ def _problems(design: Design, loss: Loss, Cs: Sequence[float], positive: Tensor 
     weights, folds = design.weights, len(design.weights)
     fold = torch.arange(folds).repeat(len(Cs))
     C = torch.tensor(Cs, dtype=weights.dtype).repeat_interleave(folds)[:, None, None]
-    return Problems(loss, C, fold, None if positive is None else positive.to(weights.dtype))
+    return Problems(loss, C, fold, None if positive is None else positive[fold])
 
 
 def _zeros(p: int, classes: int, design: Design) -> Tensor:
@@ -372,11 +380,9 @@ class _Paths:
         self.rows, self.search, self.options = rows, search, head.options
         self.loss: Loss = head.loss
         self.best: _Start | None = None  # the solutions of the search's best
-        self._codes, weights = rows.row_codes(), rows.weights()
-        factors = class_factors(head.options.class_weight, rows.classes, self._codes, weights)
-        self._row_weights = fold_weights(rows)
+        self._codes, self._row_weights = rows.row_codes(), fold_weights(rows)
         self._loss_weights, self._positive = loss_weights(
-            self.loss, self._row_weights, self._codes, factors
+            self.loss, head.options.class_weight, rows.classes, self._codes, self._row_weights
         )
         self._designs: dict[str, Design] = {}
 

@@ -22,7 +22,7 @@ import torch
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh
 from torch import Tensor
 
-from featcache.heads.base import ClassWeight, class_factors
+from featcache.heads.base import ClassWeight
 from featcache.heads.linear import LinearModel, fold_weights, loss_weights, out_of_fold
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import HeadKind, Params, Search
@@ -135,25 +135,29 @@ def _targets(codes: np.ndarray, classes: int) -> np.ndarray:
 def _grams(design: Design, classes: int) -> Iterator[np.ndarray]:
     """Yield for each fold the weighted products of its training rows, (d + k + 1, d + k + 1).
 
-    They are those of the columns, of `_targets`, and of ones, from one pass; rows on the same side
-    in all folds are summed once.
+    They are those of the columns, of `_targets`, and of ones, from one pass. Rows on the same side
+    in all folds are summed once, unless class weights are other ones in each fold.
     """
     weights, codes = design.weights.numpy(), design.codes.numpy()
-    used, weight = weights > 0, weights.max(axis=0)
-    keys = np.packbits(used, axis=0).T
-    _, first, pattern = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    used, largest = weights > 0, weights.max(axis=0)
+    parts, counted, members = used, weights, np.eye(len(used), dtype=bool)
+    if (weights == used * largest).all():
+        keys = np.packbits(used, axis=0).T
+        _, first, pattern = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        parts, members = pattern == np.arange(len(first))[:, None], used[:, first]
+        counted = np.broadcast_to(largest, parts.shape)
     width = design.d + (classes if classes > 2 else 1) + 1
-    parts = np.zeros((len(first), width, width))
+    sums = np.zeros((len(parts), width, width))
     for rows, block in design.blocks(design.d):
         X = design.standardised(block).numpy()
         T = _targets(codes[rows], classes)
         both = np.concatenate([X, T, np.ones((len(X), 1))], axis=1, dtype=X.dtype)
-        for number in np.unique(pattern[rows]).tolist():
-            some = pattern[rows] == number
-            own = both[some]
-            parts[number] += own.T @ (own * weight[rows][some, None])
-    for members in used[:, first]:
-        yield parts[members].sum(axis=0)
+        for total, some, weight in zip(sums, parts[:, rows], counted[:, rows], strict=True):
+            if some.any():
+                own = both[some]
+                total += own.T @ (own * weight[some, None])
+    for own in members:
+        yield sums[own].sum(axis=0)
 
 
 def _solutions(design: Design, gram: np.ndarray, fold: int, alphas: Sequence[float]) -> Tensor:
@@ -202,8 +206,9 @@ class RidgeHead(HeadKind):
     def explore(self, rows: TrainingRows, search: Search) -> None:
         """Solve all penalties on all folds, treatment by treatment."""
         codes, weights = rows.row_codes(), fold_weights(rows)
-        factors = class_factors(self.options.class_weight, rows.classes, codes, rows.weights())
-        in_loss, _ = loss_weights(Ridge.loss, weights, codes, factors)
+        in_loss, _ = loss_weights(
+            Ridge.loss, self.options.class_weight, rows.classes, codes, weights
+        )
         penalties = [alpha * len(rows) for alpha in self.alphas]
         for treatment in self.treatments:
             design = Design.build(rows.X, codes, weights, in_loss, treatment=TREATMENTS[treatment])

@@ -23,7 +23,9 @@ thirty.
   accepted: one pass over the rows an iteration.
 
 Half the Newton decrement, ``g.Hg / 2``, then estimates the distance to the minimum within a
-factor of about two, and is what `tol` is compared with.
+factor of about two, and is what `tol` is compared with: as a part of the objective, and of how far
+that lies below the best constant scores. A strong penalty keeps solutions so near to those that
+they would pass for the minimum.
 
 Scores are (problems, classes, rows): the rows are innermost, so that the softmax runs along
 contiguous memory and finished problems are dropped by a plain slice. Matrix products go through
@@ -147,8 +149,8 @@ class Design:
     codes : Tensor of shape (n,), int64
         Class of each row.
     means, ratios : Tensor of shape (folds, d)
-        Mean and inverse deviation of each fold's training rows, in these coordinates; 0 in place of
-        the latter where a column is constant.
+        Mean, as the loss weights them, and inverse deviation of each fold's training rows, in these
+        coordinates; 0 in place of the latter where a column is constant.
     sample : ndarray of shape (m, d)
         Some of the standardised rows.
     """
@@ -192,7 +194,14 @@ class Design:
         blocks = FeatureBlocks.of(X) if isinstance(X, np.ndarray) else X
         steps = [] if treatment is None else [treatment]
         with Workers.start() as workers:
-            mean, variance, sample = _moments(blocks, row_weights, steps, workers)
+            largest = row_weights.max(axis=0)  # (n,)
+            # Around the loss's own mean the intercept is apart from the weights, where these are
+            # small. Otherwise their first step is right but for the intercept, and looks converged.
+            sets = [row_weights] if loss_weights is row_weights else [row_weights, loss_weights]
+            weights = np.concatenate([*sets, largest[None]])
+            mean, variance, sample = _moments(blocks, weights, largest > 0, steps, workers)
+            variance = np.delete(variance, slice(len(row_weights), -1), axis=0)
+            means = mean[-1 - len(row_weights) : -1]
             constant = variance <= _CONSTANT * np.maximum(variance[-1], mean[-1] ** 2)
             deviation = np.where(constant, 1.0, np.sqrt(variance)) if standardize else 1.0
             centre, scale = mean[-1], np.broadcast_to(deviation, variance.shape)[-1]
@@ -218,7 +227,7 @@ class Design:
             edges=edges,
             weights=torch.from_numpy(loss_weights.astype(dtype, copy=False)),
             codes=torch.from_numpy(codes),
-            means=torch.from_numpy(((mean[:-1] - centre) / scale).astype(dtype)),
+            means=torch.from_numpy(((means - centre) / scale).astype(dtype)),
             ratios=torch.from_numpy(ratios.astype(dtype)),
             sample=scaling(sample),
         )
@@ -298,7 +307,11 @@ def _standardised(
 
 
 def _moments(
-    blocks: FeatureBlocks, weights: np.ndarray, steps: Sequence[Step], workers: Workers
+    blocks: FeatureBlocks,
+    weights: np.ndarray,
+    used: np.ndarray,
+    steps: Sequence[Step],
+    workers: Workers,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read all blocks once; return weighted moments of the columns, and some of the rows.
 
@@ -306,23 +319,24 @@ def _moments(
     ----------
     blocks : FeatureBlocks
         The rows (n, d).
-    weights : ndarray of shape (folds, n)
+    weights : ndarray of shape (sets, n)
         Weights of the rows.
+    used : ndarray of shape (n,), bool
+        Of which rows the sample is.
     steps : sequence of Step
         Treatment of the rows.
 
     Returns
     -------
-    mean, variance : ndarray of shape (folds + 1, d), float64
-        For each set of weights; the last are those of all rows, with their largest weights.
+    mean, variance : ndarray of shape (sets, d), float64
+        For each set of weights.
     sample : ndarray of shape (at most 4096, d)
-        Treated rows, of those that have a weight.
+        Treated rows.
     """
-    n, d = len(blocks) * blocks.views, blocks.shape[-1]
-    largest = weights.max(axis=0)  # (n,)
-    shuffled = np.random.default_rng(0).permutation(n)
-    chosen = np.zeros(n, dtype=bool)
-    chosen[shuffled[largest[shuffled] > 0][:_SAMPLE]] = True
+    d = blocks.shape[-1]
+    shuffled = np.random.default_rng(0).permutation(len(used))
+    chosen = np.zeros(len(used), dtype=bool)
+    chosen[shuffled[used[shuffled]][:_SAMPLE]] = True
     shifts: list[np.ndarray] = []  # the first block's mean, so that squares lose no digits
 
     def sums(images: slice, block: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -332,9 +346,9 @@ def _moments(
             shifts.append(treated.mean(axis=0, dtype=np.float64))
         # In float32 the variance of a column that is constant in a fold would be rounding noise.
         away = np.subtract(treated, shifts[0], dtype=np.float64)
-        both = np.concatenate([weights[:, rows], largest[rows][None]], dtype=np.float64)
+        own = weights[:, rows].astype(np.float64)
         kept = treated[chosen[rows]]
-        return both @ away, both @ np.square(away, out=away), kept
+        return own @ away, own @ np.square(away, out=away), kept
 
     stream = blocks.blocks(max(256, _FLOATS // d))
     total, squares, kept = sums(*next(stream))
@@ -343,7 +357,7 @@ def _moments(
         total += one
         squares += two
         sample.append(kept)
-    size = np.append(weights.sum(axis=1, dtype=np.float64), largest.sum(dtype=np.float64))[:, None]
+    size = weights.sum(axis=1, keepdims=True, dtype=np.float64)
     total /= size
     variance = np.maximum(squares / size - total**2, 0.0)
     return shifts[0] + total, variance, np.concatenate(sample)
@@ -385,7 +399,7 @@ class Problems:
         Weight of the loss.
     fold : Tensor of shape (p,), int64
         Row of `Design.weights`.
-    positive : Tensor of shape (k, 1) or None
+    positive : Tensor of shape (p, k, 1) or None
         One against the rest: factors on the weights of a class's own rows.
     """
 
@@ -396,7 +410,8 @@ class Problems:
 
     def select(self, keep: Tensor) -> Problems:
         """Return the problems numbered `keep`."""
-        return replace(self, C=self.C[keep], fold=self.fold[keep])
+        positive = None if self.positive is None else self.positive[keep]
+        return replace(self, C=self.C[keep], fold=self.fold[keep], positive=positive)
 
 
 def _thin(L: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -516,6 +531,21 @@ def _sums(
     return used, loss, curvature, R.sum(dim=2, keepdim=True), Gx
 
 
+def _constant(design: Design, problems: Problems, k: int) -> Tensor:
+    """Return the objectives (p, k or 1, 1), float64, of the best scores that are constant."""
+    count = torch.zeros((len(design.weights), max(k, 2)), dtype=torch.float64)
+    count = count.index_add_(1, design.codes, design.weights.double())[problems.fold, :, None]
+    whole = count.sum(dim=1, keepdim=True)
+    if problems.loss == "log":
+        loss = torch.xlogy(whole, whole) - torch.xlogy(count, count).sum(dim=1, keepdim=True)
+    else:
+        own = count[:, -k:]
+        rest = whole - own
+        own = own if problems.positive is None else own * problems.positive
+        loss = 4 * own * rest / (own + rest)
+    return problems.C * loss
+
+
 class _Preconditioner:
     """Inverse Hessian of the quadratic with the problems' mean curvatures."""
 
@@ -540,6 +570,7 @@ class _State:
     """The running problems: point, value, direction, step, and history."""
 
     numbers: Tensor  # (p,) which of the original problems these are
+    constant: Tensor  # (p, k or 1, 1) see _constant
     problems: Problems
     V: Tensor  # (p, k, d + 1) weights, and the intercept in the last column
     f: Tensor  # these three: see _Value
@@ -558,8 +589,9 @@ class _State:
         f = value[0]
         D, slope = _directions(design, [], value, workers)
         total, idle = f.sum(dim=(1, 2)), torch.zeros(len(V), dtype=torch.int64)
-        numbers, step = torch.arange(len(V)), torch.ones_like(f)
-        return cls(numbers, problems, V, *value, D, slope, step, total, idle, [])
+        numbers, constant = torch.arange(len(V)), _constant(design, problems, V.shape[1])
+        step = torch.ones_like(f)
+        return cls(numbers, constant, problems, V, *value, D, slope, step, total, idle, [])
 
     def take(self, keep: Tensor) -> _State:
         tensors = {name: one[keep] for name, one in vars(self).items() if isinstance(one, Tensor)}
@@ -676,7 +708,8 @@ def minimise(
         softmax sum to zero, as those of the solution do.
     tol : float
         A problem is done when half its Newton decrement, an estimate of the distance to the
-        minimum, is below `tol` times its objective.
+        minimum, is below `tol` times its objective, and times what that is less than the objective
+        of the best constant scores.
     max_iter : int
         Passes over the rows at most.
     """
@@ -702,7 +735,7 @@ def minimise(
 
 def _finished(state: _State, tol: float) -> Tensor:
     """Return which problems are close to their minimum, or get no closer."""
-    close = -state.slope / 2 <= tol * state.f.abs()
+    close = -state.slope / 2 <= tol * torch.minimum(state.f, state.constant - state.f)
     total = state.f.sum(dim=(1, 2))
     noise = _NOISE * torch.finfo(state.V.dtype).eps
     fell = total < state.lowest - noise * state.lowest.abs()

@@ -20,7 +20,7 @@ from featcache.heads import solver
 from featcache.heads.linear import LinearClassifier, LinearHead, LinearSVMHead
 from featcache.heads.ridge import Ridge, RidgeHead
 from featcache.heads.rows import FeatureBlocks, TrainingRows
-from featcache.heads.search import search
+from featcache.heads.search import SearchOptions, search
 from featcache.heads.steps import Power
 from featcache.heads.table import HEADS
 from tests.scores import logits
@@ -243,6 +243,37 @@ def test_out_of_fold_scores_are_those_of_fits_on_each_fold(head, classes):
     np.testing.assert_allclose(found.fold_scores, by_fold)
     assert found.score == pytest.approx(np.mean(by_fold))
     assert found.score == max(one.score for one in found.trials)
+
+
+@pytest.mark.parametrize("head", [LinearHead, LinearSVMHead, RidgeHead])
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
+def test_the_search_finds_scikit_learns_scores_at_every_penalty(head, classes, class_weight):
+    X, y = features(600, 12, classes, shift=1.0)
+    X += np.random.default_rng(1).normal(size=X.shape).astype(np.float32) * 2 * X.std(axis=0)
+    rare = y == f"class {classes - 1}"
+    keep = np.concatenate([np.flatnonzero(~rare), np.flatnonzero(rare)[:43]])  # 34 or 35 a fold
+    X, y = X[keep], y[keep]
+    folds = folds_of(y, 5)
+    grid = {"alphas": (100.0, 1.0)} if head is RidgeHead else {"Cs": (1e-5, 1e-3, 0.1)}
+    if head is not RidgeHead:
+        grid["refine"] = False
+    kind = head(SearchOptions(class_weight=class_weight), treatments=("standard",), **grid)
+    for trial in search(kind, TrainingRows.check(X, y, folds, None)).trials:
+        C, theirs = trial.params.get("C"), []
+        rival = {
+            "linear": LogisticRegression(C=C, tol=1e-8, solver="newton-cholesky"),
+            "svm": LinearSVC(C=C, dual=False, tol=1e-8, intercept_scaling=1e3, max_iter=10_000),
+            "ridge": RidgeClassifier(trial.params.get("alpha")),
+        }[head.name].set_params(class_weight=class_weight)
+        for train, valid in folds:
+            scaled = make_pipeline(StandardScaler(), rival).fit(X[train].astype(float), y[train])
+            scores = scaled.decision_function(X[valid].astype(float))
+            theirs.append(np.stack([-scores / 2, scores / 2], 1) if classes == 2 else scores)
+        mine, theirs = trial.logits[np.concatenate([v for _, v in folds])], np.concatenate(theirs)
+        if head is LinearHead:  # a free constant
+            mine, theirs = (one - one.mean(axis=1, keepdims=True) for one in (mine, theirs))
+        np.testing.assert_allclose(mine, theirs, atol=0.15 * theirs.std(axis=0).mean())
 
 
 @pytest.mark.parametrize("head", LINEAR)
