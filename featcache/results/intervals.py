@@ -17,16 +17,20 @@ probability of 0.91 to 0.99, for 30 images and for 1,000, for 50 classes of 4 im
 groups that differ as much as groups can. With fewer groups nothing can be said, and no interval is
 given.
 
-Where every image is right (or every one wrong) each figure is the same without any of them. There
-the interval of accuracy is Wilson's for all images or groups. That of the two others combines
-Wilson's intervals of the single classes by the sum of their squares (Zou and Donner, *Statistics in
-Medicine* 27, 2008): a class of two images can be known no better than two images tell.
+The jackknife knows nothing of a class that has all its images right: left out, they change nothing.
+So balanced accuracy and macro F1 take the further of its ends and those that the classes' own
+intervals combine to by the sum of their squares (Zou and Donner, *Statistics in Medicine* 27,
+2008): a class of two images is known no better than two images tell. Of a class, the interval is
+Wilson's of its recall, or, for F1, of the images that it and its predictions share, TP / (TP + FP +
+FN), as F1 is a function of that. Where every image is right (or every one wrong) these are the
+intervals, and that of accuracy is Wilson's for all images or groups. The jackknife of groups stays
+alone otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,32 +118,49 @@ def rate_scores(
         Groups that are left out as a whole; below 5 of them there are no intervals.
     """
     right = y_true == y_pred
-    counts = np.concatenate(
-        [np.bincount(of, minlength=k) for of in (y_true[right], y_true, y_pred)]
-    )
-    values = _rates(counts[None].astype(np.float64))[0]
-    group, units, in_class = None, len(y_true), counts[k : 2 * k]
+    hits, true, predicted = (np.bincount(of, minlength=k) for of in (y_true[right], y_true, y_pred))
+    counts = np.concatenate([hits, true, predicted])
+    values = _rates(counts[None].astype(np.float64))[0].tolist()
+    either = true + predicted - hits
+    group, units, trials = None, len(y_true), (true, either)
     if groups is not None:
         names, group = np.unique(groups, return_inverse=True)
         units = len(names)
-        in_class = np.bincount(np.unique(y_true * units + group) // units)  # groups of each class
-    if groups is not None and units < FEWEST_GROUPS:
-        accuracy, balanced, f1 = (Score(value, None, None) for value in values.tolist())
-    elif right.all() or not right.any():
-        apart = _Z**2 / (in_class[in_class > 0] + _Z**2)  # Wilson's other end, for each class
-        half = float(np.linalg.norm(apart)) / len(apart)
-        of_classes = (max(0.0, 1.0 - half), 1.0) if right.all() else (0.0, min(1.0, half))
-        value = float(right[0])
-        accuracy = Score(value, *wilson(value, units))
-        balanced = f1 = Score(value, *of_classes)
+        cells = np.unique(y_true * units + group)
+        trials = (np.bincount(cells // units, minlength=k),) * 2  # groups of each class
+    few = group is not None and units < FEWEST_GROUPS
+    alike = right.all() or not right.any()
+    if few:
+        ends: list[Any] = [(None, None)] * 3
+    elif alike:
+        ends = [wilson(values[0], units), *[(values[0], values[0])] * 2]
     else:
-        accuracy, balanced, f1 = (
-            Score(value, *_interval(value, variance, units, len(y_true)))
-            for value, variance in zip(
-                values.tolist(), _jackknife(y_true, y_pred, k, group, counts), strict=True
-            )
-        )
+        variances = _jackknife(y_true, y_pred, k, group, counts)
+        ends = [
+            _interval(value, variance, units, len(y_true))
+            for value, variance in zip(values, variances, strict=True)
+        ]
+    if not few and (alike or group is None):
+        recall, jaccard = hits / np.maximum(true, 1), hits / np.maximum(either, 1)
+        ends[1] = _widened(ends[1], recall, trials[0], lambda share: share)
+        ends[2] = _widened(ends[2], jaccard, trials[1], lambda share: 2 * share / (1 + share))
+    accuracy, balanced, f1 = (Score(value, *both) for value, both in zip(values, ends, strict=True))
     return accuracy, balanced, f1
+
+
+def _widened(
+    ends: tuple[float, float],
+    share: Floats,
+    trials: npt.NDArray[np.int64],
+    figure: Callable[[Floats], Floats],
+) -> tuple[float, float]:
+    """Widen an interval to what those of the classes' shares say of the mean of their figures."""
+    shares, counts = share[trials > 0], trials[trials > 0].tolist()
+    own = np.array([wilson(*one) for one in zip(shares.tolist(), counts, strict=True)])
+    middle = figure(shares)
+    below, above = np.linalg.norm(figure(own) - middle[:, None], axis=0) / len(middle)
+    low, high = float(middle.mean() - below), float(middle.mean() + above)
+    return min(ends[0], max(0.0, low)), max(ends[1], min(1.0, high))
 
 
 def _interval(value: float, variance: float, units: int, images: int) -> tuple[float, float]:

@@ -109,6 +109,11 @@ def images(seeds: int) -> None:
     print(f"\nintervals over images, {seeds} seeds")
     cases = [
         ("998 + 2 images", [998, 2], [1.0, 0.8]),
+        ("998 + 2 images", [998, 2], [0.99, 0.8]),
+        ("200 + 4 images", [200, 4], [0.99, 0.7]),
+        ("200 + 10 images", [200, 10], [0.99, 0.9]),
+        ("200 + 20 images", [200, 20], [0.97, 0.85]),
+        ("3 classes of 50", [50] * 3, [0.9] * 3),
         ("100 classes of 5", [5] * 100, [0.99] * 100),
         ("100 classes of 5", [5] * 100, [0.9] * 100),
         ("50 classes of 4", [4] * 50, [0.6] * 50),

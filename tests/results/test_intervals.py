@@ -59,6 +59,22 @@ def test_a_class_of_two_images_is_known_no_better_than_two_images_tell() -> None
     assert np.mean([covers(one, 0.9) for one in found]) >= 0.9
 
 
+@pytest.mark.parametrize(
+    ("counts", "recall"),
+    [([998, 2], [0.99, 0.8]), ([200, 4], [0.99, 0.9]), ([200, 10], [0.99, 0.9])],
+)
+def test_a_mistake_in_a_frequent_class_makes_no_rare_one_certain(
+    counts: list[int], recall: list[float]
+) -> None:
+    y, rng, share = np.repeat([0, 1], counts), np.random.default_rng(0), np.array(recall)
+    found = [judged(y, guessed(rng, y, share[y], 2), 2) for _ in range(300)]
+    assert np.mean([covers(one.balanced_accuracy, share.mean()) for one in found]) >= 0.92
+    # F1 of a third class, whose images and predictions are its own, is as little known.
+    three = np.append(y, [2, 2])
+    macro = judged(three, np.append(1 - y[:1], three[1:]), 3).macro_f1
+    assert macro.low < 0.9 < macro < macro.high
+
+
 def test_many_small_classes_that_are_all_right_keep_a_narrow_interval() -> None:
     y = np.repeat(np.arange(100), 5)
     low, high = judged(y, y, 100).balanced_accuracy.interval
