@@ -150,6 +150,7 @@ def _metadata(predictor: Predictor) -> dict[str, Any]:
         "classes": list(predictor.classes),
         "head": predictor.head,
         "calibration": asdict(predictor.calibration),
+        "label": "argmax of log(probabilities) - calibration.bias; not always the most probable",
         "input": "images: uint8 (batch, channels, height, width), decoded, resized and cropped",
         "preprocessing": dict(predictor.fingerprints[0].preprocessing),
         "fingerprints": [one.to_dict() for one in predictor.fingerprints],

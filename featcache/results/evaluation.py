@@ -341,7 +341,19 @@ class Evaluation:
             many = len(self) if self.groups is None else len(np.unique(self.groups))
             units = "images" if self.groups is None else "groups"
             said = (f"no image is wrong: the intervals are what {many:,} {units} can show",)
-        return self.notes + said
+        return self.notes + self.moved + said
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """The note on images whose label is not their most probable class, if there are any."""
+        count = counted(self.n_moved, "image has", "images have")
+        why = "a label that is not the most probable class: it is the head's decision, which"
+        return (f"{count} {why} class weights move",) if self.n_moved else ()
+
+    @cached_property
+    def n_moved(self) -> int:
+        """Number of images whose label is not their most probable class."""
+        return int((self.confidence < self.proba.max(axis=1)).sum())
 
     @property
     def figures(self) -> Figures:
@@ -362,6 +374,7 @@ class Evaluation:
         """Return everything but the images' probabilities, as JSON values."""
         return {
             **self.summary(),
+            "label_not_most_probable": self.n_moved,
             "resampled": "images" if self.groups is None else "groups",
             "classes": list(self.classes),
             "per_class": [vars(score) for score in self.per_class],

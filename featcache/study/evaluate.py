@@ -65,10 +65,10 @@ def evaluate(
     if not labelled.all():
         notes.append(left_out(~labelled, "without a label"))
     if not len(rows):
+        cure = "--group to hold out whole groups" if akin.any() else "--test-size to hold some out"
         raise TrainingError(
             f"None of the {len(store):,} images of {', '.join(store.paths)} can be scored: "
-            f"{'; '.join(notes) or 'it is empty'}. Evaluate on other images, or train with "
-            "--test-size to hold some out."
+            f"{'; '.join(notes) or 'it is empty'}. Evaluate on other images, or train with {cure}."
         )
     chosen = store.select(rows)
     columns = {name: i for i, name in enumerate(predictor.classes)}

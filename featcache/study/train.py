@@ -469,7 +469,7 @@ def _train_head(
         predict_us=_predict_us(data, predictor),
         peak_mb=peak() / 1e6,
         candidates=tuple(one.to_dict() for one in found.trials),
-        notes=found.notes + (() if held_out is None else held_out.notes),
+        notes=found.notes + judged.moved + (() if held_out is None else held_out.notes),
     )
     predictor.metrics = {
         "out_of_fold": judged.summary(),

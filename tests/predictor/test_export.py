@@ -160,6 +160,7 @@ def test_pt2_gives_the_predictors_probabilities(
     logs = np.log(predictor.predict_proba_of(store)) - metadata["calibration"]["bias"]
     labels = predictor.predict_features(store.matrix())
     assert np.array(predictor.classes)[logs.argmax(axis=1)].tolist() == labels.tolist()
+    assert metadata["label"].startswith("argmax of log(probabilities) - calibration.bias")
     assert metadata["classes"] == ["daisy", "rose", "tulip"]
     assert Preprocessing.from_dict(metadata["preprocessing"]) == PREPARE
     assert target.stat().st_size < 200_000  # the 20,000 outputs behind the tap are left out

@@ -193,6 +193,9 @@ def test_the_label_that_was_decided_for_comes_first() -> None:
     assert got.top_k_accuracy(2) == 1.0
     assert got.confidence.tolist() == [0.2, 0.5]
     assert got.mistakes[0].predicted == "cod" and got.mistakes[0].probability == 0.2
+    assert "1 image has a label that is not the most probable class" in str(got)
+    assert got.to_dict()["label_not_most_probable"] == 1
+    assert "most probable" not in str(Evaluation(ids, np.array([0, 2]), proba, NAMES[:3]))
 
 
 @pytest.mark.parametrize("k", [2, 4])

@@ -295,6 +295,7 @@ def test_a_corrected_accuracy_is_of_what_the_scoring_chose(folder: Path, scoring
     found = [(row.cv.accuracy, row.cv_corrected) for row in board]
     for plain, corrected in (*found, (board[0].cv.accuracy, board.best_corrected)):
         assert corrected.low < plain < corrected.high
+    assert "ridge: " in str(board) and "not the most probable class" in str(board)
 
 
 def test_no_accuracy_is_corrected_where_one_score_of_all_images_chose(folder: Path) -> None:
