@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 
@@ -21,73 +17,6 @@ from tests import stores
 def beside(path: Path) -> list[str]:
     """Return what lies in the store's folder."""
     return sorted(p.name for p in path.parent.iterdir())
-
-
-ROWS, BATCH = 600, 8
-
-EXTRACTION = f"""
-def extract(path, pause):
-    imgs = stores.images({ROWS})
-    f = stores.fingerprint(taps=(stores.POOL, stores.MAPS), store_dtype="float16")
-    with stores.writer(path, imgs, f) as writer:
-        pending = writer.pending
-        for start in range(0, len(pending), {BATCH}):
-            rows = pending[start : start + {BATCH}]
-            for row in rows[rows % 97 == 5]:
-                writer.fail(int(row), "decode", "not an image")
-            stores.fill(writer, imgs, rows[rows % 97 != 5])
-            time.sleep(pause)
-        writer.set_meta("run", {{"text": "x" * 20000}})
-        return writer.finish(max_failures=1)
-"""
-
-
-def killed_runs_equal_a_quiet_one(folder: Path, kills: int, seed: int) -> None:
-    """Kill extractions at random moments; each, resumed, must give the quiet run's bytes."""
-    scope: dict[str, Any] = {"stores": stores, "time": time}
-    exec(EXTRACTION, scope)
-    scope["extract"](folder / "quiet.h5", 0)
-    expected = (folder / "quiet.h5").read_bytes()
-    rng = np.random.default_rng(seed)
-    moments = []
-    for k in range(kills):
-        path = folder / f"killed{k}.h5"
-        code = EXTRACTION + f"print(flush=True)\nextract({str(path)!r}, 0.001)\nprint(flush=True)"
-        with stores.Child(code) as process:
-            process.stdout.readline()
-            begin = time.monotonic()
-            # From before the file is there until after it has its name.
-            time.sleep(rng.uniform(0, 0.5))
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            moments.append(time.monotonic() - begin)
-        if path.exists():
-            FeatureStore.open(path)  # a finished name means a finished file
-        done = rows_done(path)
-        scope["extract"](path, 0)
-        assert path.read_bytes() == expected, f"killed after {moments[-1]:.3f} s with {done} rows"
-        assert FeatureStore.open(path).verify().ok
-        path.unlink()
-    assert beside(folder / "quiet.h5") == ["quiet.h5"]
-
-
-def rows_done(path: Path) -> int:
-    """Return how many rows a partial file has, read with plain h5py: it must be valid HDF5."""
-    partial = Path(f"{path}.partial")
-    if not partial.exists():
-        return 0
-    with h5py.File(partial) as file:
-        return int((file["rows"]["status"] == 1).sum())
-
-
-def test_killed_at_random_moments_the_file_is_the_same(tmp_path: Path) -> None:
-    killed_runs_equal_a_quiet_one(tmp_path, kills=8, seed=0)
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("seed", range(1, 5))
-def test_killed_at_many_random_moments_the_file_is_the_same(tmp_path: Path, seed: int) -> None:
-    killed_runs_equal_a_quiet_one(tmp_path, kills=50, seed=seed)
 
 
 STOPS = [
