@@ -361,7 +361,9 @@ def _worker_pool(decoder: Decoder, workers: int) -> Iterator[ProcessPoolExecutor
     this = multiprocessing.current_process()
     daemon = this.daemon
     fork = sys.platform.startswith("linux") and not daemon
-    stop = torch.zeros((), dtype=torch.bool)  # without a lock, which a killed worker could hold
+    stop = torch.zeros(
+        (), dtype=torch.bool, device="cpu"
+    )  # without a lock, which a killed worker could hold
     stop.share_memory_()  # type: ignore[no-untyped-call]
     context = get_context("fork" if fork else "spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (decoder, stop, os.getpid()))

@@ -41,6 +41,7 @@ from featcache.networks.forward import select_device
 from featcache.networks.tracing import Trace, trace
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
+from featcache.system.defaults import torch_defaults
 from featcache.version import __version__
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class SuffixHead(HeadKind):
     out_of_core: ClassVar[bool] = True
 
     @classmethod
+    @torch_defaults()
     def of(
         cls,
         store: FeatureStore,

@@ -350,7 +350,8 @@ class ForestHead(HeadKind):
 
     def fit(self, rows: TrainingRows, params: Params) -> list[Step]:
         """Grow the forest on all rows."""
-        from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
+        # Not from sklearn.ensemble, where scikit-learn-intelex puts a forest of other trees.
+        from sklearn.ensemble._forest import ExtraTreesClassifier, RandomForestClassifier
 
         kind = RandomForestClassifier if params["splits"] == "random" else ExtraTreesClassifier
         forest = kind(

@@ -23,9 +23,10 @@ from featcache.networks.asked import as_asked
 from featcache.networks.checkpoints import PartialReport
 from featcache.networks.families import RANDOM_SEED, backbones, family_of
 from featcache.networks.taps import ResolvedTap, resolve
-from featcache.networks.tracing import LayerRow, Trace, default_float32, trace
+from featcache.networks.tracing import LayerRow, Trace, trace
 from featcache.pixels.decode import Truncated
 from featcache.pixels.preprocessing import Preprocessing
+from featcache.system.defaults import torch_defaults
 
 __all__ = ["RANDOM_SEED", "Backbone", "backbones", "shared_property"]
 
@@ -195,7 +196,7 @@ class Backbone:
         _ = self._random
         return self._loaded[0]
 
-    @default_float32()
+    @torch_defaults()
     def skeleton(self) -> nn.Module:
         """Return the network in evaluation mode, on the meta device where it can be built so.
 
@@ -309,7 +310,7 @@ class Backbone:
         return {name: value for name, value in self.__dict__.items() if name not in heavy}
 
     @shared_property
-    @default_float32()
+    @torch_defaults()
     def _loaded(self) -> tuple[nn.Module, PartialReport | None]:
         module, report = self._family.load()
         return module.eval().requires_grad_(False), report
@@ -326,7 +327,7 @@ class Backbone:
     def _state_sha256(self) -> str:
         return state_sha256(self.module.state_dict())
 
-    @default_float32()
+    @torch_defaults()
     def _trace(self, *, flops: bool = False) -> Trace:
         example = torch.zeros((1, *self.preprocessing.output_shape))
         with _lock:

@@ -36,8 +36,8 @@ from featcache.errors import BackboneError, DeviceError
 from featcache.networks.backbone import Backbone, shared_property
 from featcache.networks.faster import faster_copy, find_speed_ups, products_pay
 from featcache.networks.taps import Tapped
-from featcache.networks.tracing import default_float32
 from featcache.system.console import check_stopped
+from featcache.system.defaults import torch_defaults
 from featcache.system.memory import glibc
 
 __all__ = ["PRECISIONS", "Pending", "Runtime", "Settings", "default_threads", "select_device"]
@@ -369,7 +369,7 @@ class Runtime:
             for kind, _ in kinds:
                 kind.fp32_precision = "ieee"  # no TF32, and no bfloat16 on a CPU
             cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, False, True
-            with default_float32(), mode, torch.autocast(self.device.type, dtype, enabled=mixed):
+            with torch_defaults(), mode, torch.autocast(self.device.type, dtype, enabled=mixed):
                 yield
         finally:
             cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
@@ -385,7 +385,7 @@ class Runtime:
 
     # --- choosing -------------------------------------------------------------------------------
 
-    @default_float32()
+    @torch_defaults()
     def _prepare(self) -> Settings:
         """Load the network and choose the settings; the first that work and agree are taken."""
         self._foldable, self._products = find_speed_ups(self.backbone)

@@ -13,7 +13,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from featcache.errors import BackboneError, TapError
 from featcache.fingerprint import GRAMMAR, Tap
+from featcache.system.defaults import torch_defaults
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Call", "LayerRow", "Trace", "Value", "default_float32", "first_argument", "trace"]
+__all__ = ["Call", "LayerRow", "Trace", "Value", "first_argument", "trace"]
 
 
 @dataclass(frozen=True)
@@ -212,18 +213,7 @@ class Trace:
         return ", ".join(top[-6:]) or "none"
 
 
-@contextmanager
-def default_float32() -> Iterator[None]:
-    """Make new tensors float32, whatever the program has set with `torch.set_default_dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@default_float32()
+@torch_defaults()
 def trace(module: nn.Module, example: Tensor, *, flops: bool = False) -> Trace:
     """Run a network once and record what each layer was given and gave.
 

@@ -140,6 +140,16 @@ def predictor(store: FeatureStore) -> Predictor:
     return train(store, head="suffix", cv=2, suffix=FAST, backbone=backbone(BODY, "pool"))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_program_that_computes_no_gradients_trains_the_same(
+    mode: type, store: FeatureStore, predictor: Predictor
+) -> None:
+    given = backbone(BODY, "pool")
+    with mode(), torch.device("meta"):
+        found = train(store, head="suffix", cv=2, suffix=FAST, backbone=given)
+    assert found.leaderboard[0].cv_score == predictor.leaderboard[0].cv_score
+
+
 def codes_of(store: FeatureStore) -> np.ndarray:
     return np.unique(store.labels, return_inverse=True)[1].astype(np.int64)
 

@@ -188,6 +188,7 @@ def unusual_settings() -> Iterator[None]:
         np.errstate(all="raise"),
         config_context(transform_output="pandas", enable_metadata_routing=True),
         torch.device("meta"),
+        torch.inference_mode(),
     ):
         torch.set_default_dtype(torch.float64)
         try:

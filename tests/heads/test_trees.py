@@ -15,10 +15,10 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from featcache.heads.rows import FeatureBlocks
+from featcache.heads.rows import FeatureBlocks, TrainingRows
 from featcache.heads.steps import Trees
 from featcache.heads.table import HEADS
-from featcache.heads.trees import BoostedTrees, discriminants
+from featcache.heads.trees import BoostedTrees, ForestHead, discriminants
 from tests.benchmarks.synthetic import features
 
 UNEQUAL = {
@@ -202,3 +202,16 @@ def test_few_columns_are_also_tried_as_they_are(monkeypatch) -> None:
         scores.append([right.mean(), plain.score(B, b)])
     ours, theirs = np.mean(scores, axis=0)
     assert ours > theirs - 0.006
+
+
+@pytest.mark.parametrize("name", ["RandomForestClassifier", "ExtraTreesClassifier"])
+def test_a_patched_scikit_learn_grows_the_same_forest(name, monkeypatch):
+    X, y = network_like(120)
+    rows = TrainingRows.check(X, y, folds_of(y), None)
+    splits = "random" if name.startswith("Random") else "extra"
+    params = {"splits": splits, "min_samples_leaf": 1, "trees": 5}
+    plain, _ = ForestHead().fit(rows, params)
+    # As scikit-learn-intelex puts its own there.
+    monkeypatch.setattr(f"sklearn.ensemble.{name}", None)
+    patched, _ = ForestHead().fit(rows, params)
+    np.testing.assert_array_equal(patched.value, plain.value)

@@ -81,9 +81,10 @@ def test_networks_of_other_types_are_computed_in_float32(
 
 
 @pytest.fixture
-def float64_by_default() -> Iterator[None]:
+def other_defaults() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
-    yield
+    with torch.device("meta"), torch.inference_mode():
+        yield
     torch.set_default_dtype(torch.float32)
 
 
@@ -99,7 +100,7 @@ class Making(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["squeezenet1_1", "module"])
-def test_a_program_with_double_precision_gets_the_same_features(
+def test_a_program_with_other_defaults_gets_the_same_features(
     kind: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     torch.manual_seed(0)
@@ -114,11 +115,13 @@ def test_a_program_with_double_precision_gets_the_same_features(
         return store.load()[0], store.fingerprint.state_sha256
 
     X, state = features(tmp_path / "a.h5")
-    request.getfixturevalue("float64_by_default")
+    request.getfixturevalue("other_defaults")
     Y, same = features(tmp_path / "b.h5")
     np.testing.assert_array_equal(X, Y)
     assert state == same
     assert torch.get_default_dtype() is torch.float64
+    assert torch.get_default_device().type == "meta"
+    assert torch.is_inference_mode_enabled()
 
 
 def scripted() -> nn.Module:
