@@ -255,7 +255,8 @@ training = stacked(
         multiple=True,
         metavar="HEAD",
         help="linear, svm, rbf-svm, forest, boosting, ridge, knn, mlp, all, or suffix (the rest of "
-        "the network). May be repeated.  [default: linear, svm, rbf-svm, forest]",
+        "the network); knn compares by cosine. May be repeated.  "
+        "[default: linear, svm, rbf-svm, forest]",
     ),
     click.option("--cv", **count(2), default=5, help="Number of folds of the cross-validation."),
     click.option(

@@ -32,6 +32,7 @@ from featcache.heads.calibration import (
 from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
 from featcache.heads.steps import Step
 from featcache.system.defaults import library_defaults
+from featcache.system.tables import first_names
 
 Params: TypeAlias = Mapping[str, Any]
 Scoring: TypeAlias = str | Callable[..., float]
@@ -387,7 +388,7 @@ def search(head: HeadKind, rows: TrainingRows) -> SearchResult:
         found.tried(params, refitted(head, params, found))
     best, middle = found.best, time.perf_counter()
     if not np.isfinite(best.score):
-        raise TrainingError(f"scoring {options.decides!r} is not a number for any setting")
+        raise TrainingError(f"scoring {options.decides!r} is not a number for any setting.")
     assert best.logits is not None
     estimator = FittedHead(head.fit(kept, best.params), rows.classes)
     found.fitted()
@@ -466,7 +467,7 @@ def check_scoring(scoring: Scoring) -> Callable[..., float]:
     from sklearn.metrics import get_scorer, get_scorer_names
 
     if not isinstance(scoring, str) and not callable(scoring):
-        raise TrainingError(f"scoring is the name of a scorer or a scorer, not {scoring!r}")
+        raise TrainingError(f"scoring is the name of a scorer or a scorer, not {scoring!r}.")
     if isinstance(scoring, str) and scoring not in get_scorer_names():
         near = difflib.get_close_matches(scoring, get_scorer_names(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}?" if near else "Try accuracy."
@@ -476,7 +477,7 @@ def check_scoring(scoring: Scoring) -> Callable[..., float]:
     if getattr(function, "__module__", "").endswith("_regression"):
         raise TrainingError(
             f"scoring {scoring!r} compares numbers, and classes are none. Try accuracy, "
-            "balanced_accuracy or neg_log_loss"
+            "balanced_accuracy or neg_log_loss."
         )
     return scorer
 
@@ -539,7 +540,10 @@ class FoldScorer:
         whole = present.all(axis=1)
         self.counted = np.logical_or(whole, predicts or "labels" in options)
         self.together = predicts and not whole.all()
-        if self.together and len(folds) > 1:
+        if len(lacking := classes[~present.any(axis=0)].tolist()):
+            names = first_names([*map(repr, lacking)], 5)
+            self.notes.append(f"no validation image is of {names}: the scores tell nothing of such")
+        elif self.together:
             self.notes.append(
                 "a fold lacks a class: the score is that of all folds' images together"
             )
@@ -579,7 +583,7 @@ class FoldScorer:
                 why, cure = "it is for two", of_more.pop()
             raise TrainingError(
                 f"scoring {self.scoring!r} cannot score {len(self.classes)} classes such as "
-                f"{str(self.classes[0])!r}: {why}. Try {cure}"
+                f"{str(self.classes[0])!r}: {why}. Try {cure}."
             ) from error
 
     def _one(self, known: _Scored, rows: np.ndarray) -> float:

@@ -35,7 +35,7 @@ from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
 from featcache.system.console import doing, progress_bar
 from featcache.system.files import atomic_write, check_overwrite, open_file
-from featcache.system.tables import first_names, html_table
+from featcache.system.tables import counted, first_names, html_table
 
 if TYPE_CHECKING:
     from featcache.extraction.decoding import Batch
@@ -160,8 +160,8 @@ class Predictor:
         finite = np.isfinite(X).all(axis=tuple(range(1, X.ndim)))
         if not finite.all():
             raise PredictorError(
-                f"{np.count_nonzero(~finite):,} rows hold numbers that are not finite or too large "
-                f"for float32 (first: row {finite.argmin()})."
+                f"{counted(int((~finite).sum()), 'row holds', 'rows hold')} numbers that are not "
+                f"finite or too large for float32 (first: row {finite.argmin()})."
             )
         self._bind()
         return self.estimator.logits(X)

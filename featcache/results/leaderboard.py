@@ -261,7 +261,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
             cells += [
                 f"{row.search_seconds + row.fit_seconds:.1f}",
                 f"{row.predict_us:.0f}",
-                f"{row.peak_mb:,.0f}",
+                f"{max(row.peak_mb, 0):,.0f}",
             ]
             rows.append(cells)
         return rows

@@ -22,7 +22,7 @@ from featcache.study.options import TrainingOptions, is_number
 from featcache.study.parts import folds_of, hold_out, remarks, without_crossing
 from featcache.study.train import head_names, train
 from featcache.system.console import progress_bar
-from featcache.system.tables import text_table
+from featcache.system.tables import first_names, text_table
 
 __all__ = ["CurvePoint", "LearningCurve", "learning_curve"]
 
@@ -150,12 +150,15 @@ def learning_curve(
     scored, out = _others(test, store, options)
     notes += [*out, *few_groups(with_own_groups(scored.groups))]
     notes += remarks(store, store.resolve(layers))
+    if lacking := sorted(set(store.classes) - set(scored.classes)):
+        of = first_names([*map(repr, lacking)], 5)
+        notes.append(f"no image to score on is of {of}: the accuracies tell nothing of such")
     order = _nested_order(store, options)
     chosen = _sizes(store.labels) if sizes is None else sorted({*np.atleast_1d(sizes).tolist()})
     if not chosen or not all(is_number(Integral, one, 0, len(order) + 1) for one in chosen):
         raise TrainingError(
             f"sizes are numbers of images, from 1 to the {len(order):,} labelled ones that there "
-            f"are to train on, not {sizes!r}"
+            f"are to train on, not {sizes!r}."
         )
     points = []
     steps = list(itertools.product(names, chosen))

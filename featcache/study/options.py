@@ -15,6 +15,9 @@ from featcache.heads.search import SearchOptions, check_scoring
 __all__ = ["TrainingOptions", "is_number"]
 
 
+_FLAGS = ("group", "drop_crossing_groups", "nested")
+
+
 @dataclass(frozen=True)
 class TrainingOptions(SearchOptions):
     """What all heads of a comparison are trained under; see `featcache.train`.
@@ -41,13 +44,14 @@ class TrainingOptions(SearchOptions):
             ("memory", self.memory is None or whole(self.memory, 0), "a number of bytes"),
             ("n_jobs", self.n_jobs == -1 or whole(self.n_jobs, 0), "at least 1, or -1"),
             ("random_state", whole(self.random_state, -1, 2**32), "from 0 to 2**32 - 1"),
+            *((name, isinstance(getattr(self, name), bool), "True or False") for name in _FLAGS),
             ("class_weight", sound, "'balanced', None or positive weights by class"),
         ):
             if not right:
-                raise TrainingError(f"{name} is {expected}, not {getattr(self, name)!r}")
+                raise TrainingError(f"{name} is {expected}, not {getattr(self, name)!r}.")
         check_scoring(self.decides)
         if self.drop_crossing_groups and not self.group:
-            raise TrainingError("drop_crossing_groups goes with group=True (--group)")
+            raise TrainingError("drop_crossing_groups goes with group=True (--group).")
 
     def to_request(self) -> dict[str, Any]:
         """Return what the result depends on, as JSON values."""

@@ -127,9 +127,9 @@ def train(
     test : FeatureStore, optional
         Held-out images, scored once for each head. They take part in no choice.
     head : str or list of str
-        ``linear``, ``svm``, ``rbf-svm``, ``forest``, ``boosting``, ``knn``, ``mlp``, ``ridge``, or
-        ``suffix``, the rest of the network; ``all`` is every one but the last. Of several, the best
-        by cross-validation.
+        ``linear``, ``svm``, ``rbf-svm``, ``forest``, ``boosting``, ``knn`` (by cosine), ``mlp``,
+        ``ridge``, or ``suffix``, the rest of the network; ``all`` is every one but the last. Of
+        several, the best by cross-validation.
     layers : str or list of str, optional
         Taps to use, side by side. None: all.
     cv : int
@@ -234,7 +234,7 @@ def _check_arguments(store: FeatureStore, names: Sequence[str], **of_suffix: Any
     given = [name for name, value in of_suffix.items() if value is not None]
     if given and SUFFIX not in names:
         raise TrainingError(
-            f"{' and '.join(given)} goes with the head {SUFFIX!r}, which is not named"
+            f"{' and '.join(given)} goes with the head {SUFFIX!r}, which is not named."
         )
 
 
@@ -250,7 +250,7 @@ def _train_heads(
         raise TrainingError(
             "nested cross-validation needs the features in memory, and training on "
             f"{tqdm.format_sizeof(data.size, 'B')} of them takes about {COPIES} times that: more "
-            f"than the {tqdm.format_sizeof(data.memory, 'B')} of memory"
+            f"than the {tqdm.format_sizeof(data.memory, 'B')} of memory."
         )
     found = []
 

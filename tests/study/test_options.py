@@ -32,6 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
         ("memory", "1GB"),
         ("memory", 0),
         ("n_jobs", 0),
+        ("nested", "yes"),
         ("n_jobs", 1.5),
         ("n_jobs", -7),
         ("random_state", -1),
@@ -63,8 +64,8 @@ def test_what_cannot_be_meant_is_one_sentence(store: FeatureStore, option: str, 
     [
         ("r2", "'r2' compares numbers, and classes are none. Try accuracy"),
         ("neg_mean_squared_error", "compares numbers"),
-        ("roc_auc", "'roc_auc' cannot score 3 classes .*: it is for two. Try roc_auc_ovr$"),
-        ("f1", "'f1' cannot score 3 classes .*: it is for two. Try f1_macro$"),
+        ("roc_auc", r"'roc_auc' cannot score 3 classes .*: it is for two. Try roc_auc_ovr\.$"),
+        ("f1", r"'f1' cannot score 3 classes .*: it is for two. Try f1_macro\.$"),
     ],
 )
 def test_a_scoring_that_does_not_fit_names_one_that_does(

@@ -313,6 +313,17 @@ def test_no_accuracy_is_corrected_where_one_score_of_all_images_chose(folder: Pa
     assert train(one, progress=False).leaderboard.best_corrected is not None
 
 
+@pytest.mark.parametrize("scoring", ["accuracy", "f1_macro"])
+def test_a_class_that_judges_nowhere_is_noted(scoring: str, folder: Path) -> None:
+    splits = ["val" if i % 6 < 2 else "train" for i in range(90)]  # of "ant" and "bee" alone
+    part = make_store(folder / f"{scoring}.h5", clusters(LABELS, spread=3.0), LABELS, splits=splits)
+    board = train(part, head="ridge", scoring=scoring, progress=False).leaderboard
+    assert "no validation image is of 'cod': the scores tell nothing of such" in str(board)
+    two = part.select((part.labels != "cod") & (part.splits == "val"))
+    curve = learning_curve(part.select(part.splits == "train"), two, sizes=[40], head="ridge")
+    assert "no image to score on is of 'cod': " in str(curve)
+
+
 # --- larger than memory ------------------------------------------------------------------------
 
 
