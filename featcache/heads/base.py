@@ -13,7 +13,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from featcache.errors import TrainingError
-from featcache.heads.rows import FeatureBlocks
+from featcache.heads.rows import FeatureBlocks, check_values
 from featcache.heads.steps import Log, Step, chained
 from featcache.system.defaults import library_defaults
 
@@ -181,9 +181,12 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ------
         ValueError
             A parameter out of range, or data that scikit-learn refuses.
+        TrainingError
+            Features above 1e15.
         """
         self._check_parameters()
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        check_values(X, slice(0, len(X)))
         check_classification_targets(y)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         self.classes_, codes = np.unique(y, return_inverse=True)

@@ -222,3 +222,12 @@ def test_another_seed_searches_other_networks(small: Any, monkeypatch: pytest.Mo
     )
     np.testing.assert_array_equal(one, same)
     assert not np.allclose(one, other)
+
+
+@pytest.mark.parametrize(
+    "head", [BoostedTrees(), CosineNeighbors(), GaussianSVM(), LinearClassifier(), MLP(), Ridge()]
+)
+def test_an_estimator_refuses_features_that_are_too_large(head: Any, small: Any) -> None:
+    X, y, _ = small
+    with pytest.raises(TrainingError, match=r"at most 1e\+15; column \d+ of image \d+ is"):
+        head.fit(X * np.float32(1e19), y)
