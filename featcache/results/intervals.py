@@ -18,13 +18,13 @@ groups that differ as much as groups can. With fewer groups nothing can be said,
 given.
 
 The jackknife knows nothing of a class that has all its images right: left out, they change nothing.
-So balanced accuracy and macro F1 take the further of its ends and those that the classes' own
-intervals combine to by the sum of their squares (Zou and Donner, *Statistics in Medicine* 27,
-2008): a class of two images is known no better than two images tell. Of a class, the interval is
-Wilson's of its recall, or, for F1, of the images that it and its predictions share, TP / (TP + FP +
-FN), as F1 is a function of that. Where every image is right (or every one wrong) these are the
-intervals, and that of accuracy is Wilson's for all images or groups. The jackknife of groups stays
-alone otherwise.
+So where there is such a class (or one that is all wrong), balanced accuracy and macro F1 take the
+further of its ends and those that the classes' own intervals combine to by the sum of their squares
+(Zou and Donner, *Statistics in Medicine* 27, 2008): a class of two images is known no better than
+two images tell. Of a class, the interval is Wilson's of its recall, or, for F1, of the images that
+it and its predictions share, TP / (TP + FP + FN), as F1 is a function of that. Where every image is
+right (or every one wrong) these are the intervals, and that of accuracy is Wilson's for all images
+or groups. The jackknife of groups stays alone otherwise.
 """
 
 from __future__ import annotations
@@ -140,8 +140,9 @@ def rate_scores(
             _interval(value, variance, units, len(y_true))
             for value, variance in zip(values, variances, strict=True)
         ]
-    if not few and (alike or group is None):
-        recall, jaccard = hits / np.maximum(true, 1), hits / np.maximum(either, 1)
+    recall, jaccard = hits / np.maximum(true, 1), hits / np.maximum(either, 1)
+    certain = ((hits == true) | (hits == 0))[true > 0].any()
+    if not few and certain and (alike or group is None):
         ends[1] = _widened(ends[1], recall, trials[0], lambda share: share)
         ends[2] = _widened(ends[2], jaccard, trials[1], lambda share: 2 * share / (1 + share))
     accuracy, balanced, f1 = (Score(value, *both) for value, both in zip(values, ends, strict=True))
