@@ -239,25 +239,25 @@ class Loader:
                 yield batch
 
     def _batches(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
-        if self.workers:
-            done = 0
-            try:
-                for batch in self._from_processes(tasks):
-                    done += 1
-                    yield batch
-                return
-            except RuntimeError as error:
-                if "shared memory" not in str(error):  # as torch says it
-                    raise
+        done = 0
+        try:
+            for batch in (
+                self._from_processes(tasks)
+                if self.workers
+                else self._decode_one_by_one(tasks[: self.suspects])
+            ):
+                done += 1
+                yield batch
+        except RuntimeError as error:
+            if "shared memory" not in str(error):  # as torch says it
+                raise
             warnings.warn(
                 "Images are decoded in this process: worker processes need more shared memory "
                 "(/dev/shm) than there is. Make it larger (docker run --shm-size=1g), or type "
                 "--workers 0 (workers=0).",
                 stacklevel=2,
             )
-            tasks = tasks[done:]
-        yield from self._decode_one_by_one(tasks[: self.suspects])
-        yield from self._from_threads(tasks[self.suspects :])
+        yield from self._from_threads(tasks[done:])
 
     def _from_threads(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
         decoder, threads = self.decoder, joblib.cpu_count()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from featcache.errors import Interrupted, StoreError, StoreLocked
 from featcache.extraction import stream
@@ -122,6 +123,24 @@ def test_killed_and_resumed_it_equals_an_uninterrupted_run(
     assert store.meta["settings"]["batch_size"] == 4
     assert store.verify().ok
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_killed_where_there_is_no_shared_memory_it_goes_on(
+    root: Path, whole: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kill, images are decoded one by one in another process, if that can be had."""
+    path = tmp_path / "f.h5"
+    child = Child(root, path)
+    child.wait_for(9)
+    child.end(signal.SIGKILL)
+
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to open shared memory object </torch_1> in read-write mode")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.warns(UserWarning, match="Images are decoded in this process"):
+        store = run(root, path, batch_size=None, workers=0)
+    np.testing.assert_array_equal(store.load(TAP)[0], whole)
 
 
 def test_killed_again_and_again_it_gets_there(
