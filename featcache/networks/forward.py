@@ -22,6 +22,7 @@ import contextlib
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -51,6 +52,8 @@ _DEFAULT_BATCH = {"cpu": 8, "cuda": 128, "mps": 64}
 # From so many batches on it pays to find out whether an image may change its place in a batch.
 _LONG_RUN = 64
 _SPEED_UPS = ("folded", "packed_products")
+# Torch keeps settings for the whole process: forward passes in several threads take turns.
+_ONE_AT_A_TIME = threading.RLock()
 # Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
 _SAME = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
@@ -357,6 +360,11 @@ class Runtime:
         No gradients are computed, and types are chosen operation by operation where it is asked
         for.
         """
+        with _ONE_AT_A_TIME, self._set(settings):
+            yield
+
+    @contextlib.contextmanager
+    def _set(self, settings: Settings) -> Iterator[None]:
         # torch.compile's freezing knows no_grad, not inference_mode.
         mode = torch.no_grad() if settings.compiled else torch.inference_mode()
         dtype, mixed = PRECISIONS[settings.precision], settings.autocast

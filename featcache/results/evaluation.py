@@ -347,8 +347,8 @@ class Evaluation:
     def moved(self) -> tuple[str, ...]:
         """The note on images whose label is not their most probable class, if there are any."""
         count = counted(self.n_moved, "image has", "images have")
-        why = "a label that is not the most probable class: it is the head's decision, which"
-        return (f"{count} {why} class weights move",) if self.n_moved else ()
+        why = "a label that is not the most probable class: the label is the head's own decision"
+        return (f"{count} {why}",) if self.n_moved else ()
 
     @cached_property
     def n_moved(self) -> int:

@@ -69,12 +69,13 @@ def share(names: list[str], trials: int | None, seed: int, jobs: int) -> Iterato
                 running.append((job, name, list(map(str, argv)), results))
         for name in names:
             now = [
-                (subprocess.Popen([sys.executable, "-m", "tests.campaign", *argv]), results)
+                (stage, subprocess.Popen([sys.executable, "-m", "tests.campaign", *argv]), results)
                 for _, stage, argv, results in running
                 if stage == name
             ]
-            for one, results in now:
-                one.wait()
+            for stage, one, results in now:
+                if one.wait() not in {0, 1} or not results.exists():
+                    raise SystemExit(f"{stage}: a job ended with {one.returncode}")
                 yield from read(results)
 
 

@@ -649,6 +649,8 @@ def test_threads_may_share_a_backbone() -> None:
     def describe(backbone: Backbone) -> tuple[int, list[str]]:
         return len(backbone.layers()), backbone.taps
 
+    conv = torch.backends.mkldnn.conv
+    precision = conv.fp32_precision
     with ThreadPoolExecutor(4) as threads:
         for _ in range(8):
             backbone = small.backbone()
@@ -659,3 +661,4 @@ def test_threads_may_share_a_backbone() -> None:
                     assert found[1] == [small.TAP]
                 else:
                     np.testing.assert_array_equal(found, expected)
+    assert conv.fp32_precision == precision
