@@ -201,7 +201,7 @@ def extract(
     TooManyFailures
         More images failed than `max_failures` allows. The good rows are kept.
     Interrupted
-        SIGINT or SIGTERM was received. Everything computed is kept.
+        SIGINT or SIGTERM was received. Every finished batch is kept.
     DiskFull, StoreLocked, FingerprintMismatch, StoreError
         The file cannot be written, see `featcache.store.writer.FeatureWriter.begin`.
     ExtractionError

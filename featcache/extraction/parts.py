@@ -363,7 +363,7 @@ def extract_part(path: str, k: int, network: str | None = None) -> dict[str, Any
     Raises
     ------
     Interrupted
-        The job was stopped, or another run has begun. Everything computed is kept.
+        The job was stopped, or another run has begun. Every finished batch is kept.
     ExtractionError
         This process lists other images, or knows another network, than the plan says, or cannot
         compute with its settings.

@@ -80,7 +80,7 @@ _came: list[signal.Signals] | None = None  # signals of the block that is interr
 
 
 @contextlib.contextmanager
-def interruptible(kept: str = "Everything computed is kept") -> Iterator[None]:
+def interruptible(kept: str = "Every finished batch is kept") -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted`, once the block has cleaned up.
 
     A handler that raises may do so inside a lock, which then stays locked for ever. So the first

@@ -503,7 +503,7 @@ def test_stopped_and_killed_it_goes_on_at_once(root: Path, whole: str, tmp_path:
     status, said = child.end(signal.SIGINT)
     assert status == 75
     assert [line for line in said.splitlines() if line and "img/s" not in line] == [
-        "Interrupted: Stopped by SIGINT. Everything computed is kept: "
+        "Interrupted: Stopped by SIGINT. Every finished batch is kept: "
         "run the same command again to go on."
     ]
     kept = done(path)
