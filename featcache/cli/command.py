@@ -55,8 +55,8 @@ class Command(click.Command):
         except FeatcacheError as error:  # of what click prints itself, such as help
             Message(error).show()
             sys.exit(error.exit_status)
-        finally:  # Ctrl-C while Python takes itself down would be a traceback of some library
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        finally:  # All is done: Ctrl-C while Python takes itself down must not look like a failure.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:
         """Read the command line."""

@@ -90,3 +90,15 @@ def test_ctrl_c_before_the_command_has_begun_ends_it_with_75(where: str) -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 75
     assert "Traceback" not in done.stderr and "Aborted" not in done.stderr
+
+
+def test_ctrl_c_while_python_ends_leaves_a_command_that_is_done_as_it_is() -> None:
+    code = (
+        "import atexit, os, signal, sys\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "from featcache.cli.__main__ import main\n"
+        "sys.argv = ['featcache', '--version']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
