@@ -28,10 +28,12 @@ from featcache.pixels.decode import Truncated
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.system.defaults import torch_defaults
 
-__all__ = ["RANDOM_SEED", "Backbone", "backbones", "shared_property"]
+__all__ = ["RANDOM_SEED", "Backbone", "backbones", "one_at_a_time", "shared_property"]
 
 T = TypeVar("T")
-_lock = threading.RLock()
+# Held by what hooks a network, or sets what torch keeps for the whole process. One for all of it:
+# threads that took two locks in different orders would wait for each other for ever.
+one_at_a_time = threading.RLock()
 
 
 class shared_property(functools.cached_property[T]):
@@ -41,7 +43,7 @@ class shared_property(functools.cached_property[T]):
     """
 
     def __get__(self, instance: Any, owner: Any = None) -> T:  # type: ignore[override]
-        with _lock:  # before the lock that Python 3.11 has for each of them
+        with one_at_a_time:  # before the lock that Python 3.11 has for each of them
             value: T = super().__get__(instance, owner)
             return value
 
@@ -330,7 +332,7 @@ class Backbone:
     @torch_defaults()
     def _trace(self, *, flops: bool = False) -> Trace:
         example = torch.zeros((1, *self.preprocessing.output_shape))
-        with _lock:
+        with one_at_a_time:
             skeleton = self._family.skeleton()
             if skeleton is not None:
                 try:

@@ -22,7 +22,6 @@ import contextlib
 import logging
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import BackboneError, DeviceError
-from featcache.networks.backbone import Backbone, shared_property
+from featcache.networks.backbone import Backbone, one_at_a_time, shared_property
 from featcache.networks.faster import faster_copy, find_speed_ups, products_pay
 from featcache.networks.taps import Tapped
 from featcache.system.console import check_stopped
@@ -52,8 +51,6 @@ _DEFAULT_BATCH = {"cpu": 8, "cuda": 128, "mps": 64}
 # From so many batches on it pays to find out whether an image may change its place in a batch.
 _LONG_RUN = 64
 _SPEED_UPS = ("folded", "packed_products")
-# Torch keeps settings for the whole process: forward passes in several threads take turns.
-_ONE_AT_A_TIME = threading.RLock()
 # Relative differences that rounding explains (1e-6, 1e-2, 1e-3 are usual), and no mistake does.
 _SAME = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
@@ -360,31 +357,27 @@ class Runtime:
         No gradients are computed, and types are chosen operation by operation where it is asked
         for.
         """
-        with _ONE_AT_A_TIME, self._set(settings):
-            yield
-
-    @contextlib.contextmanager
-    def _set(self, settings: Settings) -> Iterator[None]:
-        # torch.compile's freezing knows no_grad, not inference_mode.
-        mode = torch.no_grad() if settings.compiled else torch.inference_mode()
-        dtype, mixed = PRECISIONS[settings.precision], settings.autocast
-        threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
-        kinds = [(kind, _own_precision(kind)) for kind in _float32_products()]
-        flags = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
-        if self.device.type == "cpu" and settings.threads != threads:
-            torch.set_num_threads(settings.threads)
-        try:
-            for kind, _ in kinds:
-                kind.fp32_precision = "ieee"  # no TF32, and no bfloat16 on a CPU
-            cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, False, True
-            with torch_defaults(), mode, torch.autocast(self.device.type, dtype, enabled=mixed):
-                yield
-        finally:
-            cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
-            for kind, precision in kinds:
-                kind.fp32_precision = precision
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
+        with one_at_a_time:
+            # torch.compile's freezing knows no_grad, not inference_mode.
+            mode = torch.no_grad() if settings.compiled else torch.inference_mode()
+            dtype, mixed = PRECISIONS[settings.precision], settings.autocast
+            threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+            kinds = [(kind, _own_precision(kind)) for kind in _float32_products()]
+            flags = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+            if self.device.type == "cpu" and settings.threads != threads:
+                torch.set_num_threads(settings.threads)
+            try:
+                for kind, _ in kinds:
+                    kind.fp32_precision = "ieee"  # no TF32, and no bfloat16 on a CPU
+                cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, False, True
+                with torch_defaults(), mode, torch.autocast(self.device.type, dtype, enabled=mixed):
+                    yield
+            finally:
+                cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
+                for kind, precision in kinds:
+                    kind.fp32_precision = precision
+                if torch.get_num_threads() != threads:
+                    torch.set_num_threads(threads)
 
     def _halve(self) -> None:
         self.settings = replace(self.settings, batch_size=max(1, self.settings.batch_size // 2))
