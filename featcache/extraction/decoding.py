@@ -239,13 +239,10 @@ class Loader:
                 yield batch
 
     def _batches(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
+        apart = self._from_processes(tasks) if self.workers else None
         done = 0
         try:
-            for batch in (
-                self._from_processes(tasks)
-                if self.workers
-                else self._decode_one_by_one(tasks[: self.suspects])
-            ):
+            for batch in apart or self._decode_one_by_one(tasks[: self.suspects]):
                 done += 1
                 yield batch
         except RuntimeError as error:
@@ -361,9 +358,8 @@ def _worker_pool(decoder: Decoder, workers: int) -> Iterator[ProcessPoolExecutor
     this = multiprocessing.current_process()
     daemon = this.daemon
     fork = sys.platform.startswith("linux") and not daemon
-    stop = torch.zeros(
-        (), dtype=torch.bool, device="cpu"
-    )  # without a lock, which a killed worker could hold
+    # Without a lock, which a killed worker could hold.
+    stop = torch.zeros((), dtype=torch.bool, device="cpu")
     stop.share_memory_()  # type: ignore[no-untyped-call]
     context = get_context("fork" if fork else "spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (decoder, stop, os.getpid()))

@@ -248,7 +248,7 @@ def _misjudged(
     found = HEADS[head].search(X, y, folds, random_state=options.random_state)
     # Some heads judge a part of many images.
     judged = out_of_fold(store, found.classes, found.logits, found.calibration.proba(found.logits))
-    known = np.isin(store.ids, judged.ids)
+    known = ~np.isnan(found.logits).any(axis=1)
     splits = None if store.splits is None else store.splits[known]
     return suspicious_labels(judged, splits), len(judged)
 

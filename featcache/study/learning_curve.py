@@ -19,7 +19,7 @@ from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate, left_out
 from featcache.study.options import TrainingOptions, is_number
-from featcache.study.parts import folds_of, hold_out, remarks, without_crossing
+from featcache.study.parts import hold_out, possible_folds, remarks, without_crossing
 from featcache.study.train import head_names, train
 from featcache.system.console import progress_bar
 from featcache.system.tables import first_names, text_table
@@ -170,7 +170,7 @@ def learning_curve(
                 part,
                 head=name,
                 layers=layers,
-                cv=len(folds_of(part, options, fewer=True)),
+                cv=possible_folds(part, options),
                 group=options.group,
                 random_state=random_state,
                 progress=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from featcache.errors import TrainingError
@@ -12,7 +14,7 @@ from featcache.study.evaluate import look_alikes
 from featcache.study.options import TrainingOptions
 from featcache.system.tables import counted
 
-__all__ = ["folds_of", "hold_out", "remarks", "without_crossing"]
+__all__ = ["folds_of", "hold_out", "possible_folds", "remarks", "without_crossing"]
 
 
 def hold_out(
@@ -60,11 +62,21 @@ def without_crossing(
     return fit.select(~shared), [f"{count} left out: {of}"]
 
 
+def possible_folds(store: FeatureStore, options: TrainingOptions) -> int:
+    """Return how many folds of a store can be made: fewer than asked for where a class is small."""
+    return splitting.possible_folds(options.cv, store.labels, **_tied(store, options))
+
+
 def folds_of(store: FeatureStore, options: TrainingOptions, *, fewer: bool = False) -> list[Fold]:
     """Return the folds of a store, `fewer` than asked for where a class is small."""
-    tied = {"groups": store.groups if options.group else None, "sha256": store.sha256}
-    cv = splitting.possible_folds(options.cv, store.labels, **tied) if fewer else options.cv
-    return splitting.folds(store.labels, **tied, cv=cv, random_state=options.random_state)
+    cv = possible_folds(store, options) if fewer else options.cv
+    seed = options.random_state
+    return splitting.folds(store.labels, **_tied(store, options), cv=cv, random_state=seed)
+
+
+def _tied(store: FeatureStore, options: TrainingOptions) -> dict[str, Any]:
+    """Return what says which images are kept together."""
+    return {"groups": store.groups if options.group else None, "sha256": store.sha256}
 
 
 def remarks(fit: FeatureStore, layers: list[str]) -> list[str]:

@@ -373,12 +373,6 @@ class _TrainingData:
             return self
         return replace(self, layers=[self.suffix.maps.tap])
 
-    @cached_property
-    def classes_and_codes(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """Sorted labels (k,), and the number of each image's, int64 (n,)."""
-        classes, codes = np.unique(self.store.labels, return_inverse=True)
-        return classes, codes.astype(np.int64)
-
     @property
     def size(self) -> int:
         """Bytes of the features as float32."""
@@ -497,7 +491,7 @@ def _corrected(data: _TrainingData, tried: Sequence[Trial]) -> Score | None:
         known &= fold >= 0
         by_fold = fold[known], np.nan_to_num(scores, nan=-1e9)  # NaN is never best
     return corrected_accuracy(
-        data.classes_and_codes[1][known],
+        scorer.codes[known],
         [one.predicted[known] for one in whole],
         None if data.groups is None else data.groups[known],
         balanced=scorer.scoring == "balanced_accuracy",
@@ -513,8 +507,7 @@ def _nested(
     Varma and Simon, Bias in error estimation when using cross-validation for model selection
     (BMC Bioinformatics 7:91, 2006): what chose the parameters may not also judge them.
     """
-    classes, codes = data.classes_and_codes
-    logits, proba = np.full((2, len(codes), len(classes)), np.nan)
+    logits, proba = np.full((2, len(data.store), len(data.scorer.classes)), np.nan)
     for train, valid in data.folds:
         inner = folds_of(data.store.select(train), data.options, fewer=True)
         rows = TrainingRows.check(data.X[train], data.store.labels[train], inner)

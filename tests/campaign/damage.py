@@ -18,7 +18,7 @@ from tests.campaign.operations import (
     difference,
     facts,
 )  # fmt: skip
-from tests.campaign.process import KILL_BEFORE, WRITES, Arm, Process, command, run
+from tests.campaign.process import Process, command, run
 from tests.campaign.trial import Trial
 
 _PAGE = 4096
@@ -180,10 +180,6 @@ def _commands(
 def _half_trained(ground: Ground) -> Path:
     """Return a folder with the checkpoints of a training that was killed halfway."""
     (operation,) = (one for one in OPERATIONS if one.name == "suffix")
-    here = ground.root / "half trained"
-    for at in range(ground.calls(operation) * 2 // 3, 0, -1):
-        ground.begin(operation, here)
-        run(ground.command(operation, here), Arm(here, WRITES, KILL_BEFORE, at))
-        if len(list(here.rglob("fold-*.pt"))) > 1:
-            return here
-    raise AssertionError("no kill left checkpoints")
+    here, last = ground.root / "half trained", ground.calls(operation) * 2 // 3
+    ground.kill_until(operation, here, lambda x: len(list(x.rglob("fold-*.pt"))) > 1, last)
+    return here

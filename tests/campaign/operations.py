@@ -102,7 +102,7 @@ class Ground:
         shutil.copy(root / "store" / "s.h5", root / "stored" / "s.h5")
         self.must(_extract("maps", "empty", "images", *_TAPS), root / "maps")
         self.must(of["train"], root / "trained")
-        self._kill_halfway(of["fresh"], root / "begun")
+        self.kill_until(of["fresh"], root / "begun", _is_halfway, self.calls(of["fresh"]))
 
     @property
     def _files(self) -> list[Path]:
@@ -117,18 +117,19 @@ class Ground:
         ended = run(self.command(operation, here))
         assert ended.status == 0, f"{operation.name}: {ended}"
 
-    def _kill_halfway(self, operation: Operation, here: Path) -> None:
-        """Leave a partial file in which about half of the rows are done."""
-        for at in range(self.calls(operation), 0, -1):
+    def kill_until(
+        self, operation: Operation, here: Path, reached: Callable[[Path], bool], last: int
+    ) -> None:
+        """Kill an operation at one call before the other, from the last, until a state is reached.
+
+        The folder `here` is left in that state.
+        """
+        for at in range(last, 0, -1):
+            self.begin(operation, here)
             run(self.command(operation, here), Arm(here, WRITES, KILL_BEFORE, at))
-            partial = here / "s.h5.partial"
-            if partial.exists():
-                with h5py.File(partial) as file:
-                    if 0 < np.count_nonzero(file["rows"]["status"]) <= 12:
-                        return
-            for path in here.iterdir():
-                path.unlink()
-        raise AssertionError("no kill left half of the rows")
+            if reached(here):
+                return
+        raise AssertionError(f"no kill of {operation.name} left what was wanted")
 
     def begin(self, operation: Operation, here: Path) -> None:
         """Make the folder of a trial."""
@@ -156,6 +157,15 @@ class Ground:
             self.must(operation, here)
             found[operation.name] = before, contents(here)
         return found
+
+
+def _is_halfway(folder: Path) -> bool:
+    """Return whether a folder has a partial file in which about half of the rows are done."""
+    partial = folder / "s.h5.partial"
+    if not partial.exists():
+        return False
+    with h5py.File(partial) as file:
+        return bool(0 < np.count_nonzero(file["rows"]["status"]) <= 12)
 
 
 # What a folder holds: for each file name, its facts.

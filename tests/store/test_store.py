@@ -127,13 +127,18 @@ def test_torn_entries_count_as_pending(path: Path) -> None:
         assert writer.pending.tolist() == [0, 2, 3, 5, 6]
 
 
-def test_torn_metadata_counts_as_not_written(path: Path) -> None:
-    imgs = stores.images(8)
+def tear_metadata(path: Path, imgs: stores.Images) -> None:
+    """Leave a partial file as a kill does that comes while /meta/run is written."""
     with stores.writer(path, imgs) as writer:
         writer.set_meta("run", {"text": "x" * 9000})
     data = Path(f"{path}.partial").read_bytes()
     end = data.index(b"x" * 9000) + 5000
     Path(f"{path}.partial").write_bytes(data[:end] + bytes(5000) + data[end + 5000 :])
+
+
+def test_torn_metadata_counts_as_not_written(path: Path) -> None:
+    imgs = stores.images(8)
+    tear_metadata(path, imgs)
     with stores.writer(path, imgs) as writer:
         assert writer.meta["run"] is None
         stores.fill(writer, imgs, writer.pending)
@@ -145,11 +150,7 @@ def test_a_kill_while_a_renamed_store_is_mended_costs_no_row(path: Path) -> None
     imgs = stores.images(8)
     stores.store(path, imgs)
     path.rename(f"{path}.partial")
-    with stores.writer(path, imgs) as writer:
-        writer.set_meta("run", {"text": "x" * 9000})
-    data = Path(f"{path}.partial").read_bytes()
-    end = data.index(b"x" * 9000) + 5000
-    Path(f"{path}.partial").write_bytes(data[:end] + bytes(5000) + data[end + 5000 :])
+    tear_metadata(path, imgs)
     with stores.writer(path, imgs) as writer:
         assert len(writer.pending) == 0
         assert writer.finish().verify().ok
