@@ -154,7 +154,7 @@ def test_estimators_refuse_them_too(small: Any, kind: Any) -> None:
 
 def test_fits_that_did_not_converge_are_said(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     X, y, parts = small
-    with pytest.warns(ConvergenceWarning, match="2 passes without converging"):
+    with pytest.warns(ConvergenceWarning, match="did not converge in max_iter=2 passes"):
         LinearClassifier(10.0, max_iter=2).fit(X, y)
     monkeypatch.setattr("featcache.heads.linear.minimise", partial(minimise, max_iter=2))
     head = LinearHead(treatments=["l2"], Cs=[100.0], refine=False)
