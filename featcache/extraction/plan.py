@@ -21,6 +21,7 @@ from featcache.extraction.stream import Options
 from featcache.fingerprint import Fingerprint
 from featcache.store import disk
 from featcache.store.file import StoreFile
+from featcache.system.files import atomic_write
 
 
 @dataclass
@@ -94,15 +95,8 @@ class Plan:
         """Keep the plan; tasks that read it before stop."""
         values = asdict(self)
         del values["path"]
-        text, target = json.dumps(values).encode(), str(plan_file(self.path))
-        try:
-            with os.fdopen(disk.new_file(f"{target}.new"), "wb") as file:
-                file.write(text)
-                file.flush()
-                disk.fsync(file.fileno())
-            disk.rename(f"{target}.new", target)
-        except OSError as error:
-            disk.raise_for(error, self.path, needed=len(text))
+        with atomic_write(plan_file(self.path), text=True) as file:
+            json.dump(values, file)
 
     def cut(self, settings: Mapping[str, Any]) -> None:
         """Take the settings, and give every part whole batches."""

@@ -225,9 +225,7 @@ def remove_parts(path: str) -> None:
     """Remove what a job in parts left beside its store, if all parts are in it."""
     rest = beside(path, "part")
     with contextlib.suppress(OSError, StoreError, ValueError, KeyError, TypeError):
-        if json.loads(plan_text(path))["merging"] and all(
-            x.endswith((".lock", ".new")) for x in rest
-        ):
+        if json.loads(plan_text(path))["merging"] and all(x.endswith(".lock") for x in rest):
             for file in [*rest, *beside(path, "old-part"), str(plan_file(path))]:
                 disk.remove(file)
 

@@ -170,11 +170,18 @@ def _drop_empty_groups(batch: Batch, group: int) -> None:
 
 
 def _finished(batch: Batch, pending: Pending, views: int) -> Batch:
+    """Return a batch with its features; where a signal stopped it, without what they lack."""
     batch.pixels = batch.pixels.new_empty(0)  # their memory is free for the next batch
+    features = pending.result()
+    count = min(map(len, features.values())) // views
+    there = ~batch.done | (batch.slots < count)
+    batch.rows, batch.slots, batch.entries = (
+        x[there] for x in (batch.rows, batch.slots, batch.entries)
+    )
     slots = batch.slots[batch.done]
-    for tap, value in pending.result().items():
+    for tap, value in features.items():
         if views > 1:  # (slots * views, ...) -> (slots, views, ...)
-            value = value.reshape(-1, views, *value.shape[1:])
+            value = value[: count * views].reshape(count, views, *value.shape[1:])
         batch.features[tap] = value[slots]  # -> (m, [views,] ...)
     return batch
 

@@ -36,7 +36,7 @@ from featcache.errors import BackboneError, DeviceError
 from featcache.networks.backbone import Backbone, one_at_a_time, shared_property
 from featcache.networks.faster import faster_copy, find_speed_ups, products_pay
 from featcache.networks.taps import Tapped
-from featcache.system.console import check_stopped
+from featcache.system.console import check_stopped, is_stopped
 from featcache.system.defaults import torch_defaults
 from featcache.system.memory import glibc
 
@@ -289,7 +289,9 @@ class Runtime:
         dict of str to ndarray of float32, shape (k, ...)
             Features for each tap.
         """
-        return self.submit(pixels).result()
+        features = self.submit(pixels).result()
+        check_stopped()
+        return features
 
     def submit(self, pixels: np.ndarray | Tensor, *, group: int | None = None) -> Pending:
         """Start to compute features; a GPU goes on while this process does other things.
@@ -304,14 +306,14 @@ class Runtime:
         Returns
         -------
         Pending
-            Its ``result()`` is what a call returns.
+            Its ``result()`` is what a call returns; after a signal, of the first images only.
         """
         batch = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
         parts: list[dict[str, Tensor]] = []
         with self._configured(self.settings):
             start, group = 0, group or len(batch)
-            while start < len(batch):
-                check_stopped()
+            check_stopped()
+            while start < len(batch) and not (parts and is_stopped()):
                 size = self.settings.batch_size
                 end = min(start + size, start - start % group + group)
                 try:

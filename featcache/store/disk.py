@@ -152,13 +152,6 @@ def check_is_file(path: str, status: os.stat_result) -> None:
     raise StoreError(f"{path} is {kind}, not a feature file. Move it away, or name a file.")
 
 
-def new_file(path: str) -> int:
-    """Make an empty file in the place of one that a killed process left; no link is followed."""
-    remove(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(path, flags, 0o666)
-
-
 def as_bytes(array: np.ndarray) -> memoryview:
     """Return the bytes of a C-contiguous array, not copied."""
     return array.reshape(-1).view(np.uint8).data

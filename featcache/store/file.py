@@ -267,7 +267,7 @@ class StoreFile:
             rows = np.flatnonzero(status == FAILED)
         if not len(rows):
             return found
-        entries, ids, reasons = self.read("rows"), self.read("ids"), self._reasons()
+        entries, ids, reasons = self.read("rows"), self.read("ids"), self.reasons
         for row in rows.tolist():
             size, stamp = entries[row]["size"].item(), entries[row]["stamp"].item()
             stage, reason = reasons.get(row, _NO_REASON)
@@ -287,8 +287,9 @@ class StoreFile:
         line = b"\n" + json.dumps([row, stage, reason]).encode() + b"\n"
         disk.pwrite_all(self.descriptor, line, os.fstat(self.descriptor).st_size)
 
-    def _reasons(self) -> dict[int, tuple[str, str]]:
-        """Return (stage, reason) by row from the last whole line of each; a kill may tear one."""
+    @property
+    def reasons(self) -> dict[int, tuple[str, str]]:
+        """(stage, reason) by row from the last whole line of each; a kill may tear one."""
         text = bytearray(max(os.fstat(self.descriptor).st_size - self._end, 0))
         disk.pread_into(self.descriptor, memoryview(text), self._end, self.path)
         found = {}

@@ -54,8 +54,9 @@ of /meta/copy, and the hash. The digest is taken with what they agree on in the 
 
 A file that is not finished may go on behind the end of the HDF5 file (HDF5 ignores what is there)
 with the reasons of failed rows, one JSON array ``[row, stage, reason]`` a line; the last line of a
-row counts. Whether a row failed is said by its ``status`` alone. Finishing leaves the failed rows
-out, puts the reasons into /failures, and cuts the file at the end of the HDF5 file.
+row counts. Whether a row failed is said by its ``status`` alone; the reason of row -1 marks a file
+that was set aside for its rows. Finishing leaves the failed rows out, puts the reasons into
+/failures, and cuts the file at the end of the HDF5 file.
 
 Why libhdf5 writes nothing but the empty layout
 -----------------------------------------------
@@ -67,6 +68,7 @@ the datasets' offsets, and the file is valid HDF5 at any moment.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import math
@@ -74,6 +76,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -83,6 +86,7 @@ from featcache.errors import CorruptStore, StoreError, explained, of_system
 from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from featcache.store import disk
 from featcache.store.disk import as_bytes
+from featcache.system import files
 
 __all__ = ["DONE", "ENTRY", "FAILED", "PENDING", "Canaries", "Contents", "Failure"]
 
@@ -371,13 +375,16 @@ def misfit(found: Mapping[str, Dataset], fingerprint: Fingerprint) -> str:
     return min(filter(is_odd, plan.keys() | found.keys()), default="" if n != (0,) else "ids")
 
 
-def create_file(path: str, contents: Contents, *, room: int | None = None) -> None:
-    """Make a feature file, valid HDF5, closed and fsynced, with its space reserved.
+@contextlib.contextmanager
+def new_file(target: str, contents: Contents, *, room: int | None = None) -> Iterator[str]:
+    """Make a feature file, valid HDF5 and fsynced, with its space reserved; yield its path.
+
+    If the block does not rename it, it is removed.
 
     Parameters
     ----------
-    path : str
-        The file to make; one that a killed process left there is removed.
+    target : str
+        What it is going to be called.
     contents : Contents
         What it holds.
     room : int, optional
@@ -391,7 +398,8 @@ def create_file(path: str, contents: Contents, *, room: int | None = None) -> No
         `disk.raise_for` says it in words.
     """
     plan, bound = contents.plan(), contents.file_bytes(room)
-    descriptor = disk.new_file(path)
+    temporary, descriptor = files.new_file(Path(target))
+    path = str(temporary)
     try:
         # Before libhdf5 sees the file: a disk that fills under libhdf5 aborts the process.
         disk.reserve(descriptor, 0, bound, zeros=False)
@@ -409,10 +417,9 @@ def create_file(path: str, contents: Contents, *, room: int | None = None) -> No
             if data is not None and size:
                 disk.pwrite_all(descriptor, as_bytes(data), start)
         disk.fsync(descriptor)
-    except BaseException:
-        disk.remove(path)
-        raise
+        yield path
     finally:
+        disk.remove(path)
         os.close(descriptor)
 
 

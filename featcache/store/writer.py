@@ -7,7 +7,7 @@ Beside ``flowers.h5`` there may be, until it is complete:
 ``flowers.h5.partial.lock``             held by the writer; the kernel lets go when it dies
 ``flowers.h5.partial.old``              an earlier partial file of other images, kept until its
                                         rows are copied
-``flowers.h5.partial.new``              a file that is being laid out, or written anew; useless once
+``.flowers.h5.*.tmp``                   a file that is being laid out, or written anew; useless once
                                         its process is dead
 ======================================= =========================================================
 
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -47,11 +46,12 @@ from featcache.store.file import StoreFile
 from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Failure
 from featcache.store.store import FeatureStore, convert
 from featcache.system.console import check_stopped
-from featcache.system.files import sync_folder
+from featcache.system.files import remove_temporary, sync_folder, take_place
 
 __all__ = ["FeatureWriter", "check_replaceable", "locked", "merge", "relabel", "restamp"]
 
 _COPY_ROWS_BYTES = 8 << 20
+_ASIDE = -1  # a row that is none, whose reason marks a file that was set aside
 
 # Columns of text, as they come (of str) and as they are stored (of UTF-8).
 Tables = Mapping[str, np.ndarray]
@@ -488,7 +488,7 @@ class FeatureWriter:
             A row was damaged on the disk after it was written, or the store that is replaced got
             datasets of a user. Run the same command again.
         """
-        self._check_complete()
+        self._complete()
         check_replaceable(self.path, self.fingerprint)
         images = self._file.n + len(self._file.read("failures/id"))
         _check_failures(self.path, self.failures, images, max_failures)
@@ -498,8 +498,7 @@ class FeatureWriter:
         else:
             with self._keeping():
                 self._file.seal()
-                disk.remove(f"{self.path}.partial.old")  # nothing but the lock is left after a kill
-                _take_place(self._file, self.path)
+                take_place(self._file.descriptor, self._file.path, self.path)
         self._clean_up()
         return FeatureStore.open(self.path)
 
@@ -511,18 +510,21 @@ class FeatureWriter:
         IncompleteStore
             Rows are pending.
         """
-        self._check_complete()
-        self.commit()
+        self._complete()
         with self._keeping():
-            _take_place(self._file, self.path)
+            take_place(self._file.descriptor, self._file.path, self.path)
         self._clean_up()
 
-    def _check_complete(self) -> None:
+    def _complete(self) -> None:
+        """Raise if rows are pending; sync them, and remove the file that was kept for its rows."""
         if len(self.pending):
             raise IncompleteStore(
                 f"{len(self.pending):,} of {self._file.n:,} images of {self.path} are pending. "
                 "Run the same command again."
             )
+        self.commit()
+        if _is_aside(aside := f"{self.path}.partial.old"):
+            disk.remove(aside)
 
     def _leave_out_failures(self, done: np.ndarray) -> None:
         """Make the store from the rows that are done."""
@@ -537,16 +539,16 @@ class FeatureWriter:
 
     def _clean_up(self) -> None:
         """Remove what only an unfinished file needs, and close."""
-        for leftover in ("", ".old", ".new"):
-            disk.remove(f"{self.path}.partial{leftover}")
+        disk.remove(f"{self.path}.partial")
         self.close()
 
 
 def remove_leftovers(path: str) -> None:
     """Remove what a process that was killed left beside a finished store, unless one writes it."""
-    if any(Path(f"{path}.partial{end}").exists() for end in (".lock", ".new")):
-        with contextlib.suppress(StoreError), locked(path)[1]:
-            disk.remove(f"{path}.partial.new")
+    remove_temporary(Path(path))
+    if Path(f"{path}.partial.lock").exists():
+        with contextlib.suppress(StoreError):
+            locked(path)[1].release()
 
 
 def check_unreplaced(path: str, seen: tuple[int, int] | None) -> None:
@@ -751,26 +753,18 @@ def _make(
         Rows fail their checksums. Nothing is made.
     """
     source.refuse_foreign()
-    working = f"{path}.partial.new"
     try:
-        format.create_file(working, contents)
-        with FeatureWriter(path, StoreFile(working, writable=True), None, kept=kept) as target:
+        with (
+            format.new_file(path, contents) as working,
+            FeatureWriter(path, StoreFile(working, writable=True), None, kept=kept) as target,
+        ):
             store, numbers = FeatureStore.of_file(source, rows), np.arange(len(rows))
             copied = target.copy_rows(store, numbers, numbers)
             _check_copied(source, np.delete(rows, copied))
             target._file.seal()
-            _take_place(target._file, path)
+            take_place(target._file.descriptor, working, path)
     except OSError as error:
         disk.raise_for(error, path, needed=contents.file_bytes(), so_far=kept)
-    finally:
-        disk.remove(working)
-
-
-def _take_place(file: StoreFile, path: str) -> None:
-    """Give an open file its name, and the rights of the file that had it."""
-    with contextlib.suppress(FileNotFoundError):
-        os.fchmod(file.descriptor, stat.S_IMODE(Path(path).stat().st_mode))
-    disk.rename(file.path, path)
 
 
 def _check_copied(file: StoreFile, refused: np.ndarray) -> None:
@@ -801,7 +795,9 @@ def locked(path: str | Path, wait: float = 0) -> tuple[str, WriteLock]:
         Path(real).parent.mkdir(parents=True, exist_ok=True)
         for folder in made:
             sync_folder(folder.parent)
-        return real, WriteLock(real, wait=wait)
+        lock = WriteLock(real, wait=wait)
+        remove_temporary(Path(real))
+        return real, lock
     except OSError as error:
         disk.raise_for(error, real)
 
@@ -822,10 +818,10 @@ def _begun(path: str, contents: Contents, room: int | None = None) -> StoreFile:
     partial = f"{path}.partial"
     check_replaceable(partial, contents.fingerprint)
     try:
-        format.create_file(f"{partial}.new", contents, room=room)
-        if Path(partial).exists():
-            _keep_earlier_partial(partial)
-        disk.rename(f"{partial}.new", partial)
+        with format.new_file(partial, contents, room=room) as working:
+            if Path(partial).exists():
+                _set_aside(partial)
+            disk.rename(working, partial)
     except OSError as error:
         so_far, advice = "Nothing was computed.", "; --store-dtype float16 needs half the space"
         if Path(path).exists():
@@ -837,8 +833,9 @@ def _begun(path: str, contents: Contents, room: int | None = None) -> StoreFile:
     return StoreFile(partial, writable=True)
 
 
-def _keep_earlier_partial(partial: str) -> None:
+def _set_aside(partial: str) -> None:
     """Keep a partial file for its rows, unless an earlier one that was kept holds more."""
+    aside = f"{partial}.old"
 
     def done(path: str) -> int:
         try:
@@ -846,8 +843,26 @@ def _keep_earlier_partial(partial: str) -> None:
         except StoreError:
             return 0
 
-    if 0 < done(partial) >= done(f"{partial}.old"):
-        disk.rename(partial, f"{partial}.old")
+    if not (rows := done(partial)):
+        return
+    if os.path.lexists(aside) and not _is_aside(aside):
+        raise StoreError(
+            f"{aside} is not what featcache makes of that name. Move it away and run the same "
+            "command again."
+        )
+    if rows >= done(aside):
+        with contextlib.closing(StoreFile(partial, writable=True)) as file:
+            file.add_reason(_ASIDE, "", "set aside for its rows")
+            disk.fsync(file.descriptor)
+        disk.rename(partial, aside)
+
+
+def _is_aside(path: str) -> bool:
+    """Return whether `_set_aside` kept a file: what else has its name is a user's."""
+    try:
+        return _ASIDE in StoreFile(path).reasons
+    except (StoreError, OSError):
+        return False
 
 
 def _holds_nothing(file: StoreFile) -> bool:

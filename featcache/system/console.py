@@ -120,6 +120,11 @@ def interruptible(kept: str = "Every finished batch is kept") -> Iterator[None]:
         _came = outer
 
 
+def is_stopped() -> bool:
+    """Return whether a signal has come since the block began that is `interruptible`."""
+    return bool(_came)
+
+
 def check_stopped() -> None:
     """End the block that is `interruptible`, if a signal has come since it began."""
     if _came:

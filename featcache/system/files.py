@@ -35,7 +35,7 @@ _LINE = 1 << 26  # characters of the longest line that is looked at
 _ESCAPED = "backslashreplace"  # names of files that are not UTF-8
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _NAME = 50  # characters of a file's name in that of its temporary file
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def check_folder(path: Path) -> None:
@@ -195,7 +195,7 @@ def atomic_write(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
         return
     with _writing(path):
         target = path.resolve()
-        temporary, descriptor = _new_file(target)
+        temporary, descriptor = new_file(target)
     raw = _Raw(descriptor, "wb")
     raw.path = path
     register_after_fork(raw, _Raw.close)  # a child would hold the lock of its killed parent
@@ -208,7 +208,7 @@ def atomic_write(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
             file.flush()
             with _writing(path):
                 fsync(descriptor)
-                rename(temporary, target)
+                take_place(descriptor, temporary, target)
     finally:
         remove(temporary)
 
@@ -255,21 +255,33 @@ def _writing(path: Path | str) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {reason}.") from error
 
 
-def _new_file(target: Path) -> tuple[Path, int]:
-    """Make a file beside `target`, with its bits; return its path and descriptor."""
-    start = target.name[:_NAME]
-    remove_leftovers(target.parent, glob.escape(start))
+def new_file(target: Path) -> tuple[Path, int]:
+    """Make a file beside `target` that is going to take its place; return path and descriptor.
+
+    While the descriptor is open it is no leftover.
+    """
+    remove_temporary(target)
     while True:
-        path = target.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
+        path = target.with_name(f".{target.name[:_NAME]}.{secrets.token_hex(8)}.tmp")
         descriptor = os.open(path, _NEW, 0o666)
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_nlink:  # nobody took it for a leftover before it was locked
             break
         os.close(descriptor)
-    with suppress(FileNotFoundError):
-        os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
     return path, descriptor
+
+
+def take_place(descriptor: int, source: str | Path, target: str | Path) -> None:
+    """Rename an open file to `target`, and give it the rights of the file that is there."""
+    with suppress(FileNotFoundError):
+        os.fchmod(descriptor, stat.S_IMODE(Path(target).stat().st_mode))
+    rename(source, target)
+
+
+def remove_temporary(target: Path) -> None:
+    """Remove what writers that were killed left of a file, and of others whose names go on."""
+    remove_leftovers(target.parent, f"{glob.escape(target.name[:_NAME])}*")
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:

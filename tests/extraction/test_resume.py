@@ -338,6 +338,28 @@ def test_an_interruption_says_how_to_go_on_and_gives_the_handlers_back(
     assert 0 < done(tmp_path / "f.h5") < N
 
 
+def test_a_stop_keeps_what_is_computed_of_the_images_that_were_decoded_together(
+    root: Path, whole: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls, path = Runtime._forward, [], tmp_path / "f.h5"
+
+    def pressing(self: Runtime, batch: Any) -> Any:
+        if StoreFile(f"{path}.partial").meta("run"):  # and not of the test images
+            calls.append(len(batch))
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "_forward", pressing)
+        with pytest.raises(Interrupted, match="Every finished batch is kept"):
+            run(root, path)
+    assert done(path) == sum(calls) == 12
+    store = run(root, path)
+    assert store.extraction.copied == 12
+    np.testing.assert_array_equal(store.load(TAP)[0], whole)
+
+
 def test_a_thread_may_extract_too(root: Path, whole: np.ndarray, tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -43,7 +43,7 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "leave out": lambda path: grown(path, failed=[3]),
     "relabel": lambda path: relabel(FeatureStore.open(path), stores.images(12).tables),
 }
-NAMES = [".partial", ".partial.lock", ".partial.new", ".partial.old"]
+NAMES = [".partial", ".partial.lock", ".partial.old"]
 
 
 # --- links and pipes ------------------------------------------------------------------------------
@@ -115,6 +115,37 @@ def test_a_lock_file_of_a_dead_process_is_taken_over_whatever_is_left_of_it(
     assert beside(path) == ["a.h5"]
 
 
+@pytest.mark.parametrize("name", [".partial.old", ".partial.new"])
+@pytest.mark.parametrize("content", ["text", "other store", "set aside by hand"])
+def test_what_a_user_keeps_beside_a_store_is_left_as_it_is(
+    path: Path, name: str, content: str
+) -> None:
+    theirs, few = Path(f"{path}{name}"), stores.images(6)
+    theirs.write_text("my notes\n")
+    if content == "other store":
+        theirs.unlink()
+        stores.store(theirs, f=stores.fingerprint(weights="others"))
+    elif content == "set aside by hand":
+        with stores.writer(path, stores.images(5, start=20)) as writer:
+            stores.fill(writer, stores.images(5, start=20), np.arange(3))
+        Path(f"{path}.partial").rename(theirs)
+    kept = theirs.read_bytes()
+    with stores.writer(path, few) as writer:
+        stores.fill(writer, few, np.arange(3))
+    if name == ".partial.old":  # other images came, and rows are to be set aside there
+        with pytest.raises(StoreError, match=rf"{theirs} is not what featcache .* Move it away"):
+            stores.store(path)
+        with stores.writer(path, few) as writer:  # they go on
+            assert len(writer.pending) == 3
+            stores.fill(writer, few, writer.pending)
+            writer.finish()
+    grown(path)
+    grown(path, failed=[3])
+    relabel(FeatureStore.open(path), stores.images(14).tables)
+    assert theirs.read_bytes() == kept
+    assert beside(path) == ["a.h5", f"a.h5{name}"]
+
+
 # --- what is left after a kill --------------------------------------------------------------------
 
 
@@ -123,12 +154,13 @@ def test_a_run_that_has_nothing_to_do_removes_what_killed_ones_left(tmp_path: Pa
     images = ImageSet.from_folder(root)
     extract(images, backbone(), path, device="cpu", workers=0)
     Path(f"{path}.partial.lock").write_bytes(b'{"pid": 1')
-    Path(f"{path}.partial.new").write_bytes(path.read_bytes()[:9000])
+    for target in ("f.h5", "f.h5.partial", "f.h5.part-0001.partial", "f.h5.partial.plan"):
+        path.with_name(f".{target}.{'0f' * 8}.tmp").write_bytes(path.read_bytes()[:9000])
     Path(f"{path}.partial.plan").write_text('{"merging": true}')
     Path(f"{path}.part-0001.partial.lock").touch()
     Path(f"{path}.old-part-0001").write_bytes(b"")
     assert extract(images, backbone(), path, device="cpu", workers=0).extraction.skipped
-    assert beside(path) == ["f.h5"]
+    assert {one.name for one in tmp_path.iterdir()} == {"f.h5", "images"}
 
 
 @pytest.mark.parametrize("rest", [["a.h5.part-0001"], ["a.h5.part-0002.partial"], []])
@@ -164,7 +196,7 @@ def test_nothing_but_the_lock_is_left_between_the_last_rename_and_the_end(
         [earlier] = writer.earlier_stores
         writer.copy_rows(earlier, np.arange(3), np.arange(3))
         stores.fill(writer, more, writer.pending)
-        monkeypatch.setattr("featcache.store.disk.rename", killed)
+        monkeypatch.setattr(files, "rename", killed)
         with pytest.raises(Killed):
             writer.finish()
         assert beside(path) == ["a.h5", "a.h5.partial.lock"]
