@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ import pytest
 from PIL import Image
 
 from pipelines.demo_weights import PACKAGE, link_weights
+
+# In the background of a script it is ignored, and then featcache leaves it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure: no example has a deadline.
 hypothesis.settings.register_profile("patient", deadline=None)

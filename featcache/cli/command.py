@@ -18,7 +18,7 @@ import click
 
 from featcache.errors import FeatcacheError, Interrupted, SystemFault
 from featcache.system.console import signals_as_ctrl_c
-from featcache.system.files import STDOUT, told_output
+from featcache.system.files import STDOUT, guarded
 from featcache.system.tables import printable
 
 
@@ -108,9 +108,10 @@ def _open_streams() -> None:
             # What is printed to a closed standard output fails, and is told.
             os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
             mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, os.fdopen(number, mode, closefd=False))  # it may be replaced below
-    if type(sys.stdout) is io.TextIOWrapper:
-        sys.stdout = told_output(sys.stdout)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+        stream = getattr(sys, name)
+        if number and type(stream) is io.TextIOWrapper:
+            setattr(sys, name, guarded(stream))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

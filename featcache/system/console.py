@@ -85,8 +85,9 @@ def interruptible(kept: str = "Every finished batch is kept") -> Iterator[None]:
 
     A handler that raises may do so inside a lock, which then stays locked for ever. So the first
     signal is only noted, and the block ends at its next `check_stopped`; another one ends the
-    process at once, the default way. SIGHUP stays ignored where it was (nohup). In another thread
-    than the main one Python delivers no signals, and nothing changes.
+    process at once, the default way. A signal that is ignored stays ignored: SIGHUP under nohup,
+    SIGINT in ``command &`` of a script. In another thread than the main one Python delivers no
+    signals, and nothing changes.
 
     Parameters
     ----------
@@ -140,11 +141,10 @@ def signals_as_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handler: Callable[..., object]) -> Iterator[bool]:
-    """Handle signals in the main thread, SIGHUP unless it is ignored; yield whether it is that."""
+    """Handle signals that are not ignored, in the main thread; yield whether it is that."""
     main = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.getsignal(number) for number in numbers if main}
-    if previous.get(signal.SIGHUP) is signal.SIG_IGN:
-        del previous[signal.SIGHUP]
+    handlers = {number: signal.getsignal(number) for number in numbers if main}
+    previous = {n: before for n, before in handlers.items() if before is not signal.SIG_IGN}
     for number in previous:
         signal.signal(number, handler)
     try:

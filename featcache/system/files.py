@@ -213,9 +213,12 @@ def atomic_write(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
         remove(temporary)
 
 
-def told_output(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """Return a stream like standard output that raises `OutputError` when it cannot be written."""
-    raw = _Told(stream.fileno(), "wb", closefd=False)
+def guarded(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Return a stream like standard output or error, for when that cannot be written.
+
+    Of standard output it raises `OutputError`; what is said on standard error is lost.
+    """
+    raw = (_Told if stream.fileno() == 1 else _Silent)(stream.fileno(), "wb", closefd=False)
     raw.path = "Standard output"
     errors = _ESCAPED if stream.errors == "strict" else stream.errors
     return io.TextIOWrapper(
@@ -242,6 +245,15 @@ class _Told(_Raw):
         except OutputError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             raise
+
+
+class _Silent(_Raw):
+    """A stream that never fails: no run ends because nobody hears of it."""
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError, OutputError):
+            return super().write(data)
+        return len(data)
 
 
 @contextmanager

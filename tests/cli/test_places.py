@@ -78,6 +78,14 @@ def test_closed_and_full_streams_and_a_folder_that_is_gone(
     assert message.startswith(said)
 
 
+def test_a_full_standard_error_ends_no_run(tmp_path: Path) -> None:
+    small.folder(tmp_path / "images", 6)
+    command = "featcache extract images -o a.h5 --backbone tests.small:own 2> /dev/full"
+    assert shell(command, tmp_path) == (0, "")
+    assert len(FeatureStore.open(tmp_path / "a.h5")) == 6
+    assert shell("featcache info none.h5 2> /dev/full", tmp_path) == (1, "")
+
+
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     images = small.folder(tmp_path / "images", 6)
     odd = Path(os.fsdecode(bytes(tmp_path) + b"/\xff\x1b.h5"))

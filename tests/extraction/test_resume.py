@@ -338,6 +338,25 @@ def test_an_interruption_says_how_to_go_on_and_gives_the_handlers_back(
     assert 0 < done(tmp_path / "f.h5") < N
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """As SIGINT is in ``command &`` of a script, and SIGHUP under nohup."""
+    forward = Runtime._forward
+
+    def pressing(self: Runtime, batch: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return forward(self, batch)
+
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(Runtime, "_forward", pressing)
+        assert len(run(root, tmp_path / "f.h5")) == N
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_stop_keeps_what_is_computed_of_the_images_that_were_decoded_together(
     root: Path, whole: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
