@@ -108,7 +108,8 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
+    """Return whether a file begins as ours do, or is what a power cut left of that."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(len(_START)) == _START
+        return _START.startswith(file.read(len(_START)))

@@ -144,8 +144,20 @@ def _is_predictions(path: Path) -> bool:
                 path,
                 lambda names: names == _header((len(names) - 2) // 2),
                 {r"probability(_\d+)?": r"([01]\.\d{6})?"},
+                _is_row,
             )
         *lines, last = file.read().splitlines()
     keys = Prediction("", "", 0.0).to_dict().keys()
-    found = (json.loads(line.removesuffix(",")).keys() for line in lines[1:])
-    return last == "]" and all(one == keys for one in found)
+    found = [json.loads(line.removesuffix(",")) for line in lines[1:]]
+    return last == "]" and all(
+        one.keys() == keys
+        and bool(one["error"]) == (not one["label"]) == (one["probability"] is None)
+        for one in found
+    )
+
+
+def _is_row(row: list[str]) -> bool:
+    """Return whether a row says pairs of label and probability, or else an error."""
+    pairs = row[1:-1]
+    said = sum(map(bool, pairs))
+    return said % 2 == 0 and all(pairs[:said]) and bool(row[-1]) == (said == 0)

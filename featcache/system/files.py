@@ -141,7 +141,12 @@ def csv_writer(file: IO[str], *, excel: bool = False) -> Callable[..., None]:
     return write
 
 
-def is_table(path: Path, is_header: Callable[[list[str]], bool], cells: Mapping[str, str]) -> bool:
+def is_table(
+    path: Path,
+    is_header: Callable[[list[str]], bool],
+    cells: Mapping[str, str],
+    is_row: Callable[[list[str]], bool] = bool,
+) -> bool:
     """Return whether a CSV file is exactly of one kind, to its last cell.
 
     Parameters
@@ -152,6 +157,8 @@ def is_table(path: Path, is_header: Callable[[list[str]], bool], cells: Mapping[
         Return whether these are the names of such a file's columns.
     cells : dict of str to str
         Pattern of the names of columns, and of what stands in them; other columns hold any text.
+    is_row : callable, optional
+        Return whether such a file may have these cells in one row.
 
     Raises
     ------
@@ -168,7 +175,9 @@ def is_table(path: Path, is_header: Callable[[list[str]], bool], cells: Mapping[
             if re.fullmatch(pattern, name)
         ]
         return is_header(names) and all(
-            len(row) == len(names) and all(cell.fullmatch(row[k]) for k, cell in checks)
+            len(row) == len(names)
+            and all(cell.fullmatch(row[k]) for k, cell in checks)
+            and is_row(row)
             for row in rows
         )
 

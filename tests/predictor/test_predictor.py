@@ -702,6 +702,28 @@ def test_predictions_replace_predictions_and_nothing_else(tmp_path: Path) -> Non
     assert other.read_text() == "id,label\n"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        "bee/0001.jpg,ant,0.500000,a note of mine",
+        "bee/0001.jpg,ant,,checked by hand 3 May",
+        "bee/0001.jpg,ant,,",
+        "bee/0001.jpg,,0.500000,",
+        "bee/0001.jpg,,,",
+        '{"id": "a", "label": "ant", "probability": 0.5, "top": [], "error": "a note of mine"}',
+        '{"id": "a", "label": "ant", "probability": null, "top": [], "error": ""}',
+        '{"id": "a", "label": "", "probability": null, "top": [], "error": ""}',
+    ],
+)
+def test_predictions_into_which_a_user_wrote_are_left(tmp_path: Path, row: str) -> None:
+    target = tmp_path / "p.csv"
+    text = f"[\n {row}\n]\n" if row[0] == "{" else f"id,label,probability,error\n{row}\n"
+    target.write_text(text)
+    with pytest.raises(OutputError, match="not a file of predictions"):
+        write_predictions(FOUND, target)
+    assert target.read_text() == text
+
+
 def test_an_error_on_the_way_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "p.csv"
     write_predictions(FOUND, target)
