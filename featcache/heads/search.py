@@ -32,7 +32,7 @@ from featcache.heads.calibration import (
 from featcache.heads.rows import FeatureBlocks, Folds, TrainingRows
 from featcache.heads.steps import Step
 from featcache.system.defaults import library_defaults
-from featcache.system.tables import first_names
+from featcache.system.tables import first_names, settings_text
 
 Params: TypeAlias = Mapping[str, Any]
 Scoring: TypeAlias = str | Callable[..., float]
@@ -92,8 +92,7 @@ class SearchResult:
         return self.best.fold_scores
 
     def __repr__(self) -> str:
-        chosen = ", ".join(f"{name}={value}" for name, value in self.params.items())
-        return f"SearchResult({self.head}: {chosen}; score {self.score:.4f})"
+        return f"SearchResult({self.head}: {settings_text(self.params)}; score {self.score:.4f})"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
 from featcache.system.console import doing, progress_bar
 from featcache.system.files import atomic_write, check_overwrite, open_file
-from featcache.system.tables import counted, first_names, html_table
+from featcache.system.tables import counted, first_names, html_table, settings_text
 
 if TYPE_CHECKING:
     from featcache.extraction.decoding import Batch
@@ -520,7 +520,7 @@ class Predictor:
         """Return what people want to know, each under its name."""
         return [
             ("head", self.head),
-            ("parameters", ", ".join(f"{k} {v}" for k, v in self.params.items())),
+            ("parameters", settings_text(self.params)),
             ("classes", f"{len(self.classes):,} ({first_names(self.classes)})"),
             ("trained on", f"{len(self.train_sha256):,} images"),
             *(("tap", f"{column.tap}  ({column.width},)") for column in self.columns),

@@ -14,7 +14,7 @@ from featcache.errors import PredictorError
 from featcache.results.evaluation import FIGURES, Figures
 from featcache.results.intervals import Score
 from featcache.results.json_types import check_types
-from featcache.system.tables import html_table, text_table
+from featcache.system.tables import html_table, settings_text, text_table
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class LeaderboardRow:
         Mean over the folds of the score that decided; the chosen hyper-parameters' own, or, where
         the cross-validation was nested, that of choosing anew in each outer fold.
     cv : Figures
-        Of the out-of-fold predictions.
+        Of the out-of-fold predictions, those of all folds together: what is printed as CV accuracy,
+        balanced accuracy and macro F1 is this, and not the mean over the folds.
     cv_corrected : Score or None
         Accuracy of the out-of-fold predictions, without what the choice among the settings of this
         head adds to it; see `featcache.results.selection`. None where a note says why.
@@ -70,6 +71,11 @@ class LeaderboardRow:
 
     def __repr__(self) -> str:
         return f"<LeaderboardRow: {self.head}, CV accuracy {self.cv.accuracy}>"
+
+    def cv_of(self, scoring: str) -> float:
+        """Return what is printed beside the name of a scoring: of `cv` where that has it."""
+        own = {"balanced_accuracy": self.cv.balanced_accuracy, "f1_macro": self.cv.macro_f1}
+        return own.get(scoring, self.cv_score)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON values: "cv_accuracy" is out of fold, "accuracy" held out."""
@@ -225,7 +231,6 @@ class Leaderboard(Sequence[LeaderboardRow]):
         by = "cross-validation"
         if self.scoring != "accuracy":
             by = f"cross-validated {self.scoring}"
-        params = ", ".join(f"{name} {_short(value)}" for name, value in best.params.items())
         counts = f"{self.n_fit:,} images to train on, {self.folds}"
         if self.n_test:
             counts += f", {self.n_test:,} held out"
@@ -234,7 +239,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
         heads: dict[str, list[str]] = {}
         for row in self.rows:
             heads.setdefault(row.features, []).append(row.head)
-        lines = [f"best by {by}: {best.head} ({params}); {counts}"]
+        lines = [f"best by {by}: {best.head} ({settings_text(best.params)}); {counts}"]
         if self.best_corrected is not None:
             said = "accuracy of the best, corrected for the choice among all"
             lines.append(f"{said}: {self.best_corrected}")
@@ -253,7 +258,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
         for row in self.rows:
             cells = [row.head]
             if score:
-                cells.append(f"{row.cv_score:.4f}")
+                cells.append(f"{row.cv_of(self.scoring):.4f}")
             cells += [str(row.cv.accuracy), *[str(row.cv_corrected)] * len(freed)]
             if row.held_out is not None:
                 balanced, f1 = row.held_out.balanced_accuracy, row.held_out.macro_f1
@@ -288,7 +293,3 @@ def _score(values: Mapping[str, Any], name: str) -> Score | None:
 
 def _types(name: str) -> dict[str, Any]:
     return {key: kind | None for key, kind in Score.types(name).items()}
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -213,13 +213,12 @@ def crossing_text(groups: npt.NDArray[Any], judges: str) -> str:
     return f"of {counted(len(names), 'group')} that {judges} have too (first: {str(names[0])!r})"
 
 
-def crossing_error(groups: npt.NDArray[Any], judges: str) -> TrainingError:
+def crossing_error(groups: npt.NDArray[Any], judges: str, cure: str) -> TrainingError:
     """Return the error for rows to train on of groups that the rows which judge are of too."""
     return TrainingError(
         f"{counted(len(groups), 'image to train on is', 'images to train on are')} "
         f"{crossing_text(groups, judges)}, which flatters. Correct the split column, or leave such "
-        "images out of training with --drop-crossing-groups (library: store.split(None), then "
-        "drop_crossing_groups=True)."
+        f"images out of training with {cure}."
     )
 
 

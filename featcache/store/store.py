@@ -597,7 +597,8 @@ class FeatureStore:
             if group and self.groups is not None:
                 mine = self.groups[fit]
                 if (shared := splitting.crossing(mine, self.groups[test])).any():
-                    raise splitting.crossing_error(mine[shared], "the held-out images")
+                    cure = "store.split(None), then drop_crossing_groups=True"
+                    raise splitting.crossing_error(mine[shared], "the held-out images", cure)
         else:
             fit, test = splitting.holdout(
                 self.labels,

@@ -52,7 +52,8 @@ def without_crossing(
         return fit, []
     groups = fit.groups[shared]
     if options.group and not options.drop_crossing_groups:
-        raise splitting.crossing_error(groups, judges)
+        cure = "--drop-crossing-groups (library: drop_crossing_groups=True)"
+        raise splitting.crossing_error(groups, judges, cure)
     count = counted(len(groups), "image to train on is", "images to train on are")
     of = splitting.crossing_text(groups, judges)
     if not options.group:

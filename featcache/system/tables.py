@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
+from typing import Any
 
 SHOWN = 20
 """Names that are listed before the rest is counted."""
@@ -55,6 +56,12 @@ def printable(text: str, escaped: Callable[[str], str] = ascii) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else escaped(c)[1:-1] for c in text)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Return names and values, numbers with four digits: ``alpha 56.9, treatment l2``."""
+    texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in settings.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 def counted(n: int, one: str, many: str = "") -> str:

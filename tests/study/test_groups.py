@@ -80,8 +80,9 @@ def test_parts_that_groups_cross_are_refused_under_group(
 
 def test_a_column_that_groups_cross_is_no_hold_out_by_groups(tmp_path: Path) -> None:
     store = split_store(tmp_path / "a.h5", splits("train", "test"))
-    with pytest.raises(TrainingError, match="120 images to train on are of 40 groups"):
+    with pytest.raises(TrainingError, match="120 images to train on are of 40 groups") as error:
         store.split(None, group=True)
+    assert "with store.split(None), then drop_crossing_groups=True." in str(error.value)
 
 
 def test_crossing_groups_are_left_out_of_training_and_counted(tmp_path: Path) -> None:
@@ -311,7 +312,8 @@ def test_a_learning_curve_says_what_it_does_with_groups_and_parts(tmp_path: Path
     column = np.where(number < 10, np.where(odd, "train", "val"), "train")
     column[(number >= 10) & (number < 20) & odd] = "test"
     store = split_store(tmp_path / "a.h5", column.tolist())
-    with pytest.raises(TrainingError, match=f"of 10 groups that the validation.*{DROP}"):
+    cure = rf"--{DROP} \(library: drop_crossing_groups=True\)\."
+    with pytest.raises(TrainingError, match=f"of 10 groups that the validation.*{cure}"):
         fc.learning_curve(store, head="knn", sizes=[30])
     dropped = fc.learning_curve(store, head="knn", sizes=[30], drop_crossing_groups=True)
     assert dropped.n_test == 30 and all(point.accuracy < 0.85 for point in dropped)

@@ -276,6 +276,14 @@ def test_scoring_decides(folder: Path) -> None:
     ).leaderboard
     assert board.scoring == "balanced_accuracy"
     assert "CV balanced_accuracy" in str(board)
+    # One figure under one name: that of all folds' images, not the mean over the folds.
+    apart = np.r_[np.full(80, 0.0), np.full(10, 3.0)] + np.random.default_rng(0).normal(size=90)
+    store = make_store(folder / "f1.h5", apart[:, None].astype(np.float32), y)
+    f1 = train(store, head=["ridge"], scoring="f1_macro").leaderboard
+    pooled = f1[0].cv.macro_f1
+    assert f"{pooled:.4f}" != f"{f1[0].cv_score:.4f}"
+    assert str(f1).splitlines()[1].split()[:2] == ["ridge", f"{pooled:.4f}"]
+    assert re.search(r"\(treatment \w+, alpha [\d.]{1,6}\)", str(f1))
     plain = train(uneven, head=["svm"]).leaderboard
     assert board[0].cv.balanced_accuracy > plain[0].cv.balanced_accuracy
 

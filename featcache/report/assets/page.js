@@ -62,7 +62,8 @@ $("version").textContent = data.version;
 if (data.leaderboard) {
   const board = data.leaderboard, best = board.rows[0];
   const other = board.scoring !== "accuracy", held = board.n_test > 0;
-  const params = Object.entries(best.params).map(([name, value]) => `${name} ${value}`).join(", ");
+  const params = Object.entries(best.params).map(([name, value]) =>
+    `${name} ${typeof value === "number" ? Number(value.toPrecision(4)) : value}`).join(", ");
   $("best").textContent = best.head;
   $("best").after(`${params && ` (${params})`}; ${say(board.n_fit)} images to train on, `
     + `${board.folds}, ${say(board.n_test)} held out`
@@ -90,7 +91,8 @@ if (data.leaderboard) {
     const line = body.insertRow();
     if (row === best) line.className = "best";
     add(line, "th", row.head, {scope: "row"});
-    if (other) add(line, "td", row.cv_score.toFixed(4));
+    if (other) add(line, "td", ({balanced_accuracy: row.cv_balanced_accuracy,
+      f1_macro: row.cv_macro_f1}[board.scoring] ?? row.cv_score).toFixed(4));
     add(line, "td", `${three(row.cv_accuracy)} ${brackets(row.cv_accuracy_interval)}`);
     add(line, "td", `${three(row.cv_accuracy_corrected)} ${
       brackets(row.cv_accuracy_corrected_interval)}`);
