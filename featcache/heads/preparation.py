@@ -30,6 +30,7 @@ from featcache.heads.treatment import TREATMENTS
 
 _EXACT = 3000  # columns up to which the whole covariance is decomposed, in seconds
 _NULL = 1e-6  # a component of less variance than this part of the largest is rounding: left out
+_SMALL = 1e-3  # trees and lengths take differences far below it for none
 _MOST_ROWS = 20_000  # that the steps are fitted on
 
 
@@ -74,8 +75,13 @@ class Preparation:
         if len(X) > _MOST_ROWS:
             chosen = np.random.default_rng(self.random_state).permutation(len(X))[:_MOST_ROWS]
             X = X[np.sort(chosen)]
+        steps: list[Step] = []
+        largest = max(X.max(), -X.min())
+        if 0 < largest < _SMALL:  # all by one power of two, which is exact, to about 1,000
+            d = X.shape[1]
+            steps.append(Scale(np.zeros(d), np.full(d, 2.0 ** (np.floor(np.log2(largest)) - 10))))
         treat = TREATMENTS[self.treatment]
-        steps: list[Step] = [] if treat is None else [treat]
+        steps += [] if treat is None else [treat]
         X = transformed(steps, X)
         if self.scaled or self.n_components is not None:
             scaler = StandardScaler().fit(X)

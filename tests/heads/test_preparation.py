@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_wine
 from sklearn.preprocessing import StandardScaler
 
 from featcache.heads.base import transformed
@@ -123,3 +124,14 @@ def test_counts_leave_out_half_of_the_columns_and_rows() -> None:
     views = TrainingRows.check(np.stack([X, X], axis=1), y, folds(y, cv=3, random_state=0), None)
     assert component_counts(views, wanted) == (64, 128)
     assert component_counts(rows_of(X[:, :100], y), wanted) == ()
+
+
+@pytest.mark.parametrize("head", ["forest", "knn"])
+def test_tiny_features_are_told_apart_like_others(head: str) -> None:
+    X, y = load_wine(return_X_y=True)
+    X, parts = X.astype(np.float32), folds(y.astype(str), cv=2)
+    usual, tiny = (HEADS[head].search(one, y, parts) for one in (X, np.ldexp(X, -100)))
+    for one, other in zip(usual.trials, tiny.trials, strict=True):
+        assert one.fold_scores == other.fold_scores
+    found = tiny.estimator.logits(np.ldexp(X, -100))
+    np.testing.assert_allclose(found, usual.estimator.logits(X), rtol=1e-5, atol=1e-5)
