@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from tests.campaign.operations import (
+    BY_NAME,
     HEADS,
     NETWORK,
-    OPERATIONS,
     Contents,
     Ground,
     contents_here,
     difference,
     facts,
 )  # fmt: skip
-from tests.campaign.process import Process, command, run
+from tests.campaign.process import Process, command, run, status_of
 from tests.campaign.trial import Trial
 
 _PAGE = 4096
 _BATCH = 100  # of damages that one process reads
-(_SUFFIX,) = (one.argv for one in OPERATIONS if one.name == "suffix")
+_SUFFIX = BY_NAME["suffix"].argv
 WAYS = ("bit flips", "zeroed page", "truncated", "swapped pages", "random bytes")
 
 
@@ -52,11 +52,10 @@ def damaged(content: bytes, way: str, draw: random.Random) -> bytes:
 def _targets(ground: Ground) -> dict[str, Path]:
     """Return the files that are damaged: stores, a predictor of every head, checkpoints."""
     found = {"store": ground.root / "store" / "s.h5"}
-    by_name = {operation.name: operation for operation in OPERATIONS}
     for name in ("failures", "relabelling"):
         here = ground.root / f"damage {name}"
-        ground.begin(by_name[name], here)
-        ground.must(by_name[name], here)
+        ground.begin(BY_NAME[name], here)
+        ground.must(BY_NAME[name], here)
         found[f"store, {name}"] = here / "s.h5"
     folder = ground.root / "heads"
     folder.mkdir(exist_ok=True)
@@ -133,7 +132,7 @@ def _commands(
               "0", "--batch-size", "4")  # fmt: skip
     plans = {
         "train": (("train", "{here}/s.h5", "-o", "{here}/p.featcache", "--cv", "2", "--head",
-                   "ridge", "--head", "forest"), "p.featcache", "train"),
+                   "ridge", "--head", "knn"), "p.featcache", "train"),
         "relabelled": ((*images, "--labels", "{ground}/labels.csv"), "s.h5", "relabelling"),
         "grown": (images, "s.h5", "growing"),
         "moved": (images, "s.h5", "fresh"),
@@ -159,19 +158,14 @@ def _commands(
         filled = [part.format(ground=ground.root, here=here, of=of) for part in argv]
 
         def go(filled: list[str] = filled, here: Path = here) -> tuple[int, Contents]:
-            status = 0
-            try:
-                command(*filled, "--quiet")()
-            except SystemExit as end:
-                status = int(end.code or 0)
-            return status, contents_here(here)
+            return status_of(command(*filled, "--quiet")), contents_here(here)
 
         ended = run(go)
         fault = ended.fault
         if not fault and ended.result is not None:
             status, found = ended.result
             if status == 0:
-                fault = difference(found, [ground.oracles[oracle][1]], output)
+                fault = difference(found, [ground.undisturbed(BY_NAME[oracle]).after], output)
             elif not ended.err.strip():
                 fault = f"silent: {name} ended with {status} and said nothing"
         yield Trial("damage", f"command: {name}", f"{way}, {number}", fault)
@@ -179,7 +173,8 @@ def _commands(
 
 def _half_trained(ground: Ground) -> Path:
     """Return a folder with the checkpoints of a training that was killed halfway."""
-    (operation,) = (one for one in OPERATIONS if one.name == "suffix")
-    here, last = ground.root / "half trained", ground.calls(operation) * 2 // 3
-    ground.kill_until(operation, here, lambda x: len(list(x.rglob("fold-*.pt"))) > 1, last)
+    here = ground.root / "half trained"
+    ground.kill_until(
+        BY_NAME["suffix"], here, lambda x: len(list(x.rglob("fold-*.pt"))) > 1, share=2 / 3
+    )
     return here

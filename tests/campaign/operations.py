@@ -10,7 +10,6 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ import h5py
 import numpy as np
 
 from tests import small
-from tests.campaign.process import KILL_BEFORE, WRITES, Arm, command, run
+from tests.campaign.process import KILL_BEFORE, WRITES, Arm, arm, command, disarm, run, status_of
 
+# What a folder holds: for each file name, its facts.
+Contents = dict[str, Mapping[str, Any]]
 NETWORK = "tests.campaign.network:own"
 # Each head once, with few folds: a predictor of each kind is attacked.
 HEADS = ("linear", "svm", "ridge", "knn", "forest", "boosting", "rbf-svm", "mlp")
@@ -64,7 +65,7 @@ OPERATIONS = (
     _extract("resuming", "begun", "images"),
     _extract("set aside", "begun", "more"),
     _extract("two workers", "empty", "images", "--workers", "2"),
-    _train("train", "store/s.h5", "--head", "ridge", "--head", "forest"),
+    _train("train", "store/s.h5", "--head", "ridge", "--head", "knn"),
     _train("suffix", "maps/s.h5", *_SUFFIX),
     Operation("export npz", "empty", ("export", "{ground}/store/s.h5", "-o", "{here}/x.npz"),
               "x.npz"),
@@ -75,6 +76,20 @@ OPERATIONS = (
               "-o", "{here}/predictions.csv", "--backbone", NETWORK, "--workers", "0"),
               "predictions.csv"),
 )  # fmt: skip
+BY_NAME = {operation.name: operation for operation in OPERATIONS}
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What an undisturbed run finds, what it leaves, and how many calls of each kind it makes."""
+
+    before: Contents
+    after: Contents
+    by_kind: dict[int, int]
+
+    def calls(self, kinds: int = WRITES) -> int:
+        """Return how many calls of some kinds it makes."""
+        return sum(n for kind, n in self.by_kind.items() if kind & kinds)
 
 
 class Ground:
@@ -88,7 +103,7 @@ class Ground:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._calls: dict[Operation, dict[int, int]] = {}
+        self._known: dict[str, Undisturbed] = {}
         for name, number in (("images", 24), ("more", 28), ("bad", 24)):
             small.folder(root / name, number)
         for name in ("ant/0100.jpg", "bee/0101.jpg"):
@@ -97,12 +112,11 @@ class Ground:
         (root / "labels.csv").write_text("\n".join(["id,label", *rows, ""]))
         for state in ("empty", "store", "maps", "stored", "begun", "trained"):
             (root / state).mkdir()
-        of = {operation.name: operation for operation in OPERATIONS}
-        self.must(of["fresh"], root / "store")
+        self.must(BY_NAME["fresh"], root / "store")
         shutil.copy(root / "store" / "s.h5", root / "stored" / "s.h5")
         self.must(_extract("maps", "empty", "images", *_TAPS), root / "maps")
-        self.must(of["train"], root / "trained")
-        self.kill_until(of["fresh"], root / "begun", _is_halfway, self.calls(of["fresh"]))
+        self.must(BY_NAME["train"], root / "trained")
+        self.kill_until(BY_NAME["fresh"], root / "begun", _is_halfway)
 
     @property
     def _files(self) -> list[Path]:
@@ -118,13 +132,13 @@ class Ground:
         assert ended.status == 0, f"{operation.name}: {ended}"
 
     def kill_until(
-        self, operation: Operation, here: Path, reached: Callable[[Path], bool], last: int
+        self, operation: Operation, here: Path, reached: Callable[[Path], bool], share: float = 1
     ) -> None:
         """Kill an operation at one call before the other, from the last, until a state is reached.
 
-        The folder `here` is left in that state.
+        The folder `here` is left in that state. It begins with a share of all calls.
         """
-        for at in range(last, 0, -1):
+        for at in range(int(self.undisturbed(operation).calls() * share), 0, -1):
             self.begin(operation, here)
             run(self.command(operation, here), Arm(here, WRITES, KILL_BEFORE, at))
             if reached(here):
@@ -136,27 +150,24 @@ class Ground:
         shutil.rmtree(here, ignore_errors=True)
         shutil.copytree(self.root / operation.start, here)
 
-    def calls(self, operation: Operation, kinds: int = WRITES) -> int:
-        """Return how many calls of some kinds an undisturbed run makes."""
-        here = self.root / "counted"
-        if operation not in self._calls:
-            self.begin(operation, here)
-            ended = run(self.command(operation, here), Arm(here, 0, KILL_BEFORE))
-            assert ended.status == 0, ended
-            self._calls[operation] = ended.calls
-        return sum(n for kind, n in self._calls[operation].items() if kind & kinds)
+    def undisturbed(self, operation: Operation) -> Undisturbed:
+        """Return what an undisturbed run of an operation is like."""
+        here = self.root / "undisturbed"
 
-    @cached_property
-    def oracles(self) -> dict[str, tuple[Contents, Contents]]:
-        """What each operation's folder holds before and after an undisturbed run, by name."""
-        found = {}
-        for operation in OPERATIONS:
-            here = self.root / "oracle"
+        def look_run_look() -> Undisturbed:
+            before = contents_here(here)
+            arm(Arm(here, 0, KILL_BEFORE))
+            status = status_of(self.command(operation, here))
+            calls = disarm()
+            assert status == 0, operation
+            return Undisturbed(before, contents_here(here), calls)
+
+        if operation.name not in self._known:
             self.begin(operation, here)
-            before = contents(here)
-            self.must(operation, here)
-            found[operation.name] = before, contents(here)
-        return found
+            ended = run(look_run_look)
+            assert ended.result, ended
+            self._known[operation.name] = ended.result
+        return self._known[operation.name]
 
 
 def _is_halfway(folder: Path) -> bool:
@@ -166,10 +177,6 @@ def _is_halfway(folder: Path) -> bool:
         return False
     with h5py.File(partial) as file:
         return bool(0 < np.count_nonzero(file["rows"]["status"]) <= 12)
-
-
-# What a folder holds: for each file name, its facts.
-Contents = dict[str, Mapping[str, Any]]
 
 
 def contents(folder: Path) -> Contents:
@@ -276,18 +283,14 @@ def difference(found: Contents, expected: Sequence[Contents], output: str) -> st
 
 def rerun(ground: Ground, operation: Operation, here: Path, possible: Sequence[Contents]) -> str:
     """Look at the output, run the same command again in peace, look again; return the fault."""
-    oracle, found = ground.oracles[operation.name][1], {}
+    oracle = ground.undisturbed(operation).after
 
     def look_run_look() -> tuple[Contents, Contents]:
-        found["before"] = contents_here(here)
-        status = 0
-        try:
-            ground.command(operation, here)()
-        except SystemExit as end:
-            status = int(end.code or 0)
+        before = contents_here(here)
+        status = status_of(ground.command(operation, here))
         if status:
             raise SystemExit(status)
-        return found["before"], contents_here(here)
+        return before, contents_here(here)
 
     ended = run(look_run_look)
     if ended.fault:

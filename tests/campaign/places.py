@@ -20,7 +20,7 @@ from tests.campaign.operations import (
     difference,
     rerun,
 )
-from tests.campaign.process import Ended, command, run
+from tests.campaign.process import Ended, command, run, status_of
 from tests.campaign.trial import Trial
 
 _NEW_MOUNTS, _NEW_USERS = 0x00020000, 0x10000000
@@ -149,11 +149,7 @@ def _there(ground: Ground, operation: Operation, here: Path, prepare: Callable[[
             prepare()
         except OSError:
             os._exit(77)
-        status = 0
-        try:
-            ground.command(operation, here)()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
+        status = status_of(ground.command(operation, here))
         for which in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
             hard = resource.getrlimit(which)[1]
             resource.setrlimit(which, (hard, hard))
@@ -172,12 +168,12 @@ def _fault(ground: Ground, operation: Operation, here: Path, ended: Ended, *, st
         return f"traceback: ended with {status}: {ended.said}"
     if status and not ended.err.strip() and not streams:
         return f"silent: ended with {status} and said nothing"
-    before, after = ground.oracles[operation.name]
+    known = ground.undisturbed(operation)
     if not status and found is not None:
-        wrong = difference(found, [after], operation.output)
+        wrong = difference(found, [known.after], operation.output)
         if wrong:
             return wrong
-    return rerun(ground, operation, here, [before, after])
+    return rerun(ground, operation, here, [known.before, known.after])
 
 
 def _named(ground: Ground, draw: random.Random) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """Power cuts: what a disk may hold of a recorded run after the power failed at some moment.
 
 Writes that no fsync followed may be there, be missing, or be there in part; names that no fsync of
-their folder followed likewise. What was fsynced is there.
+their folder followed likewise, those of new folders with all that is in them. What was fsynced is
+there. The same record gives what a kill leaves: all that was done before it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 import shutil
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -53,44 +54,53 @@ def read_record(path: Path) -> list[Call]:
 
 @dataclass
 class Disk:
-    """The files of one folder: what is on the disk for sure, and what is under way.
+    """The files below one folder: what is on the disk for sure, and what is under way.
 
-    Contents belong to numbers (inodes), names lead to numbers.
+    Contents belong to numbers (inodes), names lead to numbers; those of `folders` have no content.
     """
 
+    here: Path
     files: dict[int, bytearray] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
+    folders: dict[int, str] = field(default_factory=dict)
     pending: dict[int, list[Call]] = field(default_factory=dict)
     renames: list[Call] = field(default_factory=list)
 
     @classmethod
-    def of(cls, folder: Path) -> Disk:
+    def of(cls, here: Path) -> Disk:
         """Return the state of a folder that was synced."""
-        disk = cls()
-        for path in (p for p in folder.rglob("*") if p.is_file()):
-            number = path.stat().st_ino
-            disk.names[str(path)] = number
-            disk.files[number] = bytearray(path.read_bytes())
+        disk = cls(here, folders={here.stat().st_ino: str(here)})
+        for path in here.rglob("*"):
+            number = disk.names[str(path)] = path.stat().st_ino
+            if path.is_file():
+                disk.files[number] = bytearray(path.read_bytes())
+            else:
+                disk.folders[number] = str(path)
         return disk
 
-    def do(self, call: Call, folders: dict[int, str]) -> None:
+    def copy(self) -> Disk:
+        """Return a copy that may be changed."""
+        files = {number: bytearray(content) for number, content in self.files.items()}
+        return Disk(self.here, files, dict(self.names), dict(self.folders))
+
+    def do(self, call: Call) -> None:
         """Take a call into account."""
         if call.op == "sync":
-            if call.inode in folders:
-                kept = []
-                for one in self.renames:
-                    if str(Path(one.target or one.path).parent) == folders[call.inode]:
-                        self._name(one)
-                    else:
-                        kept.append(one)
-                self.renames = kept
+            folder, waiting, self.renames = self.folders.get(call.inode), self.renames, []
+            for one in waiting:
+                if folder and str(Path(one.target or one.path).parent) == folder:
+                    self._name(one)
+                else:
+                    self.renames.append(one)
             for one in self.pending.pop(call.inode, []):
                 self._write(one)
         elif call.op in {"write", "size", "room"}:
             self.pending.setdefault(call.inode, []).append(call)
-        elif call.op in {"open", "new", "rename", "link", "unlink", "mkdir", "rmdir"}:
+        elif call.op != "told":
             self.renames.append(call)
-            if call.op == "new":
+            if call.op == "mkdir":
+                self.folders[call.inode] = call.path
+            elif call.op == "new":
                 truncated = Call("size", call.inode, 0, "", "", b"")
                 self.pending.setdefault(call.inode, []).append(truncated)
 
@@ -108,17 +118,17 @@ class Disk:
             content[start : start + len(data)] = data
 
     def _name(self, call: Call) -> None:
-        if call.op in {"open", "new"}:
+        if call.op in {"open", "new", "mkdir"}:
             self.names[call.path] = call.inode
         elif call.op == "rename" and call.path in self.names:
             self.names[call.target] = self.names.pop(call.path)
         elif call.op == "link":
             self.names[call.target] = call.inode
-        elif call.op == "unlink":
+        elif call.op in {"unlink", "rmdir"}:
             self.names.pop(call.path, None)
 
-    def cut(self, draw: random.Random, how: str) -> dict[str, bytes]:
-        """Return the files by name as they may be after a power cut now."""
+    def cut(self, draw: random.Random, how: str) -> None:
+        """Make the folder what it may be after a power cut now, or after a kill ("kept")."""
         for calls in self.pending.values():
             for call in calls:
                 if how == "dropped" or (how == "torn" and draw.random() < 0.3):
@@ -132,26 +142,60 @@ class Disk:
                             self._write(call, slice(page * _PAGE, (page + 1) * _PAGE))
                 else:
                     self._write(call)
-        kept = {"dropped": 0, "torn": draw.randint(0, len(self.renames))}
+        number = len(self.renames)
+        kept = {"dropped": 0, "torn": draw.randint(0, number), "kept": number}
         for number, call in enumerate(self.renames):
             # Names go to the disk in their order, or each for itself.
             if draw.random() < 0.5 if how == "reordered" else number < kept[how]:
                 self._name(call)
-        return {name: bytes(self.files.get(n, b"")) for name, n in self.names.items()}
+        shutil.rmtree(self.here)
+        self.here.mkdir()
+        for name, number in sorted(self.names.items()):  # a folder before what is in it
+            if not Path(name).parent.exists():
+                continue  # its folder's own name was not kept
+            if number in self.folders:
+                Path(name).mkdir()
+            else:
+                Path(name).write_bytes(self.files.get(number, b""))
 
 
-def _states(ground: Ground, operation: Operation) -> tuple[Disk, list[Call], dict[int, str], Path]:
-    """Run an operation once, recorded; return the folder before, the calls, and its folders."""
-    here = ground.root / "recorded"
-    ground.begin(operation, here)
-    disk = Disk.of(here)
-    path = ground.root / "record"
-    with path.open("wb") as log:
-        attack = Arm(here, process.WRITES, process.RECORD, log=log.fileno())
-        ended = process.run(ground.command(operation, here), attack)
-    assert ended.status == 0, ended
-    folders = {p.stat().st_ino: str(p) for p in [here, *here.rglob("*")] if p.is_dir()}
-    return disk, read_record(path), folders, here
+@dataclass(frozen=True)
+class Recording:
+    """The folder before a run, and each call that changed it."""
+
+    before: Disk
+    calls: list[Call]
+
+    @classmethod
+    def of(cls, ground: Ground, operation: Operation) -> Recording:
+        """Run an operation once, recorded."""
+        here, path = ground.root / "recorded", ground.root / "record"
+        ground.begin(operation, here)
+        before = Disk.of(here)
+        with path.open("wb") as log:
+            attack = Arm(here, process.WRITES, process.RECORD, log=log.fileno())
+            ended = process.run(ground.command(operation, here), attack)
+        assert ended.status == 0, ended
+        made = cls(before, read_record(path))
+        after = files_of(here)
+        made.until(len(made.calls)).cut(random.Random(0), "kept")
+        assert files_of(here) == after, f"the record of {operation.name} is not what it did"
+        return made
+
+    def until(self, at: int, *, half: bool = False) -> Disk:
+        """Return the disk before call number `at`, or when half of it is done."""
+        disk = self.before.copy()
+        for call in self.calls[:at]:
+            disk.do(call)
+        if half:
+            call = self.calls[at]
+            disk.do(replace(call, data=call.data[: len(call.data) // 2]))
+        return disk
+
+
+def files_of(here: Path) -> dict[Path, bytes | None]:
+    """Return the contents of all files below a folder; None for folders."""
+    return {path: path.read_bytes() if path.is_file() else None for path in here.rglob("*")}
 
 
 def power_cuts(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
@@ -162,8 +206,8 @@ def power_cuts(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
     each = -(-trials // len(order))
     done = 0
     for operation in order:
-        before, calls, folders, here = _states(ground, operation)
-        start, oracle = ground.oracles[operation.name]
+        recording = Recording.of(ground, operation)
+        calls, known = recording.calls, ground.undisturbed(operation)
         told = [k for k, call in enumerate(calls) if call.op == "told"]
         for number, how in zip(range(each), cycle(("dropped", "torn", "reordered"))):
             if done >= trials:
@@ -172,16 +216,9 @@ def power_cuts(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
             # Moments around names and syncs are the dangerous ones.
             weights = [1 + 4 * (call.op in {"rename", "sync", "new", "unlink"}) for call in calls]
             at = draw.choices(range(len(calls) + 1), [*weights, 3])[0]
-            disk = Disk({n: bytearray(c) for n, c in before.files.items()}, dict(before.names))
-            for call in calls[:at]:
-                disk.do(call, folders)
-            shutil.rmtree(here)
-            here.mkdir()
-            for name, content in disk.cut(draw, how).items():
-                Path(name).parent.mkdir(parents=True, exist_ok=True)
-                Path(name).write_bytes(content)
-            acknowledged = bool(told) and at > told[-1]
-            fault = rerun(ground, operation, here, [oracle] if acknowledged else [start, oracle])
+            recording.until(at).cut(draw, how)
+            possible = [known.after] if told and at > told[-1] else [known.before, known.after]
+            fault = rerun(ground, operation, recording.before.here, possible)
             moment = calls[at].op if at < len(calls) else "the end"
             how = f"{how}, seed {seed}, state {number}: before call {at} ({moment})"
             yield Trial("power", operation.name, how, fault)

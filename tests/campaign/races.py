@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from tests.campaign import process
-from tests.campaign.operations import OPERATIONS, Contents, Ground, Operation, contents
+from tests.campaign.operations import BY_NAME, Contents, Ground, Operation, contents
 from tests.campaign.process import Arm, Ended, Process, command
 from tests.campaign.trial import Trial
 
-_BY_NAME = {operation.name: operation for operation in OPERATIONS}
 # Commands that work on the same file, by the state of their folder.
 _RIVALS = {
     "empty": ("fresh", "failures", "two workers"),
@@ -29,8 +28,8 @@ def _oracles(ground: Ground, start: str) -> dict[str, Contents]:
     found = {}
     for name in _RIVALS[start]:
         here = ground.root / "rival"
-        ground.begin(_BY_NAME[name], here)
-        ended = process.run(ground.command(_BY_NAME[name], here))
+        ground.begin(BY_NAME[name], here)
+        ended = process.run(ground.command(BY_NAME[name], here))
         assert ended.status == 0, ended
         found[name] = contents(here)
     return found
@@ -89,7 +88,7 @@ def races(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
     oracles = {start: _oracles(ground, start) for start in _RIVALS}
     kinds = process.NAME | process.CREATE | process.SYNC | process.OPEN
     counts = {
-        (start, name): ground.calls(_BY_NAME[name], kinds)
+        (start, name): ground.undisturbed(BY_NAME[name]).calls(kinds)
         for start, names in _RIVALS.items()
         for name in names
     }
@@ -101,15 +100,15 @@ def races(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
     for number in range(trials):
         start = draw.choice(list(_RIVALS))
         names = _RIVALS[start]
-        ground.begin(_BY_NAME[names[-1]], here)
+        ground.begin(BY_NAME[names[-1]], here)
         if number % 2:
             first, second = draw.choice(names), draw.choice(names)
             at = draw.randint(1, counts[start, first])
             one = Process(
-                ground.command(_BY_NAME[first], here), Arm(here, kinds, process.STOP_BEFORE, at)
+                ground.command(BY_NAME[first], here), Arm(here, kinds, process.STOP_BEFORE, at)
             )
             stopped = one.wait_stopped()
-            between = process.run(ground.command(_BY_NAME[second], here), deadline=20)
+            between = process.run(ground.command(BY_NAME[second], here), deadline=20)
             one.signal(process.signal.SIGCONT)
             ran = [(second, between), (first, one.wait())]
             attack = "scripted"
@@ -123,11 +122,11 @@ def races(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
                     running.append((argv[0], Process(command(*argv, "--quiet"))))
                 else:
                     name = draw.choice(names)
-                    running.append((name, Process(ground.command(_BY_NAME[name], here))))
+                    running.append((name, Process(ground.command(BY_NAME[name], here))))
             ran = [(name, one.wait()) for name, one in running]
             attack = f"{len(ran)} processes"
             how = f"{start}: {', '.join(name for name, _ in ran)}"
         (ground.root / "raced.featcache").unlink(missing_ok=True)
-        last = _BY_NAME[draw.choice(names)]
+        last = BY_NAME[draw.choice(names)]
         fault = _fault(ground, here, ran, oracles[start], last)
         yield Trial("races", attack, f"seed {seed}, {number}: {how}", fault)

@@ -48,26 +48,25 @@ static void *next(void **cached, const char *name) {
     return *cached;
 }
 
-static int path_counts(const char *path) {
-    char whole[8192];
-    if (!path) return 0;
-    if (path[0] != '/') {
-        if (!getcwd(whole, 4096)) return 0;
-        size_t n = strlen(whole);
-        snprintf(whole + n, sizeof whole - n, "/%s", path);
-        path = whole;
-    }
-    return !strncmp(path, folder, folder_length) && (path[folder_length] == '/' || !path[folder_length]);
+/* The whole path of a name, as seen from an open folder or from the working directory. */
+static const char *whole(int at_fd, const char *path, char buffer[8192]) {
+    char link[64] = "/proc/self/cwd";
+    if (!path || path[0] == '/') return path;
+    if (at_fd != AT_FDCWD) snprintf(link, sizeof link, "/proc/self/fd/%d", at_fd);
+    ssize_t n = readlink(link, buffer, 4096);
+    if (n <= 0) return NULL;
+    snprintf(buffer + n, (size_t)(8192 - n), *path ? "/%s" : "%s", path);
+    return buffer;
 }
 
-static int fd_counts(int fd) {
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, sizeof path - 1);
-    if (n <= 0) return 0;
-    path[n] = 0;
-    return path_counts(path);
+static int at_counts(int fd, const char *path) {
+    char buffer[8192];
+    path = whole(fd, path, buffer);
+    return path && !strncmp(path, folder, folder_length) && (path[folder_length] == '/' || !path[folder_length]);
 }
+
+static int path_counts(const char *path) { return at_counts(AT_FDCWD, path); }
+static int fd_counts(int fd) { return at_counts(fd, ""); }
 
 static void now(int number) {
     kill(getpid(), number);
@@ -105,9 +104,12 @@ DECLARE(writev);
 
 static void note(const char *op, int fd, int64_t offset, const char *a, const char *b, const void *data,
                  int64_t length) {
-    struct record r = {{0}, 0, offset, {a ? (int64_t)strlen(a) : 0, b ? (int64_t)strlen(b) : 0}, length};
+    struct record r = {{0}, 0, offset, {0, 0}, length};
     struct stat s;
+    char first[8192], second[8192];
     int saved = errno;
+    a = whole(AT_FDCWD, a, first), b = whole(AT_FDCWD, b, second);
+    r.paths[0] = a ? (int64_t)strlen(a) : 0, r.paths[1] = b ? (int64_t)strlen(b) : 0;
     strncpy(r.op, op, sizeof r.op - 1);
     if (fd >= 0 ? !fstat(fd, &s) : b && !lstat(b, &s)) r.inode = s.st_ino;
     struct iovec parts[] = {{&r, sizeof r}, {(void *)a, (size_t)r.paths[0]}, {(void *)b, (size_t)r.paths[1]},
@@ -208,12 +210,13 @@ DECLARE(unlink);
 int unlink(const char *path) { PLAIN(NAME, path_counts(path), REAL(unlink)(path), note("unlink", -1, 0, path, 0, 0, 0)); }
 DECLARE(unlinkat);
 int unlinkat(int fd, const char *path, int flags) {
-    PLAIN(NAME, fd == AT_FDCWD ? path_counts(path) : fd_counts(fd), REAL(unlinkat)(fd, path, flags),
-          note(flags & AT_REMOVEDIR ? "rmdir" : "unlink", -1, 0, path, 0, 0, 0));
+    char buffer[8192];
+    PLAIN(NAME, at_counts(fd, path), REAL(unlinkat)(fd, path, flags),
+          note(flags & AT_REMOVEDIR ? "rmdir" : "unlink", -1, 0, whole(fd, path, buffer), 0, 0, 0));
 }
 DECLARE(mkdir);
 int mkdir(const char *path, mode_t mode) {
-    PLAIN(NAME, path_counts(path), REAL(mkdir)(path, mode), note("mkdir", -1, 0, path, 0, 0, 0));
+    PLAIN(NAME, path_counts(path), REAL(mkdir)(path, mode), note("mkdir", -1, 0, path, path, 0, 0));
 }
 DECLARE(rmdir);
 int rmdir(const char *path) { PLAIN(NAME, path_counts(path), REAL(rmdir)(path), note("rmdir", -1, 0, path, 0, 0, 0)); }
@@ -230,18 +233,18 @@ static int opened(int fd, int flags, const char *path, int verdict) {
     return fd;
 }
 
-#define MODE(flags)                                                     \
+#define MODE(at_fd, flags)                                                     \
     va_list rest;                                                        \
     va_start(rest, flags);                                               \
     mode_t mode = (flags) & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0; \
     va_end(rest);                                                        \
-    int verdict = before((flags) & (O_CREAT | O_TRUNC) ? CREATE : OPEN, action && path_counts(path)); \
+    int verdict = before((flags) & (O_CREAT | O_TRUNC) ? CREATE : OPEN, action && at_counts(at_fd, path)); \
     if (verdict == 1) return -1
 
 #define OPENS(name)                                                      \
     DECLARE(name);                                                        \
     int name(const char *path, int flags, ...) {                          \
-        MODE(flags);                                                      \
+        MODE(AT_FDCWD, flags);                                                      \
         return opened(REAL(name)(path, flags, mode), flags, path, verdict); \
     }
 OPENS(open)
@@ -249,7 +252,7 @@ OPENS(open64)
 
 DECLARE(openat64);
 int openat64(int at_fd, const char *path, int flags, ...) {
-    MODE(flags);
+    MODE(at_fd, flags);
     return opened(REAL(openat64)(at_fd, path, flags, mode), flags, path, verdict);
 }
 
