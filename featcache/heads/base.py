@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from scipy.special import softmax
@@ -157,8 +157,13 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Number of columns.
     """
 
+    _positive: ClassVar[tuple[str, ...]]  # parameters that must be above 0, where they are given
+
     def _check_parameters(self) -> None:
-        raise NotImplementedError
+        for name in self._positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
 
     def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
         """Return the steps for rows (n, d), their classes' numbers (n,) and weights (n,)."""

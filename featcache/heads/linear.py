@@ -173,11 +173,10 @@ class LinearClassifier(LinearModel):
         self.tol = tol
         self.max_iter = max_iter
 
+    _positive = "C", "tol", "max_iter"
+
     def _check_parameters(self) -> None:
-        if not self.C > 0 or not self.tol > 0 or not self.max_iter > 0:
-            raise ValueError(
-                f"C, tol and max_iter must be positive, got {self.C}, {self.tol}, {self.max_iter}."
-            )
+        super()._check_parameters()
         if self.loss not in ("log", "squared_hinge"):
             raise ValueError(f"loss is 'log' or 'squared_hinge', got {self.loss!r}.")
 

@@ -87,12 +87,10 @@ class MLP(Head):
         self.class_weight = class_weight
         self.random_state = random_state
 
+    _positive = "hidden", "learning_rate", "batch_size", "epochs"
+
     def _check_parameters(self) -> None:
-        positive = self.hidden, self.learning_rate, self.batch_size, self.epochs
-        if not all(value > 0 for value in positive):
-            raise ValueError(
-                f"hidden, learning_rate, batch_size and epochs must be positive, got {positive}."
-            )
+        super()._check_parameters()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
 

@@ -72,12 +72,12 @@ class CosineNeighbors(Head):
         self.temperature = temperature
         self.class_weight = class_weight
 
+    _positive = "n_neighbors", "temperature"
+
     def _check_parameters(self) -> None:
-        if not self.n_neighbors >= 1 or not self.temperature > 0:
-            raise ValueError(
-                "n_neighbors must be at least 1 and temperature positive, got "
-                f"{self.n_neighbors}, {self.temperature}."
-            )
+        super()._check_parameters()
+        if not self.n_neighbors >= 1:
+            raise ValueError(f"n_neighbors must be at least 1, got {self.n_neighbors}.")
 
     def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
         counts = weight > 0

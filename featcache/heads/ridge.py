@@ -76,9 +76,7 @@ class Ridge(LinearModel):
         self.class_weight = class_weight
         self.standardize = standardize
 
-    def _check_parameters(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}.")
+    _positive = ("alpha",)
 
     def _minimum(self, design: Design, positive: Tensor | None) -> Tensor:
         return next(_solved(design, len(self.classes_), [self.alpha]))[0]

@@ -108,11 +108,7 @@ class GaussianSVM(Head):
         self.class_weight = class_weight
         self.tol = tol
 
-    def _check_parameters(self) -> None:
-        if not self.C > 0 or not self.gamma > 0 or not self.tol > 0:
-            raise ValueError(
-                f"C, gamma and tol must be positive, got {self.C}, {self.gamma}, {self.tol}."
-            )
+    _positive = "C", "gamma", "tol"
 
     def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
         self.gamma_ = self.gamma * _default_gamma(X, weight)

@@ -109,13 +109,13 @@ class BoostedTrees(Head):
         self.class_weight = class_weight
         self.random_state = random_state
 
+    _positive = "n_components", "n_rounds", "learning_rate", "min_samples_leaf"
+
     def _check_parameters(self) -> None:
-        size = 1 if self.n_components is None else self.n_components
-        positive = (size, self.n_rounds, self.learning_rate, self.min_samples_leaf)
-        if not all(value > 0 for value in positive) or self.max_leaf_nodes < 2:
+        super()._check_parameters()
+        if self.max_leaf_nodes < 2:
             raise ValueError(
-                "n_components, n_rounds, learning_rate and min_samples_leaf must be positive and "
-                f"max_leaf_nodes at least 2, got {positive}, {self.max_leaf_nodes}."
+                f"max_leaf_nodes must be positive and at least 2, got {self.max_leaf_nodes}."
             )
 
     def _fit(self, X: np.ndarray, codes: np.ndarray, weight: np.ndarray) -> list[Step]:
