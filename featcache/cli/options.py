@@ -83,6 +83,8 @@ def output(metavar: str, help: str, *names: str, text: bool = False, **more: Any
         """Refuse a folder that is missing before anything is computed: it may be a mistyped one."""
         if path == STDOUT and not text:
             raise click.BadParameter("standard output takes only text; name a file.")
+        if path is not None and not path.name:
+            raise click.BadParameter("name a file.")
         if path is not None:
             check_folder(path)
         return path

@@ -31,6 +31,7 @@ from featcache.images import arrays, csv_tables, folders, layout, parquet, tars
 from featcache.images.arrays import TORCHVISION_SETS
 from featcache.images.sources import SHARDS, SUFFIXES, Source, first_few, matcher, read_error
 from featcache.pixels import decode
+from featcache.system.tables import counted
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -250,11 +251,11 @@ class ImageSet:
 
     def __str__(self) -> str:
         """Return what was found, and the notes, in lines for people."""
-        found = f"{self.source}: {len(self):,} images"
+        found = f"{self.source}: {counted(len(self), 'image')}"
         if self.labels is not None:
             counts = sorted(Counter(self.labels[self.labels != ""].tolist()).items())
             first = first_few([f"{name} {count:,}" for name, count in counts])
-            found += f" in {len(counts):,} classes ({first})"
+            found += f" in {counted(len(counts), 'class', 'classes')} ({first})"
         if self.splits is not None:
             parts = sorted(Counter(self.splits.tolist()).items())
             first = first_few([f"{name or 'none'} {count:,}" for name, count in parts])

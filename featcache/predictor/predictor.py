@@ -35,7 +35,7 @@ from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
 from featcache.system.console import doing, progress_bar
 from featcache.system.files import atomic_write, check_overwrite, open_file
-from featcache.system.tables import counted, first_names, html_table, settings_text
+from featcache.system.tables import counted, first_names, html_table, settings_text, typed
 
 if TYPE_CHECKING:
     from featcache.extraction.decoding import Batch
@@ -522,7 +522,7 @@ class Predictor:
             ("head", self.head),
             ("parameters", settings_text(self.params)),
             ("classes", f"{len(self.classes):,} ({first_names(self.classes)})"),
-            ("trained on", f"{len(self.train_sha256):,} images"),
+            ("trained on", counted(len(self.train_sha256), "image")),
             *(("tap", f"{column.tap}  ({column.width},)") for column in self.columns),
             *(("backbone", one.title) for one in self.fingerprints),
         ]
@@ -572,10 +572,9 @@ class Predictor:
             if fault := of_system(error):
                 what = f"Cannot read {target}: {explained(fault)}."
             elif isinstance(error, OSError):
-                what = (
-                    f"Cannot read a predictor from {target}: {error.strerror or error}. Make one "
-                    f"with: featcache train STORE.h5 -o {target}"
-                )
+                what = f"Cannot read a predictor from {target}: {error.strerror or error}."
+                if not target.exists():
+                    what += f" Make one with: {typed('featcache train STORE.h5 -o', target)}"
             raise PredictorError(what) from error
         return predictor
 

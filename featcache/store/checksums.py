@@ -207,9 +207,13 @@ def verify(files: Sequence[StoreFile]) -> VerifyReport:
             names += [name.decode(errors="backslashreplace") for name in ids[wrong].tolist()]
         if names:
             counts = ", ".join(f"{tap}: {count}" for tap, count in taps.items() if count)
-            problems.append(
-                f"{file.path}: {len(names)} of {file.n} rows are damaged (first: {names[0]}; "
-                f"{counts or 'their entries'}). To compute only these again: {file.again}"
+            named = f"first: {names[0]}; " if names[0] else ""
+            problem = (
+                f"{file.path}: {len(names)} of {file.n} rows are damaged "
+                f"({named}{counts or 'their entries'})."
             )
+            if not any(file.again in one for one in problems):
+                problem += f" To compute only these again: {file.again}"
+            problems.append(problem)
         bad_rows += names
     return VerifyReport(rows, bad_rows, problems, notes)

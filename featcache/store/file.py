@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from featcache.store.format import (
     misfit,
     read_datasets,
 )
+from featcache.system.tables import typed
 
 __all__ = ["StoreFile"]
 
@@ -87,8 +87,8 @@ class StoreFile:
             except OSError as error:
                 if writable and isinstance(error, PermissionError) and Path(path).exists():
                     raise StoreError(
-                        f"{path} is protected from writing. To go on with it, type: chmod u+w "
-                        f"{shlex.quote(path)}, and run the same command again."
+                        f"{path} is protected from writing. To go on with it, type: "
+                        f"{typed('chmod u+w', path)}, and run the same command again."
                     ) from error
                 if writable:
                     disk.raise_for(error, path)
@@ -200,7 +200,7 @@ class StoreFile:
             raise StoreError(
                 f"{self.path} holds what featcache did not write: {', '.join(self.foreign)}. The "
                 "file that is to take its place would not hold that. To move it to a file of its "
-                f"own, {own}, type: python -c {shlex.quote(code)}"
+                f"own, {own}, type: {typed('python -c', code)}"
             )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -434,7 +434,8 @@ class StoreFile:
             return f"{run} with its labels (--labels FILE), or with --drop-labels."
         if Path(partial).exists():  # it goes on, and takes from here what is intact
             return f"{run}."
-        return f"{shlex.join(['mv', self.path, partial])}, then {run}."
+        needed = "without the mv it would not look at the rows"
+        return f"{typed('mv', self.path, partial)}, then {run} ({needed})."
 
     @property
     def left_open(self) -> bool:

@@ -45,7 +45,7 @@ from featcache.store import checksums, disk, format
 from featcache.store.checksums import VerifyReport
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, Canaries, Dataset, Failure
-from featcache.system.tables import counted, first_names, html_table
+from featcache.system.tables import counted, first_names, html_table, typed
 
 __all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "VerifyReport"]
 
@@ -162,7 +162,7 @@ class FileGroup:
             raise CorruptStore(
                 f"{file.path} is damaged: features {tap} of {first_names(names)} are not what was "
                 f"written. To compute only damaged rows again: {file.again} To list all of them: "
-                f"featcache verify {file.path}"
+                f"{typed('featcache verify', file.path)}"
             )
 
     def fetch(self, tap: str, start: int, out: np.ndarray) -> None:
@@ -918,9 +918,9 @@ def _check_disjoint(files: Sequence[StoreFile]) -> None:
     twice = values[counts > 1]
     if len(twice):
         raise StoreError(
-            f"{len(twice)} images are in more than one of {', '.join(f.path for f in files)} "
-            f"(first: {twice[0].decode()}). To put features of the same images side by side, use "
-            "FeatureStore.join."
+            f"{counted(len(twice), 'image is', 'images are')} in more than one of "
+            f"{', '.join(f.path for f in files)} (first: {twice[0].decode()}). "
+            "To put features of the same images side by side, use FeatureStore.join."
         )
 
 
@@ -931,7 +931,7 @@ def _align_rows(first: FeatureStore, other: FeatureStore) -> np.ndarray:
     changed = np.flatnonzero((first.sha256 != other.sha256[rows]).any(axis=1))
     if len(changed):
         raise StoreError(
-            f"{len(changed)} images changed between {', '.join(first.paths)} and "
+            f"{counted(len(changed), 'image')} changed between {', '.join(first.paths)} and "
             f"{', '.join(other.paths)} (first: {mine[changed[0]]}). Run `featcache extract` again "
             "for both."
         )
@@ -941,8 +941,9 @@ def _align_rows(first: FeatureStore, other: FeatureStore) -> np.ndarray:
         k = differ[0]
         was, now = str(first.labels[k]), str(labels[k])
         raise StoreError(
-            f"{len(differ)} images are labelled differently in {', '.join(first.paths)} and "
-            f"{', '.join(other.paths)} (first: {mine[k]}: {was!r}, {now!r}). "
+            f"{counted(len(differ), 'image is', 'images are')} labelled differently in "
+            f"{', '.join(first.paths)} and {', '.join(other.paths)} "
+            f"(first: {mine[k]}: {was!r}, {now!r}). "
             "Run `featcache extract` again for both; only the labels are rewritten."
         )
     return rows

@@ -47,6 +47,7 @@ from featcache.store.format import DONE, FAILED, PENDING, Canaries, Contents, Fa
 from featcache.store.store import FeatureStore, convert
 from featcache.system.console import check_stopped
 from featcache.system.files import remove_temporary, sync_folder, take_place
+from featcache.system.tables import counted
 
 __all__ = ["FeatureWriter", "check_replaceable", "locked", "merge", "relabel", "restamp"]
 
@@ -773,8 +774,8 @@ def _check_copied(file: StoreFile, refused: np.ndarray) -> None:
         path, first = file.path, file.read("ids")[refused[0]].decode()
         again = file.again if file.finished else "run the same `featcache extract` command."
         raise StoreError(
-            f"{len(refused):,} rows of {path} are damaged on the disk and cannot be copied (first: "
-            f"{first}). Nothing else is lost. To compute them again: {again}"
+            f"{counted(len(refused), 'row')} of {path} cannot be copied: damaged on the disk "
+            f"(first: {first}). Nothing else is lost. To compute them again: {again}"
         )
 
 

@@ -15,7 +15,6 @@ import io
 import os
 import re
 import secrets
-import shlex
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from featcache.errors import FeatcacheError, OutputError, explained
-from featcache.system.tables import printable
+from featcache.system.tables import printable, typed
 
 STDOUT = Path("-")
 """The path that means standard output wherever text is written."""
@@ -44,7 +43,7 @@ def check_folder(path: Path) -> None:
         if not path.parent.is_dir():
             raise OutputError(
                 f"There is no folder {path.parent} to write {path.name} in. To make it, type: "
-                f"mkdir -p {shlex.quote(str(path.parent))}"
+                f"{typed('mkdir -p', path.parent)}"
             )
 
 

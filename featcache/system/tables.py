@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 SHOWN = 20
@@ -62,6 +66,20 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     """Return names and values, numbers with four digits: ``alpha 56.9, treatment l2``."""
     texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in settings.items()}
     return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def typed(command: str, *paths: str | Path) -> str:
+    """Return a command with paths as they are typed into a shell, whatever is in their names."""
+
+    def quoted(path: str) -> str:
+        path = f"./{path}" if path.startswith("-") else path
+        if path.isprintable():
+            return shlex.quote(path)
+        plain = set(string.ascii_letters + string.digits + "./-_")
+        codes = [c if c in plain else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in path]
+        return f"$'{''.join(codes)}'"
+
+    return " ".join([command, *(quoted(str(path)) for path in paths)])
 
 
 def counted(n: int, one: str, many: str = "") -> str:

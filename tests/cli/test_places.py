@@ -275,3 +275,31 @@ def test_a_signal_while_libhdf5_works_is_no_damage(
     stores.store(tmp_path / "a.h5")
     assert "intact" in run("verify", tmp_path / "a.h5")
     assert calls > 3
+
+
+@pytest.mark.parametrize("name", ["-x.h5", "a b'c.h5", "\x1b[31mx\n.h5"])
+def test_what_is_advised_can_be_typed_whatever_is_in_the_name(
+    name: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytearray(store.read_bytes())
+    at = content.index(FeatureStore.open(store).load(stores.POOL)[0][3].tobytes())
+    content[at] ^= 1
+    store.with_name(name).write_bytes(content)
+    monkeypatch.chdir(store.parent)
+    said = run("verify", "--", name, status=1)
+    assert said.count("mv ") - said.count("the mv ") == 1 and "without the mv" in said
+    command = said.split("again: ")[1].split(", then")[0]
+    assert shell(command, store.parent) == (0, "")
+    assert (store.parent / f"{name}.partial").read_bytes() == content
+
+
+def test_an_empty_output_is_refused_as_such(store: Path) -> None:
+    said = run("export", store, "-o", "", status=2)
+    assert "name a file" in said and "Move it away" not in said
+
+
+def test_a_pipe_is_no_place_for_a_predictor(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p")
+    said = run("predict", tmp_path / "p", tmp_path, status=1)
+    assert "Cannot read a predictor" in said and "Make one" not in said
+    assert "Make one with: featcache train" in run("predict", tmp_path / "q", tmp_path, status=1)

@@ -190,7 +190,7 @@ def test_a_damaged_row_is_refused_and_its_part_kept(
     position = good.index(values.tobytes())
     given[2].write_bytes(good[:position] + b"\xff" + good[position + 1 :])
     for _ in range(2):
-        with pytest.raises(StoreError, match="1 rows") as error:
+        with pytest.raises(StoreError, match="1 row of") as error:
             merge(path, images().tables, given, max_failures=1)
         assert images().ids[20] in str(error.value)
         assert str(given[2]) in str(error.value)

@@ -1092,7 +1092,7 @@ def test_files_of_different_images_are_one_store(tmp_path: Path) -> None:
 def test_files_that_share_images_or_differ_in_features_are_refused(tmp_path: Path) -> None:
     stores.store(tmp_path / "a.h5", stores.images(5))
     stores.store(tmp_path / "b.h5", stores.images(5, start=4))
-    with pytest.raises(StoreError, match=r"1 images .*first: b/0004"):
+    with pytest.raises(StoreError, match=r"1 image .*first: b/0004"):
         FeatureStore.open([tmp_path / "a.h5", tmp_path / "b.h5"])
     stores.store(
         tmp_path / "c.h5",
@@ -1160,7 +1160,7 @@ def test_joins_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         values = stores.features(imgs.ids, vgg)
         writer.write(np.arange(12), values, sha256=stores.sha256(["other", *imgs.ids[1:]]))
         d = writer.finish()
-    with pytest.raises(StoreError, match="1 images changed"):
+    with pytest.raises(StoreError, match="1 image changed"):
         FeatureStore.join([a, d])
     few = stores.store(tmp_path / "e.h5", f=stores.fingerprint(backbone="vgg16", views=2))
     with pytest.raises(StoreError, match="views"):
