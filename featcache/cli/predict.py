@@ -99,8 +99,8 @@ def predict(
     """Label new IMAGES (files or folders) with PREDICTOR.
 
     An image that cannot be read has an empty label, and the reason in the column 'error'. The ids
-    are paths below IMAGES; where several are named, the paths as typed. If PREDICTOR was trained
-    with class weights, the label need not be the most probable class.
+    are paths below IMAGES; where several are named, the paths as typed. The label need not be the
+    most probable class: probabilities are corrected for how often each class was called by mistake.
     """
     from featcache.predictor.predictions import Prediction, write_predictions
 
@@ -131,8 +131,8 @@ def predict(
 def export_model(predictor: Path, output: Path, force: bool, as_json: bool, **network: Any) -> None:
     """Write network and head as one model: .onnx or .pt2.
 
-    Its input is images as uint8, decoded, resized and cropped; its output is probabilities. If
-    PREDICTOR was trained with class weights, the label need not be the most probable class: take
+    Its input is images as uint8, decoded, resized and cropped; its output is probabilities. The
+    label need not be the most probable class, above all after training with class weights: it has
     the highest log(probability) - calibration.bias, which is in the model's metadata.
     """
     from featcache.predictor.export import export_model as export_predictor

@@ -491,12 +491,12 @@ def with_own_groups(groups: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
     return np.where(groups == "", alone, groups)
 
 
-def few_groups(groups: npt.NDArray[Any] | None) -> tuple[str, ...]:
+def few_groups(groups: npt.NDArray[Any] | None, of: str = "") -> tuple[str, ...]:
     """Return the note that there are no intervals, where there are too few groups for them."""
     many = FEWEST_GROUPS if groups is None else len(np.unique(groups))
     if many >= FEWEST_GROUPS:
         return ()
     return (
-        f"there are no intervals, because the images are of {many} group{'s' * (many > 1)} only: "
+        f"there are no intervals{of}, because the images are of {counted(many, 'group')} only: "
         f"how much groups differ can be told from {FEWEST_GROUPS} on",
     )

@@ -24,7 +24,8 @@ further of its ends and those that the classes' own intervals combine to by the 
 two images tell. Of a class, the interval is Wilson's of its recall, or, for F1, of the images that
 it and its predictions share, TP / (TP + FP + FN), as F1 is a function of that. Where every image is
 right (or every one wrong) these are the intervals, and that of accuracy is Wilson's for all images
-or groups. The jackknife of groups stays alone otherwise.
+or groups. Of groups, the jackknife is taken further in the same way where a class has fewer than 5,
+by the intervals of such classes alone.
 """
 
 from __future__ import annotations
@@ -142,9 +143,12 @@ def rate_scores(
         ]
     recall, jaccard = hits / np.maximum(true, 1), hits / np.maximum(either, 1)
     certain = ((hits == true) | (hits == 0))[true > 0].any()
-    if not few and certain and (alike or group is None):
-        ends[1] = _widened(ends[1], recall, trials[0], lambda share: share)
-        ends[2] = _widened(ends[2], jaccard, trials[1], lambda share: 2 * share / (1 + share))
+    vague = np.asarray(alike or (certain if group is None else trials[0] < FEWEST_GROUPS))
+    if not few and (vague & (true > 0)).any():
+        ends[1] = _widened(ends[1], recall, trials[0], vague, lambda share: share)
+        ends[2] = _widened(
+            ends[2], jaccard, trials[1], vague, lambda share: 2 * share / (1 + share)
+        )
     accuracy, balanced, f1 = (Score(value, *both) for value, both in zip(values, ends, strict=True))
     return accuracy, balanced, f1
 
@@ -153,14 +157,17 @@ def _widened(
     ends: tuple[float, float],
     share: Floats,
     trials: npt.NDArray[np.int64],
+    vague: npt.NDArray[np.bool_],
     figure: Callable[[Floats], Floats],
 ) -> tuple[float, float]:
-    """Widen an interval to what those of the classes' shares say of the mean of their figures."""
-    shares, counts = share[trials > 0], trials[trials > 0].tolist()
-    own = np.array([wilson(*one) for one in zip(shares.tolist(), counts, strict=True)])
-    middle = figure(shares)
-    below, above = np.linalg.norm(figure(own) - middle[:, None], axis=0) / len(middle)
-    low, high = float(middle.mean() - below), float(middle.mean() + above)
+    """Widen an interval to what the shares of vague classes say of the mean of all figures."""
+    seen = trials > 0
+    vague, middle = vague & seen, figure(share[seen]).mean()
+    pairs = zip(share[vague].tolist(), trials[vague].tolist(), strict=True)
+    own = np.array([wilson(*one) for one in pairs])  # (vague classes, 2)
+    off = figure(own) - figure(share[vague])[:, None]
+    below, above = np.linalg.norm(off, axis=0) / seen.sum()
+    low, high = float(middle - below), float(middle + above)
     return min(ends[0], max(0.0, low)), max(ends[1], min(1.0, high))
 
 

@@ -197,7 +197,7 @@ def _others(
     if not rows.any():
         raise TrainingError(
             f"None of the {len(test):,} images to score on can be scored: "
-            f"{'; '.join(notes) or 'none has a label'}. Name other images"
+            f"{'; '.join(notes) or 'none has a label'}. Name other images."
             + ", or give drop_crossing_groups=True to train on other groups."
             * bool(akin.any())
         )

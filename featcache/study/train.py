@@ -325,6 +325,11 @@ class _TrainingData:
         own = with_own_groups(fit.groups)
         classes, codes = np.unique(fit.labels, return_inverse=True)
         scorer = FoldScorer(options.decides, codes, classes, folds)
+        judging = None if own is None else own[np.concatenate([valid for _, valid in folds])]
+        few = few_groups(judging, " by cross-validation")
+        if test is not None and test.groups is not None:
+            scored = with_own_groups(test.groups[test.labels != ""])
+            few += few_groups(scored, " for the held-out images")
         chosen = set(fit.resolve(layers))
         columns = [name for name in fit.taps if name in chosen]
         notes = [warning for one in fit.fingerprints for warning in one.warnings]
@@ -334,6 +339,8 @@ class _TrainingData:
                 "no accuracy is corrected for the choice: that takes scores of single images, or "
                 f"of two or more folds, and {options.decides_name} gives one score of all images"
             )
+        if options.nested:
+            notes.append("corrected accuracies are of the search whose folds are not nested")
         several = "folds" in text and own is not None and len(np.unique(own)) < len(fit)
         if several and not options.group:
             notes.append(
@@ -348,7 +355,7 @@ class _TrainingData:
             groups=own,
             scorer=scorer,
             memory=available_memory() if options.memory is None else options.memory,
-            notes=(*notes, *crossing, *few_groups(own), *remarks(fit, columns)),
+            notes=(*notes, *crossing, *few, *remarks(fit, columns)),
             options=options,
         )
 

@@ -95,6 +95,20 @@ def test_intervals_over_groups_cover_the_truth(groups: int, mean: float, spread:
     assert np.mean([covers(one, mean) for one in found]) >= 0.9
 
 
+@pytest.mark.parametrize(("groups", "recall"), [((30, 2), (0.95, 0.9)), ((20, 3), (0.97, 0.8))])
+def test_a_class_of_few_groups_is_known_no_better_than_they_tell(
+    groups: tuple[int, int], recall: tuple[float, float]
+) -> None:
+    rng, found = np.random.default_rng(1), []
+    for _ in range(100):
+        of = np.repeat(np.arange(sum(groups)), 10)
+        y = np.repeat([0, 1], groups)[of]
+        each = np.array(recall)[np.repeat([0, 1], groups)]
+        share = rng.beta(4 * each, 4 * (1 - each))[of]
+        found.append(judged(y, guessed(rng, y, share, 2), 2, of).balanced_accuracy)
+    assert np.mean([covers(one, np.mean(recall)) for one in found]) >= 0.9
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_a_few_groups_give_no_interval(groups: int) -> None:
     y = np.arange(40) % 2

@@ -122,6 +122,16 @@ def test_a_column_by_groups_is_taken_as_it_is(tmp_path: Path) -> None:
     assert not [n for n in fc.train(store.split(None)[0]).leaderboard.notes if "group" in n]
 
 
+def test_few_groups_that_judge_give_no_interval_and_the_reason(tmp_path: Path) -> None:
+    number = np.arange(40).repeat(6)
+    column = np.where(number < 4, "val", np.where(number < 7, "test", "train"))
+    store, test = split_store(tmp_path / "a.h5", column.tolist()).split(None)
+    board = fc.train(store, test, head="knn", group=True).leaderboard
+    assert board[0].cv.accuracy.interval == board[0].held_out.accuracy.interval == (None, None)
+    for judge, groups in (("by cross-validation", 4), ("for the held-out images", 3)):
+        assert f"no intervals {judge}, because the images are of {groups} groups" in str(board)
+
+
 def test_dropping_goes_with_group(store: FeatureStore) -> None:
     with pytest.raises(TrainingError, match="drop_crossing_groups goes with group"):
         fc.train(store, drop_crossing_groups=True)
