@@ -69,17 +69,19 @@ def share(names: list[str], trials: int | None, seed: int, jobs: int) -> Iterato
                 part = -(-(FULL[name] if trials is None else trials) // jobs)
                 results = Path(folder) / f"{job} {name}"
                 argv = [name, "--trials", part, "--seed", seed + job, "--output", results]
-                running.append((job, name, list(map(str, argv)), results))
+                running.append((name, part, list(map(str, argv)), results))
         for name in names:
             now = [
-                (stage, subprocess.Popen([sys.executable, "-m", "tests.campaign", *argv]), results)
-                for _, stage, argv, results in running
+                (part, subprocess.Popen([sys.executable, "-m", "tests.campaign", *argv]), results)
+                for stage, part, argv, results in running
                 if stage == name
             ]
-            for stage, one, results in now:
-                if one.wait() not in {0, 1} or not results.exists():
-                    raise SystemExit(f"{stage}: a job ended with {one.returncode}")
-                yield from read(results)
+            for part, one, results in now:
+                status, found = one.wait(), read(results)
+                if status not in {0, 1} or len(found) != part:
+                    many = f"{len(found)} of {part} trials"
+                    raise SystemExit(f"{name}: a job ended with {status} after {many}")
+                yield from found
 
 
 def main(arguments: list[str]) -> int:

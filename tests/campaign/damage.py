@@ -127,7 +127,7 @@ def _commands(
     ground: Ground, trials: int, draw: random.Random, store: Path, here: Path
 ) -> Iterator[Trial]:
     """Run whole commands on damaged stores: they give what they would, or say what is wrong."""
-    content = store.read_bytes()
+    trained = ground.root / "trained" / "p.featcache"
     images = ("extract", "{ground}/{of}", "-o", "{here}/s.h5", "--backbone", NETWORK, "--workers",
               "0", "--batch-size", "4")  # fmt: skip
     plans = {
@@ -136,9 +136,16 @@ def _commands(
         "relabelled": ((*images, "--labels", "{ground}/labels.csv"), "s.h5", "relabelling"),
         "grown": (images, "s.h5", "growing"),
         "moved": (images, "s.h5", "fresh"),
+        "evaluate": (("evaluate", str(trained), "{here}/s.h5"), "", ""),
+        "export": (("export", "{here}/s.h5", "-o", "{here}/x.npz"), "x.npz", "export npz"),
+        "audit": (("audit", "{here}/s.h5", "-o", "{here}/a.csv"), "a.csv", "audit"),
+        "predict": (("predict", "{here}/p.featcache", *BY_NAME["predict"].argv[2:]),
+                    "predictions.csv", "predict"),
         "checkpoint": (_SUFFIX, "p.featcache", "suffix"),
     }  # fmt: skip
     half = _half_trained(ground)
+    said = run(command("evaluate", str(trained), str(store), "--quiet")).out
+    assert said
     for number in range(trials):
         name = draw.choice(list(plans))
         argv, output, oracle = plans[name]
@@ -148,12 +155,13 @@ def _commands(
         if name == "checkpoint":
             shutil.copytree(half, here, dirs_exist_ok=True)
             path = draw.choice(sorted(here.rglob("*.pt")))
-            path.write_bytes(damaged(path.read_bytes(), way, draw))
-        else:
-            path = here / ("other.h5" if name == "moved" else "s.h5")
-            path.write_bytes(damaged(content, way, draw))
-            if name == "moved":  # as the advice of `verify` is
-                path.rename(here / "s.h5")
+            content = path.read_bytes()
+        else:  # moved: as the advice of `verify` is
+            content = (trained if name == "predict" else store).read_bytes()
+            of_kind = {"moved": "s.h5.partial", "predict": "p.featcache"}
+            path = here / of_kind.get(name, "s.h5")
+        content = damaged(content, way, draw)
+        path.write_bytes(content)
         of = "more" if name == "grown" else "images"
         filled = [part.format(ground=ground.root, here=here, of=of) for part in argv]
 
@@ -162,12 +170,18 @@ def _commands(
 
         ended = run(go)
         fault = ended.fault
-        if not fault and ended.result is not None:
+        if not fault and ended.result is None:
+            fault = f"traceback: ended with {ended.status}: {ended.said}"
+        elif not fault:
             status, found = ended.result
-            if status == 0:
+            if status == 0 and not output:
+                fault = "" if ended.out == said else f"silent: {name} said {ended.out}"
+            elif status == 0:
                 fault = difference(found, [ground.undisturbed(BY_NAME[oracle]).after], output)
             elif not ended.err.strip():
                 fault = f"silent: {name} ended with {status} and said nothing"
+            elif path.read_bytes() != content:
+                fault = f"touched: {name} refused a file and changed it: {ended.said}"
         yield Trial("damage", f"command: {name}", f"{way}, {number}", fault)
 
 

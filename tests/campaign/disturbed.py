@@ -9,29 +9,37 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from tests.campaign import process
-from tests.campaign.operations import OPERATIONS, Ground, Operation, rerun
-from tests.campaign.power import Recording
+from tests.campaign.operations import OPERATIONS, Ground, Operation, contents, rerun
+from tests.campaign.power import Recording, files_of
 from tests.campaign.process import READS, WRITES, Arm, Ended, Process
 from tests.campaign.trial import Trial
 
 
 def _checked(
-    ground: Ground, operation: Operation, here: Path, ended: Ended, *, must_work: bool = False
+    ground: Ground,
+    operation: Operation,
+    here: Path,
+    ended: Ended,
+    *,
+    must_work: bool = False,
+    ends: Sequence[int] = (),
 ) -> str:
-    """Return the fault of a disturbed run, then of the same command run again in peace."""
+    """Return the fault of a disturbed run, then of the same command run again in peace.
+
+    Other exit statuses that are right are `ends`.
+    """
     known = ground.undisturbed(operation)
     if ended.fault:
         return ended.fault
     if must_work and ended.status:
         return f"lost: ended with {ended.status}: {ended.said}"
-    if ended.status not in {0, 1, 75, -signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM,
-                            -signal.SIGHUP}:  # fmt: skip
+    if ended.status not in {0, 1, 75, -signal.SIGKILL, *ends}:
         return f"traceback: ended with {ended.status}: {ended.said}"
     if ended.status == 1 and not ended.err.strip():
         return "silent: ended with 1 and said nothing"
@@ -68,7 +76,7 @@ def kills(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
             yield Trial("kills", operation.name, f"{how}, seed {seed}", fault)
             continue
         operation = draw.choice(OPERATIONS)
-        ground.begin(operation, here)
+        ground.begin(operation, here, beside=True)
         run, last = ground.command(operation, here), ground.undisturbed(operation).calls()
         kind = number // 4 % 4
         if kind == 0:
@@ -113,7 +121,7 @@ def faults(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
     draw.shuffle(every)
     here = ground.root / "trial"
     for operation, (name, kinds, action, error), at in islice(cycle(every), trials):
-        ground.begin(operation, here)
+        ground.begin(operation, here, beside=True)
         ended = process.run(ground.command(operation, here), Arm(here, kinds, action, at, error))
         side = "reading" if kinds & READS else "writing"
         fault = _checked(ground, operation, here, ended, must_work=name in ("short", "EINTR"))
@@ -159,9 +167,9 @@ def signals(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
     totals: dict[str, int] = {}
     for number in range(trials):
         operation = draw.choice(OPERATIONS)
-        ground.begin(operation, here)
+        ground.begin(operation, here, beside=True)
         run = ground.command(operation, here)
-        which = draw.choice(_SIGNALS)
+        which, first = draw.choice(_SIGNALS), files_of(here)
         if number % 3:
             if operation.name not in totals:
                 lines = [0]
@@ -172,19 +180,25 @@ def signals(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
 
                 ended = process.run(count, before=_counted(1 << 62, 0, lines))
                 totals[operation.name] = ended.result or 1
-                ground.begin(operation, here)
+                ground.begin(operation, here, beside=True)
             at = draw.randint(1, totals[operation.name])
             how = f"{which.name} at line {at}, {operation.name}"
+            moments = [0.0]
             ended = process.run(run, before=_counted(at, which, [0]))
         else:
             moments = sorted(draw.uniform(0, 0.3) for _ in range(draw.choice((1, 1, 2, 3))))
             how = f"{which.name} at {moments}, {operation.name}"
-            one, begun = Process(run), time.monotonic()
+            one, start = Process(run), time.monotonic()
             for moment in moments:
-                time.sleep(max(0.0, begun + moment - time.monotonic()))
+                time.sleep(max(0.0, start + moment - time.monotonic()))
                 one.signal(which)
             ended = one.wait()
-        fault = _checked(ground, operation, here, ended)
+        # A second signal ends it at once, as does one before the command begins or after its end.
+        begun = len(moments) == 1 and files_of(here) != first
+        if begun and ended.status == -which:
+            done = ground.undisturbed(operation).after
+            begun = contents(here).get(operation.output) != done[operation.output]
+        fault = _checked(ground, operation, here, ended, ends=() if begun else [-which])
         if not fault and ended.status == 1:
             fault = f"lost: {which.name} ended with 1, not 75: {ended.said}"
         yield Trial("signals", which.name, how, fault)

@@ -318,7 +318,8 @@ def hostile(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
     images = str(ground.root / "images")
     watched = [secret, store, trained]
     before = [hash_of(path.read_bytes()) for path in watched]
-    for number in range(trials):
+    number = 0
+    while number < trials:
         shutil.rmtree(here, ignore_errors=True)
         here.mkdir()
         kind = draw.choice([*makers, *["metadata"] * 10, "predictor", "images", "tar", "table"])
@@ -373,6 +374,7 @@ def hostile(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
         if not fault and [hash_of(path.read_bytes()) for path in watched] != before:
             fault = "touched: a file that was not named changed"
         fault = fault or _strays(here, expected)
+        number += 1
         how = f"seed {seed}, {number}: {argv[0]}"
         yield Trial("hostile", kind, how, fault)
 

@@ -21,6 +21,7 @@ from tests.campaign.process import KILL_BEFORE, WRITES, Arm, arm, command, disar
 
 # What a folder holds: for each file name, its facts.
 Contents = dict[str, Mapping[str, Any]]
+_OWN = b"what a user keeps here"
 NETWORK = "tests.campaign.network:own"
 # Each head once, with few folds: a predictor of each kind is attacked.
 HEADS = ("linear", "svm", "ridge", "knn", "forest", "boosting", "rbf-svm", "mlp")
@@ -145,10 +146,22 @@ class Ground:
                 return
         raise AssertionError(f"no kill of {operation.name} left what was wanted")
 
-    def begin(self, operation: Operation, here: Path) -> None:
-        """Make the folder of a trial."""
+    def begin(self, operation: Operation, here: Path, *, beside: bool = False) -> None:
+        """Make the folder of a trial, with files of a user's beside the output or without."""
         shutil.rmtree(here, ignore_errors=True)
         shutil.copytree(self.root / operation.start, here)
+        if beside:
+            for name in _beside(operation):
+                (here / name).write_bytes(_OWN)
+            (self.root / "victim").write_bytes(_OWN)
+            (here / f"{operation.output}.new").symlink_to(self.root / "victim")
+
+    def touched(self, operation: Operation, here: Path) -> str:
+        """Return what is wrong with the files that `begin` put beside the output."""
+        for path in (self.root / "victim", *(here / name for name in _beside(operation))):
+            if not path.exists() or path.read_bytes() != _OWN:
+                return f"touched: {path.name}, a user's own file, is not what it was"
+        return ""
 
     def undisturbed(self, operation: Operation) -> Undisturbed:
         """Return what an undisturbed run of an operation is like."""
@@ -168,6 +181,17 @@ class Ground:
             assert ended.result, ended
             self._known[operation.name] = ended.result
         return self._known[operation.name]
+
+
+def _beside(operation: Operation) -> list[str]:
+    """Return the names of a user's own files beside an output.
+
+    One that is named like a partial file set aside stops whoever sets one aside, as those do that
+    write to a store with others or after others: there it is left out.
+    """
+    alone = operation.start == "empty" and operation.name not in {"failures", "two workers"}
+    ends = [".partial.new", ".tmp", *([".partial.old"] if alone else [])]
+    return ["notes.txt", *(operation.output + end for end in ends)]
 
 
 def _is_halfway(folder: Path) -> bool:
@@ -190,7 +214,7 @@ def contents(folder: Path) -> Contents:
 def contents_here(folder: Path) -> Contents:
     """Read every file of a folder in this process."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): facts(path) for path in files}
+    return {str(p.relative_to(folder)): facts(p) for p in files if p.read_bytes() != _OWN}
 
 
 def facts(path: Path) -> Mapping[str, Any]:
@@ -278,11 +302,21 @@ def difference(found: Contents, expected: Sequence[Contents], output: str) -> st
     if "error" in here:
         return f"lost: {here['error']}"
     wrong = [k for k in here if all(here[k] != (one.get(output) or {}).get(k) for one in expected)]
-    return f"silent: {output} differs in {', '.join(wrong) or 'several'}"
+    return f"silent: {output} differs in {', '.join(wrong) or 'what is missing'}"
 
 
-def rerun(ground: Ground, operation: Operation, here: Path, possible: Sequence[Contents]) -> str:
-    """Look at the output, run the same command again in peace, look again; return the fault."""
+def rerun(
+    ground: Ground,
+    operation: Operation,
+    here: Path,
+    possible: Sequence[Contents],
+    *,
+    beside: bool = True,
+) -> str:
+    """Look at the output, run the same command again in peace, look again; return the fault.
+
+    A user's own files were put beside the output, or not.
+    """
     oracle = ground.undisturbed(operation).after
 
     def look_run_look() -> tuple[Contents, Contents]:
@@ -300,5 +334,6 @@ def rerun(ground: Ground, operation: Operation, here: Path, possible: Sequence[C
     before, after = ended.result
     wrong = difference(before, possible, operation.output)
     wrong = wrong or difference(after, [oracle], operation.output)
+    wrong = wrong or (ground.touched(operation, here) if beside else "")
     litter = sorted(after.keys() - oracle.keys())
     return wrong or (f"litter: {', '.join(litter)}" if litter else "")

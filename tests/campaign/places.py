@@ -8,16 +8,19 @@ import os
 import random
 import resource
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.campaign.operations import (
+    BY_NAME,
     OPERATIONS,
     Ground,
     Operation,
     contents_here,
     difference,
+    facts,
     rerun,
 )
 from tests.campaign.process import Ended, command, run, status_of
@@ -27,7 +30,10 @@ _NEW_MOUNTS, _NEW_USERS = 0x00020000, 0x10000000
 _READ_ONLY, _BIND, _REMOUNT = 1, 4096, 32
 _SIZES = (0, 16, 32, 64, 96, 128, 192, 256, 512, 1024)  # kilobytes
 _NAMES = ("a b.h5", "é.h5", "-x.h5", "'\"`$(id).h5", "new\nline.h5", "\x1b[31m.h5", "%s{}.h5",
-          "x" * 252 + ".h5", "x" * 240 + ".h5", "\udcff.h5", "日本.h5", "....h5")  # fmt: skip
+          "x" * 252 + ".h5", "x" * 240 + ".h5", "\udcff.h5", "日本.h5", "....h5",
+          "\x9b31m.h5", "a\rb.h5", "\u202egnp.h5")  # fmt: skip
+# What steers a terminal, or turns the order of what is read.
+_STEERING = ("\x1b", "\x9b", "\x07", "\u202e")
 
 
 def _own_mounts() -> None:
@@ -123,11 +129,11 @@ def places(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
     draw = random.Random(seed)
     here = ground.root / "place"
     kinds = _places(here)
-    others = ("names", "FIFOs")
+    others = {"names": _named, "FIFOs": _fifo, "user's partial file": _kept}
     for number in range(trials):
         kind = draw.choice([*kinds, *others])
         if kind in others:
-            how, fault = _named(ground, draw) if kind == "names" else _fifo(ground, draw)
+            how, fault = others[kind](ground, draw)
             yield Trial("places", kind, how, fault)
             continue
         what, prepare = draw.choice(kinds[kind])
@@ -173,7 +179,7 @@ def _fault(ground: Ground, operation: Operation, here: Path, ended: Ended, *, st
         wrong = difference(found, [known.after], operation.output)
         if wrong:
             return wrong
-    return rerun(ground, operation, here, [known.before, known.after])
+    return rerun(ground, operation, here, [known.before, known.after], beside=False)
 
 
 def _named(ground: Ground, draw: random.Random) -> tuple[str, str]:
@@ -183,17 +189,27 @@ def _named(ground: Ground, draw: random.Random) -> tuple[str, str]:
     here.mkdir()
     name = draw.choice(_NAMES)
     argv = ["extract", str(ground.root / "images"), "-o", str(here / name), "--backbone",
-            "tests.campaign.network:own", "--workers", "0"]  # fmt: skip
+            "tests.campaign.network:own", "--workers", "0", "--batch-size", "4"]  # fmt: skip
     followers = (["info"], ["verify"], ["train", "-o", str(here / "p.featcache"), "--cv", "2",
                                         "--head", "ridge"])  # fmt: skip
     for one in (argv, *([*f, str(here / name)] for f in followers)):
         ended = run(command(*one))
         if ended.fault or ended.status not in {0, 1}:
             return repr(name), ended.fault or f"traceback: {one[0]}: {ended.said}"
-        if "\x1b" in ended.out + ended.err:
-            return repr(name), f"touched: {one[0]} prints an escape code"
+        printed = ended.out + ended.err
+        steers = [sign for sign in _STEERING if sign in printed]  # a carriage return is a bar's
+        if steers or (not name.isprintable() and name in printed):
+            return repr(name), f"touched: {one[0]} prints {steers}"
         if ended.status:
-            break
+            if len(os.fsencode(name)) + len(".partial.lock") > 255:
+                break  # no name is left for what lies beside it
+            return repr(name), f"lost: {one[0]} ended with {ended.status}: {ended.said}"
+        if one is argv:
+            shutil.copy(here / name, here / "plain.h5")
+            found = run(lambda: facts(here / "plain.h5")).result
+            expected = ground.undisturbed(BY_NAME["fresh"]).after["s.h5"]
+            if wrong := [key for key in expected if found.get(key) != expected[key]]:
+                return repr(name), f"silent: the store differs in {', '.join(wrong)}"
     return repr(name), ""
 
 
@@ -202,9 +218,10 @@ def _fifo(ground: Ground, draw: random.Random) -> tuple[str, str]:
     here = ground.root / "fifo"
     shutil.rmtree(here, ignore_errors=True)
     (here / "images" / "ant").mkdir(parents=True)
-    fifo = Path(draw.choice((str(here / "f"), "/dev/zero", "/dev/null", "/dev/random")))
+    fifo = Path(draw.choice((str(here / "f.csv"), "/dev/zero", "/dev/null", "/dev/random")))
     if fifo.parent == here:
         os.mkfifo(fifo)
+    kind = stat.S_IFMT(fifo.lstat().st_mode)
     os.mkfifo(here / "images" / "ant" / "a.jpg")
     images, store = str(ground.root / "images"), str(ground.root / "store" / "s.h5")
     network = ("--backbone", "tests.campaign.network:own", "--workers", "0")
@@ -219,9 +236,33 @@ def _fifo(ground: Ground, draw: random.Random) -> tuple[str, str]:
         ("extract", str(here / "images"), "-o", str(here / "s.h5"), *network),
         ("extract", images, "-o", str(here / "s.h5"), *network, "--weights", str(fifo)),
         ("export", store, "-o", str(fifo)),
+        ("export", store, "-o", str(here / "f.csv"), "--force"),  # never at a device
     ))  # fmt: skip
     ended = run(command(*argv, "--quiet"), deadline=15)
     fault = ended.fault
     if not fault and ended.status not in {0, 1, 2}:
         fault = f"traceback: ended with {ended.status}: {ended.said}"
+    if not fault and stat.S_IFMT(fifo.lstat().st_mode) != kind:
+        fault = "touched: it is no longer what it was"
     return f"{fifo.name}: {' '.join(argv)}", fault
+
+
+def _kept(ground: Ground, draw: random.Random) -> tuple[str, str]:
+    """Keep a file where a partial one would be set aside: all is refused, and it stays."""
+    here, operation = ground.root / "kept", BY_NAME["set aside"]
+    ground.begin(operation, here)
+    own = here / "s.h5.partial.old"
+    how = draw.choice(("a text", "a store", "a link"))
+    if how == "a link":
+        own.symlink_to(ground.root / "store" / "s.h5")
+    else:
+        own.write_bytes((ground.root / "store" / "s.h5").read_bytes() * (how != "a text"))
+    before = own.read_bytes()
+    ended = run(ground.command(operation, here))
+    if ended.fault or ended.status != 1:
+        return how, ended.fault or f"lost: ended with {ended.status}: {ended.said}"
+    if own.read_bytes() != before or own.is_symlink() != (how == "a link"):
+        return how, "touched: what was refused is not what it was"
+    own.unlink()
+    known = ground.undisturbed(operation)
+    return how, rerun(ground, operation, here, [known.before], beside=False)

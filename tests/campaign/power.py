@@ -70,7 +70,7 @@ class Disk:
     def of(cls, here: Path) -> Disk:
         """Return the state of a folder that was synced."""
         disk = cls(here, folders={here.stat().st_ino: str(here)})
-        for path in here.rglob("*"):
+        for path in (p for p in here.rglob("*") if not p.is_symlink()):
             number = disk.names[str(path)] = path.stat().st_ino
             if path.is_file():
                 disk.files[number] = bytearray(path.read_bytes())
@@ -170,7 +170,7 @@ class Recording:
     def of(cls, ground: Ground, operation: Operation) -> Recording:
         """Run an operation once, recorded."""
         here, path = ground.root / "recorded", ground.root / "record"
-        ground.begin(operation, here)
+        ground.begin(operation, here, beside=True)
         before = Disk.of(here)
         with path.open("wb") as log:
             attack = Arm(here, process.WRITES, process.RECORD, log=log.fileno())
@@ -194,8 +194,9 @@ class Recording:
 
 
 def files_of(here: Path) -> dict[Path, bytes | None]:
-    """Return the contents of all files below a folder; None for folders."""
-    return {path: path.read_bytes() if path.is_file() else None for path in here.rglob("*")}
+    """Return the contents of all files below a folder but links; None for folders."""
+    paths = [path for path in here.rglob("*") if not path.is_symlink()]
+    return {p.relative_to(here): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 def power_cuts(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:

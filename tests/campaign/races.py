@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tests.campaign import process
-from tests.campaign.operations import BY_NAME, Contents, Ground, Operation, contents
+from tests.campaign.operations import BY_NAME, Contents, Ground, Operation, contents, contents_here
 from tests.campaign.process import Arm, Ended, Process, command
 from tests.campaign.trial import Trial
 
@@ -21,6 +21,7 @@ _RIVALS = {
     "stored": ("fresh", "growing", "relabelling"),
     "begun": ("resuming", "set aside"),
 }
+_PREDICTOR = "raced.featcache"
 
 
 def _oracles(ground: Ground, start: str) -> dict[str, Contents]:
@@ -41,6 +42,7 @@ def _fault(
     ran: list[tuple[str, Ended]],
     oracles: dict[str, Contents],
     last: Operation,
+    began: Operation,
 ) -> str:
     """Return what is wrong after all have ended, and after one more, quiet run."""
     for name, ended in ran:
@@ -50,21 +52,37 @@ def _fault(
             return f"traceback: {name} ended with {ended.status}: {ended.said}"
         if ended.status == 1 and not ended.err.strip():
             return f"silent: {name} ended with 1 and said nothing"
-    succeeded = [oracles[name] for name, ended in ran if ended.status == 0 and name in oracles]
-    found = contents(here).get("s.h5")
-    if succeeded:
-        if found is None or "error" in found:
-            return f"lost: no store, though a command succeeded: {found}"
-        wrong = [_other(found, one["s.h5"]) for one in succeeded]
-        if all(wrong):
-            return f"silent: the store is none of those that the commands make: {wrong}"
-    ended = process.run(ground.command(last, here))
-    if ended.fault or ended.status:
-        return ended.fault or f"lost: the quiet run at the end: {ended.said}"
-    after = contents(here)
+    made = [oracles[name] for name, ended in ran if ended.status == 0 and name in oracles]
+
+    def look_run_look() -> tuple[Contents, Contents]:
+        found = contents_here(here)
+        status = process.status_of(ground.command(last, here))
+        if status:
+            raise SystemExit(status)
+        return found, contents_here(here)
+
+    ended = process.run(look_run_look)
+    if ended.fault or ended.result is None:
+        return ended.fault or f"lost: the quiet run at the end: {ended.status}: {ended.said}"
+    found, after = ended.result
+    if not made:  # then what was there is there
+        made = [ground.undisturbed(last).before]
+    stores = [one["s.h5"] for one in made if "s.h5" in one]
+    if stores and "s.h5" not in found:
+        return f"lost: there is no store, only {', '.join(found)}"
+    wrong = [_other(found["s.h5"], store) for store in stores]
+    if wrong and all(wrong):
+        return f"silent: the store is none of those that the commands make: {wrong}"
+    predictor = found.get(_PREDICTOR, {})
+    if "error" in predictor:
+        return f"lost: {predictor['error']}"
+    if any(name == "train" and not ended.status for name, ended in ran) and not predictor:
+        return "lost: train succeeded and left no predictor"
     if wrong := _other(after["s.h5"], oracles[last.name]["s.h5"]):
         return f"silent: the quiet run at the end made another store: {wrong}"
-    litter = sorted(after.keys() - {"s.h5"})
+    if touched := ground.touched(began, here):
+        return touched
+    litter = sorted(after.keys() - {"s.h5", _PREDICTOR})
     return f"litter: {', '.join(litter)}" if litter else ""
 
 
@@ -95,12 +113,12 @@ def races(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
     readers = [
         ("info", "{here}/s.h5"),
         ("verify", "{here}/s.h5"),
-        ("train", "{here}/s.h5", "-o", "{here}/../raced.featcache", "--head", "ridge", "--cv", "2"),
+        ("train", "{here}/s.h5", "-o", f"{{here}}/{_PREDICTOR}", "--head", "ridge", "--cv", "2"),
     ]
     for number in range(trials):
         start = draw.choice(list(_RIVALS))
         names = _RIVALS[start]
-        ground.begin(BY_NAME[names[-1]], here)
+        ground.begin(BY_NAME[names[-1]], here, beside=True)
         if number % 2:
             first, second = draw.choice(names), draw.choice(names)
             at = draw.randint(1, counts[start, first])
@@ -126,7 +144,6 @@ def races(ground: Ground, trials: int, seed: int) -> Iterator[Trial]:
             ran = [(name, one.wait()) for name, one in running]
             attack = f"{len(ran)} processes"
             how = f"{start}: {', '.join(name for name, _ in ran)}"
-        (ground.root / "raced.featcache").unlink(missing_ok=True)
         last = BY_NAME[draw.choice(names)]
-        fault = _fault(ground, here, ran, oracles[start], last)
+        fault = _fault(ground, here, ran, oracles[start], last, BY_NAME[names[-1]])
         yield Trial("races", attack, f"seed {seed}, {number}: {how}", fault)
