@@ -4,12 +4,13 @@ import sys
 
 
 def main() -> None:
-    """Run a command; Ctrl-C while Python imports it ends it as it does later."""
+    """Run a command; Ctrl-C while Python imports or prepares it ends it as it does later."""
     try:
         from featcache.cli.main import main as command
+
+        command(prog_name="featcache")
     except KeyboardInterrupt:
         sys.exit(75)
-    command(prog_name="featcache")
 
 
 if __name__ == "__main__":

@@ -126,8 +126,7 @@ def import_everything() -> None:
     torch.set_num_threads(1)
     PIL.Image.init()
     for module in pkgutil.walk_packages(featcache.__path__, "featcache."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+        importlib.import_module(module.name)
     for name in (
         "cleanlab.filter",
         "pyarrow.parquet",
@@ -166,8 +165,8 @@ def command(*argv: str) -> Callable[[], None]:
     """Return the function that runs a command of featcache as a terminal would."""
 
     def run() -> None:
-        main = sys.modules["featcache.cli.main"].main
-        main([str(part) for part in argv], prog_name="featcache")
+        sys.argv = ["featcache", *map(str, argv)]
+        sys.modules["featcache.cli.__main__"].main()
 
     return run
 
