@@ -143,6 +143,12 @@ def filled(job: Job, summary: Summary) -> Iterator[FeatureWriter]:
             for source in writer.earlier_stores:
                 job.check_code(source)
             reuse.copy_record(writer)
+            canaries = writer.canaries
+            if canaries and not canaries.features:  # no earlier file has them intact
+                _check_network(writer, job.from_network().fingerprint)
+                settings = _recorded(writer, job.settings)
+                runtime = options.runtime(job.backbone, len(canaries.images), settings=settings)
+                summary.rounding = check_canaries(writer, runtime)
         yield writer
 
 

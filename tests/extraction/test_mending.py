@@ -85,10 +85,19 @@ def test_what_is_damaged_is_written_again_and_not_sealed_as_it_is(
     ]
     assert again.canaries is not None and canaries is not None
     assert again.canaries.images == canaries.images
-    if again.canaries.features:
-        np.testing.assert_allclose(again.canaries.features[TAP], canaries.features[TAP], rtol=1e-5)
+    np.testing.assert_allclose(again.canaries.features[TAP], canaries.features[TAP], rtol=1e-5)
     assert [x.name for x in root.parent.iterdir() if x.name.startswith("f.h5")] == ["f.h5"]
     assert extract(images, backbone(), path, **options).extraction.skipped
+
+
+@pytest.mark.parametrize("name", ["digest", f"canaries/features/{TAP}"])
+def test_test_images_have_features_again_where_no_row_is_computed(root: Path, name: str) -> None:
+    path, canaries = root.parent / "f.h5", run(root).canaries
+    flip(path, name, 0)
+    path.rename(f"{path}.partial")
+    again = run(root)
+    assert again.extraction.computed == 0 and again.canaries is not None and canaries is not None
+    np.testing.assert_allclose(again.canaries.features[TAP], canaries.features[TAP], rtol=1e-5)
 
 
 def test_a_store_that_is_mended_keeps_the_labels_that_it_alone_holds(root: Path) -> None:
