@@ -1,5 +1,6 @@
 from .errors import FeatcacheError as FeatcacheError
 from .extraction.extract import extract as extract
+from .extraction.features import features as features
 from .finetuning.settings import SuffixSettings as SuffixSettings
 from .fingerprint import Fingerprint as Fingerprint
 from .images.image_set import ImageSet as ImageSet

@@ -6,7 +6,7 @@ whatever stopped it, goes on where it stopped, with the same settings, and ends 
 A second run over a changed folder copies the features of unchanged images, and one over an
 unchanged folder loads no weights at all.
 
-`features` is the same path without a file; prediction uses it.
+`featcache.extraction.features` is the same path without a file.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from featcache.errors import DecodeError, ExtractionError
 from featcache.extraction import reuse
-from featcache.extraction.canaries import of_canaries
-from featcache.extraction.decoding import Batch
 from featcache.extraction.filling import Job, filled
 from featcache.extraction.parts import in_parts
 from featcache.extraction.plan import Plan
-from featcache.extraction.stream import Options, compute
+from featcache.extraction.stream import Options
 from featcache.extraction.summary import Summary
 from featcache.images.image_set import ImageSet
 from featcache.networks.backbone import Backbone
@@ -42,58 +38,6 @@ from featcache.store.writer import check_unreplaced
 from featcache.system.console import interruptible
 from featcache.system.memory import reuse_memory
 from featcache.system.tables import printable
-
-
-def features(
-    images: ImageSet, backbone: Backbone, *, rows: np.ndarray | None = None, **options: Any
-) -> Iterator[Batch]:
-    """Compute features, a batch at a time, in the order of the rows.
-
-    Parameters
-    ----------
-    images : ImageSet
-        The images.
-    backbone : Backbone
-        The network.
-    rows : array of int, optional
-        Numbers of the images to compute, ascending; all if left out.
-    **options
-        `batch_size`, `workers`, `max_pixels`, `device`, `precision`, `compile` and `augmentation`,
-        as for `extract`.
-
-    Yields
-    ------
-    Batch
-        Features and failures of the next images.
-    """
-    asked = Options(**options)
-    wanted = np.arange(len(images)) if rows is None else np.asarray(rows, np.int64)
-    with reuse_memory():
-        yield from compute(images, asked.runtime(backbone, len(wanted)), wanted, asked)
-
-
-def canary_features(
-    backbone: Backbone, images: Sequence[bytes], **options: Any
-) -> dict[str, np.ndarray]:
-    """Compute the features of canary images.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        The network.
-    images : sequence of bytes
-        Image files, as `featcache.pixels.canary.images` makes them or a store keeps them.
-    **options
-        `device` and `precision`, as for `extract`.
-
-    Returns
-    -------
-    dict of str to ndarray of float32, shape (k, ...)
-        Features by tap.
-    """
-    runtime = Options(**options).runtime(backbone, len(images))
-    with reuse_memory():
-        return of_canaries(runtime, images)
 
 
 def extract(

@@ -29,6 +29,12 @@ TORCHVISION_SETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Data sets of torchvision that are known by name: for each split, the arguments that give it."""
 
+NOT_PIXELS = (
+    " Are the numbers from 0 to 1, or normalised already? Give images as they were decoded: of 0 "
+    "to 1, (images * 255).round() as uint8; normalising is done here, as the network expects."
+)
+"""What to do with images of floating point."""
+
 _CHANNELS = (1, 2, 3, 4)
 _TWICE_READ = 8  # so many items of a data set are read twice
 
@@ -70,7 +76,7 @@ def arrays(
     if images.ndim not in (3, 4) or images.dtype not in (np.uint8, np.uint16, np.bool_):
         raise ImageSetError(
             f"{source}: expected uint8 pixels of shape (n, h, w) or (n, h, w, c), "
-            f"got {images.dtype} {images.shape}"
+            f"got {images.dtype} {images.shape}.{NOT_PIXELS if images.dtype.kind == 'f' else ''}"
         )
     if images.ndim == 4 and images.shape[3] not in _CHANNELS and images.shape[1] in _CHANNELS:
         raise ImageSetError(

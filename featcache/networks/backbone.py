@@ -122,7 +122,12 @@ class Backbone:
     >>> backbone = Backbone("resnet18", weights=None)
     >>> backbone.taps, backbone.shapes
     (['avgpool:output:flatten'], {'avgpool:output:flatten': (512,)})
+    >>> backbone("flowers").shape  # doctest: +SKIP
+    (80, 512)
     """
+
+    # The network as it last ran, for calls in memory; see `featcache.extraction.features`.
+    runtime: Any = None
 
     def __init__(
         self,
@@ -302,13 +307,19 @@ class Backbone:
             _ = self.module
         return self._trace(flops=True).layers()
 
+    def __call__(self, images: Any, **options: Any) -> Any:
+        """Return the features of images in memory: `featcache.features` of them."""
+        import featcache  # extraction stands above this package: by its public name alone
+
+        return featcache.features(images, self, **options)
+
     def __repr__(self) -> str:
         taps = ", ".join(self._asked) or "default tap"
         size = " x ".join(map(str, self.preprocessing.output_shape[1:]))
         return f"Backbone({self.source} {self.name}, weights {self.weights}, {size}, {taps})"
 
     def __getstate__(self) -> dict[str, Any]:
-        heavy = ("_loaded", "traced", "used")
+        heavy = ("_loaded", "traced", "used", "runtime")
         return {name: value for name, value in self.__dict__.items() if name not in heavy}
 
     @shared_property

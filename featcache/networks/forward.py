@@ -270,6 +270,12 @@ class Runtime:
         self._count = count
         self._compute: _Compute
 
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """What decides how it computes: runtimes of one backbone with the same are alike."""
+        batch = self._batch_size or min(_DEFAULT_BATCH[self.device.type], self._count or 1 << 30)
+        return self.device, self.precision, batch, self._compile, self._recorded
+
     @shared_property
     def settings(self) -> Settings:
         """Settings in use. First access loads the network."""

@@ -152,7 +152,7 @@ def canary_logits(
 ) -> tuple[Tensor, npt.NDArray[np.float64]]:
     """Return test images, uint8 (m, c, h, w), and the calibrated logits (m, k) they should have."""
     from featcache.extraction.canaries import usable_canaries
-    from featcache.extraction.extract import canary_features
+    from featcache.extraction.features import canary_features
 
     images = [image for _, image in usable_canaries(networks[0])]
     found = [canary_features(network, images, device="cpu") for network in networks]

@@ -39,6 +39,7 @@ from featcache.system.tables import counted, first_names, html_table, settings_t
 
 if TYPE_CHECKING:
     from featcache.extraction.decoding import Batch
+    from featcache.images.given import Images
     from featcache.images.image_set import ImageSet
     from featcache.networks.backbone import Backbone
     from featcache.predictor.grafting import Grafted
@@ -224,9 +225,7 @@ class Predictor:
 
     # --- from images ---------------------------------------------------------------------------
 
-    def predict(
-        self, images: ImageSet | str | Path | Sequence[Any] | npt.NDArray[Any], **options: Any
-    ) -> list[Prediction]:
+    def predict(self, images: Images, **options: Any) -> list[Prediction]:
         """Label images: a list with one prediction an image, in order.
 
         Parameters
@@ -248,7 +247,7 @@ class Predictor:
 
     def stream(
         self,
-        images: ImageSet | str | Path | Sequence[Any] | npt.NDArray[Any],
+        images: Images,
         *,
         top_k: int = 1,
         batch_size: int | None = None,
@@ -264,10 +263,9 @@ class Predictor:
 
         Parameters
         ----------
-        images : ImageSet, path, list of paths, list of images, or array of uint8 (n, h, w[, c])
-            Files, folders, tars, patterns. Of several, the ids are the paths as they were given,
-            joined with the path below them. Images in a list may differ in size: PIL images, and
-            arrays of uint8 (h, w) or (h, w, 3). One array (h, w, 3) is one image.
+        images : ImageSet, path, list of paths or images, array or tensor of uint8
+            As for `featcache.features`. Of several paths, the ids are the paths as they were given,
+            joined with the path below them.
         top_k : int
             Classes to name: the label, then the others from the most probable one.
         batch_size, workers, max_pixels, device
@@ -277,7 +275,9 @@ class Predictor:
         """
         if top_k < 1:
             raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
-        image_sets = inputs.image_sets(images)
+        from featcache.images.given import image_sets
+
+        listed = image_sets(images)
         with doing(progress, "loading the network"):
             networks = self._backbones()
             self._bind(networks, device)
@@ -290,7 +290,7 @@ class Predictor:
         }
         return (
             replace(one, id=str(Path(place, one.id))) if place else one
-            for place, image_set in image_sets
+            for place, image_set in listed
             for one in self._stream_set(image_set, networks, top_k, progress=progress, **settings)
         )
 
@@ -365,7 +365,7 @@ class Predictor:
         PredictorError
             They have nothing to do with each other.
         """
-        from featcache.extraction.extract import canary_features
+        from featcache.extraction.features import canary_features
 
         kept = self.canaries
         varying = any(fingerprint.varying for fingerprint in self.fingerprints)

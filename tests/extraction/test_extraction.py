@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from featcache.errors import ExtractionError, FingerprintMismatch, TooManyFailures
-from featcache.extraction.extract import canary_features, extract, features
+from featcache.extraction.extract import extract
+from featcache.extraction.features import batches_of, canary_features
 from featcache.images.image_set import ImageSet
 from featcache.networks import families as networks
 from featcache.networks.backbone import Backbone
@@ -108,7 +109,7 @@ def test_arrays_and_folders_give_the_same_features(root: Path, tmp_path: Path) -
 def test_the_generator_yields_rows_in_order_with_failures(root: Path) -> None:
     (root / "ant" / "0006.jpg").write_bytes(b"no image")
     images = ImageSet.from_folder(root)
-    chunks = list(features(images, backbone(), device="cpu", batch_size=4))
+    chunks = list(batches_of(images, backbone(), device="cpu", batch_size=4))
     failed = [row for chunk in chunks for row in chunk.failures]
     rows = np.concatenate([chunk.rows[chunk.done] for chunk in chunks])
     assert [images.ids[row] for row in failed] == ["ant/0006.jpg"]
@@ -116,13 +117,13 @@ def test_the_generator_yields_rows_in_order_with_failures(root: Path) -> None:
     assert (np.diff(rows) > 0).all()
     assert all(len(c.features[TAP]) == c.done.sum() for c in chunks)
     assert all(len(c.entries) == len(c.rows) for c in chunks)
-    some = list(features(images, backbone(), rows=np.array([2, 9]), device="cpu"))
+    some = list(batches_of(images, backbone(), rows=np.array([2, 9]), device="cpu"))
     assert np.concatenate([chunk.rows for chunk in some]).tolist() == [2, 9]
 
 
 def test_no_rows_give_no_chunks(root: Path) -> None:
     images = ImageSet.from_folder(root)
-    assert list(features(images, backbone(), rows=np.array([], np.int64), device="cpu")) == []
+    assert list(batches_of(images, backbone(), rows=np.array([], np.int64), device="cpu")) == []
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -135,7 +136,7 @@ def test_a_few_images_wait_for_no_black_ones(tmp_path: Path, views: int) -> None
         one = backbone()
         one.module.body.register_forward_pre_hook(lambda *_: batches.append(1))
         batches.clear()
-        chunks = features(
+        chunks = batches_of(
             images, one, rows=np.array(rows), device="cpu", batch_size=4, augmentation=drawn
         )
         return np.concatenate([chunk.features[TAP] for chunk in chunks])

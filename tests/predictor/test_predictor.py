@@ -234,9 +234,9 @@ def test_arrays_of_any_size_are_images(predictor: Predictor, flower_folder: Path
         [pixels.astype(np.float32)], [pixels, flower_folder], [flower_folder, pixels],
         [pixels[None]], [None], 5, [torch.zeros(3, 8, 8)],
     ):  # fmt: skip
-        with pytest.raises(PredictorError, match=r"Expected paths, or .* uint8 \(h, w, 3\)"):
+        with pytest.raises(ImageSetError, match=r"Expected paths, or .* uint8 \(h, w, 3\)"):
             predictor.predict(wrong, workers=0)
-    with pytest.raises(PredictorError, match="rose' in a list that holds other things too"):
+    with pytest.raises(ImageSetError, match="rose' in a list that holds other things too"):
         predictor.predict([pixels, flower_folder / "rose"], workers=0)
 
 
@@ -324,7 +324,7 @@ def test_features_of_another_width_are_refused(
 
 
 def test_no_images_and_no_classes_are_refused(predictor: Predictor, flower_folder: Path) -> None:
-    with pytest.raises(PredictorError, match="list is empty"):
+    with pytest.raises(ImageSetError, match="list is empty"):
         predictor.attach(own()).predict([])
     with pytest.raises(PredictorError, match="top_k counts classes from 1"):
         predictor.attach(own()).predict(flower_folder, top_k=0)
