@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import featcache
 from featcache.cli.main import main
@@ -339,6 +340,31 @@ def test_for_spreadsheets_formulas_become_text(write: Callable[..., None], tmp_p
         assert [line["id"] for line in lines] == [line["label"] for line in lines] == expected
         for name, cell in lines[0].items():
             assert not name.endswith("]") or float(cell) is not None
+
+
+def test_tables_for_spreadsheets_come_back_as_labels(tmp_path: Path) -> None:
+    ids = ["-1.png", "=2.png", "'-3.png", "'4.png", "plain.png"]
+    labels = ["+1", "@home", "'=x", "'quoted'", "a; b"]
+    for name in ids:
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    store = stores.store(tmp_path / "s.h5", stores.Images(ids, labels=labels))
+    export_store(store, tmp_path / "export.csv", excel=True)
+    found = [
+        Prediction(id, label, 0.5, ((label, 0.5),)) for id, label in zip(ids, labels, strict=True)
+    ]
+    write_predictions(found, tmp_path / "predicted.csv", excel=True)
+    resaved = (tmp_path / "predicted.csv").read_text("utf-8-sig")
+    rows = list(csv.reader(io.StringIO(resaved)))
+    with (tmp_path / "resaved.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=";").writerows([*rows, [""] * 5, [""]])
+    for table in ("export.csv", "predicted.csv", "resaved.csv"):
+        images = featcache.ImageSet.from_csv(tmp_path / table, tmp_path)
+        assert dict(zip(images.ids, images.labels, strict=True)) == dict(
+            zip(ids, labels, strict=True)
+        )
+    plain = tmp_path / "plain.csv"  # without the mark, cells are what they are
+    plain.write_text("id,label\nplain.png,'=x\n")
+    assert featcache.ImageSet.from_csv(plain, tmp_path).classes == ["'=x"]
 
 
 def test_help_says_why_spreadsheets_have_an_option_of_their_own() -> None:

@@ -182,7 +182,11 @@ network = stacked(
 )
 # Arguments of `ImageSet.open`.
 listing = stacked(
-    path_option("--labels", "FILE.csv", "CSV or TSV table of ids and labels of IMAGES."),
+    path_option(
+        "--labels",
+        "FILE.csv",
+        "Table of ids and labels of IMAGES: CSV, TSV, or what Excel saves as CSV UTF-8.",
+    ),
     column("--id-column", "Column of that table with the file name of each image.", default="id"),
     click.option(
         "--suffix",

@@ -24,8 +24,9 @@ from featcache.images.sources import (
     leave_out,
     sorted_tables,
 )
-from featcache.system.files import open_file
+from featcache.system.files import open_file, unescaped
 
+_MARK = b"\xef\xbb\xbf"  # of UTF-8, by which a table of a spreadsheet is known
 _SAVE = "In Excel: Save As, type CSV UTF-8"
 _REGRESSION = 0.9  # of labels that are fractions, so many must differ to be no classes
 
@@ -178,20 +179,20 @@ def _read(path: str, columns: dict[str, str]) -> dict[str, list[str]]:
         raise ImageSetError(f"{path}, line {line}: not a table: it holds a NUL character. {_SAVE}")
     limit = csv.field_size_limit(len(text) + 1)
     try:
-        return _columns(_lines(text, path), path, columns)
+        lines = _lines(text, path, set(columns.values()))
+        return _columns(lines, path, columns, marked=raw.startswith(_MARK))
     finally:
         csv.field_size_limit(limit)
 
 
-def _lines(text: str, path: str) -> Iterator[tuple[int, list[str]]]:
+def _lines(text: str, path: str, wanted: set[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield the lines that hold anything, and the number at which each begins."""
     lines = list(io.StringIO(text, newline=""))
     start = next((k for k, line in enumerate(lines) if line.strip()), 0)
     delimiter = ""
     if lines and lines[start].startswith("sep="):  # as Excel writes it
         delimiter, start = lines[start][4:5], start + 1
-    header = lines[start] if start < len(lines) else ""
-    delimiter = delimiter or max(",\t;", key=header.count)  # of equal counts, the comma
+    delimiter = delimiter or _delimiter(lines[start] if start < len(lines) else "", path, wanted)
     reader = csv.reader(lines[start:], delimiter=delimiter, skipinitialspace=True, strict=True)
     number = start + 1
     try:
@@ -206,9 +207,31 @@ def _lines(text: str, path: str) -> Iterator[tuple[int, list[str]]]:
         ) from error
 
 
+def _delimiter(header: str, path: str, wanted: set[str]) -> str:
+    """Return what divides the fields of a table: what gives the wanted columns in its header."""
+    found = {
+        one: {name.strip() for name in next(csv.reader([header], delimiter=one), [])}
+        for one in ",\t;"
+    }
+    dividing = [one for one, names in found.items() if len(names) > 1]
+    fitting = [one for one, names in found.items() if wanted <= names] or dividing or [","]
+    if len(dividing) > 1 and not wanted <= found[fitting[0]]:
+        either = " and ".join(map(repr, dividing))
+        raise ImageSetError(
+            f"{path}: expected one sign between fields, got {either} in the line "
+            f"{header.strip()[:60]!r}, and neither gives the columns {', '.join(sorted(wanted))}. "
+            f"Write the right one into a first line of its own, such as sep={dividing[0]}"
+        )
+    return fitting[0]
+
+
 def _columns(
-    lines: Iterator[tuple[int, list[str]]], path: str, columns: dict[str, str]
+    lines: Iterator[tuple[int, list[str]]], path: str, columns: dict[str, str], *, marked: bool
 ) -> dict[str, list[str]]:
+    """Return the wanted columns; a `marked` table was written by a spreadsheet, or for one.
+
+    Such a program leaves out the empty cells at the end of a line, and a formula is no text to it.
+    """
     header = [name.strip() for name in next(lines, (0, []))[1]]
     while header and not header[-1]:
         header.pop()
@@ -217,6 +240,8 @@ def _columns(
     for number, line in lines:
         while len(line) > len(header) and not line[-1].strip():
             line.pop()
+        if marked:
+            line = [*map(unescaped, line), *[""] * (len(header) - len(line))]
         if len(line) != len(header):
             raise ImageSetError(
                 f"{path}, line {number}: expected {len(header)} fields, got {len(line)}"

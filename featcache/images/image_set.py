@@ -398,7 +398,9 @@ class ImageSet:
         Parameters
         ----------
         csv : path
-            Table in UTF-8 with a header line; fields are divided by commas, semicolons or tabs.
+            Table in UTF-8 with a header line; fields are divided by commas, semicolons or tabs. One
+            that Excel saved may have a mark of UTF-8 and empty rows and columns at its end; with
+            the mark, what ``--excel`` wrote as ``'-1`` is ``-1`` again.
         root : path
             Folder of the images.
         **columns

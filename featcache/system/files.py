@@ -119,7 +119,7 @@ def csv_writer(file: IO[str], *, excel: bool = False) -> Callable[..., None]:
         Where to write.
     excel : bool
         For spreadsheets: begin with the mark of UTF-8, and write ``'`` before a text that begins as
-        a formula.
+        a formula; `unescaped` takes it off again.
     """
     plain, quoted = (
         csv.writer(file, lineterminator="\n", quoting=how)
@@ -132,12 +132,17 @@ def csv_writer(file: IO[str], *, excel: bool = False) -> Callable[..., None]:
     def write(texts: Iterable[object], numbers: Iterable[object] = ()) -> None:
         cells = [shown(str(text)) for text in texts]
         if excel:
-            cells = [f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in cells]
+            cells = [f"'{x}" if x.lstrip("'").startswith(_FORMULA) else x for x in cells]
         # Python 3.11 leaves a return bare, where readers see the end of a line.
         writer = quoted if any("\r" in cell for cell in cells) else plain
         writer.writerow([*cells, *numbers])
 
     return write
+
+
+def unescaped(cell: str) -> str:
+    """Return a text as it was before it was written for spreadsheets."""
+    return cell[1:] if cell[:1] == "'" and cell.lstrip("'").startswith(_FORMULA) else cell
 
 
 def is_table(

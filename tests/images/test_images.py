@@ -223,6 +223,12 @@ def test_csv_with_all_columns(tmp_path: Path, photos: Path) -> None:
         "id\tlabel\na.jpg\trose, red\nb.jpg\tdaisy\n",
         'id,label\na.jpg,"rose, red"\nb.jpg,daisy\n',
         "id; label\r\na.jpg; rose, red\r\nb.jpg; daisy\r\n\r\n",
+        # As Excel saves: a mark, empty columns and rows, lines without their empty cells.
+        "\ufeffid;label;\r\na.jpg;rose, red;\r\nb.jpg;daisy\r\n;;\r\n;\r\n",
+        "\ufeffid\tlabel\tnote\r\na.jpg\trose, red\r\nb.jpg\tdaisy\t\r\n\t\t\r\n",
+        '"a, note";id;label\n;"a.jpg";"rose, red"\n"x; y";b.jpg;daisy\n',
+        "sep=;\nid;label;x,y,z\na.jpg;rose, red;\nb.jpg;daisy;\n",
+        "id;label;x,y,z,more\na.jpg;rose, red;\nb.jpg;daisy;\n",
     ],
 )
 def test_delimiters_and_quotes(tmp_path: Path, photos: Path, text: str) -> None:
@@ -246,6 +252,7 @@ def test_table_without_labels(tmp_path: Path, photos: Path) -> None:
     "text, message",
     [
         ("", "no column 'id' for the id. Columns: none"),
+        ("id,label;x\na.jpg,x;1\n", "got ',' and ';' in .*columns id, label.*such as sep=,"),
         ("file,labels\na.jpg,x\n", "no column 'id' for the id"),
         ("id,Labels\na.jpg,x\n", "Did you mean 'Labels'"),
         ("id,label,label\na.jpg,x,y\n", "column 'label' occurs 2 times"),
