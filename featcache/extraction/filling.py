@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from featcache.store.format import DONE, FAILED
 from featcache.store.store import FeatureStore
 from featcache.store.writer import FeatureWriter
 from featcache.system.console import check_stopped, doing, progress_bar
+from featcache.system.tables import quoted
 
 # Images that are replaced again and again during a run are left to the next one.
 _ROUNDS = 3
@@ -273,5 +273,5 @@ def _meta(job: Job) -> dict[str, Any]:
     meta: dict[str, Any] = {"request": job.request, "asked": asked, "versions": versions}
     command = Path(sys.argv[0]).name
     if command == "featcache":
-        meta["command"] = shlex.join([command, *sys.argv[1:]])
+        meta["command"] = " ".join(map(quoted, [command, *sys.argv[1:]]))
     return meta

@@ -32,7 +32,7 @@ else:
 
 Truncated: TypeAlias = Literal["refuse", "accept"]
 
-NO_RANGE = "have no known range"
+NO_RANGE = "have no known range: type --bit-depth N"
 """Part of the reason for which a 32-bit image cannot be read without a bit depth."""
 
 # Pillow logs what it cannot decode; without any handler Python would print that.
@@ -389,7 +389,7 @@ def _eight_bits(pixels: NDArray[Any], bits: int | None) -> NDArray[np.uint8]:
     if low < 0 or high >= 2 ** (bits or 8):
         raise DecodeError(
             "decode",
-            f"32-bit pixels from {low} to {high} {NO_RANGE}: type --bit-depth N (bit_depth=N) if "
+            f"32-bit pixels from {low} to {high} {NO_RANGE} (bit_depth=N) if "
             "they fill N bits, or save them as 8- or 16-bit integers"
             if bits is None
             else f"pixels from {low} to {high} do not fit into {bits} bits (--bit-depth)",

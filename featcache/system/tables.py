@@ -68,18 +68,19 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
+def quoted(argument: str) -> str:
+    """Return an argument as it is typed into a shell, whatever is in it."""
+    if argument.isprintable():
+        return shlex.quote(argument)
+    plain = set(string.ascii_letters + string.digits + "./-_")
+    codes = (c if c in plain else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in argument)
+    return f"$'{''.join(codes)}'"
+
+
 def typed(command: str, *paths: str | Path) -> str:
     """Return a command with paths as they are typed into a shell, whatever is in their names."""
-
-    def quoted(path: str) -> str:
-        path = f"./{path}" if path.startswith("-") else path
-        if path.isprintable():
-            return shlex.quote(path)
-        plain = set(string.ascii_letters + string.digits + "./-_")
-        codes = [c if c in plain else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in path]
-        return f"$'{''.join(codes)}'"
-
-    return " ".join([command, *(quoted(str(path)) for path in paths)])
+    names = (f"./{name}" if name.startswith("-") else name for name in map(str, paths))
+    return " ".join([command, *map(quoted, names)])
 
 
 def counted(n: int, one: str, many: str = "") -> str:

@@ -86,11 +86,14 @@ def test_a_full_standard_error_ends_no_run(tmp_path: Path) -> None:
     assert shell("featcache info none.h5 2> /dev/full", tmp_path) == (1, "")
 
 
-def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = small.folder(tmp_path / "images", 6)
     odd = Path(os.fsdecode(bytes(tmp_path) + b"/\xff\x1b.h5"))
     (images / "ant" / "0000.jpg").rename(Path(os.fsdecode(bytes(images) + b"/ant/\xff.jpg")))
-    assert "5 computed" in run("extract", images, "-o", odd, *BACKBONE)
+    argv = ["extract", images, "-o", odd, *BACKBONE]
+    monkeypatch.setattr(sys, "argv", ["featcache", *map(str, argv)])  # kept in the store
+    assert "5 computed" in run(*argv)
+    assert "\\xff\\x1b.h5'" in FeatureStore.open(odd).meta["command"]
     assert "intact" in run("verify", odd)
     assert "\\xff.jpg" in run("info", odd)
     assert "5 images" in run("export", odd, "-o", odd.with_suffix(".csv"))
