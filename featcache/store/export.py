@@ -97,6 +97,29 @@ def _tables(store: FeatureStore) -> dict[str, np.ndarray]:
     return tables
 
 
+def _columns(store: FeatureStore, taps: Sequence[str]) -> list[str]:
+    """Return a name for each feature of some taps."""
+    return [f"{name}[{column}]" for name in taps for column in range(store.taps[name].width)]
+
+
+def to_pandas(store: FeatureStore, layers: str | Sequence[str] | None) -> Any:
+    """Return a store as a table of pandas; see `FeatureStore.to_pandas`."""
+    try:
+        pd: Any = importlib.import_module("pandas")
+    except ImportError as error:
+        raise MissingExtra("pandas", "pandas", "A table of pandas") from error
+    names, views = store.resolve(layers), store.views
+    ids, *tables = (
+        pd.Series(np.repeat(table, views), name=name) for name, table in _tables(store).items()
+    )
+    known = {table.name: table.astype("category") for table in tables}
+    if views > 1:
+        known["view"] = np.tile(np.arange(views), len(store))
+    X = store.matrix(names).reshape(len(ids), -1)
+    features = pd.DataFrame(X, columns=_columns(store, names), copy=False)
+    return pd.concat([pd.DataFrame(known), features], axis=1).set_index(pd.Index(ids, name="id"))
+
+
 def _fingerprints(store: FeatureStore) -> str:
     """Return the fingerprints of the joined stores as a JSON list."""
     return canonical_json([one.to_dict() for one in store.fingerprints])
@@ -149,11 +172,8 @@ def _write_npy(store: FeatureStore, file: IO[bytes]) -> None:
 def _write_csv(store: FeatureStore, file: IO[str], excel: bool = False) -> None:
     views = store.views
     tables = {name: table.tolist() for name, table in _tables(store).items()}
-    columns = [
-        f"{name}[{column}]" for name, info in store.taps.items() for column in range(info.width)
-    ]
     writerow = csv_writer(file, excel=excel)
-    writerow([*tables, *(["view"] if views > 1 else []), *columns])
+    writerow([*tables, *(["view"] if views > 1 else []), *_columns(store, list(store.taps))])
     for part, block in store.blocks():
         # numpy writes the shortest text that reads back as the same float32
         values = block.reshape(-1, block.shape[-1]).astype(str).tolist()

@@ -835,6 +835,42 @@ class FeatureStore:
             self._read(name, part, out[..., column : column + width])
             column += width
 
+    def to_pandas(self, layers: str | Sequence[str] | None = None) -> Any:
+        """Return a table with a row an image, for pandas and seaborn.
+
+        Parameters
+        ----------
+        layers : str or list of str, optional
+            Taps; None = all.
+
+        Returns
+        -------
+        pandas.DataFrame, shape (n, 2 + d)
+            Ids as index; the columns ``label``, ``group`` and ``split`` as far as the store has
+            them (categories), then the features of each tap, float32, as ``TAP[0]``, ``TAP[1]``,
+            ... A row a view where views are stored, numbered in the column ``view``.
+
+        Raises
+        ------
+        MissingExtra
+            pandas is not installed.
+
+        Examples
+        --------
+        >>> import featcache as fc
+        >>> images = fc.ImageSet.open("flowers").select([0, 1, 40])
+        >>> store = fc.extract(images, fc.Backbone("resnet18", weights=None), "three.h5")
+        >>> store.to_pandas().iloc[:, :2].round(3)
+                           label  avgpool:output:flatten[0]
+        id
+        dahlia/00.jpg     dahlia                        ...
+        dahlia/01.jpg     dahlia                        ...
+        palace/00.jpg     palace                        ...
+        """
+        from featcache.store.export import to_pandas
+
+        return to_pandas(self, layers)
+
     def stored_rows(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Return features as stored, and which rows match their checksums.
 

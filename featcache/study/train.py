@@ -47,7 +47,7 @@ import difflib
 import itertools
 import timeit
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,9 @@ from featcache.finetuning.checkpoint import check_folder
 from featcache.finetuning.search import SUFFIX, SuffixHead
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead, check_fit
+from featcache.heads.own import OwnHead, own_heads
 from featcache.heads.rows import FeatureBlocks, TrainingRows
-from featcache.heads.search import COPIES, FoldScorer, Trial, search
+from featcache.heads.search import COPIES, FoldScorer, HeadKind, Trial, search
 from featcache.heads.table import HEADS
 from featcache.predictor.file import CanaryRows, group_hashes
 from featcache.predictor.inputs import InputTap, source_taps
@@ -82,6 +83,8 @@ from featcache.system.memory import available_memory, peak_memory
 from featcache.system.tables import counted, first_names
 
 if TYPE_CHECKING:
+    from sklearn.base import ClassifierMixin
+
     from featcache.networks.backbone import Backbone
 
 __all__ = ["head_names", "train"]
@@ -99,9 +102,10 @@ def train(
     store: FeatureStore,
     test: FeatureStore | None = None,
     *,
-    head: str | Sequence[str] = "linear",
+    head: str | ClassifierMixin | Sequence[str | ClassifierMixin] = "linear",
     layers: str | Sequence[str] | None = None,
     cv: int = 5,
+    sample_weight: npt.ArrayLike | None = None,
     scoring: Scoring | None = None,
     class_weight: ClassWeight = None,
     group: bool = False,
@@ -126,14 +130,20 @@ def train(
         What to train on; several networks' features by `FeatureStore.join`.
     test : FeatureStore, optional
         Held-out images, scored once for each head. They take part in no choice.
-    head : str or list of str
+    head : str, classifier, or list of them
         ``linear``, ``svm``, ``rbf-svm``, ``forest``, ``boosting``, ``knn`` (by cosine), ``mlp``,
-        ``ridge``, or ``suffix``, the rest of the network; ``all`` is every one but the last. Of
-        several, the best by cross-validation.
+        ``ridge``, or ``suffix``, the rest of the network; ``all`` is every one but the last. Or a
+        classifier of scikit-learn's, also a Pipeline: it is cloned for each fit and has the
+        parameters that you gave it; the predictor cannot be saved. Of several, the best by
+        cross-validation.
     layers : str or list of str, optional
         Taps to use, side by side. None: all.
     cv : int
         Folds.
+    sample_weight : array of shape (n,), optional
+        Weight of each row of `store`, 0 or more. It counts in all fits and in the calibration of
+        probabilities; scores and accuracies count each image once, as scikit-learn's
+        ``cross_validate`` does.
     scoring : str or callable, optional
         One of scikit-learn's scorers; what decides. None: accuracy, under class weights balanced
         accuracy. Of two classes, the second in sorted order is
@@ -181,6 +191,16 @@ def train(
         The folder of checkpoints holds something else, or cannot be written.
     CorruptStore, StoreError
         Features are not what was written, or a file was overwritten in place meanwhile.
+
+    Examples
+    --------
+    >>> import featcache as fc
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> images = fc.ImageSet.open("flowers").select(range(0, 80, 4))
+    >>> store = fc.extract(images, fc.Backbone("resnet18", weights=None), "some.h5")
+    >>> predictor = fc.train(store, head=LogisticRegression(C=10), cv=3)
+    >>> predictor.leaderboard[0].head, predictor.leaderboard[0].params
+    ('LogisticRegression', {'classifier': 'LogisticRegression(C=10)'})
     """
     options = TrainingOptions(
         cv=cv,
@@ -193,7 +213,8 @@ def train(
         n_jobs=n_jobs,
         random_state=random_state,
     )
-    names = head_names(head)
+    named, own = own_heads(head)
+    names = [*(head_names(named) if named or not own else ()), *own]
     _check_arguments(store, names, suffix=suffix, backbone=backbone)
     folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
     if folder is not None:
@@ -201,6 +222,7 @@ def train(
     kept = f"The finished epochs are kept in {folder}"
     with contextlib.nullcontext() if folder is None else interruptible(kept):
         data = _TrainingData.of(store, test, layers, options)
+        data = replace(data, own=own, weight=_weights_of(store, data.store, sample_weight))
         if SUFFIX in names:
             data = data.with_suffix(
                 suffix or SuffixSettings(),
@@ -236,6 +258,22 @@ def _check_arguments(store: FeatureStore, names: Sequence[str], **of_suffix: Any
         raise TrainingError(
             f"{' and '.join(given)} goes with the head {SUFFIX!r}, which is not named."
         )
+
+
+def _weights_of(
+    store: FeatureStore, fit: FeatureStore, given: npt.ArrayLike | None
+) -> npt.NDArray[np.float64] | None:
+    """Return the weights of the rows of `store` that are trained on."""
+    if given is None:
+        return None
+    weight = np.asarray(given, np.float64)
+    if weight.shape != (len(store),):
+        raise TrainingError(
+            f"sample_weight has a number for each of the {len(store):,} rows of the store; its "
+            f"shape is {weight.shape}."
+        )
+    order = np.argsort(store.rows, kind="stable")
+    return weight[order[np.searchsorted(store.rows, fit.rows, sorter=order)]]
 
 
 def _train_heads(
@@ -295,6 +333,8 @@ class _TrainingData:
     notes: tuple[str, ...]
     options: TrainingOptions
     suffix: SuffixHead | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)  # the user's classifiers, by name
+    weight: npt.NDArray[np.float64] | None = None  # of each image
 
     @classmethod
     def of(
@@ -415,9 +455,15 @@ class _TrainingData:
     def search(self, head: str, progress: Progress) -> Any:
         options = replace(self.options, memory=self.memory, progress=progress)
         suffix = self.suffix if head == SUFFIX else None
-        kind = HEADS[head](options) if suffix is None else replace(suffix, options=options)
+        kind = self.kind(head, options) if suffix is None else replace(suffix, options=options)
         X = self.X if suffix is None else self.blocks  # it reads the store by itself
-        return search(kind, TrainingRows.check(X, self.store.labels, self.folds))
+        return search(kind, TrainingRows.check(X, self.store.labels, self.folds, self.weight))
+
+    def kind(self, head: str, options: TrainingOptions) -> HeadKind:
+        """Return a head of featcache's or of the user's by its name."""
+        if head in self.own:
+            return OwnHead(options, self.own[head], head)
+        return HEADS[head](options)
 
 
 def _check_classes(fit: FeatureStore, test: FeatureStore | None) -> None:
@@ -517,9 +563,10 @@ def _nested(
     logits, proba = np.full((2, len(data.store), len(data.scorer.classes)), np.nan)
     for train, valid in data.folds:
         inner = folds_of(data.store.select(train), data.options, fewer=True)
-        rows = TrainingRows.check(data.X[train], data.store.labels[train], inner)
+        weight = None if data.weight is None else data.weight[train]
+        rows = TrainingRows.check(data.X[train], data.store.labels[train], inner, weight)
         options = replace(data.options, memory=None, progress=progress)
-        found = search(HEADS[head](options), rows)
+        found = search(data.kind(head, options), rows)
         logits[valid] = found.estimator.logits(data.X[valid])
         proba[valid] = found.calibration.proba(logits[valid])
     return logits, proba, data.scorer(logits, proba)[0]

@@ -133,3 +133,22 @@ def test_parquet_without_pyarrow_says_what_to_install(
     with pytest.raises(MissingExtra, match=r"pip install 'featcache\[parquet\]'"):
         export_store(store, tmp_path / "a.parquet")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5"]
+
+
+def test_a_table_of_pandas(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas", reason="pip install 'featcache[pandas]'")
+    table = store.to_pandas()
+    assert table.index.name == "id"
+    assert table.index.tolist() == np.repeat(store.ids, store.views).tolist()
+    assert table["label"].tolist() == np.repeat(store.labels, store.views).tolist()
+    known = ["label", "split"] + (["view"] if store.views > 1 else [])
+    features = table.drop(columns=known)
+    assert list(table.columns[:3]) == [*known, features.columns[0]][:3]
+    assert features.columns[0] == f"{POOL}[0]" and features.columns[-1] == f"{MAPS}[17]"
+    np.testing.assert_array_equal(features.to_numpy(), store.matrix().reshape(len(table), -1))
+    some = store.select([4, 2]).to_pandas(MAPS)
+    assert some.index.tolist()[:: store.views] == store.ids[[4, 2]].tolist()
+    assert some.shape[1] == len(known) + 18
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingExtra, match=r"featcache\[pandas\]"):
+        store.to_pandas()
