@@ -1,4 +1,5 @@
 from .errors import FeatcacheError as FeatcacheError
+from .extraction.embedder import Embedder as Embedder
 from .extraction.extract import extract as extract
 from .extraction.features import features as features
 from .finetuning.settings import SuffixSettings as SuffixSettings

@@ -107,7 +107,7 @@ def features(
         for _, one in sets:
             with contextlib.closing(compute(one, runtime, np.arange(len(one)), asked)) as batches:
                 for batch in batches:
-                    _check(one, batch)
+                    check_batch(one, batch)
                     for tap, values in batch.features.items():
                         found[tap][start + batch.rows] = values
                     bar.update(len(batch.rows))
@@ -124,18 +124,22 @@ def _kept(runtime: Runtime) -> Runtime:
     return kept
 
 
-def _check(images: ImageSet, batch: Batch) -> None:
+def check_batch(images: ImageSet, batch: Batch) -> None:
     """Raise if an image of a batch has no features, or some that are not finite."""
     failed = {row: str(error) for row, error in batch.failures.items()}
-    finite = [np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in batch.features.values()]
+    finite = [np.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in batch.features.values()]
     for row in batch.rows[batch.done][~np.logical_and.reduce(finite)].tolist():
         failed[row] = "forward: features are not finite"
     if failed:
-        row, why = min(failed.items())
-        raise ExtractionError(
-            f"The image {images.ids[row]} of {images.source} has no features ({why}). Mend it or "
-            "leave it out; extract() leaves such images out by itself and records them."
-        )
+        raise no_features(images, *min(failed.items()))
+
+
+def no_features(images: ImageSet, row: int, why: str) -> ExtractionError:
+    """Return the error for an image without features where each must have some."""
+    return ExtractionError(
+        f"The image {images.ids[row]} of {images.source} has no features ({why}). Mend it or "
+        "leave it out; extract() leaves such images out by itself and records them."
+    )
 
 
 def batches_of(

@@ -124,7 +124,7 @@ def filled(job: Job, summary: Summary) -> Iterator[FeatureWriter]:
         job.tables or images.tables,
         known.shapes,
         fingerprint=known.fingerprint,
-        meta=_meta(job),
+        meta=meta_of(job),
         canaries=usable_canaries(job.backbone),
         earlier=job.earlier,
         retry_failed=options.retry_failed,
@@ -262,7 +262,7 @@ def _marked_as_running(writer: FeatureWriter) -> Iterator[None]:
         raise
 
 
-def _meta(job: Job) -> dict[str, Any]:
+def meta_of(job: Job) -> dict[str, Any]:
     """Return the request, the versions of libraries and the command, to record them in the file."""
     versions = {"python": platform.python_version()}
     for name in ("featcache", "torch", "torchvision", "numpy", "pillow", "pillow-heif"):

@@ -374,6 +374,12 @@ class FeatureStore:
         """Names of predefined splits: array of str, shape (n,), or None."""
         return self._text("splits") if self._sources[0].has("splits") else None
 
+    @property
+    def tables(self) -> dict[str, np.ndarray]:
+        """Columns of text, (n,): ``ids`` and ``labels``, and those that the file has."""
+        known = {"ids", "labels"}.union(*(file.tables for file in self._sources[0].files))
+        return {name: self._text(name) for name in sorted(known)}
+
     @cached_property
     def classes(self) -> list[str]:
         """Distinct labels, sorted, without ``""``."""
