@@ -10,7 +10,7 @@ import click
 
 import featcache
 from featcache.cli import options
-from featcache.cli.command import Command, print_json, show
+from featcache.cli.command import Command, print_json, say, show
 from featcache.system.files import STDOUT
 
 
@@ -75,6 +75,16 @@ def evaluate(
 @click.option(
     "--top-k", **options.count(), default=1, help="Number of classes to list for each image."
 )
+@click.option(
+    "--coverage",
+    type=options.share,
+    help="Add the column 'labels': a set that held the true label of this share of the images, "
+    "such as 0.95, when folds judged them.",
+)
+@options.flag(
+    "--abstain",
+    "Leave the label empty where that set has more than one label.  [--coverage: 0.95]",
+)
 @options.own_network
 @options.batch_size
 @options.workers
@@ -89,6 +99,8 @@ def predict(
     output: Path,
     format: str,
     top_k: int,
+    coverage: float | None,
+    abstain: bool,
     backbone: str | None,
     weights: str | None,
     excel: bool,
@@ -101,25 +113,41 @@ def predict(
     An image that cannot be read has an empty label, and the reason in the column 'error'. The ids
     are paths below IMAGES; where several are named, the paths as typed. The label need not be the
     most probable class: probabilities are corrected for how often each class was called by mistake.
+    Sets of labels are joined by |; in the name of a class, a backslash stands before it.
     """
     from featcache.predictor.predictions import Prediction, write_predictions
+    from featcache.predictor.predictor import USUAL_COVERAGE
 
     if excel and format == "json":
         raise click.UsageError("--excel is for --format csv.")
-    predictions: Iterable[Prediction] = _load(predictor, backbone=backbone, weights=weights).stream(
+    if abstain and coverage is None:
+        coverage = USUAL_COVERAGE
+    loaded = _load(predictor, backbone=backbone, weights=weights)
+    predictions: Iterable[Prediction] = loaded.stream(
         list(images),
         top_k=top_k,
+        coverage=coverage,
+        abstain=abstain,
         progress=as_json or output != STDOUT,  # not between predictions that go to the terminal
         **settings,
     )
     predictions = list(predictions) if as_json else predictions
     if not as_json or output != STDOUT:
         write_predictions(
-            predictions, output, file_format=format, top_k=top_k, force=force, excel=excel
+            predictions,
+            output,
+            file_format=format,
+            top_k=top_k,
+            labels=coverage is not None,
+            force=force,
+            excel=excel,
         )
+    notes = [] if coverage is None else [loaded.coverage_text(coverage)]
     if as_json:
-        found = [one.to_dict() for one in predictions]
-        print_json({"predictor": str(predictor), "output": str(output), "predictions": found})
+        values = {"predictor": str(predictor), "output": str(output), "coverage": coverage}
+        print_json(values | {"notes": notes, "predictions": [one.to_dict() for one in predictions]})
+    for note in [] if as_json else notes:
+        say(note, err=True)
 
 
 @click.command("export-model", cls=Command)

@@ -11,6 +11,8 @@ the head's steps. The arrays are:
 ``train_groups``          (g, 32): hash of the name of each group of training images
 ``canary_x``              (m, d): rows, ``canary_logits`` (m, k) what the head makes of them, and
 ``canary_image_0`` ...    the image files that they come from
+``label_scores``          (q,): quantiles of 1 less the probability of the true class, out of fold;
+                          ``judged`` in the text is how many images they are of
 ========================  ========================================================================
 
 Whoever wrote a file decides what is in it, so nothing is taken for granted: names, types and
@@ -42,13 +44,14 @@ from featcache.heads.calibration import Calibration
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.predictor.inputs import InputTap
+from featcache.predictor.measured import Quantiles
 from featcache.results.json_types import check_types
 from featcache.results.leaderboard import Leaderboard
 from featcache.system.files import open_file
 from featcache.system.tables import first_names
 from featcache.version import __version__
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _KEY = "featcache"
 _START = b'{"__metadata__":{"featcache":"{\\"sha256\\": \\"'  # of the header, before the digits
@@ -76,6 +79,7 @@ _TEXT = {
     "columns": tuple[InputTap, ...],
     "fingerprints": tuple[Fingerprint, ...],
     "canaries": tuple[str, ...],
+    "judged": int,
     "steps": tuple[Mapping[str, Any], ...],
 }
 _CHECKPOINT = {"parameters": int, "loaded": int, "random": tuple[str, ...], "key": str}
@@ -128,6 +132,7 @@ def write(parts: Mapping[str, Any]) -> bytes:
         "columns": [dataclasses.asdict(column) for column in parts["columns"]],
         "fingerprints": [one.to_dict() for one in parts["fingerprints"]],
         "canaries": canaries.names,
+        "judged": parts["label_scores"].n,
         "steps": [{"kind": step.kind, **step.values()} for step in head.steps],
     }
     arrays = {
@@ -144,6 +149,7 @@ def write(parts: Mapping[str, Any]) -> bytes:
         "train_groups": parts["train_groups"],
         "canary_x": canaries.x,
         "canary_logits": canaries.logits,
+        "label_scores": parts["label_scores"].values,
     }
     content = bytearray(
         safetensors.numpy.save(
@@ -193,7 +199,8 @@ def read(source: IO[bytes]) -> dict[str, Any]:
     arrays = safetensors.numpy.load(content)
     names, board = tuple(text["canaries"]), text.get("leaderboard")
     pictures = [f"canary_image_{number}" for number in range(len(names))]
-    needed = {"train_sha256", "train_groups", "canary_x", "canary_logits", *pictures}
+    needed = {"train_sha256", "train_groups", "canary_x", "canary_logits", "label_scores"}
+    needed.update(pictures)
     if missing := needed - arrays.keys():
         raise PredictorError(f"It lacks arrays: {first_names(sorted(missing))}.")
     parts = {
@@ -217,6 +224,7 @@ def read(source: IO[bytes]) -> dict[str, Any]:
             names,
             tuple(arrays.pop(name).tobytes() for name in pictures),
         ),
+        "label_scores": Quantiles(text["judged"], arrays.pop("label_scores")),
     }
     if arrays:
         raise PredictorError(f"It holds arrays of no part: {first_names(sorted(arrays))}.")
@@ -270,6 +278,7 @@ def _check_parts(
     train_sha256: npt.NDArray[Any],
     train_groups: npt.NDArray[Any],
     canaries: CanaryRows,
+    label_scores: Quantiles,
     **_: Any,
 ) -> None:
     """Refuse parts that do not fit each other."""
@@ -297,6 +306,7 @@ def _check_parts(
             rows.logits.dtype == np.float32 and rows.logits.shape == (*rows.x.shape[:1], k),
             "canary scores",
         ),
+        (label_scores.sound and label_scores.n > 0, "out-of-fold scores"),
         (len(rows.images) in (0, *rows.x.shape[:1]), "canary images"),
     ):
         if not right:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,17 @@ class Prediction:
     id : str
         The image, relative to the folder that was given; of several, with that folder.
     label : str
-        The class that was decided for; empty where there is an error.
+        The class that was decided for; empty where there is an error, and where the predictor
+        abstains.
     probability : float
-        Its calibrated probability, which need not be the largest: class weights may decide for
-        a class that is less probable. NaN where there is an error.
+        Its calibrated probability (where the predictor abstains, that of the first of `top`), which
+        need not be the largest: class weights may decide for a class that is less probable. NaN
+        where there is an error.
     top : tuple of (str, float)
         As many classes as were asked for: `label`, then the others from the most probable one.
+    labels : tuple of str or None
+        The set of labels, the one that was decided for first; none where there is an error. None
+        where no coverage was asked for.
     error : str
         Why the image could not be read; empty where it could.
     """
@@ -37,6 +43,7 @@ class Prediction:
     probability: float
     top: tuple[tuple[str, float], ...] = ()
     error: str = ""
+    labels: tuple[str, ...] | None = None
 
     @classmethod
     def failed(cls, id: str, error: str) -> Prediction:
@@ -59,6 +66,7 @@ class Prediction:
             "label": self.label,
             "probability": None if self.error else self.probability,
             "top": [{"label": label, "probability": p} for label, p in self.top],
+            **({} if self.labels is None else {"labels": list(self.labels)}),
             "error": self.error,
         }
 
@@ -69,6 +77,7 @@ def write_predictions(
     *,
     file_format: str = "csv",
     top_k: int = 1,
+    labels: bool = False,
     force: bool = False,
     excel: bool = False,
 ) -> int:
@@ -82,10 +91,13 @@ def write_predictions(
         ``-`` is standard output. A file is replaced when all is written, and only if it is a file
         of predictions, in every cell.
     file_format : {"csv", "json"}
-        CSV has the columns ``id,label,probability[,label_2,probability_2...],error``, JSON is one
-        list of objects.
+        CSV has the columns ``id,label,probability[,label_2,probability_2...][,labels],error``, JSON
+        is one list of objects.
     top_k : int
         Number of pairs of columns.
+    labels : bool
+        Whether there is the column ``labels``: sets of labels, joined by ``|``. In the name of a
+        class, a backslash stands before ``|`` and before a backslash.
     force : bool
         Replace a file of any kind.
     excel : bool
@@ -105,23 +117,27 @@ def write_predictions(
     with atomic_write(output, text=True) as file:
         if file_format == "json":
             return _write_json(predictions, file)
-        return _write_csv(predictions, file, top_k, excel)
+        return _write_csv(predictions, file, top_k, labels, excel)
 
 
-def _header(top_k: int) -> list[str]:
+def _header(top_k: int, labels: bool) -> list[str]:
     more = [name for k in range(2, top_k + 1) for name in (f"label_{k}", f"probability_{k}")]
-    return ["id", "label", "probability", *more, "error"]
+    return ["id", "label", "probability", *more, *["labels"] * labels, "error"]
 
 
-def _write_csv(predictions: Iterable[Prediction], file: IO[str], top_k: int, excel: bool) -> int:
+def _write_csv(
+    predictions: Iterable[Prediction], file: IO[str], top_k: int, labels: bool, excel: bool
+) -> int:
     write = csv_writer(file, excel=excel)
-    write(_header(top_k))
+    write(_header(top_k, labels))
     count = 0
     for one in predictions:
         cells: list[str] = []
         for label, probability in one.top[:top_k]:
-            cells += [label, f"{probability:.6f}"]
+            cells += [label if cells else one.label, f"{probability:.6f}"]
         cells += [""] * (2 * top_k - len(cells))
+        if labels:
+            cells.append("|".join(re.sub(r"[\\|]", r"\\\g<0>", name) for name in one.labels or ()))
         write([one.id, *cells, one.error])
         count += 1
     return count
@@ -142,22 +158,41 @@ def _is_predictions(path: Path) -> bool:
         if file.read(1) != "[":
             return is_table(
                 path,
-                lambda names: names == _header((len(names) - 2) // 2),
+                lambda names: names == _header((len(names) - 2) // 2, len(names) % 2 == 1),
                 {r"probability(_\d+)?": r"([01]\.\d{6})?"},
                 _is_row,
             )
         *lines, last = file.read().splitlines()
-    keys = Prediction("", "", 0.0).to_dict().keys()
     found = [json.loads(line.removesuffix(",")) for line in lines[1:]]
+    keys = [Prediction("", "", 0.0, labels=one).to_dict().keys() for one in (None, ())]
     return last == "]" and all(
-        one.keys() == keys
-        and bool(one["error"]) == (not one["label"]) == (one["probability"] is None)
+        one.keys() in keys
+        and bool(one["error"]) == (one["probability"] is None)
+        and _is_whole(one["label"], one.get("labels"), one["error"])
         for one in found
     )
 
 
 def _is_row(row: list[str]) -> bool:
     """Return whether a row says pairs of label and probability, or else an error."""
-    pairs = row[1:-1]
-    said = sum(map(bool, pairs))
-    return said % 2 == 0 and all(pairs[:said]) and bool(row[-1]) == (said == 0)
+    sets = None
+    if len(row) % 2:
+        names = re.findall(r"(?:[^|\\]|\\.)+", row[-2])
+        sets = [re.sub(r"\\(.)", r"\1", name) for name in names]
+    pairs = row[1 : -2 if len(row) % 2 else -1]
+    said = sum(map(bool, pairs[1:]))
+    return (
+        said % 2 == bool(said)
+        and all(pairs[1 : 1 + said])
+        and bool(row[-1]) == (said == 0)
+        and _is_whole(row[1], sets, row[-1])
+    )
+
+
+def _is_whole(label: str, labels: list[str] | None, error: str) -> bool:
+    """Return whether a label, a set of labels and an error can be those of one prediction."""
+    if error:
+        return not label and not labels
+    if not label:  # it abstained
+        return labels is not None and len(labels) > 1
+    return labels is None or labels[:1] == [label]

@@ -29,6 +29,7 @@ from featcache.networks import identity
 from featcache.predictor import file, inputs
 from featcache.predictor.file import CanaryRows, is_predictor
 from featcache.predictor.inputs import InputTap
+from featcache.predictor.measured import Quantiles, coverage_text, in_set
 from featcache.predictor.predictions import Prediction
 from featcache.results.evaluation import label_first
 from featcache.results.leaderboard import Leaderboard
@@ -49,6 +50,7 @@ __all__ = ["Predictor"]
 
 Floats = npt.NDArray[np.float64]
 
+USUAL_COVERAGE = 0.95
 _SAME = 1e-4  # the head's canary scores, relative to the largest: another BLAS moves them by 1e-6
 
 
@@ -79,6 +81,8 @@ class Predictor:
         Hash of the name of each group that these images are of.
     canaries : CanaryRows
         Rows to check head and network on.
+    label_scores : Quantiles
+        1 less the probability of the true class, out of fold: what sets of labels are made by.
     metrics : dict
         JSON values: out-of-fold and held-out figures.
     leaderboard : Leaderboard or None
@@ -99,6 +103,7 @@ class Predictor:
     train_sha256: npt.NDArray[np.uint8]
     train_groups: npt.NDArray[np.uint8]
     canaries: CanaryRows
+    label_scores: Quantiles
     metrics: Mapping[str, Any] = field(default_factory=dict)
     leaderboard: Leaderboard | None = None
     request: Mapping[str, Any] | None = None
@@ -179,6 +184,50 @@ class Predictor:
         labels: npt.NDArray[np.str_] = np.array(self.classes)[self.logits(X).argmax(axis=1)]
         return labels
 
+    def label_sets(
+        self, X: npt.NDArray[Any], coverage: float = USUAL_COVERAGE
+    ) -> list[tuple[str, ...]]:
+        """Return the set of labels of each image, its label first, for features; see `stream`.
+
+        Parameters
+        ----------
+        X : ndarray of shape (n, d) or (n, views, d)
+            Features, as for `logits`.
+        coverage : float
+            Share of the images whose set should hold the true label.
+
+        Raises
+        ------
+        PredictorError
+            Too few images were judged out of fold for this coverage.
+        """
+        logits = self.logits(X)
+        ranked, size = self._ranked(logits, self.calibration.proba(logits), coverage)
+        return [
+            tuple(self.classes[k] for k in row[:many])
+            for row, many in zip(ranked.tolist(), size.tolist(), strict=True)
+        ]
+
+    def _ranked(
+        self, logits: npt.NDArray[Any], proba: Floats, coverage: float | None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return columns (n, k), the label first, and how many of them are its set of labels (n,).
+
+        The others follow by probability, so that the set is what comes first.
+        """
+        label = logits.argmax(axis=1)
+        ranked = np.argsort(-label_first(proba, label), axis=1, kind="stable")
+        held = np.zeros(proba.shape, dtype=bool)
+        if coverage is not None:
+            held = in_set(self.label_scores, proba, coverage)
+        held[np.arange(len(label)), label] = True
+        return ranked, held.sum(axis=1)
+
+    def coverage_text(self, coverage: float = USUAL_COVERAGE) -> str:
+        """Return what sets of labels of a coverage promise, and for which images."""
+        grouped = bool(len(self.train_groups))
+        return coverage_text(self.label_scores.n, coverage, grouped=grouped)
+
     def predict_proba_of(self, store: FeatureStore) -> Floats:
         """Return probabilities for all rows of a store; see `logits_of`."""
         return self.calibration.proba(self.logits_of(store))
@@ -250,6 +299,8 @@ class Predictor:
         images: Images,
         *,
         top_k: int = 1,
+        coverage: float | None = None,
+        abstain: bool = False,
         batch_size: int | None = None,
         workers: int | None = None,
         max_pixels: int | None = None,
@@ -268,20 +319,33 @@ class Predictor:
             joined with the path below them.
         top_k : int
             Classes to name: the label, then the others from the most probable one.
+        coverage : float, optional
+            Give each image a set of labels too, `Prediction.labels`, so large that it holds the
+            true one for about this share of the images. So it was measured out of fold (LAC; see
+            `featcache.predictor.measured.in_set`), which is no guarantee: the head that predicts
+            was fitted on all folds. A set is never empty: the label is always in it.
+        abstain : bool
+            Leave the label empty where the set has more than one; `coverage` is then 0.95, if it
+            is left out.
         batch_size, workers, max_pixels, device
             As for `extract`.
         progress : bool, optional
             Show a progress bar on standard error; left out, in a terminal or a notebook.
         """
-        if top_k < 1:
-            raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
         from featcache.images.given import image_sets
 
+        if top_k < 1:
+            raise PredictorError(f"top_k counts classes from 1, got {top_k}.")
+        if abstain and coverage is None:
+            coverage = USUAL_COVERAGE
+        if coverage is not None:
+            in_set(self.label_scores, np.zeros((0, len(self.classes))), coverage)
         listed = image_sets(images)
         with doing(progress, "loading the network"):
             networks = self._backbones()
             self._bind(networks, device)
             self._check_networks(networks, device)
+        asked = {"top_k": top_k, "coverage": coverage, "abstain": abstain}
         settings = {
             "batch_size": batch_size,
             "workers": workers,
@@ -291,7 +355,7 @@ class Predictor:
         return (
             replace(one, id=str(Path(place, one.id))) if place else one
             for place, image_set in listed
-            for one in self._stream_set(image_set, networks, top_k, progress=progress, **settings)
+            for one in self._stream_set(image_set, networks, asked, progress=progress, **settings)
         )
 
     def attach(
@@ -414,7 +478,7 @@ class Predictor:
         self,
         images: ImageSet,
         networks: Sequence[Backbone],
-        top_k: int,
+        asked: Mapping[str, Any],
         *,
         progress: bool | None,
         **settings: Any,
@@ -438,11 +502,17 @@ class Predictor:
             )
             # As batches and views are of the same size, all networks take the same images together.
             for batches in zip(*streams, strict=True):
-                yield from self._predictions(images, batches, top_k)
+                yield from self._predictions(images, batches, **asked)
                 bar.update(len(batches[0].rows))
 
     def _predictions(
-        self, images: ImageSet, batches: Sequence[Batch], top_k: int
+        self,
+        images: ImageSet,
+        batches: Sequence[Batch],
+        *,
+        top_k: int,
+        coverage: float | None,
+        abstain: bool,
     ) -> Iterator[Prediction]:
         """Predict the images of a batch, which each network has seen."""
         errors = {row: error for one in batches[::-1] for row, error in one.failures.items()}
@@ -453,15 +523,23 @@ class Predictor:
         X = self._columns_of(features, views=self.fingerprints[0].views)
         logits = self.logits(X)
         proba = self.calibration.proba(logits)
-        order = np.argsort(-label_first(proba, logits.argmax(axis=1)), axis=1, kind="stable")
-        found = zip(order[:, :top_k].tolist(), proba, strict=True)
+        ranked, size = self._ranked(logits, proba, coverage)
+        found = zip(ranked.tolist(), size.tolist(), proba, strict=True)
         for row in batches[0].rows.tolist():
             if row in errors:
-                yield Prediction.failed(images.ids[row], str(errors[row]))
+                failed = Prediction.failed(images.ids[row], str(errors[row]))
+                yield failed if coverage is None else replace(failed, labels=())
                 continue
-            columns, own = next(found)
-            top = tuple((self.classes[k], float(own[k])) for k in columns)
-            yield Prediction(images.ids[row], *top[0], top)
+            columns, many, own = next(found)
+            top = tuple((self.classes[k], float(own[k])) for k in columns[:top_k])
+            label, probability = top[0]
+            yield Prediction(
+                images.ids[row],
+                "" if abstain and many > 1 else label,
+                probability,
+                top,
+                labels=None if coverage is None else tuple(self.classes[k] for k in columns[:many]),
+            )
 
     # --- as a network --------------------------------------------------------------------------
 
@@ -510,6 +588,7 @@ class Predictor:
             "params": self.params,
             "classes": self.classes,
             "training_images": len(self.train_sha256),
+            "judged_images": self.label_scores.n,
             "columns": [vars(column) for column in self.columns],
             "fingerprints": [one.to_dict() for one in self.fingerprints],
             "metrics": self.metrics,

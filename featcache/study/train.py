@@ -67,8 +67,9 @@ from featcache.heads.search import COPIES, FoldScorer, HeadKind, Trial, search
 from featcache.heads.table import HEADS
 from featcache.predictor.file import CanaryRows, group_hashes
 from featcache.predictor.inputs import InputTap, source_taps
+from featcache.predictor.measured import Quantiles
 from featcache.predictor.predictor import Predictor
-from featcache.results.evaluation import few_groups, with_own_groups
+from featcache.results.evaluation import Evaluation, few_groups, with_own_groups
 from featcache.results.intervals import Score
 from featcache.results.leaderboard import Leaderboard, LeaderboardRow
 from featcache.results.selection import corrected_accuracy
@@ -501,7 +502,7 @@ def _train_head(
         low = float(figure) if figure.low is None else figure.low
         known = ~np.isnan(logits).any(axis=1)
         check_fit(found.estimator, data.X, data.store.labels, known, low, balanced=balanced)
-    predictor = _predictor(data, found)
+    predictor = _predictor(data, found, judged)
     held_out = None if test is None else evaluate(predictor, test, other_groups=True)
     row = LeaderboardRow(
         head=head,
@@ -572,8 +573,9 @@ def _nested(
     return logits, proba, data.scorer(logits, proba)[0]
 
 
-def _predictor(data: _TrainingData, found: Any) -> Predictor:
+def _predictor(data: _TrainingData, found: Any, judged: Evaluation) -> Predictor:
     """Wrap a found head with all that it needs to be used later."""
+    of_truth = judged.proba[np.arange(len(judged)), judged.y_true]
     store = data.store
     keys = {name: key for key, name in source_taps(store).items()}
     columns = [InputTap(*keys[name], store.taps[name].width) for name in data.layers]
@@ -596,6 +598,7 @@ def _predictor(data: _TrainingData, found: Any) -> Predictor:
         train_sha256=store.sha256,
         train_groups=group_hashes(store.groups),
         canaries=_canaries(data, found.estimator, columns),
+        label_scores=Quantiles.of(1 - of_truth),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ from featcache.heads.calibration import Calibration, fit_temperature
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import SearchOptions, search
 from featcache.heads.table import HEADS as HEAD_KINDS
+from featcache.predictor.measured import Quantiles, in_set
 from featcache.results.evaluation import Evaluation
 from featcache.results.intervals import Score, rate_scores
 from featcache.store.splitting import folds
 from featcache.store.writer import FeatureWriter
 
+DEMO = Path("out/elpv-mobilenet_v2.h5")  # what `make features` writes; without it, it is left out
 HEADS = ("linear", "svm", "ridge", "knn", "rbf-svm")
 
 
@@ -268,6 +270,40 @@ def styles(seeds: int) -> None:
         print(f"  seed {seed}: {'   '.join(said)}   {rival.fit(A, a).score(B, b):.3f}")
 
 
+def halves(seeds: int) -> Iterator[tuple[str, np.ndarray, np.ndarray, list[np.ndarray]]]:
+    """Yield name, features, labels and the halves that are trained on: digits, then the demo."""
+    X, y = load_digits(return_X_y=True)
+    sets = [("digits", X.astype(np.float32), y.astype(str))]
+    if DEMO.exists():
+        demo = FeatureStore.open(DEMO)
+        sets.append(("demo", demo.matrix(), demo.labels))
+    for name, X, y in sets:
+        rngs = [np.random.default_rng(seed) for seed in range(seeds)]
+        yield name, X, y, [rng.permutation(len(y))[: len(y) // 2] for rng in rngs]
+
+
+def sets(seeds: int) -> None:
+    """Sets of labels on the other half: share that holds the true label, and their size."""
+    print(f"\nsets of labels (ridge), {seeds} random halves: coverage asked, found, mean size")
+    for name, X, y, parts in halves(seeds):
+        rows: dict[float, list[tuple[float, float]]] = {}
+        for some in parts:
+            rest = np.setdiff1d(np.arange(len(y)), some)
+            found = HEAD_KINDS["ridge"].search(X[some], y[some], folds(y[some], cv=5))
+            own = np.searchsorted(found.classes, y)
+            proba = found.calibration.proba(found.logits)
+            scores = Quantiles.of(1 - proba[np.arange(len(some)), own[some]])
+            logits = found.estimator.logits(X[rest])
+            proba = found.calibration.proba(logits)
+            for coverage in (0.8, 0.9, 0.95, 0.99):
+                held = in_set(scores, proba, coverage)
+                held[np.arange(len(rest)), logits.argmax(axis=1)] = True
+                right = held[np.arange(len(rest)), own[rest]].mean()
+                rows.setdefault(coverage, []).append((right, held.sum(axis=1).mean()))
+        for coverage, values in rows.items():
+            print(f"  {name:7} {coverage:.2f}", *(f"{v:7.4f}" for v in np.mean(values, axis=0)))
+
+
 SECTIONS = {
     "choice": choice,
     "images": images,
@@ -275,8 +311,17 @@ SECTIONS = {
     "tables": tables,
     "balanced": balanced,
     "styles": styles,
+    "sets": sets,
 }
-SEEDS = {"choice": 200, "images": 300, "groups": 1000, "tables": 2, "balanced": 4, "styles": 8}
+SEEDS = {
+    "choice": 200,
+    "images": 300,
+    "groups": 1000,
+    "tables": 2,
+    "balanced": 4,
+    "styles": 8,
+    "sets": 50,
+}
 
 
 def main() -> None:
