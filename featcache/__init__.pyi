@@ -25,6 +25,7 @@ from .study.evaluate import evaluate as evaluate
 from .study.learning_curve import LearningCurve as LearningCurve
 from .study.learning_curve import learning_curve as learning_curve
 from .study.run import train_files as train_files
+from .study.similar import similar as similar
 from .study.train import train as train
 
 __version__: str

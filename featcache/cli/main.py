@@ -15,7 +15,7 @@ import click
 from featcache.cli.command import Commands
 from featcache.cli.extract import extract, layers
 from featcache.cli.predict import evaluate, export_model, predict
-from featcache.cli.stores import audit, export, info, verify
+from featcache.cli.stores import audit, export, info, similar, verify
 from featcache.cli.study import study
 from featcache.cli.train import train
 from featcache.version import __version__
@@ -34,6 +34,7 @@ from featcache.version import __version__
         predict,
         study,
         audit,
+        similar,
         export,
         export_model,
     ],

@@ -314,18 +314,23 @@ training = stacked(
         help="Seed of everything that is drawn.",
     ),
 )
-own_network = stacked(
-    click.option(
-        "--backbone",
-        metavar="MODULE:CALLABLE",
-        help="Import path of the network, if PREDICTOR was trained on a network of your own.",
-    ),
-    click.option(
-        "--weights",
-        metavar="FILE",
-        help="Checkpoint of the network, if PREDICTOR was trained with weights of your own.",
-    ),
-)
+device = click.option("--device", metavar="DEVICE", default="auto", help=f"{DEVICES}.")
+
+
+def own_network(file: str) -> Decorator:
+    """Return the options that name the network of a file's features, where it is one's own."""
+    return stacked(
+        click.option(
+            "--backbone",
+            metavar="MODULE:CALLABLE",
+            help=f"Import path of the network, if {file} is of a network of your own.",
+        ),
+        click.option(
+            "--weights",
+            metavar="FILE",
+            help=f"Checkpoint of the network, if {file} is of weights of your own.",
+        ),
+    )
 
 
 def _suffix(one: Field[Any]) -> Decorator:

@@ -30,7 +30,7 @@ def _load(predictor: Path, **network: Any) -> featcache.Predictor:
     "--other-groups",
     "Score images of groups named like those trained on: they are other groups in STORE.",
 )
-@options.own_network
+@options.own_network("PREDICTOR")
 @options.force
 @options.json_output
 def evaluate(
@@ -85,11 +85,11 @@ def evaluate(
     "--abstain",
     "Leave the label empty where that set has more than one label.  [--coverage: 0.95]",
 )
-@options.own_network
+@options.own_network("PREDICTOR")
 @options.batch_size
 @options.workers
 @options.max_pixels
-@click.option("--device", metavar="DEVICE", default="auto", help=f"{options.DEVICES}.")
+@options.device
 @options.excel
 @options.force
 @options.json_output
@@ -153,7 +153,7 @@ def predict(
 @click.command("export-model", cls=Command)
 @options.path_argument("predictor")
 @options.output("FILE", "File to write: .onnx, or .pt2 for torch.export.load.", required=True)
-@options.own_network
+@options.own_network("PREDICTOR")
 @options.force
 @options.json_output
 def export_model(predictor: Path, output: Path, force: bool, as_json: bool, **network: Any) -> None:

@@ -1,4 +1,4 @@
-"""Feature files: ``featcache info``, ``verify``, ``audit`` and ``export``.
+"""Feature files: ``featcache info``, ``verify``, ``audit``, ``similar`` and ``export``.
 
 The first two describe predictors too.
 """
@@ -6,6 +6,7 @@ The first two describe predictors too.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -78,6 +79,39 @@ def audit(store: Path, output: Path, as_json: bool, **how: bool) -> None:
     values = {"store": str(store), "output": str(output), "images": findings.n_images}
     values |= {"findings": [vars(one) for one in findings], "notes": findings.notes}
     show(as_json, values, str(findings), output=output)
+
+
+@click.command(cls=Command)
+@options.path_argument("store")
+@click.argument("images", metavar="IMAGE|ID...", nargs=-1, required=True)
+@click.option(
+    "--top-k", **options.count(), default=10, help="Number of images to list for each one."
+)
+@options.layer("Layer of STORE to compare. May be repeated. Default: all of STORE, side by side.")
+@options.own_network("STORE")
+@options.batch_size
+@options.workers
+@options.max_pixels
+@options.device
+@options.json_output
+def similar(
+    store: Path,
+    images: tuple[str, ...],
+    top_k: int,
+    layers: tuple[str, ...],
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """List the images of STORE that look most like others.
+
+    The others are ids of STORE, or image files or folders. What is both an id and a file is taken
+    as the id; for the file, type ./FILE. Images are compared by the cosine of their features; those
+    of files are computed by the network of STORE.
+    """
+    opened = featcache.FeatureStore.open(store)
+    found = featcache.similar(opened, images, top_k, layers=list(layers) or None, **settings)
+    values = {"store": str(store), "similar": [one.to_dict() for one in found]}
+    show(as_json, values, "\n\n".join(map(str, found)))
 
 
 @click.command(cls=Command)

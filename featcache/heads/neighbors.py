@@ -24,15 +24,14 @@ from featcache.heads.steps import (
     Neighbors,
     Step,
     Unit,
-    nearest,
     needed_neighbors,
 )
+from featcache.system.nearest import nearest
 
 NEIGHBORS = (1, 3, 5, 10, 20, 100, 200)
 TEMPERATURES = (0.02, 0.05, 0.15)
 
 _COUNTS = (128, 256)  # of principal components
-_QUERIES = 1024  # rows compared at a time
 _VOTES = 1 << 22  # neighbours whose votes are counted at a time
 _WORK = 2e13  # multiplications and additions that each treatment may take: two minutes
 _FEWEST_QUERIES = 10_000
@@ -141,7 +140,7 @@ class NeighborsHead(HeadKind):
         factors = class_factors(self.options.class_weight, rows.classes, codes, weight)
         count = needed_neighbors(weight, max(NEIGHBORS))
         unit, step, scores = Unit()(X[numbers]), max(1, _VOTES // count), []
-        similar, found = nearest_in_parts(X[rows.rows(valid)], unit, count)
+        similar, found = nearest(Unit()(X[rows.rows(valid)]), unit, count)
         for k, temperature in itertools.product(NEIGHBORS, TEMPERATURES):
             neighbors = Neighbors(unit, codes, weight, factors, k, temperature)
             proba = np.empty((len(found), len(factors)))
@@ -182,15 +181,3 @@ def _keep_steadiest(search: Search) -> None:
 def _prepared(params: Params, random_state: int) -> Preparation:
     """Return what comes before the head: it scales columns where it does nothing else."""
     return Preparation.of(params, random_state, scaled=params["treatment"] == "standard")
-
-
-def nearest_in_parts(
-    X: np.ndarray, references: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what `nearest` finds for rows (q, d) of any length, some at a time."""
-    parts = [
-        nearest(Unit()(X[start : start + _QUERIES]), references, count)
-        for start in range(0, max(1, len(X)), _QUERIES)
-    ]
-    similar, found = (np.concatenate(one) for one in zip(*parts, strict=True))
-    return similar, found

@@ -16,15 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from featcache.system.nearest import BLOCK, SHORTEST, nearest, unit
+
 Array = npt.NDArray[Any]
 Number = Annotated[float, ("float64",)]
 
 _FLOAT = ("float32", "float64")
 _INTEGER = ("int32", "int64")
 _SMALLEST_PROBABILITY = 1e-4  # before a logarithm: votes are often exactly zero
-_SHORTEST = 1e-15  # rows whose squares are not float32's rounding
 _STEEPNESS = 4.0  # of the votes between two classes
-_REFERENCES = 4096  # neighbours compared with a block of rows at a time
 _MOST = 4096  # neighbours that are looked at
 
 
@@ -135,10 +135,7 @@ class Unit(Step):
 
     def __call__(self, X: Array) -> Array:
         """Return the scaled rows in a new array."""
-        length = np.sqrt(np.einsum("ij,ij->i", X, X))[:, None]
-        length[length < _SHORTEST] = 1.0
-        scaled: Array = X / length
-        return scaled
+        return unit(X)
 
     def module(self) -> nn.Module:
         """Return the layer."""
@@ -151,7 +148,7 @@ class UnitLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return rows of length 1, of shape (b, d)."""
         length = x.norm(dim=1, keepdim=True)
-        return x / torch.where(length < _SHORTEST, 1.0, length)
+        return x / torch.where(length < SHORTEST, 1.0, length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -424,7 +421,7 @@ class Neighbors(Step):
     @property
     def cells(self) -> int:
         """A row's similarities to some of the rows."""
-        return min(len(self.rows), _REFERENCES)
+        return min(len(self.rows), BLOCK)
 
     def _check_values(self) -> None:
         k = len(self.factors)
@@ -440,38 +437,6 @@ def needed_neighbors(weights: Array, n_neighbors: float) -> int:
     Never more than 4,096: only weights far below 1 could ask for more.
     """
     return int(min(len(weights), _MOST, np.ceil(n_neighbors / weights.min())))
-
-
-def nearest(queries: Array, references: Array, count: int) -> tuple[Array, Array]:
-    """Find the most similar references of each query, with the memory of one block.
-
-    Parameters
-    ----------
-    queries : ndarray of shape (q, d)
-        Rows of length 1, float32 or float64.
-    references : ndarray of shape (n, d)
-        Rows of length 1, float32 or float64.
-    count : int
-        How many, at most n.
-
-    Returns
-    -------
-    similarities : ndarray of shape (q, count)
-        Falling.
-    indices : ndarray of shape (q, count), int64
-        Rows of `references`.
-    """
-    best = torch.from_numpy(np.empty((len(queries), 0), queries.dtype))
-    where = torch.empty(best.shape, dtype=torch.int64)
-    for start in range(0, len(references), _REFERENCES):
-        block = slice(start, min(start + _REFERENCES, len(references)))
-        values = torch.from_numpy(queries @ references[block].astype(queries.dtype, copy=False).T)
-        indices = torch.arange(block.start, block.stop).expand(values.shape)
-        if len(best.T):
-            values, indices = torch.cat([best, values], dim=1), torch.cat([where, indices], dim=1)
-        best, chosen = values.topk(min(count, values.shape[1]), dim=1)
-        where = indices.gather(1, chosen)
-    return best.numpy(), where.numpy()
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch is imported by who builds a network: to compare takes
     from featcache.networks.backbone import Backbone
     from featcache.pixels.preprocessing import Preprocessing
 
-__all__ = ["choose", "difference", "named", "public_weights", "rebuild", "spec_of"]
+__all__ = ["choose", "difference", "public_weights", "rebuild", "spec_of"]
 
 _MOST_VALUES = 2**30  # of one image's pixels: 1 GiB; 300 views of 1,000 x 1,000 fit
 
@@ -88,23 +88,23 @@ def rebuild(
 
     if fingerprint.source == "module":
         raise PredictorError(
-            f"The predictor's network, {fingerprint.backbone}, was given as a module; no name "
-            "leads back to it. Give it again: predictor.attach(Backbone(module, "
-            "preprocessing=...))."
+            f"The network of the features, {fingerprint.backbone}, was given as a module; no name "
+            "leads back to it. Give it again: Backbone(module, preprocessing=...), a predictor's "
+            "with predictor.attach(...)."
         )
     # Whatever the source is said to be: a name with a colon would be imported.
     if backbone is None and (fingerprint.source == "callable" or ":" in fingerprint.backbone):
         raise PredictorError(
-            f"The predictor's network comes from the callable {fingerprint.backbone}. What a "
-            "predictor names is not imported: name it again with --backbone "
-            "PACKAGE.MODULE:CALLABLE (library: predictor.attach)."
+            f"The network of the features comes from the callable {fingerprint.backbone}. What a "
+            "file names is not imported: name it again with --backbone PACKAGE.MODULE:CALLABLE "
+            "(library: predictor.attach)."
         )
     chosen = weights if weights is not None else public_weights(fingerprint)
     if chosen is None and fingerprint.weights != "as given":
         raise PredictorError(
-            f"The predictor was trained on {spec_of(fingerprint)} with weights from a file, "
-            f"{fingerprint.weights}. What a predictor names is not opened: name the file again "
-            "with --weights FILE (library: predictor.attach)."
+            f"The features are those of {spec_of(fingerprint)} with weights from a file, "
+            f"{fingerprint.weights}. What a file names is not opened: name the file of weights "
+            "again with --weights FILE (library: predictor.attach)."
         )
     spec = backbone if backbone is not None else spec_of(fingerprint)
     file = fingerprint.checkpoint or {}
@@ -141,19 +141,33 @@ def _preprocessing(fingerprint: Fingerprint) -> Preprocessing:
 
 
 def choose(
-    fingerprints: Sequence[Fingerprint], given: Backbone | Sequence[Backbone] | None
+    fingerprints: Sequence[Fingerprint],
+    given: Backbone | Sequence[Backbone] | str | None,
+    weights: str | Path | None = None,
 ) -> list[Backbone]:
     """Return a network for every fingerprint: one of those given, or built by its public name.
+
+    Parameters
+    ----------
+    fingerprints : sequence of Fingerprint
+        Of the features.
+    given : Backbone, list of Backbone, or str, optional
+        Networks, or the name of one.
+    weights : str or Path, optional
+        Of the one that is named, or that has no public weights.
 
     Raises
     ------
     FingerprintMismatch
-        If a network is not the one of training; with the difference, field by field.
+        If a network is not the one of the features; with the difference, field by field.
     PredictorError
         If the user must name what is not public.
     """
     from featcache.networks.backbone import Backbone
 
+    if isinstance(given, str) or weights is not None:
+        name = given if isinstance(given, str) else None
+        given = rebuild(_named(fingerprints, name), backbone=name, weights=weights)
     offered = [given] if isinstance(given, Backbone) else list(given or ())
     networks = []
     for fingerprint in fingerprints:
@@ -165,7 +179,7 @@ def choose(
         unlike, network = min(compared, key=lambda pair: len(pair[0]))
         if unlike:
             raise FingerprintMismatch(
-                f"The network is not the one that the predictor was trained on:\n{unlike}"
+                f"The network is not the one that the features are of:\n{unlike}"
             )
         networks.append(network)
     return networks
@@ -177,10 +191,10 @@ def _unlike(network: Backbone, fingerprint: Fingerprint) -> str:
         store_dtype=fingerprint.store_dtype,
         augmentation=fingerprint.augmentation,
     )
-    return difference(fingerprint, found, ("predictor", "network"))
+    return difference(fingerprint, found, ("features", "network"))
 
 
-def named(fingerprints: Sequence[Fingerprint], backbone: str | None) -> Fingerprint:
+def _named(fingerprints: Sequence[Fingerprint], backbone: str | None) -> Fingerprint:
     """Return the fingerprint that a name on the command line means.
 
     Raises
@@ -195,5 +209,5 @@ def named(fingerprints: Sequence[Fingerprint], backbone: str | None) -> Fingerpr
     candidates = private or list(fingerprints)
     if len(candidates) > 1:
         names = ", ".join(spec_of(one) for one in fingerprints)
-        raise PredictorError(f"The predictor uses several networks: name one of {names}.")
+        raise PredictorError(f"The features are of several networks: name one of {names}.")
     return candidates[0]

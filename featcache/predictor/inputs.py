@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import FingerprintMismatch
+from featcache.errors import FingerprintMismatch, PredictorError
 from featcache.fingerprint import Fingerprint
 from featcache.networks.identity import difference
 
@@ -105,3 +106,46 @@ def distance(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
     """Return the largest difference relative to the largest expected value; NaN if there is one."""
     scale = float(np.abs(expected).max(initial=0.0)) or 1.0
     return float(np.abs(found.astype(np.float64) - expected).max(initial=0.0)) / scale
+
+
+def check_canaries(
+    names: Sequence[str],
+    found: npt.NDArray[Any],
+    expected: npt.NDArray[Any],
+    precisions: Sequence[str],
+    versions: str,
+    what: str = "Predictions",
+) -> None:
+    """Compare features of test images (k, d) with those of the extraction that counts.
+
+    Parameters
+    ----------
+    names : list of str
+        The test images.
+    found, expected : ndarray of shape (k, ...)
+        Their features here and then.
+    precisions : list of str
+        Of the networks' forward passes.
+    versions : str
+        Of which packages here and then.
+    what : str
+        What such features are for.
+
+    Raises
+    ------
+    PredictorError
+        They have nothing to do with each other. A smaller difference than that is a warning.
+    """
+    limit = max(CLOSE[one] for one in precisions)
+    off = [distance(a, b) for a, b in zip(found, expected, strict=True)]
+    worst = int(np.argmax(off))
+    if off[worst] <= limit:
+        return
+    text = (
+        f"The canary image {names[worst]!r} gives features that differ from those at training by "
+        f"{off[worst]:.2g} of the largest; up to {limit:g} is rounding. Another Pillow, torch or "
+        f"device decodes, resizes or computes differently: {versions}."
+    )
+    if not off[worst] <= FAR:
+        raise PredictorError(f"{text} {what} would be meaningless.")
+    warnings.warn(f"{text} {what} may differ slightly.", stacklevel=5)

@@ -11,7 +11,6 @@ make these rows of the canary images (another Pillow, torch or device might not)
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -387,11 +386,8 @@ class Predictor:
         PredictorError
             The predictor has several networks and none is named, or one that no name leads to.
         """
-        if backbone is None or isinstance(backbone, str):
-            chosen = identity.named(self.fingerprints, backbone)
-            backbone = identity.rebuild(chosen, backbone=backbone, weights=weights)
         self._checked = False
-        self._networks = identity.choose(self.fingerprints, backbone)
+        self._networks = identity.choose(self.fingerprints, backbone, weights)
         self._bind(self._networks)
         return self
 
@@ -443,19 +439,9 @@ class Predictor:
                 for network, fingerprint in zip(networks, self.fingerprints, strict=True)
             ]
         )
-        limit = max(inputs.CLOSE[one.precision] for one in self.fingerprints)
-        off = [inputs.distance(a, b) for a, b in zip(found, kept.x, strict=True)]
-        worst = int(np.argmax(off))
-        if not off[worst] <= limit:
-            text = (
-                f"The canary image {kept.names[worst]!r} gives features that differ from those at "
-                f"training by {off[worst]:.2g} of the largest; up to {limit:g} is rounding. "
-                "Another Pillow, torch or device decodes, resizes or computes differently: "
-                f"{file.then_and_now(self.versions)}."
-            )
-            if not off[worst] <= inputs.FAR:
-                raise PredictorError(f"{text} Predictions would be meaningless.")
-            warnings.warn(f"{text} Predictions may differ slightly.", stacklevel=4)
+        precisions = [one.precision for one in self.fingerprints]
+        versions = file.then_and_now(self.versions)
+        inputs.check_canaries(kept.names, found, kept.x, precisions, versions)
         self._checked = True
 
     def _columns_of(

@@ -26,8 +26,9 @@ from featcache.results.evaluation import Evaluation
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
 from featcache.study.audit import Findings, suspicious_labels
-from featcache.study.maps import METHODS, Method, centred, embed, nearest_rows, pooled
+from featcache.study.maps import METHODS, Method, centred, embed, pooled
 from featcache.system.files import atomic_write, check_overwrite
+from featcache.system.nearest import nearest, unit
 from featcache.version import __version__
 
 __all__ = ["write_report"]
@@ -285,8 +286,8 @@ def _duplicates(
     if not len(mine) or not len(others):
         note = "The store has no images on the other side of the split."
         return {"note": note, "pairs": []}
-    X = centred(store, evaluation.layers)
-    similar, rows = nearest_rows(X[mine], X[others])
+    X = unit(centred(store, evaluation.layers))
+    similar, rows = nearest(X[mine], X[others], 1)
     near = np.flatnonzero(similar[:, 0] >= _NEAR)
     near = near[np.argsort(-similar[near, 0], kind="stable")]
 

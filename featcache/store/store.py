@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from featcache.errors import (
     CorruptStore,
@@ -45,6 +46,7 @@ from featcache.store import checksums, disk, format
 from featcache.store.checksums import VerifyReport
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, Canaries, Dataset, Failure
+from featcache.system.nearest import nearest, unit, without
 from featcache.system.tables import counted, first_names, html_table, typed
 
 __all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "VerifyReport"]
@@ -727,7 +729,7 @@ class FeatureStore:
                 shape=(len(self), *dataset.shape[1:]),
             )
 
-    def _read(self, name: str, part: slice, out: np.ndarray) -> None:
+    def _read(self, name: str, part: slice, out: np.ndarray, checked: bool = True) -> None:
         """Fill `out` with the rows `part` of this store, converted to its type.
 
         In pieces that stay in the processor's cache, through one small buffer: new memory for each
@@ -743,7 +745,8 @@ class FeatureStore:
             target = out[start - part.start : stop - part.start]
             piece = target if direct else buffer[: stop - start]
             source.fetch(tap, start, piece)
-            source.check(tap, start, piece)
+            if checked:
+                source.check(tap, start, piece)
             if not direct:
                 convert(piece.reshape(target.shape), target)
 
@@ -833,12 +836,14 @@ class FeatureStore:
             self._read_block(names, part, block)
             yield part, block
 
-    def _read_block(self, names: Sequence[str], part: slice, out: np.ndarray) -> None:
+    def _read_block(
+        self, names: Sequence[str], part: slice, out: np.ndarray, checked: bool = True
+    ) -> None:
         """Fill `out` ([m, [views,] d]) with taps side by side."""
         column = 0
         for name in names:
             width = self.taps[name].width
-            self._read(name, part, out[..., column : column + width])
+            self._read(name, part, out[..., column : column + width], checked)
             column += width
 
     def to_pandas(self, layers: str | Sequence[str] | None = None) -> Any:
@@ -877,6 +882,84 @@ class FeatureStore:
 
         return to_pandas(self, layers)
 
+    def nearest(
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        *,
+        layers: str | Sequence[str] | None = None,
+        exclude: npt.ArrayLike | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the rows whose features have the largest cosine with each query: exact, in one pass.
+
+        The pass takes the memory of one small block, and does not compare rows with their
+        checksums; `verify` does. Views are averaged, and several taps stand side by side.
+
+        Parameters
+        ----------
+        queries : array of int, shape (q,), or of float, shape (q, d) or (q, views, d)
+            Rows of this store, which are not listed among their own neighbours, or features as
+            `matrix` gives them.
+        k : int
+            Neighbours, at most as many as there are.
+        layers : str or list of str, optional
+            Taps; None = all.
+        exclude : array of int, shape (q,), optional
+            For each query of features a row that is not listed, such as its own; -1 = none.
+
+        Returns
+        -------
+        cosines : ndarray of float32, shape (q, k)
+            Falling.
+        rows : ndarray of int64, shape (q, k)
+
+        Raises
+        ------
+        MissingFeatures
+            No such tap; near names are given.
+        IndexError
+            A row that is not there.
+        ValueError
+            Queries of another shape, or with numbers that are not finite; `k` below 1.
+
+        Examples
+        --------
+        >>> import featcache as fc
+        >>> images = fc.ImageSet.open("flowers").select([0, 1, 2, 40, 41])
+        >>> store = fc.extract(images, fc.Backbone("resnet18", weights=None), "five.h5")
+        >>> cosines, rows = store.nearest([0], k=3)  # by row
+        >>> store.ids[rows].shape
+        (1, 3)
+        >>> X = store.matrix()[3:]
+        >>> store.nearest(X, k=1)[1]  # by features: each is its own nearest
+        array([[3],
+               [4]])
+        """
+        names, asked = self.resolve(layers), np.asarray(queries)
+        if asked.dtype.kind in "iu" and asked.ndim == 1:
+            exclude, asked = asked % max(len(self), 1), self.select(asked).matrix(names)
+        asked = _one_view(asked.astype(np.float32))
+        if k < 1 or asked.shape[1:] != (self.width(names),) or not np.isfinite(asked).all():
+            raise ValueError(
+                f"Expected rows (q,) or finite features (q, {self.width(names)}), and k from 1 on; "
+                f"got {np.shape(queries)} and {k}."
+            )
+        shape = (*self._head(1)[1:], self.width(names))
+        most = _PIECE_BYTES * min(8, len(asked))  # for one query, a piece stays in the cache
+        size = max(1, min(len(self), most // (4 * math.prod(shape))))
+        piece = np.empty((size, *shape), np.float32)
+
+        def pieces() -> Iterator[np.ndarray]:
+            for start in range(0, len(self), size):
+                block = piece[: len(self) - start]
+                self._read_block(names, slice(start, start + len(block)), block, checked=False)
+                yield _one_view(block)
+
+        if exclude is None:
+            return nearest(unit(asked), pieces(), min(k, len(self)))
+        found = nearest(unit(asked), pieces(), min(k + 1, len(self)))
+        return without(*found, np.asarray(exclude))
+
     def stored_rows(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Return features as stored, and which rows match their checksums.
 
@@ -906,6 +989,11 @@ class FeatureStore:
         Finds flipped bits, torn, lost and swapped writes, in features and tables.
         """
         return checksums.verify(self._unchecked)
+
+
+def _one_view(X: np.ndarray) -> np.ndarray:
+    """Return the mean of the views, if there are any: (n, views, d) -> (n, d)."""
+    return X.mean(axis=1) if X.ndim == 3 else X
 
 
 def _open_finished(path: str) -> StoreFile:

@@ -40,11 +40,12 @@ from featcache.results.evaluation import Evaluation
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import out_of_fold
-from featcache.study.maps import centred, nearest_rows, pooled
+from featcache.study.maps import centred, pooled
 from featcache.study.options import TrainingOptions
 from featcache.study.parts import folds_of
 from featcache.study.train import head_names
 from featcache.system.files import atomic_write, check_overwrite, csv_writer, is_table
+from featcache.system.nearest import nearest, unit, without
 from featcache.system.tables import counted, first_names
 
 __all__ = ["Finding", "Findings", "audit", "suspicious_labels"]
@@ -355,9 +356,5 @@ def _nearest_others(
     X: npt.NDArray[Any], k: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Return cosines and rows of the k nearest other images, the nearest first: (n, k) each."""
-    X = centred(X)
-    similar, rows = nearest_rows(X, X, k + 1)
-    other = rows != np.arange(len(X))[:, None]
-    # Among copies of itself an image may not be its own nearest; then the last one goes.
-    other[other.all(axis=1), -1] = False
-    return similar[other].reshape(-1, k), rows[other].reshape(-1, k)
+    X = unit(centred(X))
+    return without(*nearest(X, X, k + 1), np.arange(len(X)))

@@ -1,4 +1,4 @@
-"""Two-dimensional maps and nearest neighbours of features.
+"""Two-dimensional maps of features, and features whose cosines mean something.
 
 Nearness is the cosine after the mean of all features was taken off: features behind a ReLU all
 point the same way, so that the plain cosine of two unrelated images is often over 0.9.
@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import MissingExtra, TrainingError
-from featcache.heads.neighbors import nearest_in_parts
-from featcache.heads.steps import Unit
 from featcache.store.store import FeatureStore
 
-__all__ = ["METHODS", "Neighbor", "centred", "embed", "nearest", "nearest_rows", "pooled"]
+__all__ = ["METHODS", "centred", "embed", "pooled"]
 
 Method = Literal["pca", "tsne", "umap"]
 METHODS: Mapping[Method, str] = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -162,76 +159,3 @@ def centred(
     centred: npt.NDArray[np.float32] = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
     middle = ~centred.any(axis=1)
     return np.column_stack([centred, middle.astype(np.float32)]) if middle.any() else centred
-
-
-def nearest_rows(
-    queries: npt.NDArray[Any], base: npt.NDArray[Any], k: int = 1
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Find the k rows of `base` nearest to each query.
-
-    Parameters
-    ----------
-    queries, base : ndarray of shape (m, d), (n, d)
-        Features that `centred` returned.
-    k : int
-        At most n.
-
-    Returns
-    -------
-    similarity : ndarray of float32, shape (m, k)
-        Cosines, the largest first.
-    rows : ndarray of int64, shape (m, k)
-        Rows of `base`.
-    """
-    return nearest_in_parts(queries, Unit()(base), min(k, len(base)))
-
-
-@dataclass(frozen=True)
-class Neighbor:
-    """An image near another.
-
-    Attributes
-    ----------
-    id, label : str
-        The image and its label.
-    similarity : float
-        Cosine, from -1 to 1.
-    """
-
-    id: str
-    label: str
-    similarity: float
-
-
-def nearest(
-    store: FeatureStore, image: str, k: int = 8, *, layers: str | Sequence[str] | None = None
-) -> list[Neighbor]:
-    """Return the k images whose features are most like those of one image of the store.
-
-    Parameters
-    ----------
-    store : FeatureStore
-        Where to look.
-    image : str
-        Id of the image; it is not listed itself.
-    k : int
-        Neighbours.
-    layers : str or list of str, optional
-        Taps to use; None: all.
-
-    Raises
-    ------
-    KeyError
-        The store has no such image.
-    """
-    own = store.ids == image
-    if not own.any():
-        raise KeyError(f"{', '.join(store.paths)} has no image {image!r}.")
-    X = centred(store, layers)
-    similar, rows = nearest_rows(X[own], X, k + 1)
-    found = [
-        Neighbor(str(store.ids[row]), str(store.labels[row]), float(cosine))
-        for row, cosine in zip(rows[0], similar[0], strict=True)
-        if not own[row]
-    ]
-    return found[:k]

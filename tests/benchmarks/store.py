@@ -3,12 +3,19 @@
 200,000 rows of 2,048 float16 (0.8 GB), in batches of 64 as an extraction writes them. Every figure
 is gigabytes of stored features a second; "write" includes the checksums, and "write, on the
 disk" the final fsync. "copy" is the yardstick: the same bytes with ``os.pwrite`` alone.
+
+``--nearest FOLDER`` measures instead how fast `FeatureStore.nearest` is on a million rows of 512
+float32 (2 GB, written to FOLDER and deleted), beside one numpy pass over the same array, mapped;
+``FOLDER`` may be ``/dev/shm``. Memory is that of the process which only searches.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,12 +43,53 @@ def timed(what: str, size: int, call: Callable[[], Any]) -> Any:
     return result
 
 
+FLOATS = dataclasses.replace(FINGERPRINT, store_dtype="float32")
+SEARCH = """
+import resource, sys, time
+import numpy as np
+from featcache.store.store import FeatureStore
+import torch
+store = FeatureStore.open(sys.argv[1])
+queries = np.random.default_rng(1).standard_normal((int(sys.argv[2]), store.width()), np.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(5):
+    if sys.argv[3] == "pass":
+        mapped = store._mapped(next(iter(store.taps)))
+    clock, processor = time.perf_counter(), time.process_time()
+    mapped @ queries[0] if sys.argv[3] == "pass" else store.nearest(queries)
+    clock, processor = time.perf_counter() - clock, time.process_time() - processor
+    print(f"  {sys.argv[3]:8} {len(queries):4} queries {clock:7.3f} s, {processor:7.3f} s of CPU")
+    sys.stdout.flush()
+most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(f"  peak {most / 1e6:.2f} GB, {before / 1e6:.2f} GB of it before the search")
+"""
+
+
+def nearest(folder: str) -> None:
+    """Compare the search for nearest rows with one pass over the mapped array."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        path, n, d, batch = Path(place) / "a.h5", 1_000_000, 512, 10_000
+        rng = np.random.default_rng(0)
+        with FeatureWriter.begin(path, Images(n).tables, {TAP: (d,)}, fingerprint=FLOATS) as writer:
+            for start in range(0, n, batch):
+                sha256 = rng.integers(0, 256, (batch, 32), dtype=np.uint8)
+                values = rng.standard_normal((batch, d), np.float32)
+                writer.write(np.arange(start, start + batch), {TAP: values}, sha256=sha256)
+            writer.finish()
+        for queries, what in ((1, "pass"), (1, "nearest"), (1, "pass"), (10, "nearest")):
+            subprocess.run([sys.executable, "-c", SEARCH, path, str(queries), what], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--nearest", metavar="FOLDER")
     options = parser.parse_args()
+    if options.nearest:
+        nearest(options.nearest)
+        return
     torch.set_num_threads(1)
     n, d, batch = options.rows, options.width, options.batch
     rng = np.random.default_rng(0)

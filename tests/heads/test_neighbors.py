@@ -14,9 +14,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featcache.heads.neighbors import CosineNeighbors
 from featcache.heads.rows import FeatureBlocks, stratified
-from featcache.heads.steps import nearest
 from featcache.heads.table import HEADS
 from featcache.store.splitting import folds
+from featcache.system.nearest import nearest
 from tests.scores import logits
 
 
@@ -63,7 +63,7 @@ def test_nearest_is_the_same_in_one_block_and_in_many(monkeypatch):
     X, _ = mixture(500)
     unit = X / np.linalg.norm(X, axis=1, keepdims=True)
     whole = nearest(unit[:30], unit, 25)
-    monkeypatch.setattr("featcache.heads.steps._REFERENCES", 37)
+    monkeypatch.setattr("featcache.system.nearest.BLOCK", 37)
     pieces = nearest(unit[:30], unit, 25)
     np.testing.assert_array_equal(whole[1], pieces[1])
     np.testing.assert_allclose(whole[0], pieces[0], rtol=1e-5)

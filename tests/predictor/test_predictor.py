@@ -369,7 +369,7 @@ def test_another_network_is_refused_field_by_field(
 ) -> None:
     with pytest.raises(FingerprintMismatch) as error:
         predictor.attach(own(seed=1)).predict(flower_folder)
-    assert "backbone: 'small0' (predictor), 'small1' (network)" in str(error.value)
+    assert "backbone: 'small0' (features), 'small1' (network)" in str(error.value)
     assert "state_sha256" in str(error.value)
     other = Backbone(network(), preprocessing=Preprocessing(resize=40, crop=32), name="small0")
     with pytest.raises(FingerprintMismatch, match=r"preprocessing\.resize: 36 .* 40"):
@@ -427,14 +427,14 @@ def test_a_path_posing_as_a_public_name_is_not_opened(
         values["fingerprints"][0]["weights"] = "evil.pth"
 
     loaded = Predictor.load(edited(named, tmp_path, pose))
-    with pytest.raises(PredictorError, match="What a predictor names is not opened"):
+    with pytest.raises(PredictorError, match="What a file names is not opened"):
         loaded.predict(flower_folder)
 
     def unknown(values: dict[str, Any]) -> None:
         values["fingerprints"][0]["backbone"] = "../evil"
 
     loaded = Predictor.load(edited(named, tmp_path, unknown))
-    with pytest.raises(PredictorError, match="What a predictor names is not opened"):
+    with pytest.raises(PredictorError, match="What a file names is not opened"):
         loaded.predict(flower_folder)
 
 

@@ -21,7 +21,7 @@ from featcache.report.plots import (
 from featcache.results.evaluation import Evaluation
 from featcache.store.store import FeatureStore
 from featcache.study.learning_curve import learning_curve
-from featcache.study.maps import embed, nearest
+from featcache.study.maps import embed
 from tests.labelled import clusters, make_store
 from tests.reported import case, leaderboard
 
@@ -107,15 +107,6 @@ def test_umap_missing_says_what_to_install(
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(MissingExtra, match=r"featcache\[report\]"):
         embed(store, "umap")
-
-
-def test_the_nearest_images_are_of_the_same_class(store: FeatureStore) -> None:
-    found = nearest(store, "00004.jpg", 5, layers="late")
-    assert [one.label for one in found] == ["rose"] * 5
-    assert "00004.jpg" not in [one.id for one in found]
-    assert [one.similarity for one in found] == sorted((o.similarity for o in found), reverse=True)
-    with pytest.raises(KeyError, match="no image 'x'"):
-        nearest(store, "x")
 
 
 # --- learning curves -------------------------------------------------------------------------
