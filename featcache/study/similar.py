@@ -109,7 +109,8 @@ def similar(
     >>> images = fc.ImageSet.open("flowers").select([0, 1, 2, 40, 41])
     >>> network = fc.Backbone("resnet18", weights=None)
     >>> store = fc.extract(images, network, "similar.h5")
-    >>> one, new = fc.similar(store, ["dahlia/00.jpg", "flowers/palace/03.jpg"], 1, backbone=network)
+    >>> asked = ["dahlia/00.jpg", "flowers/palace/03.jpg"]
+    >>> one, new = fc.similar(store, asked, 1, backbone=network)
     >>> one.query, len(one.nearest)
     ('dahlia/00.jpg', 1)
     """
