@@ -140,7 +140,7 @@ def show(
     elif output in (None, STDOUT):
         say(text, err=output is not None)
     else:
-        say(f"{output}: {text}")
+        say(f"{printable(str(output))}: {text}")
 
 
 def say(text: object, *, err: bool = False) -> None:

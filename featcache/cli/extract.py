@@ -13,7 +13,7 @@ import featcache
 from featcache.cli import options
 from featcache.cli.command import Command, print_json, say
 from featcache.system.console import doing
-from featcache.system.tables import text_table
+from featcache.system.tables import printable, text_table
 
 
 @click.command(cls=Command)
@@ -138,4 +138,4 @@ def extract(
         about = {"classes": found.classes, "ignored": found.ignored, "notes": found.notes}
         print_json({"store": str(output), **about, **store.extraction.to_dict()})
     else:
-        say(f"{output}: {store.extraction}")
+        say(f"{printable(str(output))}: {store.extraction}")

@@ -12,6 +12,7 @@ import featcache
 from featcache.cli import options
 from featcache.cli.command import Command, print_json, say, show
 from featcache.system.files import STDOUT
+from featcache.system.tables import printable
 
 
 def _load(predictor: Path, **network: Any) -> featcache.Predictor:
@@ -61,7 +62,7 @@ def evaluate(
             leaderboard=loaded.leaderboard,
             force=force,
         )
-    written = "" if report is None else f"\n\nreport: {report}"
+    written = "" if report is None else f"\n\nreport: {printable(str(report))}"
     show(as_json, evaluation.to_dict(), f"{evaluation.to_text()}{written}")
 
 

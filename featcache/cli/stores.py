@@ -15,7 +15,7 @@ from featcache.cli import options
 from featcache.cli.command import Command, show
 from featcache.errors import CorruptStore
 from featcache.system.files import STDOUT
-from featcache.system.tables import counted
+from featcache.system.tables import counted, printable
 
 
 def _opened(path: Path) -> featcache.FeatureStore | featcache.Predictor:
@@ -56,7 +56,7 @@ def verify(file: Path, as_json: bool) -> None:
         report = opened.verify()
         found, text = report.to_dict(), str(report)
     if as_json or found["ok"]:
-        show(as_json, {"file": str(file), **found}, f"{file}: {text}")
+        show(as_json, {"file": str(file), **found}, f"{printable(str(file))}: {text}")
     if not found["ok"]:
         raise CorruptStore(text)
 

@@ -22,6 +22,7 @@ from featcache.study.options import TrainingOptions
 from featcache.study.parts import hold_out
 from featcache.study.train import head_names, train
 from featcache.system.files import check_overwrite
+from featcache.system.tables import printable
 from featcache.version import __version__
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ class TrainedFile:
 
     def to_text(self) -> str:
         """Return the table, and where the predictor is, for people."""
-        last = f"saved: {self.output}"
+        output = printable(str(self.output))
+        last = f"saved: {output}"
         if self.up_to_date:
             last = (
-                f"{self.output}: nothing to do, it was trained on the same features by the same "
-                "request"
+                f"{output}: nothing to do, it was trained on the same features by the same request"
             )
         return f"{self.leaderboard.to_text()}\n{last}"
 

@@ -100,6 +100,18 @@ def test_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "There is no feature file" in run("info", odd.with_suffix(".no"), status=1)
 
 
+def test_a_line_break_in_a_name_makes_no_line_of_its_own(tmp_path: Path) -> None:
+    images, odd = small.folder(tmp_path / "images", 6), tmp_path / "a\nintact.h5"
+    predictor = odd.with_suffix(".featcache")
+    for argv in (
+        ("extract", images, "-o", odd, *BACKBONE),
+        ("verify", odd),
+        ("export", odd, "-o", odd.with_suffix(".csv")),
+        ("train", odd, "-o", predictor, "--head", "ridge", "--cv", "2"),
+    ):
+        assert "a\\nintact" in (said := run(*argv)) and "a\nintact" not in said, argv
+
+
 def test_a_limit_of_open_files_is_not_reported_as_damage(store: Path) -> None:
     run("verify", store)  # what is imported at the first use
     with Path(os.devnull).open() as file:
