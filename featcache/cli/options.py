@@ -264,7 +264,18 @@ training = stacked(
         "the network); knn compares by cosine. May be repeated.  "
         "[default: linear, svm, rbf-svm, forest]",
     ),
-    click.option("--cv", **count(2), default=5, help="Number of folds of the cross-validation."),
+    click.option(
+        "--cv",
+        **count(2),
+        default=5,
+        help="Number of folds of the cross-validation; fewer where classes have fewer images.",
+    ),
+    click.option(
+        "--min-images",
+        **count(),
+        default=1,
+        help="Leave out, and list, classes of fewer images (with --group: of fewer groups).",
+    ),
     click.option(
         "--test-size",
         type=share,

@@ -40,6 +40,10 @@ def train(
     other if their features come from the same network and layers, else side by side, by the ids of
     their images.
 
+    The table shows how far each head is from the best, image by image, with a 95 % interval, and
+    the simplest head that is not clearly worse. The baseline calls every image by the commonest
+    class.
+
     With --head suffix the rest of the network is trained, on maps that STORES keep (extract them
     with --layer LAYER:input:map). If it is interrupted, the same command resumes after the last
     finished epoch.

@@ -139,6 +139,11 @@ class SearchOptions:
         return decides if isinstance(decides, str) else getattr(decides, "__name__", "score")
 
     @property
+    def balances(self) -> bool:
+        """Whether balanced accuracy tells heads apart, and not accuracy."""
+        return self.class_weight is not None or self.scoring == "balanced_accuracy"
+
+    @property
     def room(self) -> int:
         """Bytes of working memory."""
         return self.memory or 1 << 30

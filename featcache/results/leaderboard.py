@@ -53,6 +53,10 @@ class LeaderboardRow:
     candidates : tuple of dict
         Every setting that was tried, in order: "params", "score", "fold_scores" (None in a fold
         that does not count), "seconds".
+    difference : Score or None
+        Out-of-fold accuracy less that of the best head, over the images that both scored; see
+        `featcache.results.selection.paired_differences`. Of balanced accuracy where
+        `Leaderboard.difference_of` says so.
     """
 
     head: str
@@ -68,6 +72,7 @@ class LeaderboardRow:
     peak_mb: float
     notes: tuple[str, ...] = ()
     candidates: tuple[Mapping[str, Any], ...] = ()
+    difference: Score | None = None
 
     def __repr__(self) -> str:
         return f"<LeaderboardRow: {self.head}, CV accuracy {self.cv.accuracy}>"
@@ -87,6 +92,7 @@ class LeaderboardRow:
             "cv_score": self.cv_score,
             **self.cv.to_dict("cv_"),
             **_values(self.cv_corrected, "cv_accuracy_corrected"),
+            **difference_values(self.difference),
             **(nothing if self.held_out is None else self.held_out.to_dict()),
             **{name: getattr(self, name) for name in _MEASURED},
             "notes": list(self.notes),
@@ -102,6 +108,7 @@ class LeaderboardRow:
             **{f"cv_{name}": kind for name, kind in FIGURES.items()},
             **_types("cv_accuracy_corrected"),
             **(FIGURES if scored else dict.fromkeys(FIGURES, type(None))),
+            **dict.fromkeys(_DIFFERENCE, float | None),
         }
         del kinds["cv"], kinds["cv_corrected"], kinds["held_out"]
         check_types("leaderboard", values, kinds)
@@ -111,6 +118,9 @@ class LeaderboardRow:
             held_out=Figures.from_dict(values) if scored else None,
             notes=tuple(values["notes"]),
             candidates=tuple(values["candidates"]),
+            difference=None
+            if values["difference"] is None
+            else Score(*(values[name] for name in _DIFFERENCE)),
             **{name: values[name] for name in _GIVEN},
         )
 
@@ -130,6 +140,11 @@ class LeaderboardRow:
 
 _MEASURED = ("search_seconds", "fit_seconds", "predict_us", "peak_mb")
 _GIVEN = ("head", "params", "features", "cv_score", *_MEASURED)
+_DIFFERENCE = ("difference", "difference_low", "difference_high")
+_SIMPLEST_FIRST = (
+    *("ridge", "linear", "svm", "knn", "rbf-svm", "mlp", "forest", "boosting"),
+    "suffix",
+)
 
 
 @dataclass(frozen=True)
@@ -150,6 +165,23 @@ class Leaderboard(Sequence[LeaderboardRow]):
         How the folds were made: "5 folds", "5 nested folds", "validation split".
     notes : tuple of str
         What the reader should know of the comparison as a whole.
+    baseline : LeaderboardRow or None
+        What calling every image by the commonest class (``params["label"]``) gives. It is no head,
+        and not among the rows.
+    difference_of : {"accuracy", "balanced accuracy"}
+        What `LeaderboardRow.difference` is of: the second under class weights, and where it
+        decides.
+
+    Examples
+    --------
+    >>> import featcache as fc
+    >>> images = fc.ImageSet.open("flowers").select(range(0, 80, 4))
+    >>> store = fc.extract(images, fc.Backbone("resnet18", weights=None), "board.h5")
+    >>> board = fc.train(store, head=["svm", "ridge"], cv=3).leaderboard
+    >>> board.simplest, board.baseline.params
+    ('ridge', {'label': 'dahlia'})
+    >>> board[1].difference.low < 0 < board[1].difference.high
+    True
     """
 
     rows: tuple[LeaderboardRow, ...]
@@ -160,12 +192,30 @@ class Leaderboard(Sequence[LeaderboardRow]):
     n_unlabelled: int
     folds: str
     notes: tuple[str, ...] = ()
+    baseline: LeaderboardRow | None = None
+    difference_of: str = "accuracy"
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def simplest(self) -> str | None:
+        """The simplest head that is not clearly worse than the best; None without intervals.
+
+        The order is ridge, linear, svm, knn, rbf-svm, mlp, forest, boosting, suffix.
+        """
+        order = {name: place for place, name in enumerate(_SIMPLEST_FIRST)}
+        close = [
+            row.head
+            for row in self.rows
+            if row.difference is not None
+            and row.difference.high is not None
+            and row.difference.high >= 0
+        ]
+        return min(close, key=lambda head: order.get(head, len(order)), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the leaderboard as JSON values."""
@@ -174,6 +224,8 @@ class Leaderboard(Sequence[LeaderboardRow]):
             **_values(self.best_corrected, "best_corrected"),
             "notes": list(self.notes),
             "rows": [row.to_dict() for row in self.rows],
+            "baseline": None if self.baseline is None else self.baseline.to_dict(),
+            "simplest": self.simplest,
         }
 
     @classmethod
@@ -186,11 +238,15 @@ class Leaderboard(Sequence[LeaderboardRow]):
             It is none.
         """
         kinds = get_type_hints(cls) | _types("best_corrected")
-        check_types("leaderboard", values, kinds | {"rows": tuple[Mapping[str, Any], ...]})
+        kinds |= {"rows": tuple[Mapping[str, Any], ...], "simplest": str | None}
+        check_types("leaderboard", values, kinds | {"baseline": Mapping[str, Any] | None})
         if not values["rows"]:
             raise PredictorError("Its leaderboard has no rows.")
-        others = {name: values[name] for name in values if name != "best_corrected_interval"}
+        left = ("best_corrected_interval", "simplest")
+        others = {name: values[name] for name in values if name not in left}
+        base = values["baseline"]
         read = {
+            "baseline": None if base is None else LeaderboardRow.from_dict(base),
             "rows": tuple(map(LeaderboardRow.from_dict, values["rows"])),
             "best_corrected": _score(values, "best_corrected"),
             "notes": tuple(values["notes"]),
@@ -243,6 +299,14 @@ class Leaderboard(Sequence[LeaderboardRow]):
         if self.best_corrected is not None:
             said = "accuracy of the best, corrected for the choice among all"
             lines.append(f"{said}: {self.best_corrected}")
+        if self.simplest is not None and len(self) > 1:
+            lines.append(f"simplest head that is not clearly worse than the best: {self.simplest}")
+        if best.difference is not None:
+            every = "" if best.difference.low is None else "; the 95 % intervals hold all at once"
+            lines.append(f"difference: CV {self.difference_of} less that of the best{every}")
+        if self.baseline is not None:
+            label = self.baseline.params["label"]
+            lines.append(f"baseline: calling every image {str(label)!r}, the commonest class")
         return lines + [
             f"features{' of ' + ', '.join(names) if len(heads) > 1 else ''}: {features}"
             for features, names in heads.items()
@@ -253,22 +317,22 @@ class Leaderboard(Sequence[LeaderboardRow]):
         test = ["held-out accuracy", "balanced", "macro F1"] if self.n_test else []
         measured = ["fit s", "predict us", "peak MB"]
         freed = [] if self.best_corrected is None else ["corrected"]
-        header = ["head", *score, "CV accuracy", *freed, *test, *measured]
+        compared = [] if self.rows[0].difference is None else ["difference"]
+        header = ["head", *score, "CV accuracy", *compared, *freed, *test, *measured]
         rows = [header]
-        for row in self.rows:
+        for row in filter(None, (*self.rows, self.baseline)):
             cells = [row.head]
             if score:
                 cells.append(f"{row.cv_of(self.scoring):.4f}")
-            cells += [str(row.cv.accuracy), *[str(row.cv_corrected)] * len(freed)]
+            best = "" if row is self.rows[0] else str(row.difference)
+            corrected = "" if row.cv_corrected is None else str(row.cv_corrected)
+            cells += [str(row.cv.accuracy), *[best] * len(compared), *[corrected] * len(freed)]
             if row.held_out is not None:
                 balanced, f1 = row.held_out.balanced_accuracy, row.held_out.macro_f1
                 cells += [str(row.held_out.accuracy), f"{balanced:.3f}", f"{f1:.3f}"]
-            cells += [
-                f"{row.search_seconds + row.fit_seconds:.1f}",
-                f"{row.predict_us:.0f}",
-                f"{max(row.peak_mb, 0):,.0f}",
-            ]
-            rows.append(cells)
+            spent = f"{row.search_seconds + row.fit_seconds:.1f}", f"{row.predict_us:.0f}"
+            trained = [*spent, f"{max(row.peak_mb, 0):,.0f}"]
+            rows.append(cells + (["", "", ""] if row is self.baseline else trained))
         return rows
 
     def _repr_html_(self) -> str:
@@ -281,6 +345,12 @@ class Leaderboard(Sequence[LeaderboardRow]):
 
     def __repr__(self) -> str:
         return f"<Leaderboard: {len(self)} heads, the best: {self.rows[0]!r}>"
+
+
+def difference_values(score: Score | None) -> dict[str, float | None]:
+    """Return a difference and the ends of its interval as JSON values."""
+    ends = (None, None, None) if score is None else (float(score), *score.interval)
+    return dict(zip(_DIFFERENCE, ends, strict=True))
 
 
 def _values(score: Score | None, name: str) -> dict[str, Any]:

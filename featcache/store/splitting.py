@@ -1,7 +1,7 @@
 """Cut the rows of a store into parts that share nothing that would flatter a test.
 
 Every split of featcache is made here: the hold-out, the folds of a search, and the folds of an
-audit. Three rules hold in all of them.
+audit. Four rules hold in all of them.
 
 1. *Rows that belong together stay together.* Two rows are tied when they have the same group or
    the same content hash (the same bytes under two names, whatever their labels); ties chain. The
@@ -9,6 +9,9 @@ audit. Three rules hold in all of them.
 2. *Every part looks like the whole.* Units are dealt so that each part has its share of each
    class, within one row where all units are single rows.
 3. *A row without a label takes part in nothing.* It is in no part; `n_unlabelled` counts them.
+4. *What is tested is trained on.* A class of one unit is trained on everywhere, and tested nowhere.
+A class of fewer units than folds is in fewer of them, and where all classes are so, there are
+fewer folds.
 
 The dealing is one greedy pass: units of several rows first, the largest first, each to the part
 that lacks its classes most; then the single rows of each class fill what is missing. Where that
@@ -127,7 +130,8 @@ def holdout(
     test_size : float
         Share of the rows to test on, between 0 and 1.
     stratify : bool
-        Give both sides the same mix of classes, and at least one unit of each.
+        Give both sides the same mix of classes, and at least one unit of each; a class that has
+        but one is not in `test`.
     random_state : int
         Seed: the same seed and rows give the same split.
 
@@ -139,26 +143,30 @@ def holdout(
     Raises
     ------
     TrainingError
-        `test_size` outside (0, 1), fewer than two classes, a class whose rows cannot be on both
+        `test_size` outside (0, 1), fewer than two classes, a class whose units cannot be on both
         sides, or nothing left for one side.
+
+    Examples
+    --------
+    >>> fit, test = holdout(["ant"] * 5 + ["bee"] * 5 + ["cod"])
+    >>> len(fit), len(test)
+    (9, 2)
     """
     if not 0 < test_size < 1:
         raise TrainingError(
             f"test_size must lie between 0 and 1 (0.25 = one quarter), got {test_size}."
         )
     rows, codes, names, unit = _prepare(y, groups, sha256, stratify=stratify)
-    if stratify:
-        _require_units(codes, names, unit, 2, grouped=groups is not None, what="a hold-out")
+    lone = _lone(codes, names, unit, grouped=groups is not None) if stratify else codes < 0
     shares = np.array([1 - test_size, test_size])
-    part = _deal(codes, unit, shares, random_state)
-    fit, test = rows[part == 0], rows[part == 1]
+    part = _divide(codes, names, unit, lone, shares, random_state)
+    fit, test = rows[part < 1], rows[part == 1]
     if not len(fit) or not len(test):
         raise TrainingError(
             f"A hold-out of {test_size:g} leaves no row to {'fit' if not len(fit) else 'test'} on: "
             f"{len(rows)} labelled rows in {int(unit.max()) + 1} inseparable units. Add images, "
             "or choose another test size."
         )
-    _require_classes(codes, names, part)
     return fit, test
 
 
@@ -177,25 +185,33 @@ def folds(
     y, groups, sha256, random_state
         As in `holdout`.
     cv : int
-        Number of folds, at least 2.
+        Number of folds, at least 2; as many as the commonest class has units, where these are
+        fewer.
 
     Returns
     -------
     list of (train, valid)
-        Row numbers, sorted, dtype int64. Each labelled row is in `valid` exactly once.
+        Row numbers, sorted, dtype int64. Each labelled row is in `valid` exactly once, or, if its
+        class has but one unit (with groups: one group), never.
 
     Raises
     ------
     TrainingError
-        Fewer than two classes, or a class with fewer members (with groups: fewer groups) than
-        folds; the message names the class and the count.
+        Fewer than two classes, no class of two units, or a class whose units groups keep in one
+        fold.
+
+    Examples
+    --------
+    >>> made = folds(["ant"] * 4 + ["bee"] * 3 + ["cod"], cv=5)
+    >>> [len(valid) for _, valid in made]
+    [2, 2, 2, 1]
     """
     if cv < 2:
         raise TrainingError(f"Cross-validation needs at least 2 folds, got cv={cv}.")
     rows, codes, names, unit = _prepare(y, groups, sha256, stratify=True)
-    _require_units(codes, names, unit, cv, grouped=groups is not None, what=f"{cv} folds")
-    part = _deal(codes, unit, np.full(cv, 1 / cv), random_state)
-    _require_classes(codes, names, part)
+    lone = _lone(codes, names, unit, grouped=groups is not None)
+    cv = min(cv, int(_units_per_class(codes[~lone], unit[~lone], len(names)).max()))
+    part = _divide(codes, names, unit, lone, np.full(cv, 1 / cv), random_state)
     return [(rows[part != k], rows[part == k]) for k in range(cv)]
 
 
@@ -257,16 +273,15 @@ def has_test(splits: Labels | None) -> bool:
     return "test" in roles and bool(roles & {"fit", "valid"})
 
 
-def possible_folds(
-    cv: int,
+def class_units(
     y: Labels,
     *,
     groups: Labels | None = None,
     sha256: npt.NDArray[np.uint8] | None = None,
-) -> int:
-    """Return `cv`, or as many folds as the rarest class has inseparable units, at least 2."""
+) -> dict[str, int]:
+    """Return how many inseparable units each class has: images, or groups where there are any."""
     _, codes, names, unit = _prepare(y, groups, sha256, stratify=True)
-    return max(2, min(cv, int(_units_per_class(codes, unit, len(names)).min())))
+    return dict(zip(names, _units_per_class(codes, unit, len(names)).tolist(), strict=True))
 
 
 def _without_leaks(
@@ -362,36 +377,49 @@ def _units_per_class(codes: IntArray, unit: IntArray, n_classes: int) -> IntArra
     return np.bincount(pairs[:, 0], minlength=n_classes).astype(np.int64)
 
 
-def _require_units(
-    codes: IntArray, names: list[str], unit: IntArray, least: int, *, grouped: bool, what: str
-) -> None:
-    """Raise unless each class is spread over at least `least` units."""
-    per_class = _units_per_class(codes, unit, len(names))
-    if per_class.min() >= least:
-        return
-    worst = int(per_class.argmin())
-    members = int((codes == worst).sum())
-    few = int(per_class[worst])
-    count = counted(members, "image")
-    if few != members:
-        count += f" {'in' if grouped else 'of'} "
-        count += counted(few, "group" if grouped else "distinct content")
-    cure = f"use --cv {few}, " if few >= 2 else ""
-    raise TrainingError(
-        f"Class {names[worst]!r} has {count}, fewer than {what} can be made of (at least {least} "
-        f"are needed). Add images, {cure}merge the class with another, or leave it out."
-    )
+def _lone(
+    codes: IntArray, names: list[str], unit: IntArray, *, grouped: bool
+) -> npt.NDArray[np.bool_]:
+    """Return which rows are tied to a class of one unit, and so always trained on: (n,)."""
+    lone = np.zeros(len(codes), dtype=bool)
+    while True:
+        free = ~lone
+        alone = _units_per_class(codes[free], unit[free], len(names)) == 1
+        tied = np.isin(unit, unit[free & alone[codes]])
+        if not tied.any():
+            return lone
+        lone |= tied
+        if lone.all():
+            kind = "groups" if grouped else "images of different content"
+            raise TrainingError(
+                f"No class has two {kind}, one to train on and one to test on: class {names[0]!r} "
+                f"has {counted(int((codes == 0).sum()), 'image')}. Add images, or merge classes."
+            )
 
 
-def _require_classes(codes: IntArray, names: list[str], part: IntArray) -> None:
-    """Raise unless each class is in two parts, so that whatever one part lacks, the rest has."""
-    alone = np.flatnonzero(_alone(_table(codes, part, int(part.max()) + 1)))
+def _divide(
+    codes: IntArray,
+    names: list[str],
+    unit: IntArray,
+    lone: npt.NDArray[np.bool_],
+    shares: npt.NDArray[Any],
+    seed: int,
+) -> IntArray:
+    """Return the part of each row, -1 for lone ones, or raise where a part lacks training rows.
+
+    Each class is then in two parts, so that whatever one part lacks, the rest has.
+    """
+    part = np.full(len(codes), -1, dtype=np.int64)
+    present, mine = np.unique(codes[~lone], return_inverse=True)
+    part[~lone] = dealt = _deal(mine, unit[~lone], shares, seed)
+    alone = present[_alone(_table(mine, dealt, len(shares)))]
     if len(alone):
         raise TrainingError(
             f"However they are divided, all rows of class {names[alone[0]]!r} would be in one part "
             "alone, because groups tie them to those of other classes. Use coarser labels, or "
             "smaller groups."
         )
+    return part
 
 
 def _deal(codes: IntArray, unit: IntArray, shares: npt.NDArray[Any], seed: int) -> IntArray:

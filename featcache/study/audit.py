@@ -245,7 +245,7 @@ def _misjudged(
     store: FeatureStore, X: npt.NDArray[Any], head: str, options: TrainingOptions
 ) -> tuple[list[Finding], int]:
     """Find suspicious labels by what a head says out of fold; also return of how many images."""
-    y, folds = store.labels, folds_of(store, options, fewer=True)
+    y, folds = store.labels, folds_of(store, options)
     found = HEADS[head].search(X, y, folds, random_state=options.random_state)
     # Some heads judge a part of many images.
     judged = out_of_fold(store, found.classes, found.logits, found.calibration.proba(found.logits))

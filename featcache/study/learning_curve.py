@@ -19,10 +19,10 @@ from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate, left_out
 from featcache.study.options import TrainingOptions, is_number
-from featcache.study.parts import hold_out, possible_folds, remarks, without_crossing
+from featcache.study.parts import hold_out, remarks, untested, without_crossing
 from featcache.study.train import head_names, train
 from featcache.system.console import progress_bar
-from featcache.system.tables import first_names, text_table
+from featcache.system.tables import text_table
 
 __all__ = ["CurvePoint", "LearningCurve", "learning_curve"]
 
@@ -150,9 +150,7 @@ def learning_curve(
     scored, out = _others(test, store, options)
     notes += [*out, *few_groups(with_own_groups(scored.groups))]
     notes += remarks(store, store.resolve(layers))
-    if lacking := sorted(set(store.classes) - set(scored.classes)):
-        of = first_names([*map(repr, lacking)], 5)
-        notes.append(f"no image to score on is of {of}: the accuracies tell nothing of such")
+    notes += untested(store, scored, "image to score on")
     order = _nested_order(store, options)
     chosen = _sizes(store.labels) if sizes is None else sorted({*np.atleast_1d(sizes).tolist()})
     if not chosen or not all(is_number(Integral, one, 0, len(order) + 1) for one in chosen):
@@ -170,7 +168,7 @@ def learning_curve(
                 part,
                 head=name,
                 layers=layers,
-                cv=possible_folds(part, options),
+                cv=cv,
                 group=options.group,
                 random_state=random_state,
                 progress=False,

@@ -32,6 +32,7 @@ class TrainingOptions(SearchOptions):
     group: bool = False
     drop_crossing_groups: bool = False
     nested: bool = False
+    min_images: int = 1
 
     def __post_init__(self) -> None:
         weights, whole = self.class_weight, partial(is_number, Integral)
@@ -41,6 +42,7 @@ class TrainingOptions(SearchOptions):
             sound = weights in (None, "balanced")
         for name, right, expected in (
             ("cv", whole(self.cv, 1), "a number of folds, at least 2"),
+            ("min_images", whole(self.min_images, 0), "a number of images, at least 1"),
             ("memory", self.memory is None or whole(self.memory, 0), "a number of bytes"),
             ("n_jobs", self.n_jobs == -1 or whole(self.n_jobs, 0), "at least 1, or -1"),
             ("random_state", whole(self.random_state, -1, 2**32), "from 0 to 2**32 - 1"),

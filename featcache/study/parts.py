@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,17 @@ from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import look_alikes
 from featcache.study.options import TrainingOptions
-from featcache.system.tables import counted
+from featcache.system.tables import counted, first_names
 
-__all__ = ["folds_of", "hold_out", "possible_folds", "remarks", "without_crossing"]
+__all__ = [
+    "folds_of",
+    "hold_out",
+    "rare_classes",
+    "remarks",
+    "untested",
+    "without_crossing",
+    "without_small",
+]
 
 
 def hold_out(
@@ -63,16 +72,58 @@ def without_crossing(
     return fit.select(~shared), [f"{count} left out: {of}"]
 
 
-def possible_folds(store: FeatureStore, options: TrainingOptions) -> int:
-    """Return how many folds of a store can be made: fewer than asked for where a class is small."""
-    return splitting.possible_folds(options.cv, store.labels, **_tied(store, options))
+def folds_of(store: FeatureStore, options: TrainingOptions) -> list[Fold]:
+    """Return the folds of a store, fewer than asked for where all classes are small."""
+    tied = _tied(store, options)
+    return splitting.folds(store.labels, **tied, cv=options.cv, random_state=options.random_state)
 
 
-def folds_of(store: FeatureStore, options: TrainingOptions, *, fewer: bool = False) -> list[Fold]:
-    """Return the folds of a store, `fewer` than asked for where a class is small."""
-    cv = possible_folds(store, options) if fewer else options.cv
-    seed = options.random_state
-    return splitting.folds(store.labels, **_tied(store, options), cv=cv, random_state=seed)
+def without_small(
+    store: FeatureStore, test: FeatureStore | None, options: TrainingOptions
+) -> tuple[FeatureStore, FeatureStore | None, list[str]]:
+    """Leave out the classes of fewer than `TrainingOptions.min_images`, and list them."""
+    if options.min_images < 2:
+        return store, test, []
+    known = splitting.class_units(store.labels, **_tied(store, options))
+    small = {name: count for name, count in known.items() if count < options.min_images}
+    units = "groups" if options.group else "images"
+    if len(known) - len(small) < 2:
+        raise TrainingError(
+            f"min_images={options.min_images} (--min-images) leaves {len(known) - len(small)} of "
+            f"{len(known)} classes, and a classifier needs two. The largest: "
+            f"{counted(max(known.values()), units[:-1])}."
+        )
+
+    def kept(one: FeatureStore) -> FeatureStore:
+        return one.select(~np.isin(one.labels, [*small]))
+
+    names = first_names([f"{name!r} ({count})" for name, count in small.items()])
+    which = f"of fewer than {options.min_images} {units}"
+    left = counted(len(small), f"class {which} is", f"classes {which} are")
+    notes = [f"{left} left out: {names}"] * bool(small)
+    return kept(store), None if test is None else kept(test), notes
+
+
+def rare_classes(store: FeatureStore, folds: list[Fold], options: TrainingOptions) -> list[str]:
+    """Return how folds were made to fit small classes."""
+    units = "groups" if options.group else "images"
+    notes = []
+    if len(folds) < options.cv:
+        notes.append(f"{len(folds)} folds and not {options.cv}: no class has more {units}")
+    tested = Counter(name for _, valid in folds for name in {*store.labels[valid].tolist()})
+    few = [f"{name!r} ({tested[name]})" for name in store.classes if 0 < tested[name] < len(folds)]
+    if few:
+        which = f"in fewer than {len(folds)} folds, having fewer {units}"
+        classes = counted(len(few), "class is", "classes are")
+        notes.append(f"{classes} {which}: {first_names(few, 5)}")
+    return notes
+
+
+def untested(store: FeatureStore, test: FeatureStore | None, what: str) -> list[str]:
+    """Return the note on classes that are trained on and not among the images that judge."""
+    lacking = [] if test is None else sorted({*store.classes} - {*test.classes})
+    of = first_names([*map(repr, lacking)], 5)
+    return [f"no {what} is of {of}: the accuracies tell nothing of such"] * bool(lacking)
 
 
 def _tied(store: FeatureStore, options: TrainingOptions) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from featcache.results.leaderboard import Leaderboard
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.options import TrainingOptions
-from featcache.study.parts import hold_out
+from featcache.study.parts import hold_out, without_small
 from featcache.study.train import head_names, train
 from featcache.system.files import check_overwrite
 from featcache.system.tables import printable
@@ -106,8 +106,8 @@ def train_files(
     layers, progress
         As in `train`.
     **options
-        cv, group, drop_crossing_groups, scoring, class_weight, nested, memory, n_jobs and
-        random_state, as in `train`.
+        cv, group, drop_crossing_groups, scoring, class_weight, nested, min_images, memory, n_jobs
+        and random_state, as in `train`. `min_images` counts before images are held out.
     suffix, backbone
         As in `train`. The checkpoints of the head ``suffix`` are in the folder
         ``OUTPUT.checkpoints`` until the predictor is saved; the same call resumes from them.
@@ -151,7 +151,7 @@ def train_files(
         if SUFFIX in names:  # the run that saved it may have been killed before it did this
             remove_checkpoints(checkpoints)
         return TrainedFile(done, target, up_to_date=True)
-    store = _joined(opened)
+    store, _, small = without_small(_joined(opened), None, settings)
     fit, test = hold_out(store, test_size, settings)
     predictor = train(
         fit,
@@ -162,11 +162,12 @@ def train_files(
         backbone=backbone,
         checkpoints=checkpoints,
         progress=progress,
-        **options,
+        **options | {"min_images": 1},
     )
     assert predictor.leaderboard is not None, "train makes one"
     unlabelled = splitting.n_unlabelled(store.labels)  # `split` left these out
-    predictor.leaderboard = replace(predictor.leaderboard, n_unlabelled=unlabelled)
+    notes = (*small, *predictor.leaderboard.notes)
+    predictor.leaderboard = replace(predictor.leaderboard, n_unlabelled=unlabelled, notes=notes)
     predictor.request = request
     predictor.save(target)
     if SUFFIX in names:

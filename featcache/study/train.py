@@ -11,7 +11,8 @@ the store's split column has a validation part, that is the one fold.
 The out-of-fold scores of the chosen setting give each head's accuracy with its interval and what
 calibrates its probabilities. As the same folds chose the setting, that accuracy
 flatters. Beside it stands the accuracy without what the choice adds, for each head and for the
-best of all, which costs no fit (`featcache.results.selection`). ``nested=True`` chooses anew inside
+best of all, which costs no fit, and how far each head is from the best, image by image
+(`featcache.results.selection`). ``nested=True`` chooses anew inside
 every fold, at `cv` times the cost. Intervals are over groups wherever the store has any.
 
 **Memory.** Training copies parts of the features (folds, scaled rows): about three times the
@@ -69,16 +70,23 @@ from featcache.predictor.file import CanaryRows, group_hashes
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.measured import Quantiles
 from featcache.predictor.predictor import Predictor
-from featcache.results.evaluation import Evaluation, few_groups, with_own_groups
+from featcache.results.evaluation import Evaluation, Figures, few_groups, with_own_groups
 from featcache.results.intervals import Score
 from featcache.results.leaderboard import Leaderboard, LeaderboardRow
-from featcache.results.selection import corrected_accuracy
+from featcache.results.selection import corrected_accuracy, paired_differences
 from featcache.store import splitting
 from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import evaluate, out_of_fold
 from featcache.study.options import TrainingOptions
-from featcache.study.parts import folds_of, remarks, without_crossing
+from featcache.study.parts import (
+    folds_of,
+    rare_classes,
+    remarks,
+    untested,
+    without_crossing,
+    without_small,
+)
 from featcache.system.console import check_stopped, interruptible, progress_bar
 from featcache.system.memory import available_memory, peak_memory
 from featcache.system.tables import counted, first_names
@@ -112,6 +120,7 @@ def train(
     group: bool = False,
     drop_crossing_groups: bool = False,
     nested: bool = False,
+    min_images: int = 1,
     memory: int | None = None,
     n_jobs: int = 1,
     random_state: int = 0,
@@ -140,7 +149,9 @@ def train(
     layers : str or list of str, optional
         Taps to use, side by side. None: all.
     cv : int
-        Folds.
+        Folds. A class of fewer images (under `group`: groups) is in fewer of them, a class of one
+        in none: it is trained on, and not tested. Where all classes are so small, there are fewer
+        folds.
     sample_weight : array of shape (n,), optional
         Weight of each row of `store`, 0 or more. It counts in all fits and in the calibration of
         probabilities; scores and accuracies count each image once, as scikit-learn's
@@ -158,6 +169,8 @@ def train(
         held-out images too, instead of refusing them.
     nested : bool
         Choose anew inside every fold: an honest figure for `cv` times the time.
+    min_images : int
+        Leave out, and list, classes of fewer images, or under `group` of fewer groups, in `store`.
     memory : int, optional
         Bytes to stay under. None: what the machine has available.
     n_jobs : int
@@ -202,6 +215,12 @@ def train(
     >>> predictor = fc.train(store, head=LogisticRegression(C=10), cv=3)
     >>> predictor.leaderboard[0].head, predictor.leaderboard[0].params
     ('LogisticRegression', {'classifier': 'LogisticRegression(C=10)'})
+
+    Small classes are no error, unless `min_images` leaves them out:
+
+    >>> few = store.select(range(13))  # ten of the first class, three of the second
+    >>> fc.train(few, head="ridge").leaderboard.notes[1]
+    "1 class is in fewer than 5 folds, having fewer images: 'palace' (3)"
     """
     options = TrainingOptions(
         cv=cv,
@@ -210,6 +229,7 @@ def train(
         group=group,
         drop_crossing_groups=drop_crossing_groups,
         nested=nested,
+        min_images=min_images,
         memory=memory,
         n_jobs=n_jobs,
         random_state=random_state,
@@ -217,13 +237,14 @@ def train(
     named, own = own_heads(head)
     names = [*(head_names(named) if named or not own else ()), *own]
     _check_arguments(store, names, suffix=suffix, backbone=backbone)
+    asked, (store, test, small) = store, without_small(store, test, options)
     folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
     if folder is not None:
         check_folder(folder)
     kept = f"The finished epochs are kept in {folder}"
     with contextlib.nullcontext() if folder is None else interruptible(kept):
         data = _TrainingData.of(store, test, layers, options)
-        data = replace(data, own=own, weight=_weights_of(store, data.store, sample_weight))
+        data = replace(data, own=own, weight=_weights_of(asked, data.store, sample_weight))
         if SUFFIX in names:
             data = data.with_suffix(
                 suffix or SuffixSettings(),
@@ -234,18 +255,19 @@ def train(
         found = _train_heads(data, names, test, progress=progress)
     for read in filter(None, (store, test)):
         read.checked_files()  # features that are mapped were read until now
-    # Scores that differ by rounding are equal.
-    found.sort(key=lambda one: (-round(one[0].cv_score, 9), one[0].cv.log_loss))
-    first, best, _ = found[0]
+    *rows, baseline = ranked(data, found)
+    best, first = found[0].predictor, rows[0]
     best.leaderboard = Leaderboard(
-        rows=tuple(row for row, *_ in found),
-        best_corrected=_corrected(data, [one for *_, tried in found for one in tried]),
+        rows=tuple(rows),
+        baseline=baseline,
+        difference_of="balanced accuracy" if data.options.balances else "accuracy",
+        best_corrected=_corrected(data, [trial for one in found for trial in one.tried]),
         scoring=options.decides_name,
         n_fit=len(data.store),
         n_test=0 if first.held_out is None else first.held_out.images,
         n_unlabelled=splitting.n_unlabelled(store.labels),
         folds=data.folds_text,
-        notes=data.notes,
+        notes=(*small, *data.notes),
     )
     return best
 
@@ -283,7 +305,7 @@ def _train_heads(
     test: FeatureStore | None,
     *,
     progress: bool | None,
-) -> list[tuple[LeaderboardRow, Predictor, list[Trial]]]:
+) -> list[TrainedHead]:
     """Train each head, with a bar that moves with the fits."""
     if data.options.nested and not data.in_memory and names != [SUFFIX]:
         raise TrainingError(
@@ -359,10 +381,11 @@ class _TrainingData:
         _check_classes(fit, test)
         fit, crossing = without_crossing(fit, test, options)
         folds = splitting.validation_fold(fit.splits, fit.labels, sha256=fit.sha256)
-        text = "validation split"
+        text, rare = "validation split", untested(fit, test, "held-out image")
         if folds is None:
             folds = folds_of(fit, options)
-            text = f"{options.cv} {'grouped ' * options.group}folds"
+            text = f"{len(folds)} {'grouped ' * options.group}folds"
+            rare = rare_classes(fit, folds, options) + rare
         own = with_own_groups(fit.groups)
         classes, codes = np.unique(fit.labels, return_inverse=True)
         scorer = FoldScorer(options.decides, codes, classes, folds)
@@ -374,7 +397,7 @@ class _TrainingData:
         chosen = set(fit.resolve(layers))
         columns = [name for name in fit.taps if name in chosen]
         notes = [warning for one in fit.fingerprints for warning in one.warnings]
-        notes += scorer.notes
+        notes += rare + scorer.notes
         if not scorer.resampled:
             notes.append(
                 "no accuracy is corrected for the choice: that takes scores of single images, or "
@@ -484,10 +507,37 @@ def _check_classes(fit: FeatureStore, test: FeatureStore | None) -> None:
 # --- one head ----------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
+class TrainedHead:
+    """One head: its row, its trials without their logits, and what was predicted out of fold.
+
+    `predicted` (n,) is -1 where no fold judges; `baseline` has the same images scored.
+    """
+
+    row: LeaderboardRow
+    predictor: Predictor
+    tried: list[Trial]
+    predicted: npt.NDArray[np.int64]
+    baseline: LeaderboardRow
+
+
+def ranked(data: _TrainingData, found: list[TrainedHead]) -> list[LeaderboardRow]:
+    """Sort heads, the best first; return their rows and the baseline with the differences."""
+    # Scores that differ by rounding are equal.
+    found.sort(key=lambda one: (-round(one.row.cv_score, 9), one.row.cv.log_loss))
+    rows, predicted = [one.row for one in found], [one.predicted for one in found]
+    common = int(np.bincount(data.scorer.codes).argmax())
+    rows.append(found[0].baseline)
+    predicted.append(np.where(predicted[0] < 0, -1, common))
+    balanced = data.options.balances
+    off = paired_differences(data.scorer.codes, predicted, data.groups, balanced=balanced)
+    return [replace(row, difference=one) for row, one in zip(rows, off, strict=True)]
+
+
 def _train_head(
     data: _TrainingData, head: str, test: FeatureStore | None, progress: Progress
-) -> tuple[LeaderboardRow, Predictor, list[Trial]]:
-    """Search, fit and score one head; also return its trials, without their logits."""
+) -> TrainedHead:
+    """Search, fit and score one head."""
     with peak_memory() as peak:
         found = data.search(head, progress)
     tried = [replace(one, logits=None) for one in found.trials]
@@ -495,12 +545,12 @@ def _train_head(
     if data.options.nested and head != SUFFIX:  # the folds of a suffix choose nothing
         logits, proba, score = _nested(data, head, progress)
     judged = out_of_fold(data.store, found.classes, logits, proba, data.groups)
+    known = ~np.isnan(logits).any(axis=1)
     if head != SUFFIX:  # whose features are large, and whose network is not loaded for it
         # Class weights give accuracy up for the rare classes, more or less of it from fit to fit.
         balanced = data.options.class_weight is not None
         figure = judged.balanced_accuracy if balanced else judged.accuracy
         low = float(figure) if figure.low is None else figure.low
-        known = ~np.isnan(logits).any(axis=1)
         check_fit(found.estimator, data.X, data.store.labels, known, low, balanced=balanced)
     predictor = _predictor(data, found, judged)
     held_out = None if test is None else evaluate(predictor, test, other_groups=True)
@@ -523,7 +573,40 @@ def _train_head(
         "out_of_fold": judged.summary(),
         "held_out": None if held_out is None else held_out.summary(),
     }
-    return row, predictor, tried
+    predicted = np.full(len(known), -1)
+    predicted[known] = judged.y_pred
+    return TrainedHead(row, predictor, tried, predicted, _baseline(data, row, judged, held_out))
+
+
+def _baseline(
+    data: _TrainingData, row: LeaderboardRow, judged: Evaluation, held_out: Evaluation | None
+) -> LeaderboardRow:
+    """Return what calling every image by the commonest class gives, on the images of a row."""
+    counts = np.bincount(data.scorer.codes)
+    shares = counts / counts.sum()
+
+    def called(evaluation: Evaluation) -> Figures:
+        proba = np.broadcast_to(shares, evaluation.proba.shape)
+        predicted = np.full(len(evaluation), counts.argmax())
+        return replace(evaluation, proba=proba, predicted=predicted).figures
+
+    proba = np.broadcast_to(shares, (len(data.store), len(shares)))
+    return replace(
+        row,
+        head="baseline",
+        params={"label": str(data.scorer.classes[counts.argmax()])},
+        features="",
+        cv=called(judged),
+        cv_score=float(np.nan_to_num(data.scorer(proba, proba)[0])),
+        cv_corrected=None,
+        held_out=None if held_out is None else called(held_out),
+        search_seconds=0.0,
+        fit_seconds=0.0,
+        predict_us=0.0,
+        peak_mb=0.0,
+        notes=(),
+        candidates=(),
+    )
 
 
 def _corrected(data: _TrainingData, tried: Sequence[Trial]) -> Score | None:
@@ -563,7 +646,7 @@ def _nested(
     """
     logits, proba = np.full((2, len(data.store), len(data.scorer.classes)), np.nan)
     for train, valid in data.folds:
-        inner = folds_of(data.store.select(train), data.options, fewer=True)
+        inner = folds_of(data.store.select(train), data.options)
         weight = None if data.weight is None else data.weight[train]
         rows = TrainingRows.check(data.X[train], data.store.labels[train], inner, weight)
         options = replace(data.options, memory=None, progress=progress)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from machine import machine
+from scipy.stats import norm
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine, make_classification
 from sklearn.exceptions import ConvergenceWarning
@@ -35,6 +36,7 @@ from featcache.heads.table import HEADS as HEAD_KINDS
 from featcache.predictor.measured import Quantiles, in_set
 from featcache.results.evaluation import Evaluation
 from featcache.results.intervals import Score, rate_scores
+from featcache.results.selection import paired_differences
 from featcache.store.splitting import folds
 from featcache.store.writer import FeatureWriter
 
@@ -147,6 +149,43 @@ def groups(seeds: int) -> None:
                 y = rng.integers(0, 2, len(of))
                 found.append(rate_scores(y, guessed(rng, y, share, 2), 2, of)[0])
             said(f"{count} groups, spread {alike:g}", found, mean)
+
+
+def pairs(seeds: int) -> None:
+    """Eight heads that are equally good, and the best of them by chance: what is said of the rest.
+
+    Which images are hard is the same for all heads in part; in groups, each head does better in
+    some of them than in others.
+    """
+    print(f"\nall differences of eight equally good heads to the best, {seeds} seeds")
+    cases = [(40, 0, 0.9), (100, 0, 0.85), (300, 0, 0.99), (1000, 0, 0.9)]
+    cases += [(200, count, 0.85) for count in (5, 8, 20, 50)]
+    for n, count, share in cases:
+        for alike in (0.2, 0.8):
+            for balanced in (False, True):
+                rng, held, wide = np.random.default_rng(n + count), 0, []
+                for _ in range(seeds):
+                    y = (np.arange(n) % 10 == 0).astype(np.int64)
+                    of = rng.integers(0, count, n) if count else None
+                    ease = (rng.normal(size=(n, 1)) * alike**0.5) + (
+                        rng.normal(size=(n, 8)) * (1 - alike) ** 0.5
+                    )
+                    if of is not None:
+                        ease = (ease + rng.normal(size=(count, 8))[of]) / 2**0.5
+                    right = ease < norm.ppf(share)
+                    said = np.where(right, y[:, None], 1 - y[:, None]).T
+                    worth = np.bincount(y)[y] if balanced else np.full(n, n)
+                    best = ((said == y) / worth).sum(axis=1).argmax()
+                    ranked = [said[best], *np.delete(said, best, axis=0)]
+                    found = paired_differences(y, ranked, of, balanced=balanced)[1:]
+                    held += all(covers(one, 0) for one in found)
+                    wide += [one.high - one.low for one in found]
+                print(
+                    f"  {f'{count} groups' if count else 'no groups':9} {n:5} images, right "
+                    f"{share}, alike {alike}, {'balanced ' * balanced}accuracy: all hold 0 in "
+                    f"{held / seeds:.3f}, width {np.mean(wide):.3f}",
+                    flush=True,
+                )
 
 
 def rivals() -> dict[str, Any]:
@@ -308,6 +347,7 @@ SECTIONS = {
     "choice": choice,
     "images": images,
     "groups": groups,
+    "pairs": pairs,
     "tables": tables,
     "balanced": balanced,
     "styles": styles,
@@ -317,6 +357,7 @@ SEEDS = {
     "choice": 200,
     "images": 300,
     "groups": 1000,
+    "pairs": 300,
     "tables": 2,
     "balanced": 4,
     "styles": 8,

@@ -118,14 +118,14 @@ def divisions(y: np.ndarray, groups: np.ndarray) -> int:
 
 def test_a_hold_out_has_every_class_on_both_sides_wherever_a_division_of_the_groups_does() -> None:
     rng, kinds = np.random.default_rng(0), {"made": 0, "refused": 0}
-    for case in range(600):
+    for case in range(1200):
         n_groups, k = int(rng.integers(3, 9)), int(rng.integers(2, 6))
         size = rng.integers(1, 12, n_groups)
         groups = np.repeat([f"g{i}" for i in range(n_groups)], size)
         mixes = rng.dirichlet(np.full(k, 0.4), n_groups)
         y = np.array([str(rng.choice(k, p=mixes[int(g[1:])])) for g in groups])
-        if len(set(y)) < 2:
-            continue
+        if min(len(set(groups[y == name])) for name in set(y)) < 2 or len(set(y)) < 2:
+            continue  # a class of one group is trained on alone
         share = float(rng.choice([0.1, 0.25, 0.5]))
         possible = divisions(y, groups)
         try:
@@ -137,7 +137,7 @@ def test_a_hold_out_has_every_class_on_both_sides_wherever_a_division_of_the_gro
         assert set(y[fit]) == set(y[test]) == set(y), (case, possible)
         assert not set(groups[fit]) & set(groups[test])
         kinds["made"] += 1
-    assert min(kinds.values()) > 50
+    assert min(kinds.values()) >= 10
 
 
 def test_folds_of_groups_train_on_every_class_wherever_they_can() -> None:
@@ -170,24 +170,29 @@ def test_unlabelled_rows_are_in_no_part() -> None:
     assert sum(len(valid) for _, valid in folds(y, cv=2)) == 20
 
 
-def test_too_few_members_names_the_class_and_the_count() -> None:
-    y = np.repeat(["common", "rare"], [20, 3])
-    with pytest.raises(TrainingError, match=r"'rare' has 3 images, fewer than 5 folds.*--cv 3"):
-        folds(y, cv=5)
+def test_a_class_of_fewer_units_than_folds_is_in_fewer_of_them() -> None:
+    y = np.repeat(["common", "rare", "single"], [20, 3, 1])
+    made = folds(y, cv=5)
+    assert sorted((y[valid] == "rare").sum() for _, valid in made) == [0, 0, 1, 1, 1]
+    for train, valid in made:
+        assert "single" in y[train] and "single" not in y[valid]
+        assert (y[valid] == "common").sum() == 4
+    groups = [f"g{i % 10}" for i in range(20)] + ["one", "two", "two", "three"]
+    assert sum(len(valid) for _, valid in folds(y[:24], groups=groups, cv=5)) == 23
+    small = np.repeat(["a", "b"], [4, 3])
+    assert [len(valid) for _, valid in folds(small, cv=5)] == [2, 2, 2, 1]
 
 
-def test_too_few_groups_names_both_counts() -> None:
-    y = np.repeat(["a", "b"], [20, 20])
-    groups = [f"g{i % 10}" for i in range(20)] + ["one", "two"] * 10
-    with pytest.raises(TrainingError, match="'b' has 20 images in 2 groups"):
-        folds(y, groups=groups, cv=5)
+def test_what_groups_tie_to_a_class_of_one_group_is_trained_on_too() -> None:
+    y, groups = [*"aaaabbbbcb"], [*"1234567899"]
+    fit, test = holdout(y, groups=groups)
+    assert {8, 9} <= {*fit.tolist()} and len(test) == 2
 
 
 def test_copies_of_one_image_do_not_count_as_members() -> None:
     y = np.repeat(["a", "b"], [10, 6])
     key = [*range(10), *[20] * 6]
-    with pytest.raises(TrainingError, match="'b' has 6 images of 1 distinct content"):
-        folds(y, sha256=hashes(key), cv=5)
+    assert all((y[valid] == "a").all() for _, valid in folds(y, sha256=hashes(key), cv=5))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +200,7 @@ def test_copies_of_one_image_do_not_count_as_members() -> None:
     [
         (["a"] * 9, "one class 'a'"),
         ([""] * 9, "None of the 9 rows has a label"),
-        (["a"] * 8 + ["b"], "'b' has 1 image,"),
+        (["b", "a"], "No class has two images of different content.*'a' has 1 image"),
     ],
 )
 def test_labels_that_cannot_be_split(y: list[str], message: str) -> None:

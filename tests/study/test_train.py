@@ -74,6 +74,48 @@ def test_heads_are_ranked_by_cross_validation(best: Predictor, board: Leaderboar
         assert row.params
 
 
+def test_every_head_has_its_difference_to_the_best(board: Leaderboard, folder: Path) -> None:
+    first, second = board
+    assert (first.difference, first.difference.interval) == (0, (0, 0))
+    difference = second.cv.accuracy - first.cv.accuracy
+    assert second.difference == pytest.approx(difference)
+    low, high = second.difference.interval
+    assert low < difference < high and low < 0 < high
+    assert board.simplest == "linear"  # simpler than svm, and not clearly worse
+    assert "not clearly worse than the best: linear" in board.to_text()
+    values = json.loads(board.to_json())
+    assert values["simplest"] == "linear" and values["difference_of"] == "accuracy"
+    row = values["rows"][1]
+    assert (row["difference_low"], row["difference_high"]) == (low, high)
+    table = list(csv.DictReader(io.StringIO(board.to_csv())))
+    assert float(table[1]["difference_low"]) == low
+    y = ["ant", "bee", "cod"] * 8
+    groups = ["a", "b", "c"] * 8
+    few = make_store(folder / "few.h5", clusters(y), y, groups=groups)
+    board = train(few, head=["ridge", "linear"], cv=2).leaderboard
+    assert board[1].difference is not None and board[1].difference.low is None
+    assert board.simplest is None and "simplest" not in board.to_text()
+
+
+def test_the_baseline_is_the_commonest_class_and_no_head(folder: Path) -> None:
+    y = ["ant"] * 30 + ["bee"] * 60
+    store = make_store(folder / "uneven.h5", np.zeros((90, 3), np.float32), y)
+    fit, test = store.split(random_state=1)
+    predictor = train(fit, test, head="ridge", cv=3, class_weight="balanced")
+    board = predictor.leaderboard
+    assert [row.head for row in board] == ["ridge"]
+    base = board.baseline
+    assert base is not None and base.params == {"label": "bee"}
+    assert base.cv.accuracy == pytest.approx(2 / 3, abs=0.01)
+    assert base.cv.balanced_accuracy == base.cv_score == 0.5
+    assert base.held_out is not None and base.held_out.accuracy == pytest.approx(2 / 3, abs=0.05)
+    assert board.difference_of == "balanced accuracy"
+    predictor.save(folder / "base.featcache")
+    assert Predictor.load(folder / "base.featcache").leaderboard == board
+    assert [row["head"] for row in csv.DictReader(io.StringIO(board.to_csv()))] == ["ridge"]
+    assert "calling every image 'bee', the commonest class" in board.to_text()
+
+
 def test_the_held_out_images_choose_nothing(store: FeatureStore, folder: Path) -> None:
     fit, test = store.split(random_state=1)
     X, y = test.load()
@@ -205,7 +247,7 @@ def test_rows_without_a_label_are_left_out_and_counted(folder: Path) -> None:
     [
         ([""] * 12, "None of the 12 rows has a label"),
         (["ant"] * 12, "All 12 labelled rows have the one class 'ant'"),
-        (["ant"] * 9 + ["bee"] * 3, "'bee' has 3 images, fewer than 5 folds"),
+        ([*"abcdefghijkl"], "No class has two images of different content.*'a' has 1 image"),
     ],
 )
 def test_labels_that_cannot_be_trained_on(labels: list[str], message: str, tmp_path: Path) -> None:
@@ -464,7 +506,7 @@ def test_leaderboard_as_text_csv_json_and_html(board: Leaderboard) -> None:
 
     values = json.loads(board.to_json())
     assert Leaderboard.from_dict(values) == board
-    assert board._repr_html_().count("<tr>") == 3
+    assert board._repr_html_().count("<tr>") == 4  # the header and the baseline among them
 
 
 def test_html_is_escaped(board: Leaderboard) -> None:
@@ -590,6 +632,49 @@ def test_the_demo_reaches_what_is_promised(elpv_root: Path, tmp_path: Path) -> N
     assert best.cv.accuracy >= 0.85
     assert best.held_out is not None
     assert best.held_out.accuracy >= 0.82
+
+
+# --- rare classes ------------------------------------------------------------------------------
+
+
+def test_five_images_of_each_class_need_no_flag(tmp_path: Path) -> None:
+    y = ["ant", "bee", "cod"] * 5
+    make_store(tmp_path / "small.h5", clusters(y), y)
+    board = train_files(tmp_path / "small.h5", tmp_path / "p", head="ridge").leaderboard
+    assert (board.folds, board.n_fit, board.n_test) == ("4 folds", 12, 3)
+    assert "4 folds and not 5: no class has more images" in board.notes
+
+
+def test_a_rare_class_is_in_fewer_folds_and_a_single_image_is_not_tested(tmp_path: Path) -> None:
+    y = ["ant"] * 20 + ["bee"] * 20 + ["cod"] * 3 + ["dab"]
+    store = make_store(tmp_path / "rare.h5", clusters(y), y)
+    fit, test = store.split()
+    assert "dab" in fit.labels and "dab" not in test.labels
+    predictor = train(store, head=["ridge", "knn", "svm", "linear", "rbf-svm"], nested=True)
+    board = predictor.leaderboard
+    assert predictor.classes == ("ant", "bee", "cod", "dab")
+    assert board.folds == "5 nested folds"
+    assert "1 class is in fewer than 5 folds, having fewer images: 'cod' (3)" in board.notes
+    assert any("no validation image is of 'dab'" in note for note in board.notes)
+    assert board[0].cv.images == 43
+    said = train(fit, test, head="forest").leaderboard.notes
+    assert "no held-out image is of 'dab': the accuracies tell nothing of such" in said
+
+
+def test_small_classes_are_left_out_and_listed(tmp_path: Path) -> None:
+    y = ["ant"] * 8 + ["bee"] * 8 + ["cod"] * 4 + ["dab"]
+    groups = [str(i % 4) for i in range(16)] + ["5"] * 5
+    path = tmp_path / "rare.h5"
+    store = make_store(path, clusters(y), y, groups=groups)
+    saved = train_files(path, tmp_path / "p", head="ridge", cv=2, min_images=5)
+    assert saved.predictor.classes == ("ant", "bee") and len(saved.predictor.train_sha256) == 12
+    note = "2 classes of fewer than 5 images are left out: 'cod' (4), 'dab' (1)"
+    assert saved.leaderboard.notes[0] == note
+    board = train(store, head="ridge", cv=2, min_images=2, group=True).leaderboard
+    of = "2 classes of fewer than 2 groups are left out: 'cod' (1), 'dab' (1)"
+    assert board.notes[0] == of
+    with pytest.raises(TrainingError, match=r"leaves 0 of 4 classes.*The largest: 8 images"):
+        train(store, min_images=9)
 
 
 # --- progress ----------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ const draw = (parent, tag, attributes, text) => {
   if (text !== undefined) element.textContent = text;
   return parent.appendChild(element);
 };
-const three = (value) => value.toFixed(3);
-const brackets = ([low, high]) => (low === null ? "" : `[${three(low)}, ${three(high)}]`);
+const three = (value) => (value === null ? "" : value.toFixed(3));
+const brackets = (ends) => (ends === null || ends[0] === null ? ""
+  : `[${three(ends[0])}, ${three(ends[1])}]`);
 const addHeader = (table, names) => {
   const row = table.createTHead().insertRow();
   for (const name of names) add(row, "th", name, {scope: "col"});
@@ -84,7 +85,7 @@ if (data.leaderboard) {
     if (row.accuracy !== null) mark("held", 17, row.accuracy, row.accuracy_interval);
   };
   addHeader($("heads"), ["head", ...(other ? [`CV ${board.scoring}`] : []), "CV accuracy",
-    "corrected", ...(held ? ["held-out accuracy", "balanced", "macro F1"] : []), "fit s", "predict µs",
+    "difference", "corrected", ...(held ? ["held-out accuracy", "balanced", "macro F1"] : []), "fit s", "predict µs",
     `${low.toFixed(2)} to ${high.toFixed(2)}`]);
   const body = $("heads").createTBody();
   for (const row of board.rows) {
@@ -94,6 +95,8 @@ if (data.leaderboard) {
     if (other) add(line, "td", ({balanced_accuracy: row.cv_balanced_accuracy,
       f1_macro: row.cv_macro_f1}[board.scoring] ?? row.cv_score).toFixed(4));
     add(line, "td", `${three(row.cv_accuracy)} ${brackets(row.cv_accuracy_interval)}`);
+    add(line, "td", row === best || row.difference === null ? "" : `${three(row.difference)} ${
+      brackets([row.difference_low, row.difference_high])}`);
     add(line, "td", `${three(row.cv_accuracy_corrected)} ${
       brackets(row.cv_accuracy_corrected_interval)}`);
     if (held) {
