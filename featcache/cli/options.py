@@ -16,7 +16,7 @@ from featcache.system.files import STDOUT, check_folder
 Decorator = Callable[[Any], Any]
 
 DEVICES = "auto, cpu, cuda, cuda:1 or mps"
-OF_LABELS = ("id_column", "label_column", "group_column", "split_column", "suffix")
+OF_LABELS = ("id_column", "label_column", "group_column", "split_column", "keep_columns", "suffix")
 
 
 def share(text: str) -> float:
@@ -197,6 +197,14 @@ listing = stacked(
     column("--label-column", "Column of that table with the label.", default="label"),
     column("--group-column", "Column of that table with the group, such as a patient or a site."),
     column("--split-column", "Column of that table with a given split: train, validation or test."),
+    click.option(
+        "--keep-columns",
+        multiple=True,
+        metavar="NAME",
+        help='Further column of that table to keep, such as a camera, for "featcache evaluate '
+        '--by". May be repeated. Like groups, it is dropped where a later run has labels but does '
+        "not name it.",
+    ),
     click.option(
         "--label-pattern",
         metavar="REGEX",

@@ -31,6 +31,13 @@ def _load(predictor: Path, **network: Any) -> featcache.Predictor:
     "--other-groups",
     "Score images of groups named like those trained on: they are other groups in STORE.",
 )
+@click.option(
+    "--by",
+    multiple=True,
+    metavar="NAME",
+    help="Scores for each value of a column that extract --keep-columns kept, or of group or "
+    "split; the interval is of that value alone. May be repeated.",
+)
 @options.own_network("PREDICTOR")
 @options.force
 @options.json_output
@@ -40,6 +47,7 @@ def evaluate(
     report: Path | None,
     images: str | None,
     other_groups: bool,
+    by: tuple[str, ...],
     force: bool,
     as_json: bool,
     **network: Any,
@@ -51,7 +59,7 @@ def evaluate(
     """
     loaded = _load(predictor, **network)
     opened = featcache.FeatureStore.open(store)
-    evaluation = featcache.evaluate(loaded, opened, other_groups=other_groups)
+    evaluation = featcache.evaluate(loaded, opened, other_groups=other_groups, by=by)
     if report is not None:
         pictures = None if images is None else featcache.ImageSet.open(images)
         featcache.write_report(

@@ -130,8 +130,9 @@ def extract(
         Let more than half of the rows of the earlier file go, because their images are not in the
         image set any more. Left out, such a run is refused: it may be of another folder.
     drop_labels : bool
-        Remove labels, groups and splits of the file that is there if `images` have no labels. Left
-        out, such images keep them, by their ids or else by their contents.
+        Remove labels, groups, splits and kept columns of the file that is there if `images` have no
+        labels. Left out, such images keep them, by their ids or else by their contents. Images with
+        labels bring all of these anew.
     progress : bool, optional
         Show a progress bar on standard error. Left out: only in a terminal or a notebook.
 

@@ -286,7 +286,7 @@ def count_removed(before: FeatureStore, store: FeatureStore, images: ImageSet) -
 
 
 def with_labels(images: ImageSet, store: FeatureStore) -> ImageSet:
-    """Give images without labels those of a store, and its groups and splits.
+    """Give images without labels those of a store, and its groups, splits and kept columns.
 
     They are found by id, else by content; an image that the store does not hold has none.
     """
@@ -296,21 +296,18 @@ def with_labels(images: ImageSet, store: FeatureStore) -> ImageSet:
     theirs = np.array([place_of.get(name, -1) for name in images.ids.tolist()], np.int64)
     same = theirs >= 0
     _find_by_content(images, np.arange(len(images)), store, theirs, same)
-    kept = {}
-    for name in {"labels", "groups", "splits"} - images.tables.keys():
-        if (table := getattr(store, name)) is not None:
-            kept[name] = np.where(same, table[theirs], "")
-    return images.with_tables(kept)
+    others = {name: x for name, x in store.tables.items() if name not in images.tables}
+    return images.with_tables({name: np.where(same, x[theirs], "") for name, x in others.items()})
 
 
 def _same_tables(store: FeatureStore, images: ImageSet) -> bool:
-    """Return whether labels, groups and splits of a store are those of the images."""
+    """Return whether labels, groups, splits and kept columns of a store are the images'."""
     row_of = {name: row for row, name in enumerate(images.ids.tolist())}
     rows = np.array([row_of[name] for name in store.ids.tolist()], np.int64)
     none = np.full(len(store), "")
-    for name in ("labels", "groups", "splits"):
-        there, asked = getattr(store, name), images.tables.get(name)
-        there = none if there is None else there
+    tables = store.tables
+    for name in (tables.keys() | images.tables.keys()) - {"ids"}:
+        there, asked = tables.get(name, none), images.tables.get(name)
         if not np.array_equal(there, none if asked is None else asked[rows].astype(there.dtype)):
             return False
     return True

@@ -28,6 +28,7 @@ from featcache.system.files import open_file, unescaped
 
 _MARK = b"\xef\xbb\xbf"  # of UTF-8, by which a table of a spreadsheet is known
 _SAVE = "In Excel: Save As, type CSV UTF-8"
+_ROLES = ("ids", "labels", "groups", "splits")
 _REGRESSION = 0.9  # of labels that are fractions, so many must differ to be no classes
 
 
@@ -43,13 +44,13 @@ def labelled(
     path, suffix : str
         The table, and what is added to an id to get its file.
     columns : dict of str to str
-        For each of "id", "label", "group" and "split" that is wanted, its column.
+        For each table that is wanted, "ids" among them, its column.
     excluded : callable
         Tells of an id whether its row is left out, too.
     """
     source, rows = source.excluding(excluded), _read(path, columns)
-    kept = [k for k, id in enumerate(rows["id"]) if not excluded(os.path.normpath(id) + suffix)]
-    rows = {f"{role}s": [texts[k] for k in kept] for role, texts in rows.items()}
+    kept = [k for k, id in enumerate(rows["ids"]) if not excluded(os.path.normpath(id) + suffix)]
+    rows = {what: [texts[k] for k in kept] for what, texts in rows.items()}
     listed = source.tables["ids"].tolist()
     places = _places(rows["ids"], suffix, listed, source, path)
     left_out = dict(source.left_out)
@@ -62,7 +63,7 @@ def labelled(
         ending = suffix if all(id.endswith(suffix) for id in rows["ids"]) else ""
         rows["ids"] = [id.removesuffix(ending) for id in rows["ids"]]
         source = replace(source, suffix=ending.encode(), whole_folder=False)
-    tables, order = sorted_tables(rows, f"{path}, column {columns['id']!r}", _twice(rows))
+    tables, order = sorted_tables(rows, f"{path}, column {columns['ids']!r}", _twice(rows))
     at = np.array(places, np.int64)[order]
     return replace(
         source,
@@ -235,8 +236,9 @@ def _columns(
     header = [name.strip() for name in next(lines, (0, []))[1]]
     while header and not header[-1]:
         header.pop()
-    numbers = {role: _number(name, header, path, role) for role, name in columns.items()}
-    values: dict[str, list[str]] = {role: [] for role in columns}
+    roles = {what: what[:-1] if what in _ROLES else "--keep-columns" for what in columns}
+    numbers = {what: _number(x, header, path, roles[what]) for what, x in columns.items()}
+    values: dict[str, list[str]] = {what: [] for what in columns}
     for number, line in lines:
         while len(line) > len(header) and not line[-1].strip():
             line.pop()
@@ -246,15 +248,15 @@ def _columns(
             raise ImageSetError(
                 f"{path}, line {number}: expected {len(header)} fields, got {len(line)}"
             )
-        for role, column in numbers.items():
+        for what, column in numbers.items():
             # An id is the name of a file, which may end in a blank.
-            field = line[column] if role == "id" else line[column].strip()
+            field = line[column] if what == "ids" else line[column].strip()
             if "\n" in field or "\r" in field:
                 raise ImageSetError(
-                    f"{path}, line {number}: the {role} goes on in the next line "
+                    f"{path}, line {number}: the {header[column]} goes on in the next line "
                     f"({field[:40]!r}). A quote is opened there that should not be"
                 )
-            values[role].append(field)
+            values[what].append(field)
     return values
 
 
@@ -269,9 +271,12 @@ def _number(name: str, header: list[str], path: str, role: str) -> int:
             f"{path}: no column {name!r} for the {role}: the first line is no header but holds "
             f"{', '.join(header)}. Write the names of the columns above it, such as id,label"
         )
+    cure = f"for the {role}", f"Name yours with --{role}-column"
+    if role.startswith("--"):
+        cure = f"for {role}", f"Name one of them; of several, each with its own {role}"
     raise ImageSetError(
-        f"{path}: no column {name!r} for the {role}.{did_you_mean(name, header)} "
-        f"Columns: {', '.join(header) or 'none'}. Name yours with --{role}-column"
+        f"{path}: no column {name!r} {cure[0]}.{did_you_mean(name, header)} "
+        f"Columns: {', '.join(header) or 'none'}. {cure[1]}"
     )
 
 

@@ -31,7 +31,7 @@ from featcache.images import arrays, csv_tables, folders, layout, parquet, tars
 from featcache.images.arrays import TORCHVISION_SETS
 from featcache.images.sources import SHARDS, SUFFIXES, Source, first_few, matcher, read_error
 from featcache.pixels import decode
-from featcache.system.tables import counted
+from featcache.system.tables import counted, kept_table
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -274,6 +274,7 @@ class ImageSet:
         label_column: str | None = "label",
         group_column: str | None = None,
         split_column: str | None = None,
+        keep_columns: Iterable[str] = (),
         suffix: str = "",
         root: AnyPath | None = None,
         download: bool = False,
@@ -300,6 +301,8 @@ class ImageSet:
             Column of the table with the images' paths relative to `images`, without `suffix`.
         label_column, group_column, split_column : str, optional
             Columns with labels, groups and splits; None leaves them out. An empty label is none.
+        keep_columns : iterable of str
+            Further columns of the table, which a store keeps as text: `FeatureStore.columns`.
         suffix : str
             What is added to an id to get its file, such as ".jpg".
         root : path, optional
@@ -327,10 +330,12 @@ class ImageSet:
             return cls._labelled(found, again, exclude, label_pattern)
         columns = {"id": id_column, "label": label_column, "group": group_column}
         columns["split"] = split_column
-        globs, path = _several(exclude), os.fspath(labels_csv)
+        globs, path, kept = _several(exclude), os.fspath(labels_csv), _several(keep_columns)
         again |= {"labels_csv": os.path.abspath(path), "suffix": suffix, "exclude": globs}
         again |= {f"{role}_column": column for role, column in columns.items()}
-        named = {role: column for role, column in columns.items() if column is not None}
+        again |= {"keep_columns": kept}
+        named = {f"{role}s": column for role, column in columns.items() if column is not None}
+        named |= {kept_table(column): column for column in kept}
         return cls(csv_tables.labelled(found, path, named, suffix, matcher(globs)), again)
 
     @classmethod
@@ -404,7 +409,8 @@ class ImageSet:
         root : path
             Folder of the images.
         **columns
-            `id_column`, `label_column`, `group_column`, `split_column` and `suffix`, as for `open`.
+            `id_column`, `label_column`, `group_column`, `split_column`, `keep_columns` and
+            `suffix`, as for `open`.
 
         Raises
         ------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from featcache.errors import TrainingError
 from featcache.results.intervals import FEWEST_GROUPS, Score, rate_scores
-from featcache.system.tables import SHOWN, counted, html_table, printable, text_table
+from featcache.system.tables import SHOWN, counted, first_names, html_table, printable, text_table
 
 Floats = npt.NDArray[np.float64]
 
@@ -158,6 +158,8 @@ class Evaluation:
         Column of each label that was decided for; left out, that of the most probable class.
     layers : tuple of str
         Taps of the store that the predictor saw; none: not known.
+    columns : mapping of str to ndarray of str, shape (n,)
+        What the images are told apart by in `by`, such as the camera.
 
     Attributes
     ----------
@@ -187,6 +189,7 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     predicted: npt.NDArray[np.int64] | None = None
     layers: tuple[str, ...] = ()
+    columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n, k = self.proba.shape
@@ -333,6 +336,31 @@ class Evaluation:
             for i in wrong
         )
 
+    @cached_property
+    def by(self) -> dict[str, dict[str, Evaluation]]:
+        """For each of `columns` the images of each of its values, the lowest accuracy first.
+
+        An interval is of its value alone: of many values, one is the lowest by chance.
+        """
+        found: dict[str, dict[str, Evaluation]] = {}
+        for name, values in self.columns.items():
+            parts = {str(x): self._part(values == x) for x in np.unique(values)}
+            ranked = sorted(parts, key=lambda x: (float(parts[x].accuracy), x))
+            found[name] = {x: parts[x] for x in ranked}
+        return found
+
+    def _part(self, chosen: npt.NDArray[np.bool_]) -> Evaluation:
+        """Return the evaluation on some of the images."""
+        return replace(
+            self,
+            ids=self.ids[chosen],
+            y_true=self.y_true[chosen],
+            proba=self.proba[chosen],
+            groups=None if self.groups is None else self.groups[chosen],
+            predicted=self.y_pred[chosen],
+            columns={},
+        )
+
     @property
     def remarks(self) -> tuple[str, ...]:
         """The notes, and what the intervals rest on where that is not plain."""
@@ -378,6 +406,10 @@ class Evaluation:
             "resampled": "images" if self.groups is None else "groups",
             "classes": list(self.classes),
             "per_class": [vars(score) for score in self.per_class],
+            "by": {
+                name: [{"value": x, **one.figures.to_dict()} for x, one in parts.items()]
+                for name, parts in self.by.items()
+            },
             "mistakes": [vars(mistake) for mistake in self.mistakes],
             "notes": list(self.remarks),
         }
@@ -394,6 +426,7 @@ class Evaluation:
                 *self.remarks,
                 "",
                 *self._class_lines(),
+                *self._by_lines(),
                 *self._confusion_lines(),
                 *self._mistake_lines(),
             ]
@@ -415,6 +448,26 @@ class Evaluation:
         lines = [text_table(header, rows, right=range(1, 5))]
         if len(rows) < len(self.classes):
             lines.append(f"(the {SHOWN} of {len(self.classes)} classes with the lowest F1)")
+        return lines
+
+    def _by_tables(self) -> Iterator[tuple[list[str], list[list[str]], list[str]]]:
+        """Yield header and rows of the table of each column, and what is not shown of it."""
+        for name, parts in self.by.items():
+            rows = [
+                [x or "(none)", str(one.accuracy), str(one.balanced_accuracy), f"{len(one):,}"]
+                for x, one in parts.items()
+            ]
+            rest = [f"(the {SHOWN} of {len(rows):,} values with the lowest accuracy)"]
+            rest *= len(rows) > SHOWN
+            if few := [x or "(none)" for x, one in parts.items() if few_groups(one.groups)]:
+                of = f"images of fewer than {FEWEST_GROUPS} groups"
+                rest += [f"(no intervals for {first_names(few, 3)}: {of})"]
+            yield [name, "accuracy", "balanced accuracy", "images"], rows[:SHOWN], rest
+
+    def _by_lines(self) -> list[str]:
+        lines = []
+        for header, rows, rest in self._by_tables():
+            lines += ["", text_table(header, rows, right=[3]), *rest]
         return lines
 
     def _confusion_lines(self) -> list[str]:
@@ -457,6 +510,7 @@ class Evaluation:
         return (
             html_table([counted(len(self), "image"), "", "95 % interval"], figures)
             + html_table(*self._shown_classes())
+            + "".join(html_table(header, rows) for header, rows, _ in self._by_tables())
             + "".join(f"<p>{escape(note)}</p>" for note in self.remarks)
         )
 

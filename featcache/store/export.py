@@ -34,11 +34,11 @@ def export_store(
 
     ============ ==================================================================================
     ``.npz``     one array a tap under the tap's name, as stored; ``ids``, ``labels``, ``groups``,
-                 ``splits`` (arrays of str) and ``fingerprints`` (JSON: a list with the
-                 fingerprint of each joined store); read with ``numpy.load``
+                 ``splits`` and kept columns (arrays of str) and ``fingerprints`` (JSON: a list
+                 with the fingerprint of each joined store); read with ``numpy.load``
     ``.npy``     all taps side by side, (n, d) or (n, views, d) float32; rows in the store's order
-    ``.parquet`` a row an image: ``id``, ``label``, ``group``, ``split``, and a list of float32 a
-                 tap (a list of lists if there are views); needs the extra ``parquet``
+    ``.parquet`` a row an image: ``id``, ``label``, ``group``, ``split``, kept columns, and a list
+                 of float32 a tap (a list of lists if there are views); needs the extra ``parquet``
     ``.csv``     the same as columns ``TAP[0]``, ``TAP[1]``, ...; a row an image, or a row a view
     ============ ==================================================================================
 
@@ -94,7 +94,7 @@ def _tables(store: FeatureStore) -> dict[str, np.ndarray]:
         tables["group"] = store.groups
     if store.splits is not None:
         tables["split"] = store.splits
-    return tables
+    return {**tables, **store.columns, **tables}  # ours win
 
 
 def _columns(store: FeatureStore, taps: Sequence[str]) -> list[str]:
@@ -128,7 +128,8 @@ def _fingerprints(store: FeatureStore) -> str:
 def _write_npz(store: FeatureStore, file: IO[bytes]) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, table in _tables(store).items():
-            _write_member(archive, f"{name}s", table.shape, table.dtype, iter([table]))
+            several = name if name in store.columns else f"{name}s"
+            _write_member(archive, several, table.shape, table.dtype, iter([table]))
         text = np.array(_fingerprints(store))
         _write_member(archive, "fingerprints", text.shape, text.dtype, iter([text]))
         for name, info in store.taps.items():
@@ -221,10 +222,11 @@ def _are_columns(names: Sequence[str], needed: set[str], others: set[str]) -> bo
     return len(known) < len(names) and needed <= known <= needed | others
 
 
-def _is_npz(_: FeatureStore, path: Path) -> bool:
+def _is_npz(store: FeatureStore, path: Path) -> bool:
+    others = {"groups", "splits", *store.columns}
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-    return _are_columns(names, {"ids", "labels", "fingerprints"}, {"groups", "splits"})
+    return _are_columns(names, {"ids", "labels", "fingerprints"}, others)
 
 
 def _is_npy(store: FeatureStore, path: Path) -> bool:
@@ -238,19 +240,21 @@ def _is_npy(store: FeatureStore, path: Path) -> bool:
     )
 
 
-def _is_csv(_: FeatureStore, path: Path) -> bool:
+def _is_csv(store: FeatureStore, path: Path) -> bool:
+    others = {"group", "split", "view", *store.columns}
     number = r"-?(\d+(\.\d+)?(e[+-]\d+)?|nan|inf)"
     return is_table(
         path,
-        lambda names: _are_columns(names, {"id", "label"}, {"group", "split", "view"}),
+        lambda names: _are_columns(names, {"id", "label"}, others),
         {"view": r"\d+", r".*:.*": number},
     )
 
 
-def _is_parquet(_: FeatureStore, path: Path) -> bool:
+def _is_parquet(store: FeatureStore, path: Path) -> bool:
     schema = _pyarrow()[1].read_schema(path)
     ours = b"featcache" in (schema.metadata or {})
-    return ours and _are_columns(schema.names, {"id", "label"}, {"group", "split"})
+    others = {"group", "split", *store.columns}
+    return ours and _are_columns(schema.names, {"id", "label"}, others)
 
 
 _KINDS: dict[

@@ -13,7 +13,8 @@ dataset              shape, type            content
 /ids                 (n,) UTF-8             ids of the images, all different
 /labels              (n,) UTF-8             labels, ``""`` = none; the dataset may be absent
 /groups /splits      (n,) UTF-8             as scanned; may be absent
-/NAME                (n,) UTF-8             any further column of text
+/column:NAME         (n,) UTF-8             a further column of the user's table; ``/`` and ``%``
+                                            as in a tap's name
 /failures/FIELD      (k,) UTF-8, int64      images without features: id, stage, reason, size,
                                             stamp
 /meta/KEY            scalar UTF-8           JSON: fingerprint, request, versions, classes, ...

@@ -47,7 +47,7 @@ from featcache.store.checksums import VerifyReport
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, Canaries, Dataset, Failure
 from featcache.system.nearest import nearest, unit, without
-from featcache.system.tables import counted, first_names, html_table, typed
+from featcache.system.tables import counted, first_names, html_table, kept_columns, typed
 
 __all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "VerifyReport"]
 
@@ -304,8 +304,9 @@ class FeatureStore:
     def join(cls, stores: Sequence[FeatureStore]) -> Self:
         """Put the features of several stores of the same images side by side, by id.
 
-        Rows, labels, groups and splits are the first store's; taps become ``"BACKBONE/tap"``
-        (``"BACKBONE@DIGEST/tap"`` if two stores share the backbone's name).
+        Rows, labels, groups and splits are the first store's, and kept columns are those of all.
+        Taps become ``"BACKBONE/tap"`` (``"BACKBONE@DIGEST/tap"`` if two stores share the backbone's
+        name).
 
         Raises
         ------
@@ -381,6 +382,14 @@ class FeatureStore:
         """Columns of text, (n,): ``ids`` and ``labels``, and those that the file has."""
         known = {"ids", "labels"}.union(*(file.tables for file in self._sources[0].files))
         return {name: self._text(name) for name in sorted(known)}
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """Further columns that ``--keep-columns`` keeps: arrays of str, shape (n,), by name."""
+        found: dict[str, np.ndarray] = {}
+        for part in self.parts[::-1]:  # of several, the first that has it
+            found |= kept_columns(part.tables)
+        return found
 
     @cached_property
     def classes(self) -> list[str]:
@@ -493,6 +502,7 @@ class FeatureStore:
             "classes": dict(sorted(self._label_counts.items())),
             "groups": 0 if self.groups is None else len(np.unique(self.groups)),
             "splits": [] if self.splits is None else np.unique(self.splits).tolist(),
+            "columns": {name: len(np.unique(x)) for name, x in self.columns.items()},
             "taps": {
                 name: {"shape": list(tap.shape), "dtype": str(tap.dtype), "views": tap.views}
                 for name, tap in self.taps.items()
@@ -507,6 +517,10 @@ class FeatureStore:
         """Return what people want to know, each under its name."""
         classes = [f"{name or '(no label)'} {k:,}" for name, k in self._label_counts.items()]
         facts = [("classes", first_names(sorted(classes)))]
+        for name, values in self.columns.items():
+            counts = Counter(values.tolist()).most_common()
+            shown = first_names([f"{value or '(none)'} {k:,}" for value, k in counts], 5)
+            facts.append(("column", f"{name}: {counted(len(counts), 'value')} ({shown})"))
         facts += [("tap", f"{name}  {tap.shape} {tap.dtype}") for name, tap in self.taps.items()]
         for one in self.fingerprints:
             facts += [("backbone", one.title), *(("weights", note) for note in one.notes)]
@@ -857,7 +871,7 @@ class FeatureStore:
         Returns
         -------
         pandas.DataFrame, shape (n, 2 + d)
-            Ids as index; the columns ``label``, ``group`` and ``split`` as far as the store has
+            Ids as index; ``label``, ``group``, ``split`` and kept columns as far as the store has
             them (categories), then the features of each tap, float32, as ``TAP[0]``, ``TAP[1]``,
             ... A row a view where views are stored, numbered in the column ``view``.
 

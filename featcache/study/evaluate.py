@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import PredictorError, TrainingError
+from featcache.errors import MissingFeatures, PredictorError, TrainingError
 from featcache.results.evaluation import Evaluation, with_own_groups
 from featcache.system.tables import counted, first_names
 
@@ -21,7 +21,11 @@ __all__ = ["evaluate", "left_out", "look_alikes", "out_of_fold"]
 
 
 def evaluate(
-    predictor: Predictor, store: FeatureStore, *, other_groups: bool = False
+    predictor: Predictor,
+    store: FeatureStore,
+    *,
+    other_groups: bool = False,
+    by: str | Sequence[str] = (),
 ) -> Evaluation:
     """Score a predictor on the labelled images of a store that it was not trained on.
 
@@ -38,6 +42,9 @@ def evaluate(
     other_groups : bool
         A group of this store is another than one of the same name that it was trained on: patient
         "1" of another hospital.
+    by : str or list of str
+        Columns to tell apart in `Evaluation.by`: names in `FeatureStore.columns`, or ``group`` or
+        ``split``.
 
     Raises
     ------
@@ -47,6 +54,25 @@ def evaluate(
         Labels that the predictor does not know.
     TrainingError
         No labelled image is left to score.
+    MissingFeatures
+        The store keeps no such column.
+
+    Examples
+    --------
+    >>> import featcache as fc
+    >>> import csv
+    >>> rows = [("id", "label", "camera")]
+    >>> for label in ("dahlia", "palace"):
+    ...     for n in range(0, 40, 2):
+    ...         rows.append((f"{label}/{n:02d}.jpg", label, "new" if n % 4 else "old"))
+    >>> with open("cameras.csv", "w") as file:
+    ...     csv.writer(file).writerows(rows)
+    >>> images = fc.ImageSet.from_csv("cameras.csv", "flowers", keep_columns=["camera"])
+    >>> store = fc.extract(images, fc.Backbone("resnet18", weights=None), "cameras.h5")
+    >>> fit, test = store.split(random_state=0)
+    >>> evaluation = fc.evaluate(fc.train(fit, cv=3), test, by="camera")
+    >>> {value: len(part) for value, part in sorted(evaluation.by["camera"].items())}
+    {'new': 5, 'old': 5}
     """
     layers = predictor.layers_of(store)  # refuses features of another origin
     labelled = store.labels != ""
@@ -71,6 +97,16 @@ def evaluate(
             f"{'; '.join(notes) or 'it is empty'}. Evaluate on other images, or train with {cure}."
         )
     chosen = store.select(rows)
+    known = {"group": chosen.groups, "split": chosen.splits, **chosen.columns}
+    columns_by = {}
+    for name in [by] if isinstance(by, str) else by:
+        if (values := known.get(name)) is None:
+            raise MissingFeatures(
+                f"{', '.join(store.paths)} keeps no column {name!r}; it keeps "
+                f"{', '.join(chosen.columns) or 'none'}. Extract again with --keep-columns NAME, "
+                "beside --labels (nothing is computed again)."
+            )
+        columns_by[name] = values
     columns = {name: i for i, name in enumerate(predictor.classes)}
     unknown = sorted(set(chosen.classes) - columns.keys())
     if unknown:
@@ -94,6 +130,7 @@ def evaluate(
         groups=with_own_groups(chosen.groups),
         notes=tuple(notes),
         layers=tuple(layers),
+        columns=columns_by,
     )
 
 

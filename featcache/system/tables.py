@@ -8,7 +8,12 @@ import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+T = TypeVar("T")
+
+_KEPT = "column:"  # begins the name of a table
 
 SHOWN = 20
 """Names that are listed before the rest is counted."""
@@ -38,6 +43,16 @@ def text_table(
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def kept_table(column: str) -> str:
+    """Return the name of the table that keeps a further column of a user's table."""
+    return _KEPT + column.replace("%", "%25").replace("/", "%2F")
+
+
+def kept_columns(tables: Mapping[str, T]) -> dict[str, T]:
+    """Return those among tables that `kept_table` named, by the names of their columns."""
+    return {unquote(x[len(_KEPT) :]): one for x, one in tables.items() if x.startswith(_KEPT)}
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

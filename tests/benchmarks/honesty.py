@@ -188,6 +188,23 @@ def pairs(seeds: int) -> None:
                 )
 
 
+def by(seeds: int) -> None:
+    """Intervals of the values of a column, each by itself: values of few images have wide ones."""
+    print(f"\nintervals of accuracy by the values of a column (evaluate --by), {seeds} seeds")
+    for mean in (0.6, 0.9, 0.97):
+        rng, sizes = np.random.default_rng(0), [5, 15, 40, 200]
+        camera = np.repeat([str(n) for n in sizes], sizes)
+        found: dict[str, list[Score]] = {value: [] for value in np.unique(camera)}
+        for _ in range(seeds):
+            y = rng.integers(0, 3, len(camera))
+            sure = np.eye(3)[guessed(rng, y, mean, 3)]
+            parts = Evaluation(np.arange(len(y)), y, sure, ("a", "b", "c"), columns={"n": camera})
+            for value, part in parts.by["n"].items():
+                found[value].append(part.accuracy)
+        for n in sizes:
+            said(f"{n} images", found[str(n)], mean)
+
+
 def rivals() -> dict[str, Any]:
     """Return scikit-learn's counterpart of each head, its main parameter chosen by five folds."""
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
@@ -348,6 +365,7 @@ SECTIONS = {
     "images": images,
     "groups": groups,
     "pairs": pairs,
+    "by": by,
     "tables": tables,
     "balanced": balanced,
     "styles": styles,
@@ -358,6 +376,7 @@ SEEDS = {
     "images": 300,
     "groups": 1000,
     "pairs": 300,
+    "by": 300,
     "tables": 2,
     "balanced": 4,
     "styles": 8,
