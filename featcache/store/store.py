@@ -47,7 +47,14 @@ from featcache.store.checksums import VerifyReport
 from featcache.store.file import StoreFile
 from featcache.store.format import DONE, Canaries, Dataset, Failure
 from featcache.system.nearest import nearest, unit, without
-from featcache.system.tables import counted, first_names, html_table, kept_columns, typed
+from featcache.system.tables import (
+    counted,
+    first_names,
+    html_table,
+    kept_columns,
+    printable,
+    typed,
+)
 
 __all__ = ["FORMAT_VERSION", "Canaries", "Failure", "FeatureStore", "TapInfo", "VerifyReport"]
 
@@ -535,9 +542,8 @@ class FeatureStore:
         return sum(Path(path).stat().st_size for path in self.paths)
 
     def _title(self) -> str:
-        return (
-            f"{', '.join(self.paths)}: {counted(len(self), 'image')}, {self._bytes / 1e6:,.1f} MB"
-        )
+        paths = printable(", ".join(self.paths))
+        return f"{paths}: {counted(len(self), 'image')}, {self._bytes / 1e6:,.1f} MB"
 
     def to_text(self) -> str:
         """Return what the store holds, for people."""
@@ -1021,8 +1027,8 @@ def _open_finished(path: str) -> StoreFile:
             raise MissingStore(f"There is no {path}: {final} is there, and finished.") from error
         if not (partial.exists() or Path(f"{partial}.plan").exists()):
             raise MissingStore(
-                f"There is no feature file {final}. Make it with: featcache extract IMAGES -o "
-                f"{final}"
+                f"There is no feature file {printable(final)}. Make it with: "
+                f"{typed('featcache extract IMAGES -o', final)}"
             ) from error
         raise _incomplete(final, partial) from error
     if not file.finished and path != final:
@@ -1039,7 +1045,7 @@ def _open_finished(path: str) -> StoreFile:
 
 def _incomplete(path: str, partial: Path) -> IncompleteStore:
     """Return the error for a store that a run has not finished."""
-    command = f"featcache extract IMAGES -o {path} ..."
+    command = f"{typed('featcache extract IMAGES -o', path)} ..."
     try:
         file = StoreFile(str(partial))
         done = int(np.count_nonzero(file.read("rows")["status"] == DONE))

@@ -105,6 +105,7 @@ def test_a_line_break_in_a_name_makes_no_line_of_its_own(tmp_path: Path) -> None
     predictor = odd.with_suffix(".featcache")
     for argv in (
         ("extract", images, "-o", odd, *BACKBONE),
+        ("info", odd),
         ("verify", odd),
         ("export", odd, "-o", odd.with_suffix(".csv")),
         ("train", odd, "-o", predictor, "--head", "ridge", "--cv", "2"),
