@@ -21,6 +21,8 @@ from .report.plots import plot_reliability as plot_reliability
 from .results.evaluation import Evaluation as Evaluation
 from .results.leaderboard import Leaderboard as Leaderboard
 from .store.store import FeatureStore as FeatureStore
+from .study.compare import Comparison as Comparison
+from .study.compare import compare as compare
 from .study.evaluate import evaluate as evaluate
 from .study.learning_curve import LearningCurve as LearningCurve
 from .study.learning_curve import learning_curve as learning_curve

@@ -17,7 +17,7 @@ from featcache.cli.extract import extract, layers
 from featcache.cli.predict import evaluate, export_model, predict
 from featcache.cli.stores import audit, export, info, similar, verify
 from featcache.cli.study import study
-from featcache.cli.train import train
+from featcache.cli.train import compare, train
 from featcache.version import __version__
 
 
@@ -30,6 +30,7 @@ from featcache.version import __version__
         info,
         verify,
         train,
+        compare,
         evaluate,
         predict,
         study,

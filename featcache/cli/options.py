@@ -261,17 +261,8 @@ extraction = stacked(
         "Accept a network whose features of one image change from run to run or with its batch.",
     ),
 )
-# Arguments of `train_files`, but for the layers and the suffix.
-training = stacked(
-    click.option(
-        "--head",
-        "head",
-        multiple=True,
-        metavar="HEAD",
-        help="linear, svm, rbf-svm, forest, boosting, ridge, knn, mlp, all, or suffix (the rest of "
-        "the network); knn compares by cosine. May be repeated.  "
-        "[default: linear, svm, rbf-svm, forest]",
-    ),
+# What heads are compared under, in `train` and `compare`.
+comparing = stacked(
     click.option(
         "--cv",
         **count(2),
@@ -283,12 +274,6 @@ training = stacked(
         **count(),
         default=1,
         help="Leave out, and list, classes of fewer images (with --group: of fewer groups).",
-    ),
-    click.option(
-        "--test-size",
-        type=share,
-        help="Share of the images to hold out and score once. Default: as the split column says, "
-        "or 25%.",
     ),
     flag("--group", "Keep the images of a group on one side of every split."),
     flag(
@@ -332,6 +317,25 @@ training = stacked(
         default=0,
         help="Seed of everything that is drawn.",
     ),
+)
+# Arguments of `train_files`, but for the layers and the suffix.
+training = stacked(
+    click.option(
+        "--head",
+        "head",
+        multiple=True,
+        metavar="HEAD",
+        help="linear, svm, rbf-svm, forest, boosting, ridge, knn, mlp, all, or suffix (the rest of "
+        "the network); knn compares by cosine. May be repeated.  "
+        "[default: linear, svm, rbf-svm, forest]",
+    ),
+    click.option(
+        "--test-size",
+        type=share,
+        help="Share of the images to hold out and score once. Default: as the split column says, "
+        "or 25%.",
+    ),
+    comparing,
 )
 device = click.option("--device", metavar="DEVICE", default="auto", help=f"{DEVICES}.")
 

@@ -9,8 +9,9 @@ import click
 
 import featcache
 from featcache.cli import options
-from featcache.cli.command import Command, print_json, say
+from featcache.cli.command import Command, print_json, say, show
 from featcache.finetuning.settings import SuffixSettings
+from featcache.system.files import STDOUT, check_overwrite
 
 
 @click.command(cls=Command)
@@ -38,7 +39,7 @@ def train(
 
     The best by cross-validation is kept as PREDICTOR. Several stores are joined: one below the
     other if their features come from the same network and layers, else side by side, by the ids of
-    their images.
+    their images. To compare networks and layers with each other, use "featcache compare".
 
     The table shows how far each head is from the best, image by image, with a 95 % interval, and
     the simplest head that is not clearly worse. The baseline calls every image by the commonest
@@ -74,3 +75,55 @@ def train(
         print_json(result.to_dict())
     else:
         say(result.to_text())
+
+
+@click.command(cls=Command)
+@options.path_argument("stores", nargs=-1, required=True)
+@options.layer(
+    "Layer to compare, of each of STORES that has it. May be repeated. Default: all of STORES, "
+    "each alone."
+)
+@click.option(
+    "--head",
+    multiple=True,
+    metavar="HEAD",
+    default=["linear"],
+    help='Head to train on each layer, as for "featcache train". May be repeated.',
+)
+@options.output("FILE.csv", "Table to write; - is standard output.", text=True)
+@click.option(
+    "--test-size",
+    type=options.share,
+    help='Share of the images to leave out, those that "featcache train" holds out with the same '
+    "seed. Default: what the split column holds out, or none.",
+)
+@options.comparing
+@options.excel
+@options.force
+@options.json_output
+def compare(
+    stores: tuple[Path, ...],
+    output: Path | None,
+    force: bool,
+    excel: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Compare the networks and layers of STORES.
+
+    Each is trained on alone, with the same folds, on the images that all STORES have. The best is
+    first; the others show how far they are from it, with 95 % intervals that hold for all rows at
+    once. "featcache train" joins STORES and layers into one classifier instead, and keeps it.
+    """
+    from featcache.study.compare import is_comparison
+
+    if as_json and output == STDOUT:
+        raise click.UsageError("--json and -o - both write to standard output; name a file.")
+    if output is not None:
+        check_overwrite(output, is_comparison, "a comparison of featcache", force=force)
+    found = featcache.compare(list(stores), **settings)
+    if output is not None:
+        found.to_csv(output, force=force, excel=excel)
+    written = "" if output in (None, STDOUT) else f"\n\ntable: {output}"
+    shown = output if output == STDOUT else None
+    show(as_json, found.to_dict(), f"{found}{written}", output=shown)

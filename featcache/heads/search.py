@@ -144,6 +144,11 @@ class SearchOptions:
         return self.class_weight is not None or self.scoring == "balanced_accuracy"
 
     @property
+    def difference_of(self) -> str:
+        """What the differences between heads are of, for people."""
+        return "balanced accuracy" if self.balances else "accuracy"
+
+    @property
     def room(self) -> int:
         """Bytes of working memory."""
         return self.memory or 1 << 30

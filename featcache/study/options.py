@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Self
 
 from featcache.errors import TrainingError
 from featcache.heads.search import SearchOptions, check_scoring
@@ -54,6 +54,14 @@ class TrainingOptions(SearchOptions):
         check_scoring(self.decides)
         if self.drop_crossing_groups and not self.group:
             raise TrainingError("drop_crossing_groups goes with group=True (--group).")
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Return options of their names, or refuse a name that is none."""
+        known = [one.name for one in fields(cls) if one.name != "progress"]
+        if unknown := options.keys() - known:
+            raise TrainingError(f"There is no option {min(unknown)!r}. Options: {', '.join(known)}")
+        return cls(**options)
 
     def to_request(self) -> dict[str, Any]:
         """Return what the result depends on, as JSON values."""

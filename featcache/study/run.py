@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.errors import PredictorError, TrainingError
+from featcache.errors import PredictorError
 from featcache.finetuning.checkpoint import remove_checkpoints
 from featcache.finetuning.search import SUFFIX
 from featcache.finetuning.settings import SuffixSettings
@@ -126,14 +126,11 @@ def train_files(
         The output is there and is not a predictor, or the folder of checkpoints holds something
         else; found before anything is trained.
     """
-    known = [one.name for one in fields(TrainingOptions) if one.name != "progress"]
-    if unknown := options.keys() - known:
-        raise TrainingError(f"There is no option {min(unknown)!r}. Options: {', '.join(known)}")
+    settings = TrainingOptions.of(**options)
     target, names = Path(output), head_names(head or CLASSICS)
     check_overwrite(target, is_predictor, "a featcache predictor")
     paths = [stores] if isinstance(stores, str | Path) else stores
     opened = [FeatureStore.open(path) for path in paths]
-    settings = TrainingOptions(**options)
     request: dict[str, Any] = {
         "featcache": __version__,
         "scikit-learn": version("scikit-learn"),

@@ -234,8 +234,7 @@ def train(
         n_jobs=n_jobs,
         random_state=random_state,
     )
-    named, own = own_heads(head)
-    names = [*(head_names(named) if named or not own else ()), *own]
+    names, own = heads_of(head)
     _check_arguments(store, names, suffix=suffix, backbone=backbone)
     asked, (store, test, small) = store, without_small(store, test, options)
     folder = None if checkpoints is None or SUFFIX not in names else Path(checkpoints)
@@ -243,7 +242,7 @@ def train(
         check_folder(folder)
     kept = f"The finished epochs are kept in {folder}"
     with contextlib.nullcontext() if folder is None else interruptible(kept):
-        data = _TrainingData.of(store, test, layers, options)
+        data = TrainingData.of(store, test, layers, options)
         data = replace(data, own=own, weight=_weights_of(asked, data.store, sample_weight))
         if SUFFIX in names:
             data = data.with_suffix(
@@ -252,15 +251,16 @@ def train(
                 backbone=backbone,
                 checkpoints=folder,
             )
-        found = _train_heads(data, names, test, progress=progress)
+        found = train_heads(data, names, test, progress=progress)
     for read in filter(None, (store, test)):
         read.checked_files()  # features that are mapped were read until now
     *rows, baseline = ranked(data, found)
-    best, first = found[0].predictor, rows[0]
+    best: Predictor = found[0].predictor
+    first = rows[0]
     best.leaderboard = Leaderboard(
         rows=tuple(rows),
         baseline=baseline,
-        difference_of="balanced accuracy" if data.options.balances else "accuracy",
+        difference_of=options.difference_of,
         best_corrected=_corrected(data, [trial for one in found for trial in one.tried]),
         scoring=options.decides_name,
         n_fit=len(data.store),
@@ -299,8 +299,8 @@ def _weights_of(
     return weight[order[np.searchsorted(store.rows, fit.rows, sorter=order)]]
 
 
-def _train_heads(
-    data: _TrainingData,
+def train_heads(
+    data: TrainingData,
     names: Sequence[str],
     test: FeatureStore | None,
     *,
@@ -326,6 +326,12 @@ def _train_heads(
     return found
 
 
+def heads_of(head: Any) -> tuple[list[str], Mapping[str, Any]]:
+    """Return the names of the heads to train, and those that are classifiers of the user's own."""
+    named, own = own_heads(head)
+    return [*(head_names(named) if named or not own else ()), *own], own
+
+
 def head_names(heads: str | Sequence[str]) -> list[str]:
     """Return the heads to train."""
     given = [heads] if isinstance(heads, str) else list(heads or ())
@@ -343,7 +349,7 @@ def head_names(heads: str | Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _TrainingData:
+class TrainingData:
     """Rows, folds and memory that all heads share."""
 
     store: FeatureStore
@@ -366,7 +372,7 @@ class _TrainingData:
         test: FeatureStore | None,
         layers: str | Sequence[str] | None,
         options: TrainingOptions,
-    ) -> _TrainingData:
+    ) -> TrainingData:
         labelled = store.labels != ""
         # Where no row has a label, the folds' own message says so.
         fit = store.select(labelled) if labelled.any() and not labelled.all() else store
@@ -423,9 +429,7 @@ class _TrainingData:
             options=options,
         )
 
-    def with_suffix(
-        self, settings: SuffixSettings, *, apart: bool, **options: Any
-    ) -> _TrainingData:
+    def with_suffix(self, settings: SuffixSettings, *, apart: bool, **options: Any) -> TrainingData:
         """Return the task with what the rest of the network needs.
 
         The other heads then use the other taps, unless there are none or taps were named
@@ -438,7 +442,7 @@ class _TrainingData:
         others = [name for name in self.layers if name != suffix.maps.tap]
         return replace(self, suffix=suffix, layers=others if apart and others else self.layers)
 
-    def of_head(self, head: str) -> _TrainingData:
+    def of_head(self, head: str) -> TrainingData:
         """Return the task with the taps that a head uses."""
         if head != SUFFIX or self.suffix is None:
             return self
@@ -515,13 +519,13 @@ class TrainedHead:
     """
 
     row: LeaderboardRow
-    predictor: Predictor
+    predictor: Any
     tried: list[Trial]
     predicted: npt.NDArray[np.int64]
     baseline: LeaderboardRow
 
 
-def ranked(data: _TrainingData, found: list[TrainedHead]) -> list[LeaderboardRow]:
+def ranked(data: TrainingData, found: list[TrainedHead]) -> list[LeaderboardRow]:
     """Sort heads, the best first; return their rows and the baseline with the differences."""
     # Scores that differ by rounding are equal.
     found.sort(key=lambda one: (-round(one.row.cv_score, 9), one.row.cv.log_loss))
@@ -535,7 +539,7 @@ def ranked(data: _TrainingData, found: list[TrainedHead]) -> list[LeaderboardRow
 
 
 def _train_head(
-    data: _TrainingData, head: str, test: FeatureStore | None, progress: Progress
+    data: TrainingData, head: str, test: FeatureStore | None, progress: Progress
 ) -> TrainedHead:
     """Search, fit and score one head."""
     with peak_memory() as peak:
@@ -579,7 +583,7 @@ def _train_head(
 
 
 def _baseline(
-    data: _TrainingData, row: LeaderboardRow, judged: Evaluation, held_out: Evaluation | None
+    data: TrainingData, row: LeaderboardRow, judged: Evaluation, held_out: Evaluation | None
 ) -> LeaderboardRow:
     """Return what calling every image by the commonest class gives, on the images of a row."""
     counts = np.bincount(data.scorer.codes)
@@ -609,7 +613,7 @@ def _baseline(
     )
 
 
-def _corrected(data: _TrainingData, tried: Sequence[Trial]) -> Score | None:
+def _corrected(data: TrainingData, tried: Sequence[Trial]) -> Score | None:
     """Return the accuracy of the best of the settings that are scored on the most images.
 
     None where what chooses gives one score of all images.
@@ -637,7 +641,7 @@ def _corrected(data: _TrainingData, tried: Sequence[Trial]) -> Score | None:
 
 
 def _nested(
-    data: _TrainingData, head: str, progress: Progress
+    data: TrainingData, head: str, progress: Progress
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
     """Search inside every fold's training part: the folds' logits, probabilities, and score.
 
@@ -656,7 +660,7 @@ def _nested(
     return logits, proba, data.scorer(logits, proba)[0]
 
 
-def _predictor(data: _TrainingData, found: Any, judged: Evaluation) -> Predictor:
+def _predictor(data: TrainingData, found: Any, judged: Evaluation) -> Predictor:
     """Wrap a found head with all that it needs to be used later."""
     of_truth = judged.proba[np.arange(len(judged)), judged.y_true]
     store = data.store
@@ -685,7 +689,7 @@ def _predictor(data: _TrainingData, found: Any, judged: Evaluation) -> Predictor
     )
 
 
-def _canaries(data: _TrainingData, head: FittedHead, columns: Sequence[InputTap]) -> CanaryRows:
+def _canaries(data: TrainingData, head: FittedHead, columns: Sequence[InputTap]) -> CanaryRows:
     """Return the features of the store's canary images, or some training rows, with scores."""
     found = [data.store.parts[column.source].canaries for column in columns]
     first = found[0]
@@ -702,7 +706,7 @@ def _canaries(data: _TrainingData, head: FittedHead, columns: Sequence[InputTap]
     return CanaryRows(x, head.logits(x), names, images)
 
 
-def _predict_us(data: _TrainingData, predictor: Predictor) -> float:
+def _predict_us(data: TrainingData, predictor: Predictor) -> float:
     """Time predictions of one block of rows: microseconds an image, the better of two runs."""
     rows = max(1, min(_TIMED_ROWS, _TIMED_BYTES // (4 * data.store.width(data.layers))))
     _, block = next(iter(data.store.blocks(data.layers, rows)))
