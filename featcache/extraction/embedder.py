@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,14 +14,14 @@ from sklearn.utils import Tags
 from featcache.errors import DecodeError, FingerprintMismatch, StoreError
 from featcache.extraction import reuse
 from featcache.extraction.canaries import check_canaries, usable_canaries
-from featcache.extraction.decoding import Batch
 from featcache.extraction.features import check_batch, features, no_features
-from featcache.extraction.filling import Job, meta_of
+from featcache.extraction.filling import versions
 from featcache.extraction.stream import Options, compute
+from featcache.fingerprint import Fingerprint
 from featcache.images.given import Images, image_sets
 from featcache.images.image_set import ImageSet, content_hash
 from featcache.networks.backbone import Backbone
-from featcache.networks.forward import Settings
+from featcache.networks.forward import Runtime, Settings
 from featcache.pixels.decode import RawImage
 from featcache.store import disk
 from featcache.store.store import FeatureStore
@@ -105,7 +104,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """
         options: Any = {"batch_size": self.batch_size, "device": self.device, "workers": 0}
         if self.path is not None:
-            return self._remembered([one for _, one in image_sets(X)], Options(**options))
+            with reuse_memory():
+                return self._remembered([one for _, one in image_sets(X)], Options(**options))
         found = features(X, self.backbone, **options)
         parts = found.values() if isinstance(found, dict) else [found]
         return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
@@ -119,25 +119,21 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         while True:
             seen, store = disk.identity(path), reuse.finished_store(path)
             known = {} if store is None else {x.tobytes(): k for k, x in enumerate(store.sha256)}
-            made = None if store is None else store.fingerprint
-            how = (made.precision, made.store_dtype) if made else ("float32", "float32")
-            request = reuse.wanted(*how, None, bool(made and made.varying))
-            job = Job(
-                path,
-                sets[0],
-                self.backbone,
-                replace(options, precision=how[0]),
-                {**self.backbone.request, **request},
-                locked=partial(check_unreplaced, path, seen),
-            )
-            job = replace(job, known=job.layout)
-            if made and (differs := made.diff(job.layout.fingerprint, (path, "backbone"))):
+            made: Any = {}
+            if store is not None:  # whose precision and type of features are kept to
+                how = ("precision", "store_dtype", "varying")
+                made = {name: getattr(store.fingerprint, name) for name in how}
+            fingerprint = self.backbone.fingerprint(**made)
+            if store is not None and (differs := store.fingerprint.diff(fingerprint)):
                 raise FingerprintMismatch(f"{path} holds other features:\n{differs}")
             new = {one: image for one, image in by_hash.items() if one not in known}
             if not new and store is not None:
                 return store.select([known[one] for one in hashes]).matrix()
+            asked = replace(options, precision=fingerprint.precision)
+            settings = Settings.from_dict((store and store.meta.get("settings")) or {})
+            runtime = asked.runtime(self.backbone, len(new), settings=settings)
             try:
-                _add(job, store, new)
+                _add(path, seen, store, new, runtime, fingerprint, asked)
             except StoreError:
                 if disk.identity(path) == seen:
                     raise  # else another process has added rows meanwhile: look again
@@ -161,38 +157,43 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
 
-def _add(job: Job, store: FeatureStore | None, new: dict[bytes, tuple[ImageSet, int]]) -> None:
+def _add(
+    path: str,
+    seen: tuple[int, int] | None,
+    store: FeatureStore | None,
+    new: dict[bytes, tuple[ImageSet, int]],
+    runtime: Runtime,
+    fingerprint: Fingerprint,
+    options: Options,
+) -> None:
     """Make the store anew, with all its rows and those of images by their hash."""
-    known, old, images = job.layout, 0 if store is None else len(store), list(new.values())
-    settings = Settings.from_dict((store and store.meta.get("settings")) or {})
-    runtime = job.options.runtime(job.backbone, len(new), settings=settings)
-    found: list[tuple[list[int], Batch]] = []
-    with reuse_memory():
-        for one in dict.fromkeys(one for one, _ in images):
-            row_of = {row: old + k for k, (other, row) in enumerate(images) if other is one}
-            for batch in compute(one, runtime, np.array(sorted(row_of)), job.options):
-                check_batch(one, batch)
-                found.append(([row_of[row] for row in batch.rows.tolist()], batch))
+    old, images, found = 0 if store is None else len(store), list(new.values()), []
+    for one in dict.fromkeys(one for one, _ in images):
+        row_of = {row: old + k for k, (other, row) in enumerate(images) if other is one}
+        for batch in compute(one, runtime, np.array(sorted(row_of)), options):
+            check_batch(one, batch)
+            found.append(([row_of[row] for row in batch.rows.tolist()], batch))
     tables = {"ids": np.array([one.hex() for one in new])}
     if store is not None:
         none = np.full(len(new), "")
         tables = {name: np.append(x, tables.get(name, none)) for name, x in store.tables.items()}
     with FeatureWriter.begin(
-        job.path,
+        path,
         tables,
-        known.shapes,
-        fingerprint=known.fingerprint,
-        meta=meta_of(job),
-        canaries=usable_canaries(job.backbone),
+        runtime.backbone.shapes,
+        fingerprint=fingerprint,
+        meta={"versions": versions()} if store is None else store.meta,
+        canaries=usable_canaries(runtime.backbone),
         wait=_WAIT,
     ) as writer:
-        job.locked()
+        check_unreplaced(path, seen)
         check_canaries(writer, runtime)
         writer.set_meta("settings", runtime.settings.to_dict())
         if store is not None:
             writer.copy_rows(store, np.arange(old), np.arange(old))
         for rows, batch in found:
-            writer.write(rows, batch.features, sha256=batch.entries["sha256"])
+            stat = {name: batch.entries[name] for name in ("sha256", "size", "stamp")}
+            writer.write(rows, batch.features, **stat)
         writer.finish()
 
 

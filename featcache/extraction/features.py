@@ -28,15 +28,7 @@ _BAR_SECONDS = 2.0  # after which there is a progress bar
 
 
 def features(
-    images: Images,
-    backbone: Backbone,
-    *,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    max_pixels: int | None = None,
-    device: str = "auto",
-    precision: str = "float32",
-    progress: bool | None = None,
+    images: Images, backbone: Backbone, *, progress: bool | None = None, **options: Any
 ) -> np.ndarray | dict[str, np.ndarray]:
     """Compute the features of images, and return them as an array; `backbone(images)` is the same.
 
@@ -53,10 +45,11 @@ def features(
         floating point are refused, because nothing tells whether that was done.
     backbone : Backbone
         The network.
-    batch_size, workers, max_pixels, device, precision
-        As for `extract`. Left out, a few images are decoded in this process.
     progress : bool, optional
         Show a progress bar; left out, in a terminal or a notebook if it takes seconds.
+    **options
+        `batch_size`, `workers`, `max_pixels`, `device`, `precision` and `compile`, as for
+        `extract`. Without `workers`, a few images are decoded in this process.
 
     Returns
     -------
@@ -85,15 +78,7 @@ def features(
         raise BackboneError(f"backbone is a Backbone, such as Backbone('resnet50'): {backbone!r}")
     sets = image_sets(images)
     count = sum(len(one) for _, one in sets)
-    if workers is None and count <= _FEW:
-        workers = 0
-    asked = Options(
-        batch_size=batch_size,
-        workers=workers,
-        max_pixels=max_pixels,
-        device=device,
-        precision=precision,
-    )
+    asked = Options(**{"workers": 0 if count <= _FEW else None, **options})
     with doing(progress, "loading the network"), reuse_memory():
         runtime = _kept(asked.runtime(backbone, count))
         found = {

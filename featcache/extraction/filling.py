@@ -124,7 +124,7 @@ def filled(job: Job, summary: Summary) -> Iterator[FeatureWriter]:
         job.tables or images.tables,
         known.shapes,
         fingerprint=known.fingerprint,
-        meta=meta_of(job),
+        meta=_meta(job),
         canaries=usable_canaries(job.backbone),
         earlier=job.earlier,
         retry_failed=options.retry_failed,
@@ -262,15 +262,20 @@ def _marked_as_running(writer: FeatureWriter) -> Iterator[None]:
         raise
 
 
-def meta_of(job: Job) -> dict[str, Any]:
-    """Return the request, the versions of libraries and the command, to record them in the file."""
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Return the versions of what features depend on."""
+    found = {"python": platform.python_version()}
     for name in ("featcache", "torch", "torchvision", "numpy", "pillow", "pillow-heif"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
+    return found
+
+
+def _meta(job: Job) -> dict[str, Any]:
+    """Return the request, the versions of libraries and the command, to record them in the file."""
     asked = job.backbone.asked
     asked = asked and {**asked, **reuse.of_features(job.request)}
-    meta: dict[str, Any] = {"request": job.request, "asked": asked, "versions": versions}
+    meta: dict[str, Any] = {"request": job.request, "asked": asked, "versions": versions()}
     command = Path(sys.argv[0]).name
     if command == "featcache":
         meta["command"] = " ".join(map(quoted, [command, *sys.argv[1:]]))

@@ -91,10 +91,10 @@ def test_what_does_not_fit_changes_nothing(files: list[str], tmp_path: Path) -> 
 
 
 def test_several_at_a_time_lose_no_row(files: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "s.h5"
+    embedder = fc.Embedder(backbone(), path := tmp_path / "s.h5")
 
     def add(start: int) -> np.ndarray:
-        return fc.Embedder(backbone(), path).transform(files[start : start + 4])
+        return embedder.transform(files[start : start + 4])
 
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(add, (0, 4, 8)))
