@@ -13,6 +13,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,9 +206,11 @@ def up_to_date(
 
 
 def beside(path: str, what: str) -> list[str]:
-    """Return the files that are named like the store, with `what` behind, in order."""
-    where = Path(path)
-    return sorted(map(str, where.parent.glob(f"{glob.escape(where.name)}.{what}-*")))
+    """Return the files that parts make beside a store, with `what` behind its name, in order."""
+    where, own = Path(path), re.compile(r"\d{4,}(\.partial)?(\.old|\.lock)?~*")
+    found = where.parent.glob(f"{glob.escape(where.name)}.{what}-*")
+    start = len(f"{where.name}.{what}-")  # others are a user's
+    return sorted(str(one) for one in found if own.fullmatch(one.name[start:]))
 
 
 def plan_file(path: str) -> Path:

@@ -91,6 +91,17 @@ def test_parts_give_the_bits_of_one_process(root: Path, whole: str, tmp_path: Pa
     assert beside(path) == ["f.h5"]
 
 
+def test_files_of_a_user_that_are_named_like_parts_stay(
+    root: Path, whole: str, tmp_path: Path
+) -> None:
+    names = ["f.h5.part-notes.txt", "f.h5.part-1", "f.h5.old-part-0000.txt"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with ThreadPoolExecutor(2) as threads:
+        assert sha256(run(root, tmp_path / "f.h5", executor=threads, parts=3)) == whole
+    assert beside(tmp_path / "f.h5") == sorted(["f.h5", *names])
+
+
 class Recording(Executor):
     """Runs a call when it is submitted, in this thread, and keeps what would travel."""
 
