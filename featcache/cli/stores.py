@@ -5,6 +5,7 @@ The first two describe predictors too.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,21 @@ def verify(file: Path, as_json: bool) -> None:
 @options.force
 @options.json_output
 def audit(store: Path, output: Path, as_json: bool, **how: bool) -> None:
-    """List images whose label, copies or features look wrong."""
+    """List images whose label, copies or features look wrong.
+
+    The strongest findings are printed, all of them are written. A label is doubted where a head
+    that has not seen the image finds another class ten times as probable. Images are
+    near-duplicates where they are more alike than chance explains among the images of STORE.
+    """
     from featcache.study.audit import audit as audit_store
 
     findings = audit_store(featcache.FeatureStore.open(store))
     if not as_json or output != STDOUT:
         findings.to_csv(output, **how)
     values = {"store": str(store), "output": str(output), "images": findings.n_images}
+    values |= {"wrong_labels": findings.wrong_labels, "head": findings.head}
+    known = {name: getattr(findings, name) for name in ("accuracy", "accuracy_without_twins")}
+    values |= {name: None if math.isnan(one) else one for name, one in known.items()}
     values |= {"findings": [vars(one) for one in findings], "notes": findings.notes}
     show(as_json, values, str(findings), output=output)
 

@@ -251,15 +251,13 @@ def _suspects(
     evaluation: Evaluation, findings: Findings | None, pictures: _Thumbnails
 ) -> dict[str, Any]:
     """Return the images whose label looks wrong, and what to say of how they were found."""
-    how = "by confident learning (cleanlab). The figure is the probability of the label it has."
+    how = "by a head that finds another class ten times as probable. The figure is the probability "
+    how += "of the label it has."
     if findings is not None:
         found = findings.of("label")
         note = f"{len(found):,} of {findings.n_images:,} images, judged out of fold {how}"
     else:
-        try:
-            found = suspicious_labels(evaluation)
-        except MissingExtra as error:
-            return _gallery(str(error))
+        found = suspicious_labels(evaluation)
         note = (
             f"{len(found):,} of the {len(evaluation):,} evaluated images, judged {how} "
             "The command featcache audit looks at the training images too."

@@ -128,7 +128,6 @@ def import_everything() -> None:
     for module in pkgutil.walk_packages(featcache.__path__, "featcache."):
         importlib.import_module(module.name)
     for name in (
-        "cleanlab.filter",
         "pyarrow.parquet",
         "pyarrow.csv",
         "lightgbm",

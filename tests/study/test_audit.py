@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from featcache.errors import MissingExtra, OutputError, TrainingError
+from featcache.errors import OutputError, TrainingError
 from featcache.study.audit import audit
 from tests.labelled import clusters, make_store
 from tests.stores import sha256
-
-pytest.importorskip("cleanlab", reason="pip install 'featcache[report]'")
 
 TRUE = ["ant", "bee", "cod"] * 40
 WRONG = [3, 9, 15, 40, 46, 70, 77, 83, 101]  # rows whose label is moved to the next class
@@ -129,9 +126,32 @@ def test_too_few_images(tmp_path: Path) -> None:
         audit(make_store(tmp_path / "a.h5", clusters(["a", "b"]), ["a", "b"]))
 
 
-def test_without_cleanlab_the_message_says_what_to_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'featcache\[report\]'"):
-        audit(make_store(tmp_path / "a.h5", clusters(TRUE), TRUE))
+def test_twins_that_are_edited_are_found_and_nothing_else(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = [f"class {i % 5}" for i in range(1500)]
+    X = clusters(y, d=64, spread=1.5)
+    X[1400:1430] = X[:30] + rng.normal(scale=0.75, size=(30, 64))  # cosines of about .9
+    X[1430:1441] = X[100] + rng.normal(scale=0.2, size=(11, 64))  # a burst of twelve
+    splits = ["test" if row >= 1400 else "train" for row in range(1500)]
+    found = audit(make_store(tmp_path / "a.h5", X, y, splits=splits)).of("near-duplicate")
+    pairs = {tuple(sorted((int(one.id[:5]), int(one.other_id[:5])))) for one in found}
+    assert len(pairs & {(row, 1400 + row) for row in range(30)}) >= 25
+    burst = {100, *range(1430, 1441)}
+    assert {row for pair in pairs for row in pair if row in burst} == burst
+    assert len([pair for pair in pairs if not burst & {*pair} and pair[1] - pair[0] != 1400]) <= 6
+    scores = [one.score for one in found]
+    assert scores[0] >= 0.98 > scores[-1]
+
+
+def test_the_estimate_and_the_accuracy_without_twins_are_said(tmp_path: Path) -> None:
+    X, y, hashes, splits = planted()
+    found = audit(make_store(tmp_path / "a.h5", X, y, hashes=hashes, splits=splits))
+    assert found.wrong_labels == len(found.of("label"))
+    assert 5 <= found.wrong_labels <= 14  # 10 are wrong: 9 were moved, and one copy has two labels
+    assert 0.8 < found.accuracy < found.accuracy_without_twins + 0.02 < 1
+    text = str(found)
+    assert f"about {found.wrong_labels} labels wrong; linear is right out of fold in 0." in text
+    strongest = [line.split()[2] for line in text.splitlines() if line.startswith("label ")]
+    assert strongest == [one.id for one in found.of("label")[:5]]
+    unlabelled = audit(make_store(tmp_path / "b.h5", X, [""] * 120))
+    assert np.isnan(unlabelled.accuracy) and "about" not in str(unlabelled)

@@ -377,7 +377,6 @@ def test_what_a_learning_curve_cannot_do_is_one_sentence(
 
 
 def test_an_audit_keeps_groups_together(tmp_path: Path) -> None:
-    pytest.importorskip("cleanlab", reason="pip install 'featcache[report]'")
     rng = np.random.default_rng(0)
     truth = np.repeat(["a", "b"] * 20, 6)
     groups = np.repeat([f"g{i}" for i in range(40)], 6)
@@ -392,7 +391,6 @@ def test_an_audit_keeps_groups_together(tmp_path: Path) -> None:
 
 
 def test_a_class_of_one_group_cannot_be_judged(tmp_path: Path) -> None:
-    pytest.importorskip("cleanlab", reason="pip install 'featcache[report]'")
     X, y, groups = draw()
     y = ["one" if name == "g00" else label for name, label in zip(groups, y, strict=True)]
     found = audit(make_store(tmp_path / "a.h5", X, y, groups=groups))
@@ -402,7 +400,6 @@ def test_a_class_of_one_group_cannot_be_judged(tmp_path: Path) -> None:
 def test_an_audit_by_a_head_that_judges_a_part_judges_that_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("cleanlab", reason="pip install 'featcache[report]'")
     monkeypatch.setattr("featcache.heads.neighbors._WORK", 1.0)
     monkeypatch.setattr("featcache.heads.neighbors._FEWEST_QUERIES", 600)
     truth = ["ant", "bee", "cod"] * 900

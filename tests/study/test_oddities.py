@@ -26,7 +26,6 @@ def test_features_that_are_all_the_same_are_said_mapped_and_found(
     tmp_path: Path, value: float
 ) -> None:
     pytest.importorskip("bokeh", reason="pip install 'featcache[report]'")
-    pytest.importorskip("cleanlab", reason="pip install 'featcache[report]'")
     store = make_store(tmp_path / "a.h5", np.full((40, 8), value, np.float32), LABELS)
     fit, test = store.split(0.25)
     predictor = fc.train(fit, test)
