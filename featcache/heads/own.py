@@ -144,5 +144,5 @@ class OwnHead(HeadKind):
                     "Leave out the one or the other."
                 )
             weights[f"{name}sample_weight"] = rows.weights()
-        fitted.fit(rows.features(), rows.targets(), **weights)
+        fitted.fit(rows.features(), rows.classes[rows.row_codes()], **weights)
         return [Classified(fitted, rows.classes)]

@@ -5,18 +5,30 @@ Features are an array, or blocks that are read from disk where they do not fit i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from featcache.errors import TrainingError
+from featcache.system.tables import in_order
 
 Folds: TypeAlias = Sequence[tuple[np.ndarray, np.ndarray]]
 
 _ROWS = 8192  # read at a time
 _LARGEST = 1e15  # of a feature: sums of squares must stay within float32
+
+
+def coded(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes (k,) in their order, and the number of each label's class (n,)."""
+    classes, codes = np.unique(np.asarray(labels), return_inverse=True)
+    names = classes.tolist()
+    if all(isinstance(name, str) for name in names):
+        place = {name: number for number, name in enumerate(in_order(names))}
+        codes = np.array([place[name] for name in names], dtype=np.int64)[codes]
+        classes = np.array([*place], classes.dtype)
+    return classes, codes
 
 
 def working_dtype(X: np.ndarray) -> np.dtype[Any]:
@@ -168,7 +180,7 @@ class TrainingRows:
             raise TrainingError(f"Expected features (n, d) or (n, views, d), got shape {X.shape}.")
         if len(X) != len(y):
             raise TrainingError(f"Expected one label per row: {len(X)} rows, {len(y)} labels.")
-        classes, codes = np.unique(np.asarray(y), return_inverse=True)
+        classes, codes = coded(y)
         if len(classes) < 2:
             raise TrainingError(f"Expected at least two classes, got {classes.tolist()}.")
         if not len(folds):
@@ -236,10 +248,12 @@ class TrainingRows:
         """Classes of the same rows, as numbers."""
         return np.repeat(self.codes if images is None else self.codes[images], self.views)
 
-    def targets(self, images: np.ndarray | None = None) -> np.ndarray:
-        """Labels of the same rows."""
-        targets: np.ndarray = self.classes[self.row_codes(images)]
-        return targets
+    def numbered(self, class_weight: Any) -> Any:
+        """Return class weights by the numbers of the classes, which estimators are fitted to."""
+        if not isinstance(class_weight, Mapping):
+            return class_weight
+        number = {name: k for k, name in enumerate(self.classes.tolist())}
+        return {number[name]: weight for name, weight in class_weight.items()}
 
     def images_in(self, room: int) -> int:
         """Return how many images' features (float32) so many bytes hold."""

@@ -621,8 +621,10 @@ class FoldScorer:
 
 
 def fit_estimator(estimator: Any, rows: TrainingRows) -> Any:
-    """Fit a scikit-learn classifier on all rows, with their weights."""
-    return estimator.fit(rows.features(), rows.targets(), sample_weight=rows.weights())
+    """Fit a head's classifier on all rows, with their weights and the numbers of their classes."""
+    if hasattr(estimator, "class_weight"):
+        estimator.set_params(class_weight=rows.numbered(estimator.class_weight))
+    return estimator.fit(rows.features(), rows.row_codes(), sample_weight=rows.weights())
 
 
 def gather(rows: TrainingRows, per_fold: Sequence[np.ndarray]) -> np.ndarray:

@@ -206,7 +206,8 @@ def _fold_scores(
     Settings of one treatment share its components, those of one width share the kernel.
     """
     train, valid = (np.asarray(part) for part in rows.folds[fold])
-    y, weight = rows.targets(train), rows.weights(train)
+    y, weight = rows.row_codes(train), rows.weights(train)
+    class_weight = rows.numbered(options.class_weight)
     found: list[np.ndarray] = []
     for treatment, alike in itertools.groupby(settings, key=lambda one: one["treatment"]):
         several = list(alike)
@@ -220,9 +221,7 @@ def _fold_scores(
             for gamma, some in itertools.groupby(same, key=lambda one: one["gamma"]):
                 K = kernel(inner, gamma * scale)
                 for one in some:
-                    support, votes = _fit(
-                        K, y, weight, C=one["C"], class_weight=options.class_weight
-                    )
+                    support, votes = _fit(K, y, weight, C=one["C"], class_weight=class_weight)
                     values = votes(kernel(outer[:, support], gamma * scale))
                     found.append(values.reshape(len(valid), rows.views, -1).mean(axis=1))
     return found

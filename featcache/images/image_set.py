@@ -31,7 +31,7 @@ from featcache.images import arrays, csv_tables, folders, layout, parquet, tars
 from featcache.images.arrays import TORCHVISION_SETS
 from featcache.images.sources import SHARDS, SUFFIXES, Source, first_few, matcher, read_error
 from featcache.pixels import decode
-from featcache.system.tables import counted, kept_table
+from featcache.system.tables import counted, in_order, kept_table
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -147,8 +147,8 @@ class ImageSet:
 
     @property
     def classes(self) -> list[str]:
-        """The distinct labels, sorted; "" (no label) is not one of them."""
-        return sorted(self._distinct("labels") - {""})
+        """The distinct labels in their order; "" (no label) is not one of them."""
+        return in_order(self._distinct("labels") - {""})
 
     def _distinct(self, name: str) -> set[str]:
         return set(self.tables.get(name, ()))
@@ -253,8 +253,8 @@ class ImageSet:
         """Return what was found, and the notes, in lines for people."""
         found = f"{self.source}: {counted(len(self), 'image')}"
         if self.labels is not None:
-            counts = sorted(Counter(self.labels[self.labels != ""].tolist()).items())
-            first = first_few([f"{name} {count:,}" for name, count in counts])
+            counts = Counter(self.labels[self.labels != ""].tolist())
+            first = first_few([f"{name} {counts[name]:,}" for name in in_order(counts)])
             found += f" in {counted(len(counts), 'class', 'classes')} ({first})"
         if self.splits is not None:
             parts = sorted(Counter(self.splits.tolist()).items())

@@ -48,7 +48,7 @@ from featcache.predictor.measured import Quantiles
 from featcache.results.json_types import check_types
 from featcache.results.leaderboard import Leaderboard
 from featcache.system.files import open_file
-from featcache.system.tables import first_names
+from featcache.system.tables import first_names, in_order
 from featcache.version import __version__
 
 FORMAT_VERSION = 4
@@ -284,7 +284,7 @@ def _check_parts(
     """Refuse parts that do not fit each other."""
     d, k, rows = sum(column.width for column in columns), len(classes), canaries
     for right, what in (
-        (k >= 2 and list(classes) == sorted(set(classes)), "classes"),
+        (k >= 2 and list(classes) == in_order(set(classes)), "classes"),
         # Scores are float32, and stay finite when they are divided by it.
         (1e-200 < calibration.temperature < 1e200, "temperature"),
         (len(calibration.bias) == k and np.abs(calibration.bias).max() < 1e200, "bias"),

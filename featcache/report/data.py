@@ -29,6 +29,7 @@ from featcache.study.audit import Findings, suspicious_labels
 from featcache.study.maps import METHODS, Method, centred, embed, pooled
 from featcache.system.files import atomic_write, check_overwrite
 from featcache.system.nearest import nearest, unit
+from featcache.system.tables import in_order
 from featcache.version import __version__
 
 __all__ = ["write_report"]
@@ -170,7 +171,7 @@ def _page_images(
     ids = np.where(known, evaluation.ids[evaluated], names[stored])
     true = np.array(evaluation.classes)[evaluation.y_true[evaluated]]
     label = np.where(known, true, labels[stored]).tolist()
-    classes = [*evaluation.classes, *sorted({*label} - {*evaluation.classes, ""})]
+    classes = [*evaluation.classes, *in_order({*label} - {*evaluation.classes, ""})]
     code = {name: k for k, name in enumerate(classes)} | {"": -1}
     split = splits[stored] if (splits != "").any() else np.where(known, "held out", "training")
     parts, part = np.unique(split, return_inverse=True)

@@ -88,6 +88,7 @@ from featcache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from featcache.store import disk
 from featcache.store.disk import as_bytes
 from featcache.system import files
+from featcache.system.tables import in_order
 
 __all__ = ["DONE", "ENTRY", "FAILED", "PENDING", "Canaries", "Contents", "Failure"]
 
@@ -266,7 +267,7 @@ class Contents:
         labels = self.tables.get("labels")
         own = {
             "fingerprint": self.fingerprint.to_dict(),
-            "classes": [] if labels is None else sorted(counts(labels).keys() - {""}),
+            "classes": [] if labels is None else in_order(counts(labels).keys() - {""}),
             "versions": versions,
         }
         return {"settings": None, "run": None, **self.meta, **own}

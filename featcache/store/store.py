@@ -51,6 +51,7 @@ from featcache.system.tables import (
     counted,
     first_names,
     html_table,
+    in_order,
     kept_columns,
     printable,
     typed,
@@ -400,8 +401,13 @@ class FeatureStore:
 
     @cached_property
     def classes(self) -> list[str]:
-        """Distinct labels, sorted, without ``""``."""
-        return sorted(self._label_counts.keys() - {""})
+        """Distinct labels in their order, that of numbers where all are numbers; ``""`` is none."""
+        return in_order(self._label_counts.keys() - {""})
+
+    @property
+    def _class_counts(self) -> dict[str, int]:
+        """Images of each label, those without one first."""
+        return {k: self._label_counts[k] for k in ("", *self.classes) if k in self._label_counts}
 
     @cached_property
     def _label_counts(self) -> Counter[str]:
@@ -506,7 +512,7 @@ class FeatureStore:
             "paths": self.paths,
             "bytes": self._bytes,
             "images": len(self),
-            "classes": dict(sorted(self._label_counts.items())),
+            "classes": self._class_counts,
             "groups": 0 if self.groups is None else len(np.unique(self.groups)),
             "splits": [] if self.splits is None else np.unique(self.splits).tolist(),
             "columns": {name: len(np.unique(x)) for name, x in self.columns.items()},
@@ -522,8 +528,8 @@ class FeatureStore:
 
     def _facts(self) -> list[tuple[str, str]]:
         """Return what people want to know, each under its name."""
-        classes = [f"{name or '(no label)'} {k:,}" for name, k in self._label_counts.items()]
-        facts = [("classes", first_names(sorted(classes)))]
+        classes = [f"{name or '(no label)'} {k:,}" for name, k in self._class_counts.items()]
+        facts = [("classes", first_names(classes))]
         for name, values in self.columns.items():
             counts = Counter(values.tolist()).most_common()
             shown = first_names([f"{value or '(none)'} {k:,}" for value, k in counts], 5)

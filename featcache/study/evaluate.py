@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from featcache.errors import MissingFeatures, PredictorError, TrainingError
 from featcache.results.evaluation import Evaluation, with_own_groups
-from featcache.system.tables import counted, first_names
+from featcache.system.tables import counted, first_names, in_order
 
 if TYPE_CHECKING:
     from featcache.predictor.predictor import Predictor
@@ -108,7 +108,7 @@ def evaluate(
             )
         columns_by[name] = values
     columns = {name: i for i, name in enumerate(predictor.classes)}
-    unknown = sorted(set(chosen.classes) - columns.keys())
+    unknown = in_order(set(chosen.classes) - columns.keys())
     if unknown:
         of = f"of {', '.join(store.paths)}"
         count = int(np.isin(chosen.labels, unknown).sum())
@@ -142,10 +142,10 @@ def out_of_fold(
     groups: npt.NDArray[Any] | None = None,
 ) -> Evaluation:
     """Return the metrics of out-of-fold scores and probabilities (n, k); NaN where none judges."""
-    known = ~np.isnan(logits).any(axis=1)
+    known, order = ~np.isnan(logits).any(axis=1), np.argsort(classes)
     return Evaluation(
         ids=store.ids[known],
-        y_true=np.searchsorted(classes, store.labels[known]),
+        y_true=order[np.searchsorted(classes, store.labels[known], sorter=order)],
         proba=proba[known],
         predicted=logits[known].argmax(axis=1),
         classes=tuple(classes.tolist()),

@@ -13,7 +13,7 @@ from featcache.store.splitting import Fold
 from featcache.store.store import FeatureStore
 from featcache.study.evaluate import look_alikes
 from featcache.study.options import TrainingOptions
-from featcache.system.tables import counted, first_names
+from featcache.system.tables import counted, first_names, in_order
 
 __all__ = [
     "folds_of",
@@ -121,7 +121,7 @@ def rare_classes(store: FeatureStore, folds: list[Fold], options: TrainingOption
 
 def untested(store: FeatureStore, test: FeatureStore | None, what: str) -> list[str]:
     """Return the note on classes that are trained on and not among the images that judge."""
-    lacking = [] if test is None else sorted({*store.classes} - {*test.classes})
+    lacking = [] if test is None else in_order({*store.classes} - {*test.classes})
     of = first_names([*map(repr, lacking)], 5)
     return [f"no {what} is of {of}: the accuracies tell nothing of such"] * bool(lacking)
 

@@ -63,7 +63,7 @@ from featcache.finetuning.search import SUFFIX, SuffixHead
 from featcache.finetuning.settings import SuffixSettings
 from featcache.heads.base import ClassWeight, FittedHead, check_fit
 from featcache.heads.own import OwnHead, own_heads
-from featcache.heads.rows import FeatureBlocks, TrainingRows
+from featcache.heads.rows import FeatureBlocks, TrainingRows, coded
 from featcache.heads.search import COPIES, FoldScorer, HeadKind, Trial, search
 from featcache.heads.table import HEADS
 from featcache.predictor.file import CanaryRows, group_hashes
@@ -89,7 +89,7 @@ from featcache.study.parts import (
 )
 from featcache.system.console import check_stopped, interruptible, progress_bar
 from featcache.system.memory import available_memory, peak_memory
-from featcache.system.tables import counted, first_names
+from featcache.system.tables import counted, first_names, in_order
 
 if TYPE_CHECKING:
     from sklearn.base import ClassifierMixin
@@ -393,7 +393,7 @@ class TrainingData:
             text = f"{len(folds)} {'grouped ' * options.group}folds"
             rare = rare_classes(fit, folds, options) + rare
         own = with_own_groups(fit.groups)
-        classes, codes = np.unique(fit.labels, return_inverse=True)
+        classes, codes = coded(fit.labels)
         scorer = FoldScorer(options.decides, codes, classes, folds)
         judging = None if own is None else own[np.concatenate([valid for _, valid in folds])]
         few = few_groups(judging, " by cross-validation")
@@ -498,7 +498,7 @@ def _check_classes(fit: FeatureStore, test: FeatureStore | None) -> None:
     """Refuse held-out images of a class that nothing is trained on, before anything is."""
     if test is None:
         return
-    unknown = sorted(set(test.classes) - set(fit.classes))
+    unknown = in_order(set(test.classes) - set(fit.classes))
     if unknown:
         count = int(np.isin(test.labels, unknown).sum())
         raise TrainingError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import string
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,6 +97,19 @@ def typed(command: str, *paths: str | Path) -> str:
     """Return a command with paths as they are typed into a shell, whatever is in their names."""
     names = (f"./{name}" if name.startswith("-") else name for name in map(str, paths))
     return " ".join([command, *map(quoted, names)])
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names as they are listed: by value where all are numbers, otherwise as texts.
+
+    Examples
+    --------
+    >>> in_order({"10", "2", "-1.5"}), in_order({"10", "2", "b"})
+    (['-1.5', '2', '10'], ['10', '2', 'b'])
+    """
+    known = sorted(names)
+    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name, re.ASCII) for name in known)
+    return sorted(known, key=float) if numbers else known
 
 
 def counted(n: int, one: str, many: str = "") -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from sklearn.linear_model import LogisticRegression
 
 import featcache as fc
 from featcache.cli.main import main
 from featcache.errors import PredictorError, TrainingError
+from featcache.heads.table import HEADS
 from featcache.report.data import write_report
 from featcache.study.audit import audit
 from featcache.study.maps import embed
@@ -102,3 +105,39 @@ def test_features_that_are_none_are_refused_with_their_row(tmp_path: Path) -> No
 def test_an_option_that_there_is_not_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="There is no option 'heads'"):
         fc.train_files("a.h5", tmp_path / "p.featcache", heads="linear")
+
+
+# --- classes that are numbers --------------------------------------------------------------------
+
+NUMBERS = ["10", "2", "1"] * 16
+
+
+@pytest.mark.parametrize("head", [*HEADS, LogisticRegression()])
+def test_classes_that_are_numbers_stand_in_their_order(head: Any, tmp_path: Path) -> None:
+    y = NUMBERS * (5 if head == "boosting" else 1)  # whose leaves have twenty images
+    store = make_store(tmp_path / "n.h5", clusters(y), y)
+    fit, test = store.split()
+    weights = None if isinstance(head, LogisticRegression) else {"10": 3.0, "2": 1.0}
+    predictor = fc.train(fit, test, head=head, cv=2, class_weight=weights)
+    assert predictor.classes == ("1", "2", "10") == tuple(store.classes)
+    assert predictor.leaderboard is not None
+    row = predictor.leaderboard[0]
+    assert min(row.cv.balanced_accuracy, row.held_out.balanced_accuracy) > 0.9
+    said = np.array(predictor.classes)[predictor.logits_of(test).argmax(axis=1)]
+    assert (said == test.labels).mean() == row.held_out.accuracy
+    assert [one.label for one in fc.evaluate(predictor, test).per_class] == ["1", "2", "10"]
+
+
+def test_numbers_are_listed_and_saved_in_their_order(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "n.h5", clusters(NUMBERS), [*NUMBERS[:-1], ""])
+    assert "1 15, 2 16, 10 16" in store.to_text()
+    assert [*store.describe()["classes"]] == ["", "1", "2", "10"]
+    predictor = fc.train(store, head="ridge", cv=2)
+    predictor.save(tmp_path / "p.featcache")
+    again = fc.Predictor.load(tmp_path / "p.featcache")
+    assert again.classes == ("1", "2", "10")
+    assert (again.logits_of(store) == predictor.logits_of(store)).all()
+    images = fc.ImageSet.from_arrays(np.zeros((3, 8, 8), np.uint8), labels=["2.5", "-1", "12"])
+    assert images.classes == ["-1", "2.5", "12"] and "(-1 1, 2.5 1, 12 1)" in str(images)
+    texts = make_store(tmp_path / "t.h5", clusters(["10", "2", "b"]), ["10", "2", "b"])
+    assert texts.classes == ["10", "2", "b"]
