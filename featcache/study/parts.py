@@ -97,7 +97,7 @@ def without_small(
     def kept(one: FeatureStore) -> FeatureStore:
         return one.select(~np.isin(one.labels, [*small]))
 
-    names = first_names([f"{name!r} ({count})" for name, count in small.items()])
+    names = first_names([f"{name!r} ({small[name]})" for name in in_order(small)])
     which = f"of fewer than {options.min_images} {units}"
     left = counted(len(small), f"class {which} is", f"classes {which} are")
     notes = [f"{left} left out: {names}"] * bool(small)
