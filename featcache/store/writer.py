@@ -95,8 +95,9 @@ class FeatureWriter:
         self._earlier = [path, f"{path}.partial.old", *map(str, earlier)]
         self._rows = file.datasets["rows"]
         self.status = checksums.row_status(file)
-        if retry_failed:
-            self.status[self.status == FAILED] = PENDING
+        failed = np.flatnonzero(self.status == FAILED)
+        known = [] if retry_failed or not len(failed) else list(file.reasons)
+        self.status[failed[~np.isin(failed, known)]] = PENDING  # a power cut may lose the reason
 
     # --- opening --------------------------------------------------------------------------------
 
@@ -526,6 +527,9 @@ class FeatureWriter:
         self.commit()
         if _is_aside(aside := f"{self.path}.partial.old"):
             disk.remove(aside)
+            sync_folder(
+                Path(aside).parent
+            )  # before the store has its name: no run looks for it then
 
     def _leave_out_failures(self, done: np.ndarray) -> None:
         """Make the store from the rows that are done."""
