@@ -59,7 +59,7 @@ from featcache.study.options import TrainingOptions
 from featcache.study.parts import folds_of
 from featcache.study.train import head_names
 from featcache.system.files import atomic_write, check_overwrite, csv_writer, is_table
-from featcache.system.nearest import nearest, unit, without
+from featcache.system.nearest import lengths_of, nearest, unit, without
 from featcache.system.tables import counted, first_names, text_table
 
 __all__ = ["Finding", "Findings", "audit", "suspicious_labels"]
@@ -402,10 +402,11 @@ def _similarities(
     Z = unit(X @ (axes / spread).astype(np.float32))
     found, rows = without(*nearest(Z, Z, min(_AROUND, len(X) - 1) + 1), np.arange(len(X)))
     usual = found[:, min(_NEIGHBORS, found.shape[1] - 1) :].mean(axis=1)
-    plain, X = np.empty_like(found), unit(X)
+    plain, length = np.empty_like(found), lengths_of(X)
     for start in range(0, len(X), _BLOCK):
         part = slice(start, start + _BLOCK)
         plain[part] = np.einsum("id,ikd->ik", X[part], X[rows[part]])
+        plain[part] /= length[part, None] * length[rows[part]]
     return found - (usual[:, None] + usual[rows]) / 2, plain, rows
 
 

@@ -17,11 +17,12 @@ SHORTEST = 1e-15  # rows whose squares are not float32's rounding
 
 def unit(X: Array) -> Array:
     """Return rows (n, d) scaled to length 1, those that are shorter than 1e-15 as they are."""
-    scaled: Array = X / _lengths(X)[:, None]
+    scaled: Array = X / lengths_of(X)[:, None]
     return scaled
 
 
-def _lengths(X: Array) -> Array:
+def lengths_of(X: Array) -> Array:
+    """Return the lengths of rows (n, d) that are longer than 1e-15, and 1 for the others: (n,)."""
     length: Array = np.sqrt(np.einsum("ij,ij->i", X, X))
     length[length < SHORTEST] = 1.0
     return length
@@ -66,7 +67,7 @@ def nearest(queries: Array, references: Array | Iterable[Array], count: int) -> 
     row = 0
     for block in references:
         columns = block.astype(queries.dtype, copy=False).T  # (d, m)
-        lengths = None if scaled else torch.from_numpy(_lengths(block))
+        lengths = None if scaled else torch.from_numpy(lengths_of(block))
         indices = torch.arange(row, row + len(block))
         row += len(block)
         for start in range(0, len(queries), _QUERIES):
