@@ -75,7 +75,7 @@ def npz(*names: str) -> Callable[[Path], None]:
     return lambda path: np.savez(path, **dict.fromkeys(names, np.zeros(3)))
 
 
-HEADER = "id,label,probability,error\n"
+HEADER = "id,label,probability,typicality,error\n"
 FINDINGS = "kind,id,label,split,score,suggested,other_id,other_label,other_split,note\n"
 FEATURES = "id,label,avgpool:output:flatten[0],avgpool:output:flatten[1]\n"
 # What is written, over what: True is replaced, False is refused and left byte for byte.
@@ -86,8 +86,8 @@ TABLE = [
     ("p.json", json_predictions, json_predictions, True),
     ("p.csv", predictions, text("id,label\na.jpg,cat\n"), False),
     ("p.csv", predictions, text("id,label,probability,type\na.jpg,cat,0.500000,x\n"), False),
-    ("p.csv", predictions, text(f"{HEADER}a.jpg,cat,certain,\n"), False),
-    ("p.csv", predictions, text(f"{HEADER}a.jpg,cat,0.500000,,mine\n"), False),
+    ("p.csv", predictions, text(f"{HEADER}a.jpg,cat,certain,,\n"), False),
+    ("p.csv", predictions, text(f"{HEADER}a.jpg,cat,0.500000,,,mine\n"), False),
     ("p.csv", predictions, text("x" * 300_000), False),
     ("p.csv", predictions, findings, False),
     ("p.json", json_predictions, text('[\n {"id": "a", "label": "cat"}\n]\n'), False),

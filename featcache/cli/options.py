@@ -332,8 +332,8 @@ training = stacked(
     click.option(
         "--test-size",
         type=share,
-        help="Share of the images to hold out and score once. Default: as the split column says, "
-        "or 25%.",
+        help="Share of the images to hold out and score once; 0 trains on all of them. Default: as "
+        "the split column says, or 25%.",
     ),
     comparing,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -38,6 +38,12 @@ def _load(predictor: Path, **network: Any) -> featcache.Predictor:
     help="Scores for each value of a column that extract --keep-columns kept, or of group or "
     "split; the interval is of that value alone. May be repeated.",
 )
+@options.choice(
+    "--unknown",
+    ["refuse", "skip", "wrong"],
+    "Refuse images of a class that PREDICTOR was not trained on, leave them out, or count them as "
+    "wrong.",
+)
 @options.own_network("PREDICTOR")
 @options.force
 @options.json_output
@@ -48,6 +54,7 @@ def evaluate(
     images: str | None,
     other_groups: bool,
     by: tuple[str, ...],
+    unknown: Literal["refuse", "skip", "wrong"],
     force: bool,
     as_json: bool,
     **network: Any,
@@ -59,7 +66,9 @@ def evaluate(
     """
     loaded = _load(predictor, **network)
     opened = featcache.FeatureStore.open(store)
-    evaluation = featcache.evaluate(loaded, opened, other_groups=other_groups, by=by)
+    evaluation = featcache.evaluate(
+        loaded, opened, other_groups=other_groups, by=by, unknown=unknown
+    )
     if report is not None:
         pictures = None if images is None else featcache.ImageSet.open(images)
         featcache.write_report(

@@ -84,6 +84,9 @@ class Study:
             with atomic_write(leaderboard, text=True) as file:
                 file.write(result.leaderboard.to_csv())
             store = featcache.FeatureStore.open(self.path(".h5"))
+            if not result.leaderboard.n_test:
+                say(f"leaderboard: {leaderboard}\nreport: not written, as no image was held out")
+                return
             try:
                 featcache.write_report(
                     # As the leaderboard has it: without --group it scores images of such groups.

@@ -49,12 +49,15 @@ class Preparation:
         Whether columns are scaled to unit deviation; before components, they always are.
     random_state : int
         Seed of the decomposition of wide features.
+    exact : int
+        Columns up to which the whole covariance is decomposed.
     """
 
     treatment: str = "standard"
     n_components: int | None = None
     scaled: bool = True
     random_state: int = 0
+    exact: int = _EXACT
 
     @property
     def params(self) -> dict[str, Any]:
@@ -89,7 +92,7 @@ class Preparation:
         if self.n_components is not None:
             from sklearn.decomposition import PCA  # loading a predictor must not wait for it
 
-            solver = "covariance_eigh" if X.shape[1] <= _EXACT else "randomized"
+            solver = "covariance_eigh" if X.shape[1] <= self.exact else "randomized"
             pca = PCA(self.n_components, svd_solver=solver, random_state=self.random_state)
             with np.errstate(invalid="ignore"):  # its shares of no variance at all
                 pca.fit(transformed(steps[-1:], X))

@@ -13,6 +13,9 @@ the head's steps. The arrays are:
 ``canary_image_0`` ...    the image files that they come from
 ``label_scores``          (q,): quantiles of 1 less the probability of the true class, out of fold;
                           ``judged`` in the text is how many images they are of
+``typical0.weight`` ...   the arrays of each step of its typicality, ``typical_sample`` (s, q), and
+                          ``typical_distances``, quantiles too; the text's ``typicality`` has the
+                          kinds of the steps and the number of images
 ========================  ========================================================================
 
 Whoever wrote a file decides what is in it, so nothing is taken for granted: names, types and
@@ -26,7 +29,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +48,7 @@ from featcache.pixels.preprocessing import Preprocessing
 from featcache.pixels.views import Augmentation
 from featcache.predictor.inputs import InputTap
 from featcache.predictor.measured import Quantiles
+from featcache.predictor.typicality import Typicality
 from featcache.results.json_types import check_types
 from featcache.results.leaderboard import Leaderboard
 from featcache.system.files import open_file
@@ -80,6 +84,7 @@ _TEXT = {
     "fingerprints": tuple[Fingerprint, ...],
     "canaries": tuple[str, ...],
     "judged": int,
+    "typicality": dict | None,
     "steps": tuple[Mapping[str, Any], ...],
 }
 _CHECKPOINT = {"parameters": int, "loaded": int, "random": tuple[str, ...], "key": str}
@@ -121,6 +126,12 @@ def is_predictor(path: Path) -> bool:
 def write(parts: Mapping[str, Any]) -> bytes:
     """Return the file of a predictor's parts, by name as `read` gives them."""
     head, canaries, board = parts["estimator"], parts["canaries"], parts["leaderboard"]
+    typical = parts["typicality"]
+    chains = {"step": head.steps, "typical": () if typical is None else typical.steps}
+    kinds = {
+        name: [{"kind": step.kind, **step.values()} for step in chain]
+        for name, chain in chains.items()
+    }
     _check_parts(**parts)
     text = {
         "sha256": "0" * 64,
@@ -133,11 +144,13 @@ def write(parts: Mapping[str, Any]) -> bytes:
         "fingerprints": [one.to_dict() for one in parts["fingerprints"]],
         "canaries": canaries.names,
         "judged": parts["label_scores"].n,
-        "steps": [{"kind": step.kind, **step.values()} for step in head.steps],
+        "steps": kinds["step"],
+        "typicality": typical and {"images": typical.distances.n, "steps": kinds["typical"]},
     }
     arrays = {
-        f"step{number}.{name}": one
-        for number, step in enumerate(head.steps)
+        f"{kind}{number}.{name}": one
+        for kind, chain in chains.items()
+        for number, step in enumerate(chain)
         for name, one in step.arrays().items()
     }
     arrays |= {
@@ -151,6 +164,9 @@ def write(parts: Mapping[str, Any]) -> bytes:
         "canary_logits": canaries.logits,
         "label_scores": parts["label_scores"].values,
     }
+    if typical is not None:
+        arrays["typical_sample"] = typical.sample
+        arrays["typical_distances"] = typical.distances.values
     content = bytearray(
         safetensors.numpy.save(
             {name: np.asarray(one, order="C") for name, one in arrays.items()},
@@ -198,9 +214,13 @@ def read(source: IO[bytes]) -> dict[str, Any]:
     check_types("", text, _TEXT)
     arrays = safetensors.numpy.load(content)
     names, board = tuple(text["canaries"]), text.get("leaderboard")
+    typical = text.get("typicality")
     pictures = [f"canary_image_{number}" for number in range(len(names))]
     needed = {"train_sha256", "train_groups", "canary_x", "canary_logits", "label_scores"}
     needed.update(pictures)
+    if typical is not None:
+        check_types("typicality", typical, {"images": int, "steps": tuple[Mapping[str, Any], ...]})
+        needed |= {"typical_sample", "typical_distances"}
     if missing := needed - arrays.keys():
         raise PredictorError(f"It lacks arrays: {first_names(sorted(missing))}.")
     parts = {
@@ -212,9 +232,12 @@ def read(source: IO[bytes]) -> dict[str, Any]:
         ),
         "columns": tuple(InputTap(**column) for column in text["columns"]),
         "fingerprints": tuple(map(_fingerprint, text["fingerprints"])),
-        "estimator": FittedHead(
-            [_step(number, values, arrays) for number, values in enumerate(text["steps"])],
-            np.array(text["classes"]),
+        "estimator": FittedHead(_steps("step", text["steps"], arrays), np.array(text["classes"])),
+        "typicality": typical
+        and Typicality(
+            _steps("typical", typical["steps"], arrays),
+            arrays.pop("typical_sample"),
+            Quantiles(typical["images"], arrays.pop("typical_distances")),
         ),
         "train_sha256": arrays.pop("train_sha256"),
         "train_groups": arrays.pop("train_groups"),
@@ -232,17 +255,23 @@ def read(source: IO[bytes]) -> dict[str, Any]:
     return parts
 
 
-def _step(number: int, values: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> steps.Step:
-    """Return a step of its values in the text and its arrays, which it takes out of `arrays`."""
-    prefix = f"step{number}."
+def _steps(
+    kind: str, chain: Sequence[dict[str, Any]], arrays: dict[str, npt.NDArray[Any]]
+) -> list[steps.Step]:
+    """Return steps of their values in the text and their arrays, taken out of `arrays`."""
+    return [_step(f"{kind}{number}.", values, arrays) for number, values in enumerate(chain)]
+
+
+def _step(prefix: str, values: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> steps.Step:
+    number = prefix.strip(".")
     mine = {name: arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
     kind = _KINDS.get(str(values.pop("kind", "")))
     if kind is None:
-        raise PredictorError(f"Step {number} of its head is of no kind that this featcache knows.")
+        raise PredictorError(f"Its {number} is of no kind that this featcache knows.")
     try:
         return kind.of({name.removeprefix(prefix): one for name, one in mine.items()}, **values)
     except (TypeError, ValueError) as error:
-        raise PredictorError(f"Step {number} of its head cannot be made: {error}.") from error
+        raise PredictorError(f"Its {number} cannot be made: {error}.") from error
 
 
 def _fingerprint(values: Any) -> Fingerprint:
@@ -279,6 +308,7 @@ def _check_parts(
     train_groups: npt.NDArray[Any],
     canaries: CanaryRows,
     label_scores: Quantiles,
+    typicality: Typicality | None,
     **_: Any,
 ) -> None:
     """Refuse parts that do not fit each other."""
@@ -306,6 +336,7 @@ def _check_parts(
             rows.logits.dtype == np.float32 and rows.logits.shape == (*rows.x.shape[:1], k),
             "canary scores",
         ),
+        (typicality is None or typicality.sound, "typicality"),
         (label_scores.sound and label_scores.n > 0, "out-of-fold scores"),
         (len(rows.images) in (0, *rows.x.shape[:1]), "canary images"),
     ):
@@ -314,6 +345,12 @@ def _check_parts(
     width = d
     for step in estimator.steps:
         width = step.check(width)
+    if typicality is not None:
+        inner = d
+        for step in typicality.steps:
+            inner = step.check(inner)
+        if inner != typicality.sample.shape[1]:
+            raise PredictorError("There is a mistake in its typicality.")
     if width != k:
         raise PredictorError(f"The head gives {width} scores for {k} classes.")
 

@@ -34,6 +34,10 @@ class Prediction:
     labels : tuple of str or None
         The set of labels, the one that was decided for first; none where there is an error. None
         where no coverage was asked for.
+    typicality : float or None
+        Share of the training images that lie farther out than it, from 0 to 1; see
+        `featcache.predictor.typicality.Typicality`. None where there is an error, and where the
+        predictor does not know.
     error : str
         Why the image could not be read; empty where it could.
     """
@@ -44,6 +48,7 @@ class Prediction:
     top: tuple[tuple[str, float], ...] = ()
     error: str = ""
     labels: tuple[str, ...] | None = None
+    typicality: float | None = None
 
     @classmethod
     def failed(cls, id: str, error: str) -> Prediction:
@@ -67,6 +72,7 @@ class Prediction:
             "probability": None if self.error else self.probability,
             "top": [{"label": label, "probability": p} for label, p in self.top],
             **({} if self.labels is None else {"labels": list(self.labels)}),
+            "typicality": self.typicality,
             "error": self.error,
         }
 
@@ -91,8 +97,8 @@ def write_predictions(
         ``-`` is standard output. A file is replaced when all is written, and only if it is a file
         of predictions, in every cell.
     file_format : {"csv", "json"}
-        CSV has the columns ``id,label,probability[,label_2,probability_2...][,labels],error``, JSON
-        is one list of objects.
+        CSV has the columns ``id,label,probability[,label_2,probability_2...][,labels],typicality,
+        error``, JSON is one list of objects.
     top_k : int
         Number of pairs of columns.
     labels : bool
@@ -122,7 +128,7 @@ def write_predictions(
 
 def _header(top_k: int, labels: bool) -> list[str]:
     more = [name for k in range(2, top_k + 1) for name in (f"label_{k}", f"probability_{k}")]
-    return ["id", "label", "probability", *more, *["labels"] * labels, "error"]
+    return ["id", "label", "probability", *more, *["labels"] * labels, "typicality", "error"]
 
 
 def _write_csv(
@@ -138,7 +144,8 @@ def _write_csv(
         cells += [""] * (2 * top_k - len(cells))
         if labels:
             cells.append("|".join(re.sub(r"[\\|]", r"\\\g<0>", name) for name in one.labels or ()))
-        write([one.id, *cells, one.error])
+        typical = "" if one.typicality is None else f"{one.typicality:.6f}"
+        write([one.id, *cells, typical, one.error])
         count += 1
     return count
 
@@ -158,8 +165,8 @@ def _is_predictions(path: Path) -> bool:
         if file.read(1) != "[":
             return is_table(
                 path,
-                lambda names: names == _header((len(names) - 2) // 2, len(names) % 2 == 1),
-                {r"probability(_\d+)?": r"([01]\.\d{6})?"},
+                lambda names: names == _header((len(names) - 3) // 2, len(names) % 2 == 0),
+                {r"probability(_\d+)?|typicality": r"([01]\.\d{6})?"},
                 _is_row,
             )
         *lines, last = file.read().splitlines()
@@ -168,6 +175,7 @@ def _is_predictions(path: Path) -> bool:
     return last == "]" and all(
         one.keys() in keys
         and bool(one["error"]) == (one["probability"] is None)
+        and not (one["error"] and one["typicality"])
         and _is_whole(one["label"], one.get("labels"), one["error"])
         for one in found
     )
@@ -176,15 +184,16 @@ def _is_predictions(path: Path) -> bool:
 def _is_row(row: list[str]) -> bool:
     """Return whether a row says pairs of label and probability, or else an error."""
     sets = None
-    if len(row) % 2:
-        names = re.findall(r"(?:[^|\\]|\\.)+", row[-2])
+    if len(row) % 2 == 0:
+        names = re.findall(r"(?:[^|\\]|\\.)+", row[-3])
         sets = [re.sub(r"\\(.)", r"\1", name) for name in names]
-    pairs = row[1 : -2 if len(row) % 2 else -1]
+    pairs = row[1 : -3 if len(row) % 2 == 0 else -2]
     said = sum(map(bool, pairs[1:]))
     return (
         said % 2 == bool(said)
         and all(pairs[1 : 1 + said])
         and bool(row[-1]) == (said == 0)
+        and not (row[-1] and row[-2])
         and _is_whole(row[1], sets, row[-1])
     )
 

@@ -30,6 +30,7 @@ from featcache.predictor.file import CanaryRows, is_predictor
 from featcache.predictor.inputs import InputTap
 from featcache.predictor.measured import Quantiles, coverage_text, in_set
 from featcache.predictor.predictions import Prediction
+from featcache.predictor.typicality import Typicality
 from featcache.results.evaluation import label_first
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
@@ -82,6 +83,9 @@ class Predictor:
         Rows to check head and network on.
     label_scores : Quantiles
         1 less the probability of the true class, out of fold: what sets of labels are made by.
+    typicality : Typicality or None
+        How typical an image is of those that it was trained on; None where that is not known:
+        the head is ``suffix``, or takes over 55,000 columns.
     metrics : dict
         JSON values: out-of-fold and held-out figures.
     leaderboard : Leaderboard or None
@@ -103,6 +107,7 @@ class Predictor:
     train_groups: npt.NDArray[np.uint8]
     canaries: CanaryRows
     label_scores: Quantiles
+    typicality: Typicality | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     leaderboard: Leaderboard | None = None
     request: Mapping[str, Any] | None = None
@@ -244,6 +249,13 @@ class Predictor:
         for part, block in store.blocks(layers):
             logits[part] = self.logits(block)
         return logits
+
+    def typicality_of(self, store: FeatureStore) -> Floats | None:
+        """Return how typical all rows of a store are (n,), or None; see `Typicality`."""
+        if self.typicality is None:
+            return None
+        blocks = store.blocks(self.layers_of(store))
+        return np.concatenate([self.typicality(block) for _, block in blocks] or [np.empty(0)])
 
     def trained_on(self, sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """Return a mask (n,) of the content hashes (n, 32) that are a training image's."""
@@ -510,13 +522,14 @@ class Predictor:
         logits = self.logits(X)
         proba = self.calibration.proba(logits)
         ranked, size = self._ranked(logits, proba, coverage)
-        found = zip(ranked.tolist(), size.tolist(), proba, strict=True)
+        typical = [None] * len(X) if self.typicality is None else self.typicality(X).tolist()
+        found = zip(ranked.tolist(), size.tolist(), proba, typical, strict=True)
         for row in batches[0].rows.tolist():
             if row in errors:
                 failed = Prediction.failed(images.ids[row], str(errors[row]))
                 yield failed if coverage is None else replace(failed, labels=())
                 continue
-            columns, many, own = next(found)
+            columns, many, own, share = next(found)
             top = tuple((self.classes[k], float(own[k])) for k in columns[:top_k])
             label, probability = top[0]
             yield Prediction(
@@ -525,6 +538,7 @@ class Predictor:
                 probability,
                 top,
                 labels=None if coverage is None else tuple(self.classes[k] for k in columns[:many]),
+                typicality=share,
             )
 
     # --- as a network --------------------------------------------------------------------------

@@ -258,7 +258,8 @@ def _suspects(
         found = findings.of("label")
         note = f"{len(found):,} of {findings.n_images:,} images, judged out of fold {how}"
     else:
-        found = suspicious_labels(evaluation)
+        # Of a class that it does not know, a predictor gives every image a probability of 0.
+        found = [one for one in suspicious_labels(evaluation) if one.score]
         note = (
             f"{len(found):,} of the {len(evaluation):,} evaluated images, judged {how} "
             "The command featcache audit looks at the training images too."

@@ -160,6 +160,8 @@ class Evaluation:
         Taps of the store that the predictor saw; none: not known.
     columns : mapping of str to ndarray of str, shape (n,)
         What the images are told apart by in `by`, such as the camera.
+    atypical : float, optional
+        Share of the images whose typicality is below 0.01.
 
     Attributes
     ----------
@@ -190,6 +192,7 @@ class Evaluation:
     predicted: npt.NDArray[np.int64] | None = None
     layers: tuple[str, ...] = ()
     columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    atypical: float | None = None
 
     def __post_init__(self) -> None:
         n, k = self.proba.shape
@@ -403,6 +406,7 @@ class Evaluation:
         return {
             **self.summary(),
             "label_not_most_probable": self.n_moved,
+            "atypical": self.atypical,
             "resampled": "images" if self.groups is None else "groups",
             "classes": list(self.classes),
             "per_class": [vars(score) for score in self.per_class],

@@ -288,8 +288,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
         if self.scoring != "accuracy":
             by = f"cross-validated {self.scoring}"
         counts = f"{self.n_fit:,} images to train on, {self.folds}"
-        if self.n_test:
-            counts += f", {self.n_test:,} held out"
+        counts += f", {self.n_test:,} held out" if self.n_test else ", none held out"
         if self.n_unlabelled:
             counts += f", {self.n_unlabelled:,} without a label left out"
         heads: dict[str, list[str]] = {}

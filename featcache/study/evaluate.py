@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "left_out", "look_alikes", "out_of_fold"]
 
+ATYPICAL = 0.01  # typicality below which an image is unlike those that were trained on
+_MOST_ATYPICAL = 0.05  # share of such images that is not said
+_FEWEST_TRAINED = 100  # images; of fewer, such a share cannot be told
+
 
 def evaluate(
     predictor: Predictor,
@@ -26,6 +30,7 @@ def evaluate(
     *,
     other_groups: bool = False,
     by: str | Sequence[str] = (),
+    unknown: Literal["refuse", "skip", "wrong"] = "refuse",
 ) -> Evaluation:
     """Score a predictor on the labelled images of a store that it was not trained on.
 
@@ -45,13 +50,16 @@ def evaluate(
     by : str or list of str
         Columns to tell apart in `Evaluation.by`: names in `FeatureStore.columns`, or ``group`` or
         ``split``.
+    unknown : {"refuse", "skip", "wrong"}
+        What becomes of images of a class that the predictor was not trained on: an error; left out
+        and counted in a note; or counted as wrong, the class with its own line in the table.
 
     Raises
     ------
     FingerprintMismatch
         The features are of another origin; the message prints the difference field by field.
     PredictorError
-        Labels that the predictor does not know.
+        Labels that the predictor does not know, unless `unknown` says what to do with them.
     TrainingError
         No labelled image is left to score.
     MissingFeatures
@@ -81,6 +89,23 @@ def evaluate(
     if store.groups is not None and not other_groups:
         akin = predictor.trained_on_groups(store.groups) & ~seen
     rows = np.flatnonzero(labelled & ~seen & ~akin)
+    columns = {name: i for i, name in enumerate(predictor.classes)}
+    others = in_order(set(store.labels[rows].tolist()) - columns.keys())
+    strange = np.isin(store.labels, others)
+    strange[np.delete(np.arange(len(store)), rows)] = False
+    if others and unknown == "refuse":
+        of = f"of {', '.join(store.paths)}"
+        have = counted(int(strange.sum()), f"image {of} has", f"images {of} have")
+        raise PredictorError(
+            f"{have} labels that the predictor does not know "
+            f"({first_names([*map(repr, others)], 5)}); it knows "
+            f"{first_names([*map(repr, predictor.classes)], 5)}. "
+            + "".join(f"Note: {text}. " for text in look_alikes([*others, *columns]))
+            + "Train again with these classes, leave such images out with --unknown skip, or count "
+            "them as wrong with --unknown wrong (in Python unknown='skip' or 'wrong')."
+        )
+    if unknown == "skip":
+        rows, others = rows[~strange[rows]], []
     notes = []
     if seen.any():
         notes.append(left_out(seen, "that it was trained on"))
@@ -90,6 +115,13 @@ def evaluate(
         notes.append(f"{left_out(akin, which)} ({keep})")
     if not labelled.all():
         notes.append(left_out(~labelled, "without a label"))
+    if strange.any():
+        which = f"of {first_names(sorted({*store.labels[strange].tolist()}), 5)}"
+        said = left_out(strange, which)
+        if others:
+            count = counted(int(strange.sum()), f"image {which} counts", f"images {which} count")
+            said = f"{count} as wrong, with a probability of 0"
+        notes.append(f"{said}: the predictor was not trained on such")
     if not len(rows):
         cure = "--group to hold out whole groups" if akin.any() else "--test-size to hold some out"
         raise TrainingError(
@@ -107,30 +139,30 @@ def evaluate(
                 "beside --labels (nothing is computed again)."
             )
         columns_by[name] = values
-    columns = {name: i for i, name in enumerate(predictor.classes)}
-    unknown = in_order(set(chosen.classes) - columns.keys())
-    if unknown:
-        of = f"of {', '.join(store.paths)}"
-        count = int(np.isin(chosen.labels, unknown).sum())
-        have = counted(count, f"image {of} has", f"images {of} have")
-        raise PredictorError(
-            f"{have} labels that the predictor does not know "
-            f"({first_names([*map(repr, unknown)], 5)}); it knows "
-            f"{first_names([*map(repr, predictor.classes)], 5)}. "
-            + "".join(f"Note: {text}. " for text in look_alikes([*unknown, *columns]))
-            + "Train again with these classes, or select the images that it can judge."
-        )
+    columns |= {name: len(columns) + i for i, name in enumerate(others)}
+    typical, atypical = predictor.typicality_of(chosen), None
+    if predictor.typicality is not None and typical is not None:
+        low = typical < ATYPICAL
+        atypical = float(low.mean())
+        enough = predictor.typicality.distances.n >= _FEWEST_TRAINED
+        if enough and atypical > _MOST_ATYPICAL and low.sum() > 1:
+            are = counted(int(low.sum()), "image is", "images are")
+            notes.append(
+                f"{are} unlike those that it was trained on ({atypical:.1%} have a typicality "
+                f"below {ATYPICAL}; of images like those, about {ATYPICAL:.0%} would)"
+            )
     logits = predictor.logits_of(chosen)
     return Evaluation(
         ids=chosen.ids,
         y_true=np.array([columns[name] for name in chosen.labels], dtype=np.int64),
-        proba=predictor.calibration.proba(logits),
+        proba=np.pad(predictor.calibration.proba(logits), ((0, 0), (0, len(others)))),
         predicted=logits.argmax(axis=1),
-        classes=tuple(predictor.classes),
+        classes=tuple(columns),
         groups=with_own_groups(chosen.groups),
         notes=tuple(notes),
         layers=tuple(layers),
         columns=columns_by,
+        atypical=atypical,
     )
 
 

@@ -102,7 +102,8 @@ def train_files(
     head : str or list of str
         As in `train`. Empty: linear, svm, rbf-svm and forest.
     test_size : float, optional
-        Share to hold out. None: what the split column holds out, else a quarter.
+        Share to hold out. None: what the split column holds out, else a quarter. 0: nothing, to
+        train on all images.
     layers, progress
         As in `train`.
     **options
@@ -149,7 +150,7 @@ def train_files(
             remove_checkpoints(checkpoints)
         return TrainedFile(done, target, up_to_date=True)
     store, _, small = without_small(_joined(opened), None, settings)
-    fit, test = hold_out(store, test_size, settings)
+    fit, test = (store, None) if test_size == 0 else hold_out(store, test_size, settings)
     predictor = train(
         fit,
         test,

@@ -70,6 +70,7 @@ from featcache.predictor.file import CanaryRows, group_hashes
 from featcache.predictor.inputs import InputTap, source_taps
 from featcache.predictor.measured import Quantiles
 from featcache.predictor.predictor import Predictor
+from featcache.predictor.typicality import Typicality
 from featcache.results.evaluation import Evaluation, Figures, few_groups, with_own_groups
 from featcache.results.intervals import Score
 from featcache.results.leaderboard import Leaderboard, LeaderboardRow
@@ -473,6 +474,12 @@ class TrainingData:
         """Features in memory (mapped where possible), or read in blocks."""
         return self.store.matrix(self.layers) if self.in_memory else self.blocks
 
+    @cached_property
+    def typicality(self) -> Typicality | None:
+        """How typical an image is of these, whichever head is trained on them."""
+        rows = TrainingRows.check(self.X, self.store.labels, self.folds)
+        return Typicality.of(rows, self.options.random_state)
+
     @property
     def blocks(self) -> FeatureBlocks:
         """Features that are read in blocks."""
@@ -686,6 +693,7 @@ def _predictor(data: TrainingData, found: Any, judged: Evaluation) -> Predictor:
         train_groups=group_hashes(store.groups),
         canaries=_canaries(data, found.estimator, columns),
         label_scores=Quantiles.of(1 - of_truth),
+        typicality=None if found.head == SUFFIX else data.typicality,
     )
 
 

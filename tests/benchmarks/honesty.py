@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from machine import machine
+from PIL import Image, ImageFilter, ImageOps
 from scipy.stats import norm
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine, make_classification
@@ -27,13 +28,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from synthetic import FINGERPRINT, TAP
 
-from featcache import FeatureStore, train
+from featcache import Backbone, FeatureStore, ImageSet, features, train
 from featcache.heads.base import FittedHead
 from featcache.heads.calibration import Calibration, fit_temperature
 from featcache.heads.rows import TrainingRows
 from featcache.heads.search import SearchOptions, search
 from featcache.heads.table import HEADS as HEAD_KINDS
 from featcache.predictor.measured import Quantiles, in_set
+from featcache.predictor.typicality import Typicality
 from featcache.results.evaluation import Evaluation
 from featcache.results.intervals import Score, rate_scores
 from featcache.results.selection import paired_differences
@@ -360,6 +362,37 @@ def sets(seeds: int) -> None:
             print(f"  {name:7} {coverage:.2f}", *(f"{v:7.4f}" for v in np.mean(values, axis=0)))
 
 
+def drawing(path: Path) -> Image.Image:
+    """Return a photograph as a pencil would draw it: bright, but for its edges."""
+    with Image.open(path) as image:
+        grey = image.convert("L")
+    blurred = ImageOps.invert(grey).filter(ImageFilter.GaussianBlur(min(grey.size) / 60))
+    light = np.asarray(grey, float) * 255 / np.maximum(255 - np.asarray(blurred, float), 1)
+    return Image.fromarray(light.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def unlike(seeds: int) -> None:
+    """Typicality: the demo's photographs, other halves of them, and pencil drawings of them."""
+    print(f"\ntypicality below .05: of other photographs, of drawings; {seeds} random halves")
+    if not DEMO.exists():
+        print("  (needs the demo: make features)")
+        return
+    import elpv_dataset
+
+    root = Path(elpv_dataset.__file__).parent / "data" / "images"
+    with tempfile.TemporaryDirectory() as folder:
+        for file in sorted(root.iterdir())[::8]:
+            drawing(file).save(Path(folder, file.name))
+        drawn = features(ImageSet.open(folder), Backbone("mobilenet_v2"))
+    *_, (_, X, y, parts) = halves(seeds)
+    rows = []
+    for some in parts:
+        typical = Typicality.of(TrainingRows.check(X[some], y[some], folds(y[some], cv=5)))
+        rest = np.setdiff1d(np.arange(len(y)), some)
+        rows.append([(typical(each) < 0.05).mean() for each in (X[rest], drawn)])
+    print("  ", *(f"{v:.3f}" for v in np.mean(rows, axis=0)))
+
+
 SECTIONS = {
     "choice": choice,
     "images": images,
@@ -370,6 +403,7 @@ SECTIONS = {
     "balanced": balanced,
     "styles": styles,
     "sets": sets,
+    "unlike": unlike,
 }
 SEEDS = {
     "choice": 200,
@@ -381,6 +415,7 @@ SEEDS = {
     "balanced": 4,
     "styles": 8,
     "sets": 50,
+    "unlike": 20,
 }
 
 

@@ -670,11 +670,12 @@ def test_one_image_of_another_size(predictor: Path, tmp_path: Path) -> None:
 def test_predict_gives_sets_of_labels_and_abstains(predictor: Path, flower_folder: Path) -> None:
     command = ["predict", predictor, flower_folder / "rose", *FAST[:4]]
     result = featcache(*command, "--coverage", "80%")
-    assert result.stdout.startswith("id,label,probability,labels,")
+    assert result.stdout.startswith("id,label,probability,labels,typicality,error\n")
     assert "labels: the sets held the true label of 80.0% of 27 images when" in result.stderr
     made = json.loads(succeed(*command, "--abstain", "--json"))
     assert made["coverage"] == 0.95 and len(made["notes"]) == 1
     for one in made["predictions"]:
+        assert 0 <= one["typicality"] <= 1
         assert one["label"] == ("" if len(one["labels"]) > 1 else one["labels"][0])
     message = fail(*command, "--coverage", "0.99")
     assert "told from 99 images on" in message and "has 27: ask for 0.964 or less" in message
@@ -693,7 +694,7 @@ def test_the_rest_of_the_network_is_trained_from_its_maps(
     assert "nothing to do" in succeed("train", maps, "-o", target, *options)
     assert "accuracy" in succeed("evaluate", target, maps)
     lines = succeed("predict", target, flower_folder / "rose", "--workers", "0").splitlines()
-    assert len(lines) == 13 and lines[0] == "id,label,probability,error"
+    assert len(lines) == 13 and lines[0] == "id,label,probability,typicality,error"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["maps.h5", "p.featcache"]
 
 

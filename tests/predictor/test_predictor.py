@@ -651,7 +651,7 @@ def test_pixels_of_no_possible_size_are_refused_before_any_are_made(
 # --- files of predictions ----------------------------------------------------------------------
 
 FOUND = [
-    Prediction("a, b.jpg", "rose", 0.75, (("rose", 0.75), ("tulip", 0.25))),
+    Prediction("a, b.jpg", "rose", 0.75, (("rose", 0.75), ("tulip", 0.25)), typicality=0.5),
     Prediction.failed("é.jpg", "decode: not an image"),
 ]
 
@@ -660,14 +660,14 @@ def test_predictions_as_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     target = tmp_path / "p.csv"
     assert write_predictions(FOUND, target, top_k=2) == 2
     assert target.read_text(encoding="utf-8") == (
-        "id,label,probability,label_2,probability_2,error\n"
-        '"a, b.jpg",rose,0.750000,tulip,0.250000,\n'
-        "é.jpg,,,,,decode: not an image\n"
+        "id,label,probability,label_2,probability_2,typicality,error\n"
+        '"a, b.jpg",rose,0.750000,tulip,0.250000,0.500000,\n'
+        "é.jpg,,,,,,decode: not an image\n"
     )
     write_predictions(FOUND, Path("-"))
     lines = list(csv.reader(io.StringIO(capsys.readouterr().out)))
-    assert lines[0] == ["id", "label", "probability", "error"]
-    assert lines[1] == ["a, b.jpg", "rose", "0.750000", ""]
+    assert lines[0] == ["id", "label", "probability", "typicality", "error"]
+    assert lines[1] == ["a, b.jpg", "rose", "0.750000", "0.500000", ""]
 
 
 def test_predictions_as_json(tmp_path: Path) -> None:
@@ -680,6 +680,7 @@ def test_predictions_as_json(tmp_path: Path) -> None:
         "label": "",
         "probability": None,
         "top": [],
+        "typicality": None,
         "error": FOUND[1].error,
     }
     steering = Prediction("a\x9b1m.jpg", "ca\u0301t\u202e", 0.5)
@@ -705,19 +706,23 @@ def test_predictions_replace_predictions_and_nothing_else(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "row",
     [
-        "bee/0001.jpg,ant,0.500000,a note of mine",
-        "bee/0001.jpg,ant,,checked by hand 3 May",
-        "bee/0001.jpg,ant,,",
-        "bee/0001.jpg,,0.500000,",
-        "bee/0001.jpg,,,",
-        '{"id": "a", "label": "ant", "probability": 0.5, "top": [], "error": "a note of mine"}',
-        '{"id": "a", "label": "ant", "probability": null, "top": [], "error": ""}',
-        '{"id": "a", "label": "", "probability": null, "top": [], "error": ""}',
+        "bee/0001.jpg,ant,0.500000,,a note of mine",
+        "bee/0001.jpg,ant,,,checked by hand 3 May",
+        "bee/0001.jpg,ant,,,",
+        "bee/0001.jpg,ant,0.500000,high,",
+        "bee/0001.jpg,,,0.500000,not an image",
+        "bee/0001.jpg,,0.500000,,",
+        "bee/0001.jpg,,,,",
+        '{"id": "a", "label": "ant", "probability": 0.5, "top": [], '
+        '"typicality": null, "error": "a note of mine"}',
+        '{"id": "a", "label": "ant", "probability": null, "top": [], '
+        '"typicality": null, "error": ""}',
+        '{"id": "a", "label": "", "probability": null, "top": [], "typicality": null, "error": ""}',
     ],
 )
 def test_predictions_into_which_a_user_wrote_are_left(tmp_path: Path, row: str) -> None:
     target = tmp_path / "p.csv"
-    text = f"[\n {row}\n]\n" if row[0] == "{" else f"id,label,probability,error\n{row}\n"
+    text = f"[\n {row}\n]\n" if row[0] == "{" else f"id,label,probability,typicality,error\n{row}\n"
     target.write_text(text)
     with pytest.raises(OutputError, match="not a file of predictions"):
         write_predictions(FOUND, target)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from featcache import train
+from featcache import train, train_files
 from featcache.errors import FingerprintMismatch, PredictorError, TrainingError
 from featcache.results.evaluation import Evaluation
 from featcache.results.intervals import Score, wilson
@@ -348,3 +348,39 @@ def test_groups_of_the_store_widen_the_interval(labels: list[str], tmp_path: Pat
     assert one.accuracy == other.accuracy
     assert other.to_dict()["resampled"] == "groups"
     assert one.accuracy.interval != other.accuracy.interval
+
+
+def test_images_of_an_unknown_class_are_refused_left_out_or_wrong(tmp_path: Path) -> None:
+    y = ["ant", "bee"] * 20
+    store = make_store(tmp_path / "fit.h5", clusters(y), y)
+    predictor = train(store, head="ridge", cv=2)
+    labels = [*y[:10], "cow", "cow", ""]
+    ids = [f"new{i}.jpg" for i in range(13)]
+    X = np.concatenate([clusters(y)[:10], clusters(["a"] * 3, seed=1)])
+    other = make_store(tmp_path / "other.h5", X, labels, ids=ids)
+    with pytest.raises(PredictorError, match=r"2 images .* \('cow'\).* --unknown skip"):
+        evaluate(predictor, other)
+    skipped = evaluate(predictor, other, unknown="skip")
+    assert len(skipped) == 10 and skipped.classes == ("ant", "bee")
+    assert "2 images of cow are left out: the predictor was not trained on such" in skipped.notes
+    wrong = evaluate(predictor, other, unknown="wrong")
+    assert wrong.classes == ("ant", "bee", "cow") and len(wrong) == 12
+    assert wrong.accuracy == pytest.approx(10 * skipped.accuracy / 12)
+    assert (wrong.per_class[2].support, wrong.per_class[2].recall) == (2, 0)
+    assert "2 images of cow count as wrong" in wrong.to_text()
+    assert [one.label for one in wrong.mistakes].count("cow") == 2
+    alone = other.select(np.array([10, 11]))
+    with pytest.raises(TrainingError, match="2 images of cow are left out"):
+        evaluate(predictor, alone, unknown="skip")
+
+
+def test_without_a_test_size_all_images_are_trained_on_and_it_is_said(tmp_path: Path) -> None:
+    y = ["ant", "bee"] * 20
+    splits = ["train", "test"] * 10 + ["train"] * 20
+    store = make_store(tmp_path / "a.h5", clusters(y), y, splits=splits)
+    result = train_files(store.paths, tmp_path / "p", head="ridge", cv=2, test_size=0)
+    assert result.leaderboard.n_fit == len(result.predictor.train_sha256) == 40
+    assert "none held out" in result.to_text() and result.leaderboard.n_test == 0
+    assert result.predictor.metrics["held_out"] is None
+    with pytest.raises(TrainingError, match="40 images that it was trained on are left out"):
+        evaluate(result.predictor, store)
