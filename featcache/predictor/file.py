@@ -232,10 +232,12 @@ def read(source: IO[bytes]) -> dict[str, Any]:
         ),
         "columns": tuple(InputTap(**column) for column in text["columns"]),
         "fingerprints": tuple(map(_fingerprint, text["fingerprints"])),
-        "estimator": FittedHead(_steps("step", text["steps"], arrays), np.array(text["classes"])),
+        "estimator": FittedHead(
+            _steps("step", "head", text["steps"], arrays), np.array(text["classes"])
+        ),
         "typicality": typical
         and Typicality(
-            _steps("typical", typical["steps"], arrays),
+            _steps("typical", "typicality", typical["steps"], arrays),
             arrays.pop("typical_sample"),
             Quantiles(typical["images"], arrays.pop("typical_distances")),
         ),
@@ -256,22 +258,26 @@ def read(source: IO[bytes]) -> dict[str, Any]:
 
 
 def _steps(
-    kind: str, chain: Sequence[dict[str, Any]], arrays: dict[str, npt.NDArray[Any]]
+    prefix: str, of: str, chain: Sequence[dict[str, Any]], arrays: dict[str, npt.NDArray[Any]]
 ) -> list[steps.Step]:
     """Return steps of their values in the text and their arrays, taken out of `arrays`."""
-    return [_step(f"{kind}{number}.", values, arrays) for number, values in enumerate(chain)]
+    return [
+        _step(f"{prefix}{number}.", f"Step {number} of its {of}", values, arrays)
+        for number, values in enumerate(chain)
+    ]
 
 
-def _step(prefix: str, values: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> steps.Step:
-    number = prefix.strip(".")
+def _step(
+    prefix: str, what: str, values: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]
+) -> steps.Step:
     mine = {name: arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
     kind = _KINDS.get(str(values.pop("kind", "")))
     if kind is None:
-        raise PredictorError(f"Its {number} is of no kind that this featcache knows.")
+        raise PredictorError(f"{what} is of no kind that this featcache knows.")
     try:
         return kind.of({name.removeprefix(prefix): one for name, one in mine.items()}, **values)
     except (TypeError, ValueError) as error:
-        raise PredictorError(f"Its {number} cannot be made: {error}.") from error
+        raise PredictorError(f"{what} cannot be made: {error}.") from error
 
 
 def _fingerprint(values: Any) -> Fingerprint:

@@ -151,7 +151,9 @@ def test_arrays_of_other_names_are_refused(files: dict[str, Path], tmp_path: Pat
     for path in files.values():
         _, arrays = parts_of(path)
         for name in arrays:
-            with pytest.raises(PredictorError, match=r": (It lacks|Step \d of its head cannot)"):
+            with pytest.raises(
+                PredictorError, match=r": (It lacks|Step \d of its (head|typicality) cannot)"
+            ):
                 Predictor.load(rewritten(path, tmp_path / "x", lambda _, a, n=name: a.pop(n)))
         for name in ("more", "step0.more", "step9.weight", "canary_image_0"):
             with pytest.raises(PredictorError, match=r"more|step9|canary"):
