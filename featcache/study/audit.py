@@ -59,7 +59,7 @@ from featcache.study.options import TrainingOptions
 from featcache.study.parts import folds_of
 from featcache.study.train import head_names
 from featcache.system.files import atomic_write, check_overwrite, csv_writer, is_table
-from featcache.system.nearest import lengths_of, nearest, unit, without
+from featcache.system.nearest import lengths_of, nearest, without
 from featcache.system.tables import counted, first_names, text_table
 
 __all__ = ["Finding", "Findings", "audit", "suspicious_labels"]
@@ -70,7 +70,7 @@ _AROUND = 50  # neighbours: those from the 11th on say how near the others usual
 _COMPONENTS = 256
 _FALSE = 0.1  # of the pairs, expected to be chance
 _ODDS = 0.1  # of a label against the most probable class, below which it is doubted
-_BLOCK = 256  # images compared with their neighbours at a time
+_BLOCK = 64  # images compared with their neighbours at a time
 
 
 @dataclass(frozen=True)
@@ -399,7 +399,8 @@ def _similarities(
     size, axes = np.linalg.eigh((X.T @ X).astype(np.float64))  # (d,), rising, and (d, d)
     axes = axes[:, size > 1e-6 * size[-1]][:, -count:]
     spread = np.sqrt(size[size > 1e-6 * size[-1]][-count:])
-    Z = unit(X @ (axes / spread).astype(np.float32))
+    Z = X @ (axes / spread).astype(np.float32)
+    Z /= lengths_of(Z)[:, None]
     found, rows = without(*nearest(Z, Z, min(_AROUND, len(X) - 1) + 1), np.arange(len(X)))
     usual = found[:, min(_NEIGHBORS, found.shape[1] - 1) :].mean(axis=1)
     plain, length = np.empty_like(found), lengths_of(X)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 BLOCK = 4096  # rows of an array compared with a block of queries at a time
-_QUERIES = 1024
+_QUERIES = 256
 SHORTEST = 1e-15  # rows whose squares are not float32's rounding
 
 
