@@ -19,6 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 _BINS = 15  # of the calibration error, as in Guo et al. 2017
 _TOP = (1, 2, 3, 5, 10)
+_THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -386,6 +387,25 @@ class Evaluation:
         """Number of images whose label is not their most probable class."""
         return int((self.confidence < self.proba.max(axis=1)).sum())
 
+    @cached_property
+    def thresholds(self) -> tuple[dict[str, float], ...]:
+        """Recall and precision of the second of two classes, over thresholds of its probability.
+
+        An image is given that class where its probability is at least the threshold. A precision is
+        NaN where no image is given it. Of more than two classes there are none. Nothing is chosen
+        here: a threshold that is chosen on these images would flatter on them.
+        """
+        if len(self.classes) != 2:
+            return ()
+        own, true, rows = self.proba[:, 1], self.y_true == 1, []
+        for threshold in _THRESHOLDS:
+            given = own >= threshold
+            right, called = int((given & true).sum()), int(given.sum())
+            recall = right / true.sum() if true.any() else np.nan
+            precision = right / called if called else np.nan
+            rows.append({"threshold": threshold, "recall": recall, "precision": precision})
+        return tuple(rows)
+
     @property
     def figures(self) -> Figures:
         """The figures that a leaderboard and a predictor keep."""
@@ -407,6 +427,11 @@ class Evaluation:
             **self.summary(),
             "label_not_most_probable": self.n_moved,
             "atypical": self.atypical,
+            "positive": self.classes[1] if self.thresholds else None,
+            "thresholds": [
+                {name: None if np.isnan(value) else float(value) for name, value in row.items()}
+                for row in self.thresholds
+            ],
             "resampled": "images" if self.groups is None else "groups",
             "classes": list(self.classes),
             "per_class": [vars(score) for score in self.per_class],
@@ -432,6 +457,7 @@ class Evaluation:
                 *self._class_lines(),
                 *self._by_lines(),
                 *self._confusion_lines(),
+                *self._threshold_lines(),
                 *self._mistake_lines(),
             ]
         )
@@ -485,6 +511,17 @@ class Evaluation:
         table = text_table(["true", *self.classes], rows, right=range(1, k + 1))
         header, rest = table.split("\n", 1)
         return ["", f"{header}  (columns: predicted)", rest]
+
+    def _threshold_lines(self) -> list[str]:
+        if not self.thresholds:
+            return []
+        cells = [
+            (f"{row['threshold']:.2f}", f"{row['recall']:.3f}", f"{row['precision']:.3f}")
+            for row in self.thresholds
+        ]
+        of = printable(self.classes[1])
+        said = f"if {of} (the second class) were said from this probability of it on:"
+        return ["", said, text_table(["threshold", "recall", "precision"], cells, right=range(3))]
 
     def _mistake_lines(self) -> list[str]:
         if not self.mistakes:

@@ -384,3 +384,17 @@ def test_without_a_test_size_all_images_are_trained_on_and_it_is_said(tmp_path: 
     assert result.predictor.metrics["held_out"] is None
     with pytest.raises(TrainingError, match="40 images that it was trained on are left out"):
         evaluate(result.predictor, store)
+
+
+def test_thresholds_of_two_classes_have_recall_and_precision() -> None:
+    y, proba = scores(300, 2)
+    got = evaluation(y, proba)
+    assert got.to_dict()["positive"] == "bee"
+    for row in got.thresholds:
+        said = proba[:, 1] >= row["threshold"]
+        assert row["recall"] == pytest.approx(metrics.recall_score(y, said))
+        assert row["precision"] == pytest.approx(metrics.precision_score(y, said))
+    assert "if bee (the second class) were said" in got.to_text()
+    assert evaluation(*scores(60, 3)).thresholds == ()
+    sure = evaluation(np.array([0, 0]), np.array([[1.0, 0.0]] * 2))
+    assert sure.to_dict()["thresholds"][0] == {"threshold": 0.05, "recall": None, "precision": None}
