@@ -866,7 +866,7 @@ def _is_aside(path: str) -> bool:
     """Return whether `_set_aside` kept a file: what else has its name is a user's."""
     try:
         return _ASIDE in StoreFile(path).reasons
-    except (StoreError, OSError):
+    except (StoreError, PermissionError):  # a disk that fails is no answer
         return False
 
 

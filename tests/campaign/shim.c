@@ -216,7 +216,9 @@ int unlinkat(int fd, const char *path, int flags) {
 }
 DECLARE(mkdir);
 int mkdir(const char *path, mode_t mode) {
-    PLAIN(NAME, path_counts(path), REAL(mkdir)(path, mode), note("mkdir", -1, 0, path, path, 0, 0));
+    /* Linux interrupts no mkdir. */
+    PLAIN(NAME, path_counts(path) && error_number != EINTR, REAL(mkdir)(path, mode),
+          note("mkdir", -1, 0, path, path, 0, 0));
 }
 DECLARE(rmdir);
 int rmdir(const char *path) { PLAIN(NAME, path_counts(path), REAL(rmdir)(path), note("rmdir", -1, 0, path, 0, 0, 0)); }
