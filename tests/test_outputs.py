@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import importlib
 import io
 import os
 import secrets
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,6 +156,30 @@ COMMANDS = {
     "evaluate": ("x.html", lambda images, store, predictor: [predictor, store, "--report"]),
     "export-model": ("x.pt2", lambda images, store, predictor: [predictor, *OWN, "-o"]),
 }
+
+
+@pytest.mark.parametrize(
+    ("command", "late"),
+    [("evaluate", "featcache.report.page.render"), ("export-model", "torch.export.export")],
+)
+def test_what_came_while_the_output_was_made_is_left(
+    command: str, late: str, trained: tuple[Path, Path, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    name, arguments = COMMANDS[command]
+    module, _, function = late.rpartition(".")
+    owner = importlib.import_module(module)
+    original = getattr(owner, function)
+
+    def written(*args: Any, **options: Any) -> Any:
+        (tmp_path / name).write_text("mine")
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, function, written)
+    argv = [command, *arguments(*trained), tmp_path / name]
+    result = CliRunner().invoke(main, [*map(str, argv)])
+    assert result.exit_code == 1 and "is left as it is" in result.output
+    assert (tmp_path / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

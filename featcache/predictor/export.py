@@ -68,7 +68,8 @@ def export_model(predictor: Predictor, path: str | Path, *, force: bool = False)
         raise PredictorError(f"A model is exported to .onnx or .pt2, not to {target.name!r}.")
     if target.suffix == ".onnx":
         _require_onnx()
-    check_overwrite(target, _is_model, "a model that featcache exported", force=force)
+    what = "a model that featcache exported"
+    check_overwrite(target, _is_model, what, force=force)
     grafted = predictor.to_torch()
     preprocessing = Preprocessing.from_dict(predictor.fingerprints[0].preprocessing)
     program = _program(_Served(grafted, preprocessing), preprocessing.output_shape)
@@ -88,6 +89,7 @@ def export_model(predictor: Predictor, path: str | Path, *, force: bool = False)
         session = InferenceSession(content, providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {"images": pixels.numpy()})
     check_same(found, softmax(logits, axis=1), f"the {target.suffix} file")
+    check_overwrite(target, _is_model, what, force=force)  # again: this takes seconds
     with atomic_write(target) as file:
         file.write(content)
 

@@ -120,6 +120,7 @@ def write_report(
         data["tiles"] = made.tiles
         data["sheets"] = {"edge": made.edge, "columns": made.columns, "pictures": made.pictures}
     page = report_page.render(data, *figure)
+    check_overwrite(target, _is_report, "a report of featcache", force=force)  # it took a while
     with atomic_write(target) as file:
         file.write(page.encode("utf-8", "replace"))
 
