@@ -55,6 +55,8 @@ class Typicality:
 
     def __call__(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Return it for features (n, d) or (n, views, d), of which the views are averaged."""
+        if not len(X):
+            return np.empty(0)
         rows = X.mean(axis=1) if X.ndim == 3 else X
         with np.errstate(all="ignore"):
             far = _distances(transformed(self.steps, rows.astype(np.float32)), self.sample)

@@ -75,14 +75,14 @@ def test_a_store_that_is_overwritten_while_it_is_trained_on_gives_no_predictor(
     store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = make_store(tmp_path / "b.h5", clusters(LABELS, spread=2.0), LABELS[::-1])
-    trained = study._train_heads
+    trained = study.train_heads
 
     def overwritten(*args: object, **options: object) -> object:
         found = trained(*args, **options)  # type: ignore[arg-type]
         Path(*store.paths).write_bytes(Path(*other.paths).read_bytes())  # as cp does
         return found
 
-    monkeypatch.setattr(study, "_train_heads", overwritten)
+    monkeypatch.setattr(study, "train_heads", overwritten)
     with pytest.raises(StoreError, match="overwritten while it was open") as error:
         study.train(store, head="ridge", cv=3)
     assert not isinstance(error.value, CorruptStore)

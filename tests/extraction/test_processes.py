@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from featcache.extraction.decoding import Batch
-from featcache.extraction.extract import extract, features
+from featcache.extraction.extract import extract
+from featcache.extraction.features import batches_of
 from featcache.extraction.stream import Options, compute
 from featcache.images.image_set import ImageSet
 from tests.small import TAP, backbone, folder
@@ -35,8 +36,8 @@ def started(batches: Iterator[Batch]) -> int:
 
 def test_no_more_processes_decode_than_there_are_batches(images: ImageSet) -> None:
     options: dict[str, Any] = {"batch_size": 4, "workers": 5, "device": "cpu"}
-    assert started(features(images.select([0]), backbone(), **options)) == 1
-    assert started(features(images, backbone(), **options)) == 3
+    assert started(batches_of(images.select([0]), backbone(), **options)) == 1
+    assert started(batches_of(images, backbone(), **options)) == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux has it")

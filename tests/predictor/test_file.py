@@ -175,6 +175,9 @@ def test_arrays_of_other_types_and_shapes_are_refused(
             hashes = name in ("train_sha256", "train_groups") and other.dtype == np.uint8
             if hashes and other.shape[1:] == (32,):
                 continue  # on how many images and groups it was trained is nowhere else
+            alike = other.dtype == value.dtype and other.shape[1:] == value.shape[1:]
+            if name == "typical_sample" and alike and other.size:
+                continue  # nor how many of them are kept
             changed = rewritten(
                 files[head], tmp_path / "x", lambda _, a, n=name, o=other: a.update({n: o})
             )

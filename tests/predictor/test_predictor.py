@@ -513,6 +513,7 @@ def test_everything_comes_back(predictor: Predictor, store: FeatureStore, tmp_pa
     _, arrays = parts_of(path)
     assert {name.split(".")[0].rstrip("0123456789") for name in arrays} == {
         "step", "train_sha", "train_groups", "canary_x", "canary_logits", "canary_image_",
+        "label_scores", "typical", "typical_sample", "typical_distances",
     }  # fmt: skip
     assert repr(back) == repr(predictor)
 
@@ -565,7 +566,7 @@ def test_files_that_are_no_predictors(content: bytes, tmp_path: Path) -> None:
 
 
 MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a later version": lambda m: m.update(format_version=4),
+    "a later version": lambda m: m.update(format_version=5),
     "no version": lambda m: m.pop("format_version"),
     "classes are numbers": lambda m: m.update(classes=[1, 2, 3]),
     "classes are a text": lambda m: m.update(classes="abc"),
