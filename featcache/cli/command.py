@@ -143,6 +143,12 @@ def show(
         say(f"{printable(str(output))}: {text}")
 
 
+def check_json(as_json: bool, output: Path | None) -> None:
+    """Refuse --json where the output itself goes to standard output."""
+    if as_json and output == STDOUT:
+        raise click.UsageError("--json and -o - both write to standard output; name a file.")
+
+
 def say(text: object, *, err: bool = False) -> None:
     """Print lines of text for people, on standard output or standard error."""
     click.echo(_safe(str(text)), err=err)

@@ -13,7 +13,7 @@ import click
 
 import featcache
 from featcache.cli import options
-from featcache.cli.command import Command, show
+from featcache.cli.command import Command, check_json, show
 from featcache.errors import CorruptStore
 from featcache.system.files import STDOUT
 from featcache.system.tables import counted, printable
@@ -138,8 +138,7 @@ def export(store: Path, output: Path, as_json: bool, **how: bool) -> None:
     """Write the features of STORE as .npz, .npy, .parquet or .csv."""
     from featcache.store.export import export_store
 
-    if as_json and output == STDOUT:
-        raise click.UsageError("--json and -o - both write to standard output; name a file.")
+    check_json(as_json, output)
     opened = featcache.FeatureStore.open(store)
     export_store(opened, output, **how)
     n, d = len(opened), opened.width()

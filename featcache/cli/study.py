@@ -13,7 +13,7 @@ from featcache.cli import options
 from featcache.cli.command import Command, say
 from featcache.cli.extract import extracted, listed
 from featcache.errors import MissingExtra
-from featcache.system.files import atomic_write, check_overwrite, is_table
+from featcache.system.files import check_overwrite, is_table, replacing
 
 both_stages = options.stacked(
     click.option(
@@ -77,11 +77,12 @@ class Study:
     def classify(self) -> None:
         """Compare heads, keep the best as a predictor, and write leaderboard and report."""
         leaderboard, report = self.path("-leaderboard.csv"), self.path(".html")
-        check_overwrite(leaderboard, _is_leaderboard, "a leaderboard of featcache")
+        own = leaderboard, _is_leaderboard, "a leaderboard of featcache"
+        check_overwrite(*own)
         result = featcache.train_files(self.path(".h5"), self.path(".featcache"), **self.training)
         say(result.to_text())
         if not (result.up_to_date and leaderboard.exists() and report.exists()):
-            with atomic_write(leaderboard, text=True) as file:
+            with replacing(*own, text=True) as file:
                 file.write(result.leaderboard.to_csv())
             store = featcache.FeatureStore.open(self.path(".h5"))
             if not result.leaderboard.n_test:

@@ -9,9 +9,10 @@ import click
 
 import featcache
 from featcache.cli import options
-from featcache.cli.command import Command, print_json, say, show
+from featcache.cli.command import Command, check_json, print_json, say, show
 from featcache.finetuning.settings import SuffixSettings
 from featcache.system.files import STDOUT, check_overwrite
+from featcache.system.tables import printable
 
 
 @click.command(cls=Command)
@@ -115,15 +116,14 @@ def compare(
     first; the others show how far they are from it, with 95 % intervals that hold for all rows at
     once. "featcache train" joins STORES and layers into one classifier instead, and keeps it.
     """
-    from featcache.study.compare import is_comparison
+    from featcache.study.compare import KIND, is_comparison
 
-    if as_json and output == STDOUT:
-        raise click.UsageError("--json and -o - both write to standard output; name a file.")
+    check_json(as_json, output)
     if output is not None:
-        check_overwrite(output, is_comparison, "a comparison of featcache", force=force)
+        check_overwrite(output, is_comparison, KIND, force=force)
     found = featcache.compare(list(stores), **settings)
     if output is not None:
         found.to_csv(output, force=force, excel=excel)
-    written = "" if output in (None, STDOUT) else f"\n\ntable: {output}"
+    written = "" if output in (None, STDOUT) else f"\n\ntable: {printable(str(output))}"
     shown = output if output == STDOUT else None
     show(as_json, found.to_dict(), f"{found}{written}", output=shown)

@@ -27,7 +27,7 @@ from featcache.errors import MissingExtra, PredictorError
 from featcache.pixels.preprocessing import Preprocessing
 from featcache.predictor.grafting import canary_logits, check_same
 from featcache.system.defaults import library_defaults
-from featcache.system.files import atomic_write, check_overwrite
+from featcache.system.files import check_overwrite, replacing
 from featcache.version import __version__
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def export_model(predictor: Predictor, path: str | Path, *, force: bool = False)
         session = InferenceSession(content, providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {"images": pixels.numpy()})
     check_same(found, softmax(logits, axis=1), f"the {target.suffix} file")
-    check_overwrite(target, _is_model, what, force=force)  # again: this takes seconds
-    with atomic_write(target) as file:
+    with replacing(target, _is_model, what, force=force) as file:  # it may be there by now
         file.write(content)
 
 

@@ -348,17 +348,17 @@ def _check_parts(
     ):
         if not right:
             raise PredictorError(f"There is a mistake in its {what}.")
-    width = d
-    for step in estimator.steps:
-        width = step.check(width)
-    if typicality is not None:
-        inner = d
-        for step in typicality.steps:
-            inner = step.check(inner)
-        if inner != typicality.sample.shape[1]:
-            raise PredictorError("There is a mistake in its typicality.")
-    if width != k:
+    if (width := _width(estimator.steps, d)) != k:
         raise PredictorError(f"The head gives {width} scores for {k} classes.")
+    if typicality is not None and _width(typicality.steps, d) != typicality.sample.shape[1]:
+        raise PredictorError("There is a mistake in its typicality.")
+
+
+def _width(chain: Sequence[steps.Step], width: int) -> int:
+    """Return how many columns come out of sound steps that so many go into."""
+    for step in chain:
+        width = step.check(width)
+    return width
 
 
 def versions() -> dict[str, str]:

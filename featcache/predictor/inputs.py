@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,33 @@ def source_taps(store: FeatureStore) -> dict[tuple[int, str], str]:
     """Return the name that each tap of each network has in a store, by (network, tap)."""
     keys = [(k, tap) for k, one in enumerate(store.fingerprints) for tap in one.taps]
     return dict(zip(keys, store.taps, strict=True))
+
+
+def columns_of(store: FeatureStore, layers: Iterable[str]) -> list[InputTap]:
+    """Return where the columns of taps come from, which are named as in a store."""
+    keys = {name: key for key, name in source_taps(store).items()}
+    return [InputTap(*keys[name], store.taps[name].width) for name in layers]
+
+
+def side_by_side(
+    columns: Sequence[InputTap],
+    fingerprints: Sequence[Fingerprint],
+    by_source: Mapping[int, Mapping[str, npt.NDArray[Any]]] | Sequence[Mapping[str, Any]],
+    *,
+    views: int = 1,
+) -> npt.NDArray[np.float32]:
+    """Put features by tap, one mapping a network, side by side.
+
+    Each array is (m, ...) or, with views, (m, views, ...); the result (m, d) or (m, views, d).
+    """
+    parts = []
+    for column in columns:
+        part = by_source[column.source][column.tap]
+        # Rounded as they were stored, so that they are what a head was trained on.
+        part = part.astype(fingerprints[column.source].store_dtype, copy=False)
+        head = part.shape[:2] if views > 1 else part.shape[:1]
+        parts.append(part.reshape(*head, column.width))
+    return np.concatenate(parts, axis=-1).astype(np.float32, copy=False)
 
 
 def layers_of(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from featcache.system.files import atomic_write, check_overwrite, csv_writer, is_table
+from featcache.system.files import csv_writer, is_table, replacing
 from featcache.system.tables import printable
 
 
@@ -119,8 +119,8 @@ def write_predictions(
     OutputError
         The output is a file of another kind, or cannot be written.
     """
-    check_overwrite(output, _is_predictions, "a file of predictions", force=force)
-    with atomic_write(output, text=True) as file:
+    what = "a file of predictions"
+    with replacing(output, _is_predictions, what, force=force, text=True) as file:
         if file_format == "json":
             return _write_json(predictions, file)
         return _write_csv(predictions, file, top_k, labels, excel)

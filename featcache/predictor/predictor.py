@@ -35,7 +35,7 @@ from featcache.results.evaluation import label_first
 from featcache.results.leaderboard import Leaderboard
 from featcache.store.splitting import hash_keys
 from featcache.system.console import doing, progress_bar
-from featcache.system.files import atomic_write, check_overwrite, open_file
+from featcache.system.files import open_file, replacing
 from featcache.system.tables import counted, first_names, html_table, settings_text, typed
 
 if TYPE_CHECKING:
@@ -250,13 +250,6 @@ class Predictor:
             logits[part] = self.logits(block)
         return logits
 
-    def typicality_of(self, store: FeatureStore) -> Floats | None:
-        """Return how typical all rows of a store are (n,), or None; see `Typicality`."""
-        if self.typicality is None:
-            return None
-        blocks = store.blocks(self.layers_of(store))
-        return np.concatenate([self.typicality(block) for _, block in blocks] or [np.empty(0)])
-
     def trained_on(self, sha256: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """Return a mask (n,) of the content hashes (n, 32) that are a training image's."""
         return np.isin(hash_keys(sha256), hash_keys(self.train_sha256))
@@ -443,34 +436,20 @@ class Predictor:
         varying = any(fingerprint.varying for fingerprint in self.fingerprints)
         if self._checked or varying or not kept.images:
             return
-        found = self._columns_of(
+        found = inputs.side_by_side(
+            self.columns,
+            self.fingerprints,
             [
                 canary_features(
                     network, kept.images, device=device, precision=fingerprint.precision
                 )
                 for network, fingerprint in zip(networks, self.fingerprints, strict=True)
-            ]
+            ],
         )
         precisions = [one.precision for one in self.fingerprints]
         versions = file.then_and_now(self.versions)
         inputs.check_canaries(kept.names, found, kept.x, precisions, versions)
         self._checked = True
-
-    def _columns_of(
-        self, by_source: Sequence[Mapping[str, npt.NDArray[Any]]], *, views: int = 1
-    ) -> npt.NDArray[np.float32]:
-        """Put features by tap, one mapping a network, side by side as the head takes them.
-
-        Each array is (m, ...) or, with views, (m, views, ...); the result (m, d) or (m, views, d).
-        """
-        parts = []
-        for column in self.columns:
-            part = by_source[column.source][column.tap]
-            # Rounded as they were stored, so that the head sees what it was trained on.
-            part = part.astype(self.fingerprints[column.source].store_dtype, copy=False)
-            head = part.shape[:2] if views > 1 else part.shape[:1]
-            parts.append(part.reshape(*head, column.width))
-        return np.concatenate(parts, axis=-1).astype(np.float32, copy=False)
 
     def _stream_set(
         self,
@@ -518,7 +497,8 @@ class Predictor:
         features = [
             {tap: array[done[one.done]] for tap, array in one.features.items()} for one in batches
         ]
-        X = self._columns_of(features, views=self.fingerprints[0].views)
+        views = self.fingerprints[0].views
+        X = inputs.side_by_side(self.columns, self.fingerprints, features, views=views)
         logits = self.logits(X)
         proba = self.calibration.proba(logits)
         ranked, size = self._ranked(logits, proba, coverage)
@@ -624,10 +604,9 @@ class Predictor:
             The path holds something that is not a predictor, or cannot be written.
         """
         target = Path(path)
-        check_overwrite(target, is_predictor, "a featcache predictor")
         parts = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
         content = file.write(parts)
-        with atomic_write(target) as output:
+        with replacing(target, is_predictor, "a featcache predictor") as output:
             output.write(content)
 
     @classmethod

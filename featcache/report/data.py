@@ -27,7 +27,7 @@ from featcache.results.leaderboard import Leaderboard
 from featcache.store.store import FeatureStore
 from featcache.study.audit import Findings, suspicious_labels
 from featcache.study.maps import METHODS, Method, centred, embed, pooled
-from featcache.system.files import atomic_write, check_overwrite
+from featcache.system.files import check_overwrite, replacing
 from featcache.system.nearest import nearest, unit
 from featcache.system.tables import in_order
 from featcache.version import __version__
@@ -93,7 +93,8 @@ def write_report(
     """
     _require_bokeh()
     target = Path(path)
-    check_overwrite(target, _is_report, "a report of featcache", force=force)
+    what = "a report of featcache"
+    check_overwrite(target, _is_report, what, force=force)
     ids, stored, columns = _page_images(evaluation, store, random_state)
     pictures = _Thumbnails(images)
     data: dict[str, Any] = {
@@ -120,8 +121,7 @@ def write_report(
         data["tiles"] = made.tiles
         data["sheets"] = {"edge": made.edge, "columns": made.columns, "pictures": made.pictures}
     page = report_page.render(data, *figure)
-    check_overwrite(target, _is_report, "a report of featcache", force=force)  # it took a while
-    with atomic_write(target) as file:
+    with replacing(target, _is_report, what, force=force) as file:  # it may be there by now
         file.write(page.encode("utf-8", "replace"))
 
 

@@ -301,8 +301,7 @@ class Leaderboard(Sequence[LeaderboardRow]):
         if self.simplest is not None and len(self) > 1:
             lines.append(f"simplest head that is not clearly worse than the best: {self.simplest}")
         if best.difference is not None:
-            every = "" if best.difference.low is None else "; the 95 % intervals hold all at once"
-            lines.append(f"difference: CV {self.difference_of} less that of the best{every}")
+            lines.append(difference_text(self.difference_of, best.difference))
         if self.baseline is not None:
             label = self.baseline.params["label"]
             lines.append(f"baseline: calling every image {str(label)!r}, the commonest class")
@@ -344,6 +343,12 @@ class Leaderboard(Sequence[LeaderboardRow]):
 
     def __repr__(self) -> str:
         return f"<Leaderboard: {len(self)} heads, the best: {self.rows[0]!r}>"
+
+
+def difference_text(of: str, best: Score | None) -> str:
+    """Return what differences to the best are of, and whether they have intervals, as its own."""
+    every = "" if best is None or best.low is None else "; the 95 % intervals hold all at once"
+    return f"difference: CV {of} less that of the best{every}"
 
 
 def difference_values(score: Score | None) -> dict[str, float | None]:

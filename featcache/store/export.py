@@ -18,7 +18,7 @@ import numpy as np
 from featcache.errors import MissingExtra, StoreError
 from featcache.fingerprint import canonical_json
 from featcache.store.store import FeatureStore
-from featcache.system.files import STDOUT, atomic_write, check_overwrite, csv_writer, is_table
+from featcache.system.files import STDOUT, csv_writer, is_table, replacing
 
 __all__ = ["export_store"]
 
@@ -81,8 +81,8 @@ def export_store(
     if excel:
         write = functools.partial(_write_csv, excel=True)
     what = f"a {suffix} file {'of these features' if suffix == '.npy' else 'of an export'}"
-    check_overwrite(target, lambda path: is_own(store, path), what, force=force)
-    with atomic_write(target, text=suffix == ".csv") as file:
+    own = functools.partial(is_own, store)
+    with replacing(target, own, what, force=force, text=suffix == ".csv") as file:
         write(store, file)
     return target
 

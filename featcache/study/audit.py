@@ -58,7 +58,7 @@ from featcache.study.maps import centred, pooled
 from featcache.study.options import TrainingOptions
 from featcache.study.parts import folds_of
 from featcache.study.train import head_names
-from featcache.system.files import atomic_write, check_overwrite, csv_writer, is_table
+from featcache.system.files import csv_writer, is_table, replacing
 from featcache.system.nearest import lengths_of, nearest, without
 from featcache.system.tables import counted, first_names, text_table
 
@@ -161,9 +161,8 @@ class Findings(Sequence[Finding]):
         OutputError
             The path holds something else, or cannot be written.
         """
-        target = Path(path)
-        check_overwrite(target, _is_findings, "a file of findings", force=force)
-        with atomic_write(target, text=True) as file:
+        what = "a file of findings"
+        with replacing(Path(path), _is_findings, what, force=force, text=True) as file:
             write = csv_writer(file, excel=excel)
             write(_HEADER)
             for one in self.items:

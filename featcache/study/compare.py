@@ -10,17 +10,18 @@ from typing import Any
 from featcache.errors import MissingFeatures, TrainingError
 from featcache.finetuning.search import SUFFIX
 from featcache.results.intervals import Score
-from featcache.results.leaderboard import LeaderboardRow, difference_values
+from featcache.results.leaderboard import LeaderboardRow, difference_text, difference_values
 from featcache.store import splitting
 from featcache.store.store import FeatureStore
 from featcache.study.options import TrainingOptions
 from featcache.study.parts import hold_out, without_small
 from featcache.study.train import TrainedHead, TrainingData, heads_of, ranked, train_heads
-from featcache.system.files import atomic_write, check_overwrite, csv_writer, is_table
+from featcache.system.files import csv_writer, is_table, replacing
 from featcache.system.tables import counted, first_names, html_table, text_table
 
 __all__ = ["ComparedRow", "Comparison", "compare"]
 
+KIND = "a comparison of featcache"  # of file
 _HEADER = ["store", "layer", "head"]
 _NUMBERS = [
     *("accuracy", "accuracy_low", "accuracy_high"),
@@ -115,9 +116,7 @@ class Comparison(Sequence[ComparedRow]):
         OutputError
             The path holds something else, or cannot be written.
         """
-        target = Path(path)
-        check_overwrite(target, is_comparison, "a comparison of featcache", force=force)
-        with atomic_write(target, text=True) as file:
+        with replacing(Path(path), is_comparison, KIND, force=force, text=True) as file:
             write = csv_writer(file, excel=excel)
             write([*_HEADER, *_NUMBERS])
             for row in self.rows:
@@ -139,10 +138,8 @@ class Comparison(Sequence[ComparedRow]):
     def __str__(self) -> str:
         header, *rows = self._cells()
         said = f"{counted(self.images, 'image')}, {self.folds}, the same for all rows"
-        of = f"difference: CV {self.difference_of} less that of the best"
-        ends = difference_values(self.rows[0].result.difference).values()
-        hold = "; the 95 % intervals hold all at once" * (None not in ends)
-        return "\n".join([text_table(header, rows), "", said, f"{of}{hold}", *self.notes])
+        of = difference_text(self.difference_of, self.rows[0].result.difference)
+        return "\n".join([text_table(header, rows), "", said, of, *self.notes])
 
     def _repr_html_(self) -> str:
         header, *rows = self._cells()

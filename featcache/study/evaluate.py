@@ -140,9 +140,16 @@ def evaluate(
             )
         columns_by[name] = values
     columns |= {name: len(columns) + i for i, name in enumerate(others)}
-    typical, atypical = predictor.typicality_of(chosen), None
-    if predictor.typicality is not None and typical is not None:
-        low = typical < ATYPICAL
+    logits, low = (
+        np.empty((len(chosen), len(predictor.classes)), np.float32),
+        np.zeros(len(chosen), bool),
+    )
+    for part, block in chosen.blocks(layers):
+        logits[part] = predictor.logits(block)
+        if predictor.typicality is not None:
+            low[part] = predictor.typicality(block) < ATYPICAL
+    atypical = None
+    if predictor.typicality is not None:
         atypical = float(low.mean())
         enough = predictor.typicality.distances.n >= _FEWEST_TRAINED
         if enough and atypical > _MOST_ATYPICAL and low.sum() > 1:
@@ -151,7 +158,6 @@ def evaluate(
                 f"{are} unlike those that it was trained on ({atypical:.1%} have a typicality "
                 f"below {ATYPICAL}; of images like those, about {ATYPICAL:.0%} would)"
             )
-    logits = predictor.logits_of(chosen)
     return Evaluation(
         ids=chosen.ids,
         y_true=np.array([columns[name] for name in chosen.labels], dtype=np.int64),

@@ -157,25 +157,21 @@ def _computed(
     options: dict[str, Any],
 ) -> tuple[list[str], npt.NDArray[np.float32]]:
     """Return the names of new images and their features, as `FeatureStore.matrix` gives them."""
-    key_of = {name: key for key, name in inputs.source_taps(store).items()}
-    columns = [key_of[name] for name in store.resolve(layers)]
-    used = sorted({source for source, _ in columns})
+    columns = inputs.columns_of(store, store.resolve(layers))
+    used = sorted({column.source for column in columns})
     parts = [store.parts[source] for source in used]
     networks = identity.choose([part.fingerprint for part in parts], backbone, weights)
     sets = image_sets(paths)
-    by_source = {
-        source: _batches(part, network, sets, options)
-        for source, part, network in zip(used, parts, networks, strict=True)
-    }
-    X = []
-    for source, tap in columns:
-        # Rounded as they were stored.
-        dtype = store.fingerprints[source].store_dtype
-        values = np.concatenate([one.features[tap].astype(dtype) for one in by_source[source]])
-        head = values.shape[: 1 + (store.views > 1)]
-        X.append(values.reshape(*head, -1).astype(np.float32))
+    by_source = {}
+    for source, part, network in zip(used, parts, networks, strict=True):
+        batches = _batches(part, network, sets, options)
+        taps = [column.tap for column in columns if column.source == source]
+        by_source[source] = {
+            tap: np.concatenate([one.features[tap] for one in batches]) for tap in taps
+        }
+    X = inputs.side_by_side(columns, store.fingerprints, by_source, views=store.views)
     names = [str(Path(place, id)) if place else id for place, one in sets for id in one.ids]
-    return names, np.concatenate(X, axis=-1)
+    return names, X
 
 
 def _batches(

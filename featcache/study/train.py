@@ -67,7 +67,7 @@ from featcache.heads.rows import FeatureBlocks, TrainingRows, coded
 from featcache.heads.search import COPIES, FoldScorer, HeadKind, Trial, search
 from featcache.heads.table import HEADS
 from featcache.predictor.file import CanaryRows, group_hashes
-from featcache.predictor.inputs import InputTap, source_taps
+from featcache.predictor.inputs import InputTap, columns_of, source_taps
 from featcache.predictor.measured import Quantiles
 from featcache.predictor.predictor import Predictor
 from featcache.predictor.typicality import Typicality
@@ -671,8 +671,7 @@ def _predictor(data: TrainingData, found: Any, judged: Evaluation) -> Predictor:
     """Wrap a found head with all that it needs to be used later."""
     of_truth = judged.proba[np.arange(len(judged)), judged.y_true]
     store = data.store
-    keys = {name: key for key, name in source_taps(store).items()}
-    columns = [InputTap(*keys[name], store.taps[name].width) for name in data.layers]
+    columns = columns_of(store, data.layers)
     used = sorted({column.source for column in columns})
     fingerprints = [
         replace(

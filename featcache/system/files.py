@@ -108,6 +108,21 @@ def check_overwrite(
         )
 
 
+@contextmanager
+def replacing(
+    path: Path,
+    is_own: Callable[[Path], bool],
+    what: str,
+    *,
+    force: bool = False,
+    text: bool = False,
+) -> Iterator[IO[Any]]:
+    """Open a file for writing as `atomic_write` does, after `check_overwrite`."""
+    check_overwrite(path, is_own, what, force=force)
+    with atomic_write(path, text=text) as file:
+        yield file
+
+
 def csv_writer(file: IO[str], *, excel: bool = False) -> Callable[..., None]:
     """Return what writes a row of a CSV table: its cells of text, and then its numbers as they are.
 

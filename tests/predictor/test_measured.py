@@ -143,7 +143,7 @@ def test_typicality_is_the_share_of_training_images_that_lie_farther_out(
     along = back.typicality(middle + np.outer([0, 10, 1e3, 1e15], np.ones(3)))
     assert along[0] > 0.5 and (np.diff(along) <= 0).all() and (along[1:] == 0).all()
     other = make_store(tmp_path / "a.h5", new[:40] + 30, (LABELS * 10)[300:340])
-    typical = back.typicality_of(other)
+    typical = back.typicality(other.matrix(back.layers_of(other)))
     assert typical is not None and typical.shape == (40,) and not typical.any()
 
 
