@@ -96,8 +96,8 @@ def evaluate(
 @click.option(
     "--coverage",
     type=options.share,
-    help="Add the column 'labels': a set that held the true label of this share of the images, "
-    "such as 0.95, when folds judged them.",
+    help="Add the column 'labels': a set that held the true label of at least this share of the "
+    "images, such as 0.95, when folds judged them.",
 )
 @options.flag(
     "--abstain",

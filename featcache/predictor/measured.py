@@ -101,7 +101,7 @@ def coverage_text(n: int, coverage: float, *, grouped: bool) -> str:
     """Return what sets of labels promise, for people."""
     these = " of these groups" if grouped else ""
     return (
-        f"labels: the sets held the true label of {coverage:.1%} of {counted(n, 'image')}{these} "
-        f"when folds judged them; for images{these or ' like these'}, that is measured, not "
-        "guaranteed"
+        f"labels: the sets held the true label of at least {coverage:.1%} of "
+        f"{counted(n, 'image')}{these} when folds judged them; for images"
+        f"{these or ' like these'}, that is measured, not guaranteed"
     )
